@@ -1,0 +1,207 @@
+"""Arguments shared by the doors.
+
+Nothing heavy is imported here, so that `--help` answers at once. Every default lives in settings.py; a flag that was
+not given is None, which is how a later stage knows what to take from the checkpoint.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import warnings
+
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_RATE, FIXED, ROUNDINGS, WEIGHT_DECAY, Settings
+
+OUT = "runs"
+
+# The drawn faces' own choices, so that `python train.py` alone ends within three minutes on two cores.
+DRAWN = {"arch": "resnet18", "size": 64, "epochs": 20, "lr": 1e-3, "batch_size": 16}
+
+FLAGS = {  # setting -> how it is typed, where that is not --its-name
+    "batch_size": ("-b", "--batch-size"),
+    "epochs": ("-e", "--epochs"),
+    "lr": ("-lr", "--learning-rate"),
+    "data": ("-d", "--data"),
+}
+
+
+def _parser(description, epilog=None):
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def _add_setting(group, name, default=None):
+    f = next(f for f in dataclasses.fields(Settings) if f.name == name)
+    flags = FLAGS.get(name, ("--" + name.replace("_", "-"),))
+    default = default or ("off" if f.default is False else f.default)
+    about = f"{f.metadata['about']} (default: {default})".replace("%", "%%")
+    if f.type in (bool, "bool"):
+        group.add_argument(*flags, dest=name, action="store_true", default=None, help=about)
+    else:
+        choices = f.metadata["choices"]
+        group.add_argument(*flags, dest=name, type=type(f.default), choices=choices, help=about,
+                           metavar=None if choices else type(f.default).__name__.upper())  # fmt: skip
+
+
+def _add_settings(parser, title, names, defaults=None):
+    group = parser.add_argument_group(title)
+    for name in names:
+        _add_setting(group, name, (defaults or {}).get(name))
+    return group
+
+
+def _add_machine(parser):
+    group = parser.add_argument_group("machine")
+    group.add_argument("--gpu", action="store_true", help="use the GPU (default: off; without one the CPU goes on)")
+    group.add_argument("--workers", type=int, metavar="N", help="processes that decode images (default: by the machine's cores)")
+    group.add_argument("--out", default=OUT, metavar="DIR", help=f"folder that the run's files go to (default: {OUT})")
+
+
+def _add_name(group):
+    group.add_argument("-n", "--name", help="name of the run, and so of its files (default: a free one made from its settings)")
+    group.add_argument("--overwrite", action="store_true", help="allow -n to name a run that is there already")
+
+
+def train_arguments(argv=None):
+    "What train.py was asked for."
+    parser = _parser(
+        "Train a network that finds many landmarks in a picture: the first stage.\n\n"
+        "Without -d it draws a small set of faces (once), and trains on those.",
+        "DIR_of_-d/train/landmarks.csv and DIR_of_-d/train/images are read; runs/NAME_best.pth, NAME_best.json,\n"
+        "NAME_history.csv and NAME_results.png are written. The next stage: python finetune.py -pm NAME_best.pth",
+    )
+    data = _add_settings(parser, "data", ["data", "valid_pct", "valid_random"], {"data": "drawn faces"})
+    _add_name(data)
+    network = _add_settings(parser, "network", ["arch", "head", "freeze", "size", "fit"])
+    network.add_argument("--weights", metavar="W", help="what the body starts from: imagenet, none, or a .safetensors or .pth file "
+                         "(default: imagenet; drawn faces: none)")  # fmt: skip
+    _add_settings(parser, "training", ["batch_size", "epochs", "lr", "opt", "wd", "sched", "step_size", "gamma", "seed"])
+    _add_machine(parser)
+    return parser.parse_args(argv)
+
+
+def finetune_arguments(argv=None):
+    "What finetune.py was asked for."
+    parser = _parser(
+        "Train on from the best checkpoint of a stage before, at a lower rate.\n\n"
+        "Network, head, input, split, optimiser, schedule and data are the checkpoint's where no flag says otherwise.\n"
+        "The stage ends with the best of its own epochs and of the model that it was given.",
+    )
+    _add_checkpoint(parser)
+    its = "the checkpoint's"
+    training = _add_settings(
+        parser, "training", ["epochs", "lr", "batch_size", "data", "opt", "wd", "sched", "step_size", "gamma", "freeze", "seed"],
+        {n: its for n in ("batch_size", "data", "opt", "wd", "sched", "step_size", "gamma")}
+        | {"epochs": FINETUNE_EPOCHS, "lr": f"{FINETUNE_RATE} of the rate that the stage before began with"}
+        | {"seed": "one above the checkpoint's"},
+    )  # fmt: skip
+    _add_name(training)
+    _add_settings(parser, "must agree with the checkpoint", FIXED | {"size": 0, "fit": 0}, dict.fromkeys([*FIXED, "size", "fit"], its))
+    _add_machine(parser)
+    return parser.parse_args(argv)
+
+
+def predict_arguments(argv=None):
+    "What predict.py was asked for."
+    parser = _parser(
+        "Predict the test images' points and write the submission.\n\n"
+        "Reads DIR/test/test_points.csv and DIR/test/images; writes runs/NAME_submit.csv (the submission),\n"
+        "NAME_points.npy (every point of every image, in pixels of the image as stored) and NAME_points.json (its file names).",
+    )
+    _add_checkpoint(parser)
+    _add_settings(parser, "data", ["data", "batch_size"], {"data": "the checkpoint's", "batch_size": "the checkpoint's"})
+    parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, default=ROUNDINGS[0],
+                        help=f"how submitted coordinates become whole (default: {ROUNDINGS[0]})")  # fmt: skip
+    _add_settings(parser, "must agree with the checkpoint", ["arch", "head", "size", "fit"],
+                  dict.fromkeys(["arch", "head", "size", "fit"], "the checkpoint's"))  # fmt: skip
+    _add_machine(parser)
+    return parser.parse_args(argv)
+
+
+def _add_checkpoint(parser):
+    parser.add_argument("-pm", "--pretrained-model", required=True, metavar="FILE",
+                        help="checkpoint: a path, or a name in the output folder, like NAME_best.pth")  # fmt: skip
+
+
+def given(args) -> dict:
+    "The settings that were typed."
+    names = {f.name for f in dataclasses.fields(Settings)}
+    return {k: v for k, v in vars(args).items() if k in names and v is not None}
+
+
+def first_settings(args, drawn: bool) -> Settings:
+    "The settings of a first stage."
+    typed = (DRAWN if drawn else {}) | given(args)
+    typed.setdefault("wd", WEIGHT_DECAY[typed.get("opt", Settings.opt)])
+    return Settings(**typed | {"data": os.path.abspath(typed.get("data") or ".")})
+
+
+def next_settings(args, before: Settings) -> Settings:
+    "The settings of a later stage. Raises `UserError` for a flag that contradicts what cannot change."
+    typed = given(args)
+    check_fixed(typed, before, [*FIXED, "size", "fit"])
+    changes = {"epochs": FINETUNE_EPOCHS, "lr": before.lr * FINETUNE_RATE, "seed": (before.seed + 1) % 2**32, "freeze": False}
+    if typed.get("opt", before.opt) != before.opt:
+        changes["wd"] = WEIGHT_DECAY[typed["opt"]]
+    if "data" in typed:
+        typed["data"] = os.path.abspath(typed["data"] or ".")
+    return before.replace(**changes | typed)
+
+
+def drawn_faces(settings: Settings, out, weights: str) -> Settings:
+    "The settings with the drawn faces, made where they are not there yet, as their data."
+    from landmarks_fastai.sample import make_sample
+
+    folder = os.path.join(out, "drawn_faces")
+    print(f"no -d: drawing faces into {folder}" if not os.path.isdir(folder) else f"no -d: the drawn faces in {folder}", flush=True)
+    make_sample(folder)
+    start = "from random weights" if weights == "none" else f"from {weights} weights"
+    print(f"{settings.arch} at {settings.size} px {start}; on your own data the defaults are {Settings.arch} at {Settings.size} px")
+    return settings.replace(data=os.path.abspath(folder))
+
+
+def bar(batches):
+    "The batches, with a progress bar in a terminal."
+    from fastprogress.fastprogress import progress_bar
+
+    return progress_bar(batches, total="noinfer") if sys.stdout.isatty() else batches
+
+
+def check_fixed(typed: dict, before: Settings, names):
+    for name in names:
+        if name in typed and typed[name] != getattr(before, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {typed[name]} contradicts the checkpoint, which has {getattr(before, name)}: leave {flag} away, or train anew"
+            )
+
+
+def device(args) -> str:
+    "cuda where it was asked for and is there; else cpu, with a line that says so."
+    import torch
+
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers {args.workers}: 0 or more expected")
+    if args.gpu and not torch.cuda.is_available():
+        print("warning: --gpu was given, no GPU was found: going on with the CPU", file=sys.stderr)
+    return "cuda" if args.gpu and torch.cuda.is_available() else "cpu"
+
+
+def run_door(main):
+    "Run a door: a user's mistake becomes one line on stderr and exit code 1, Ctrl-C exit code 130."
+    # What torch and fastai say of their own parts is not for this program's user to act upon.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if hasattr(sys.stdout, "reconfigure"):  # a name in Cyrillic must not stop a run in a terminal of another encoding
+        sys.stdout.reconfigure(errors="replace")
+        sys.stderr.reconfigure(errors="replace")
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e.line}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,182 @@
+"""DataBlock and DataLoaders: rows of `landmarks.csv` become batches of normalised images and unit coordinates.
+
+An item passes `ImageBlock` and `PointBlock` with one transform of our own, `FitToInput`: fastai's `Resize` crops at
+random in training and truncates sizes, ours is the one map of geometry.py in training and validation alike.
+A batch is (images, points, maps): the maps carry the metric back to pixels of the images as stored.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.data.block import DataBlock
+from fastai.data.core import TfmdDL
+from fastai.data.transforms import Normalize
+from fastai.torch_core import TensorBase
+from fastai.vision.core import PILImage, TensorPoint
+from fastai.vision.data import ImageBlock, PointBlock
+from fasttransform import ItemTransform
+from PIL import Image
+
+from landmarks_fastai import drawing
+from landmarks_fastai.contest import training_rows
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import fit_image, pixel_map
+from landmarks_fastai.labels import Labels
+from landmarks_fastai.settings import Settings
+
+
+class TensorMap(TensorBase):
+    "A `PixelMap` as four numbers, so that it collates with the item it belongs to."
+
+
+def open_image(path, where: str = "") -> Image.Image:
+    """The image as stored, RGB. EXIF rotation is not applied: landmarks are pixels of the file's own rows and columns.
+
+    Raises `UserError` naming the file, and `where` it was named, for one that is missing, damaged or cut short.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{where}image {path} not found") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's several ways to refuse
+        why = "cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
+        raise UserError(f"{where}image {path} is {why} ({e}): replace it or remove its line".replace("is cannot", "cannot")) from None
+
+
+class RowImage:
+    "The image of a row of the labels."
+
+    def __init__(self, labels: Labels, folder: Path):
+        self.labels, self.folder = labels, folder
+
+    def __call__(self, row: int) -> PILImage:
+        where = f"{self.labels.csv} line {self.labels.line(row)}: "
+        return PILImage.create(open_image(self.folder / self.labels.name(row), where))
+
+
+class RowPoints:
+    "The landmarks of a row of the labels, in pixels of the image as stored."
+
+    def __init__(self, labels: Labels):
+        self.labels = labels
+
+    def __call__(self, row: int) -> np.ndarray:
+        return self.labels.points(row)
+
+
+class FitToInput(ItemTransform):
+    "(image, points) as stored -> the network's square input, the points in it, and the map that did it."
+
+    order = 0  # before PointScaler (1) takes the input's size and ToTensor (5) the pixels
+
+    def __init__(self, fit: str, size: int):
+        self.fit, self.size = fit, size
+
+    def encodes(self, item):
+        image, points = item
+        to_input = pixel_map(*image.size, self.fit, self.size)
+        # PointScaler measures from the picture's edge; the half pixel from edge to centre is added for it here.
+        points = TensorPoint(to_input.to_input(points) + 0.5)
+        return PILImage.create(fit_image(image, self.fit, self.size)), points, TensorMap(torch.tensor(to_input))
+
+
+class LandmarkDL(TfmdDL):
+    "A `TfmdDL` whose order is a function of (seed, epoch), and which draws points so that they can be judged."
+
+    def __init__(self, dataset, seed: int = 0, epoch: int = 0, **kwargs):
+        self.seed, self.epoch = seed, epoch
+        super().__init__(dataset, **kwargs)
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{"seed": self.seed, "epoch": self.epoch} | kwargs)
+
+    def shuffle_fn(self, idxs):
+        return np.random.default_rng([self.seed, self.epoch]).permutation(np.asarray(idxs)).tolist()
+
+    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, **kwargs):
+        "Draw the truth on each input."
+        drawing.draw_batch(self.one_batch() if b is None else b, self._picture, max_n)
+
+    def show_results(self, b, out, max_n=9, ctxs=None, show=True, **kwargs):
+        "Draw truth beside prediction on each input, the contest's score of the image in its title."
+        drawing.draw_batch(b, self._picture, max_n, out)
+
+    def _picture(self, images):
+        "Normalised images (batch, 3, h, w) -> pixels to show (batch, h, w, 3) in 0..1."
+        normalise = next(f for f in self.after_batch.fs if isinstance(f, Normalize))
+        return (images * normalise.std + normalise.mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def split_rows(n: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    "Rows to train on and to validate on: the last `valid_pct` of the file, as the seed's, or as many at random."
+    n_train = int(n * (1 - settings.valid_pct) + 1e-9)
+    rows = np.arange(n)
+    if settings.valid_random:
+        rows = np.random.default_rng(settings.split_seed).permutation(n)
+    return np.sort(rows[:n_train]), np.sort(rows[n_train:])
+
+
+class Split:
+    "The splitter of the DataBlock."
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def __call__(self, items):
+        return tuple(part.tolist() for part in split_rows(len(items), self.settings))
+
+
+def default_workers(device: str = "cpu") -> int:
+    """Processes that decode images: one a core beside a GPU; half the cores where the CPU trains too.
+
+    Eight at the most: past that a laptop's memory pays for nothing.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores if device == "cuda" else cores // 2)
+
+
+def make_dataloaders(
+    settings: Settings,
+    labels: Labels,
+    folder: Path,  # of the images
+    device: str = "cpu",
+    workers: int | None = None,  # processes that decode images; None chooses from the machine's cores
+):
+    """Training and validation `DataLoaders` of the labels' rows.
+
+    Raises `UserError` where the rows are too few for a batch (a short last training batch is dropped) or for a split.
+    """
+    train, valid = split_rows(len(labels), settings)
+    if len(train) < settings.batch_size:
+        raise UserError(
+            f"{labels.csv}: {len(train)} training rows make no batch of {settings.batch_size}: use -b {max(1, len(train))}"
+        )
+    if not len(valid):
+        raise UserError(f"{labels.csv}: no row is left for validation: raise --valid-pct or add rows")
+    block = DataBlock(
+        blocks=(ImageBlock, PointBlock),
+        dl_type=LandmarkDL,
+        get_items=lambda labels: range(len(labels)),
+        get_x=RowImage(labels, folder),
+        get_y=RowPoints(labels),
+        splitter=Split(settings),
+        item_tfms=FitToInput(settings.fit, settings.size),
+        batch_tfms=Normalize.from_stats(settings.mean, settings.std, cuda=False),
+    )
+    return block.dataloaders(
+        labels,
+        bs=settings.batch_size,
+        seed=settings.seed,
+        num_workers=default_workers(device) if workers is None else workers,
+        device=torch.device(device),
+        pin_memory=device == "cuda",
+    )
+
+
+def load_data(settings: Settings, device: str = "cpu", workers: int | None = None):
+    "The data folder's labels and DataLoaders: (labels, dls)."
+    labels, folder = training_rows(settings.data)
+    return labels, make_dataloaders(settings, labels, folder, device, workers)

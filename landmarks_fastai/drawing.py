@@ -1,0 +1,68 @@
+"Pictures for the eye: landmarks on images, drawn so that a person can judge them."
+
+import math
+from pathlib import Path
+
+import torch
+
+from landmarks_fastai.geometry import unit_to_input
+from landmarks_fastai.metrics import mean_squared_error, points_in_image
+
+TRUTH, PREDICTION = "#00ff66", "#ff2d55"
+PANEL = 3.2  # inches; at 120 dots an inch a 128 px input is shown three times enlarged
+
+
+def draw_batch(
+    batch,  # (images, points, maps) as `data.make_dataloaders` gives them
+    picture,  # normalised images -> pixels to show
+    max_n: int,
+    out=None,  # predicted unit coordinates (batch, 2n), or in a list; None draws the truth alone
+):
+    "Draw truth, or truth beside prediction, of the first `max_n` items; the figure is matplotlib's current one."
+    from matplotlib import pyplot as plt
+
+    images, points, maps = (t[:max_n].as_subclass(torch.Tensor) for t in batch)
+    shown = picture(images)
+    size = images.shape[-1]
+    sides, titles = [(points, TRUTH)], ["truth"] * len(images)
+    if out is not None:
+        predicted = (out[0] if isinstance(out, (list, tuple)) else out)[:max_n].reshape(points.shape).as_subclass(torch.Tensor)
+        sides.append((predicted, PREDICTION))
+        scores = mean_squared_error(points_in_image(predicted, maps, size), points_in_image(points, maps, size))
+        titles = [f"score {s:.4g}" for s in scores]
+    columns = min(len(images), max(1, round(math.sqrt(2 * len(images) / len(sides)))))
+    rows = math.ceil(len(images) / columns)
+    figure, axes = plt.subplots(
+        rows, columns * len(sides), figsize=(PANEL * columns * len(sides), (PANEL + 0.3) * rows), dpi=120, squeeze=False
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i in range(len(images)):
+        for s, (unit, colour) in enumerate(sides):
+            ax = axes[i // columns, i % columns * len(sides) + s]
+            draw_points(ax, shown[i], unit_to_input(unit[i].cpu(), size).numpy(), colour)
+            ax.set_title(titles[i] if s == len(sides) - 1 else "truth", fontsize=9)
+    figure.tight_layout(pad=0.4)
+
+
+def draw_points(
+    ax,
+    image,  # (h, w, 3) in 0..1
+    points,  # (n, 2) pixels of that image
+    colour: str,
+):
+    "One image with its points as dots small enough that 971 of them leave the face to be seen."
+    height, width = image.shape[:2]
+    ax.imshow(image, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    area = 1.2 if len(points) > 200 else 12.0 if len(points) > 20 else 30.0
+    ax.scatter(points[:, 0], points[:, 1], s=area, c=colour, linewidths=0)
+    ax.set_xlim(-0.5, width - 0.5)
+    ax.set_ylim(height - 0.5, -0.5)
+
+
+def save_figure(path: Path):
+    "Write matplotlib's current figure to `path` and close it."
+    from matplotlib import pyplot as plt
+
+    plt.savefig(path)
+    plt.close()

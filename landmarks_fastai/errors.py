@@ -1,0 +1,17 @@
+"The one kind of error whose text is written for the person who runs the program."
+
+
+class UserError(Exception):
+    """A user's mistake, or their data's: the text is the one line that they read.
+
+    It names the file, the row where there is one, what was found and what to do.
+    A data loader's worker sends an error home as `Caught UserError in … Original Traceback …`;
+    `line` is the text without that wrapping.
+    """
+
+    @property
+    def line(self) -> str:
+        text = str(self)
+        if "Original Traceback" in text:
+            text = text.rsplit(f"{type(self).__name__}: ", 1)[-1]
+        return " ".join(text.split())

@@ -1,0 +1,121 @@
+"""Checkpoint + images -> points in pixels of the images as stored.
+
+The loop over batches is our own: a Learner needs training data to exist, and gathers all predictions in memory,
+where 100,000 images of 971 points must not sit.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from landmarks_fastai.checkpoint import Checkpoint, Run
+from landmarks_fastai.contest import (
+    TestPoints,
+    check_files,
+    data_folder,
+    read_test_points,
+    round_points,
+    submission_header,
+    submission_line,
+    whole_file,
+)
+from landmarks_fastai.data import default_workers, open_image
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import fit_image, pixel_map
+from landmarks_fastai.metrics import points_in_image
+
+
+class FittedImages(Dataset):
+    "Images as the network's uint8 input (3, size, size), each with its map."
+
+    def __init__(self, folder: Path, names: list[str], fit: str, size: int, where=lambda row: ""):
+        self.folder, self.names, self.fit, self.size = folder, np.array(names, dtype=np.str_), fit, size
+        self.where = where
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, row):
+        image = open_image(self.folder / str(self.names[row]), self.where(row))
+        to_input = pixel_map(*image.size, self.fit, self.size)
+        pixels = np.asarray(fit_image(image, self.fit, self.size)).transpose(2, 0, 1)
+        return torch.from_numpy(pixels.copy()), torch.tensor(to_input)
+
+
+class LineOf:
+    "Where a row was named, for the error of an image that cannot be read."
+
+    def __init__(self, test_points: TestPoints):
+        self.csv, self.lines = test_points.csv, test_points.lines
+
+    def __call__(self, row):
+        return f"{self.csv} line {self.lines[row]}: "
+
+
+def predict_batches(
+    checkpoint: Checkpoint,
+    images: Dataset,  # of FittedImages
+    device: str = "cpu",
+    batch_size: int = 32,
+    workers: int | None = None,
+):
+    "Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the images' order."
+    settings = checkpoint.settings
+    model = checkpoint.model().to(device, memory_format=torch.channels_last)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
+    loader = DataLoader(
+        images,
+        batch_size,
+        num_workers=default_workers(device) if workers is None else workers,
+        pin_memory=device == "cuda",
+    )
+    for pixels, maps in loader:
+        inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
+        with torch.inference_mode():
+            unit = model(inputs.contiguous(memory_format=torch.channels_last))
+        yield points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
+
+
+def predict_test(
+    checkpoint: Checkpoint,
+    data,  # the contest folder
+    run: Run,  # whose NAME_submit.csv, NAME_points.npy and NAME_points.json are written
+    rounding: str = "nearest",
+    device: str = "cpu",
+    batch_size: int = 32,
+    workers: int | None = None,
+    progress=lambda batches: batches,
+) -> int:
+    """Write the submission, and every point of every test image, as they come; returns the number of images.
+
+    NAME_points.npy is float32 (images, n_points, 2), pixels of the images as stored; NAME_points.json lists the file
+    names in its order. All three appear when all is done, or not at all.
+    """
+    side = data_folder(data) / "test"
+    if not (side / "test_points.csv").is_file():
+        raise UserError(f"{side / 'test_points.csv'} not found: it says which points of which images to submit")
+    asked = read_test_points(side / "test_points.csv")
+    n_points = checkpoint.settings.n_points
+    asked.check_range(n_points)
+    check_files(asked.csv, side / "images", zip(asked.lines, asked.names, strict=True))
+    images = FittedImages(side / "images", asked.names, checkpoint.settings.fit, checkpoint.settings.size, LineOf(asked))
+    batches = predict_batches(checkpoint, images, device, batch_size, workers)
+    with (
+        whole_file(run.file("points.json")) as names,
+        whole_file(run.file("points.npy"), "wb") as points,
+        whole_file(run.file("submit.csv")) as submission,
+    ):
+        json.dump(asked.names, names, ensure_ascii=False, indent=0)
+        head = {"descr": "<f4", "fortran_order": False, "shape": (len(asked), n_points, 2)}
+        np.lib.format.write_array_header_1_0(points, head)
+        submission.write(submission_header(asked.indices.shape[1]))
+        row = 0
+        for batch in progress(batches):
+            points.write(np.ascontiguousarray(batch).data)
+            for each in batch:
+                submission.write(submission_line(asked.names[row], round_points(each[asked.indices[row]], rounding)))
+                row += 1
+    return row

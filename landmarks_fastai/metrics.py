@@ -1,0 +1,69 @@
+"""The contest's score and the field's other figures, in pixels of the image as stored.
+
+Not the training loss: each image has a scale of its own, so a loss in the network's input ranks models differently.
+"""
+
+import torch
+from fastai.learner import Metric
+
+from landmarks_fastai.geometry import PixelMap, unit_to_input
+
+
+def points_in_image(
+    unit,  # (batch, n, 2) or (batch, 2n) unit coordinates
+    maps,  # (batch, 4): each image's PixelMap
+    size: int,  # of the network's input
+):
+    "The points (batch, n, 2), float64, in pixels of the images as stored."
+    points = unit_to_input(_plain(unit).reshape(len(unit), -1, 2), size)
+    return PixelMap.of_batch(_plain(maps)).to_image(points)
+
+
+def _plain(tensor):
+    "float64 on the CPU, without fastai's type: its types do not mix in arithmetic."
+    return tensor.detach().cpu().as_subclass(torch.Tensor).double()
+
+
+def mean_squared_error(pred, truth):
+    "The contest's score of each image: mean over all coordinates; (batch, n, 2) pixels -> (batch,)."
+    return ((pred - truth) ** 2).mean(dim=(1, 2))
+
+
+def nme_diagonal(pred, truth):
+    "Mean point-to-point distance over the diagonal of the true points' box; (batch, n, 2) pixels -> (batch,)."
+    box = truth.amax(1) - truth.amin(1)
+    return (pred - truth).norm(dim=-1).mean(1) / box.norm(dim=-1).clamp(min=1e-9)
+
+
+class ImageMetric(Metric):
+    "The mean over images of `func(pred, truth)`, both in pixels of the image as stored, unrounded."
+
+    def __init__(
+        self,
+        func,  # (batch, n, 2), (batch, n, 2) -> (batch,)
+        name: str,  # its column in the table
+        size: int,  # of the network's input
+    ):
+        self.func, self._name, self.size = func, name, size
+        self.reset()
+
+    def reset(self):
+        self.total, self.count = 0.0, 0
+
+    def accumulate(self, learn):
+        truth = points_in_image(learn.yb[0], learn.maps, self.size)
+        each = self.func(points_in_image(learn.pred, learn.maps, self.size), truth)
+        self.total, self.count = self.total + each.sum().item(), self.count + len(each)
+
+    @property
+    def value(self):
+        return self.total / self.count if self.count else None
+
+    @property
+    def name(self):
+        return self._name
+
+
+def stage_metrics(size: int) -> list[ImageMetric]:
+    "What every epoch shows: `score`, the contest's mean squared error, and `nme`."
+    return [ImageMetric(mean_squared_error, "score", size), ImageMetric(nme_diagonal, "nme", size)]

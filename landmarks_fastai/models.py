@@ -1,0 +1,257 @@
+"""A body by name, a head, their weights.
+
+`build_model` gives `nn.Sequential(body, head)`, fastai's own layout: the body turns an image into a vector of
+features, the head turns that into the points' unit coordinates, x0 y0 x1 y1 … (see geometry.py).
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from landmarks_fastai.errors import UserError
+
+
+def build_model(
+    arch: str,  # a torchvision or timm name; `timm:NAME` takes timm's where both have it
+    head: str,  # as `make_head` reads it
+    n_points: int,
+    size: int,  # of the square input, in pixels
+) -> nn.Sequential:
+    "The network with random weights. Raises `UserError` for an unknown name or a size that the network cannot take."
+    body = make_body(arch, size)
+    return nn.Sequential(body, make_head(head, feature_count(body, arch, size), n_points))
+
+
+def make_body(arch: str, size: int) -> nn.Module:
+    "The network without its classifier, with random weights."
+    library, name = find_arch(arch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inception and googlenet announce their own initialisation
+        try:
+            return _torchvision_body(name, size) if library == "torchvision" else _timm_model(name, size, pretrained=False)
+        except (ValueError, AssertionError, RuntimeError) as e:
+            raise _wrong_size(name, size, e) from None
+
+
+def find_arch(arch: str) -> tuple[str, str]:
+    "The library (torchvision where both have the name) and the name in it."
+    name = arch.removeprefix("timm:")
+    if name == arch and name in _torchvision_names():
+        return "torchvision", name
+    import timm
+
+    if timm.is_model(name):
+        return "timm", name
+    import difflib
+
+    near = difflib.get_close_matches(name, [*_torchvision_names(), *timm.list_models()], 3)
+    raise UserError(f"--arch {arch}: no such network in torchvision or timm" + (f"; near: {', '.join(near)}" if near else ""))
+
+
+def _torchvision_names():
+    from torchvision import models
+
+    # the classifiers only: detection, segmentation, video and optical flow live in the submodules
+    return models.list_models(module=models)
+
+
+def _torchvision_body(name, size):
+    from torchvision import models
+
+    kwargs = {}
+    if name in ("inception_v3", "googlenet"):  # their ImageNet weights want another normalisation: done inside
+        kwargs = {"aux_logits": False, "transform_input": True}
+    if name.startswith("vit_"):
+        kwargs = {"image_size": size}
+    if name.startswith("maxvit"):
+        kwargs = {"input_size": (size, size)}
+    model = models.get_model(name, weights=None, **kwargs)
+    if name.startswith("squeezenet"):  # its classifier is a 1x1 convolution before the pool
+        model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    else:  # the last linear layer, whatever its name; pool and norms before it stay as the network has them
+        classifier = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+        model.set_submodule(classifier, nn.Identity())
+    return model
+
+
+def _timm_model(name, size, pretrained):
+    "Without a classifier. Networks built for one size (transformers) are told ours; their position tables follow."
+    import timm
+
+    kwargs = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    return timm.create_model(name, num_classes=0, pretrained=pretrained, **kwargs)
+
+
+def _wrong_size(arch, size, error):
+    why = str(error).strip().splitlines()
+    return UserError(f"--arch {arch} cannot take an input of {size} px ({why[0] if why else error!r}): choose another --size")
+
+
+def feature_count(body: nn.Module, arch: str, size: int) -> int:
+    "How many features the body gives: found by running it on one blank image."
+    was_training = body.training
+    try:
+        with torch.no_grad():
+            features = body.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise _wrong_size(arch, size, e) from None
+    finally:
+        body.train(was_training)
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        raise UserError(f"--arch {arch} gives no vector of features and cannot be used: choose another network")
+    return features.shape[1]
+
+
+def make_head(
+    head: str,  # comma-separated: a number is a linear layer of that width; relu; bn; dropP is dropout
+    n_in: int,
+    n_points: int,
+) -> nn.Sequential:
+    """The layers between features and points, closed by a linear layer to 2 * n_points.
+
+    `linear` is that closing layer alone, the seed's choice. Its two- and three-layer heads were like
+    `512,relu,drop0.2` and `1024,bn,relu,drop0.5,512,bn,relu`.
+    """
+    layers = []
+    for word in [] if head == "linear" else head.split(","):
+        word = word.strip()
+        drop = re.fullmatch(r"drop(0?\.\d+|0)", word)
+        if re.fullmatch(r"[1-9]\d{0,5}", word):
+            layers.append(nn.Linear(n_in, int(word)))
+            n_in = int(word)
+        elif drop:
+            layers.append(nn.Dropout(float(drop[1])))
+        elif word == "relu":
+            layers.append(nn.ReLU())
+        elif word == "bn":
+            layers.append(nn.BatchNorm1d(n_in))
+        else:
+            raise UserError(f"--head {head}: {word!r} is none of linear, a width like 512, relu, bn, drop0.5")
+    return nn.Sequential(*layers, nn.Linear(n_in, 2 * n_points))
+
+
+def input_stats(arch: str) -> tuple[tuple, tuple]:
+    "The per-channel mean and standard deviation, in 0..1, that the body's ImageNet weights expect."
+    library, name = find_arch(arch)
+    if library == "timm":
+        import timm
+
+        cfg = timm.get_pretrained_cfg(name)
+        return tuple(cfg.mean), tuple(cfg.std)
+    from torchvision import models
+
+    transforms = models.get_model_weights(name).IMAGENET1K_V1.transforms() if _has_v1(name) else None
+    return (tuple(transforms.mean), tuple(transforms.std)) if transforms else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def _has_v1(name):
+    from torchvision import models
+
+    return "IMAGENET1K_V1" in models.get_model_weights(name).__members__
+
+
+def load_weights(
+    model: nn.Sequential,  # as `build_model` made it
+    arch: str,
+    weights: str,  # imagenet, none, or the path of a .safetensors or .pth file
+    size: int,  # of the square input, in pixels
+):
+    """Put weights into the body; the head keeps its random start.
+
+    Raises `UserError` where ImageNet's cannot be downloaded, or a file is missing, holds anything but tensors,
+    or does not fit the body. It never goes on without the weights that were asked for.
+    """
+    if weights == "none":
+        return
+    library, name = find_arch(arch)
+    tensors = _download(library, name, size) if weights == "imagenet" else read_tensors(weights)
+    source = f"the ImageNet weights of {name}" if weights == "imagenet" else weights
+    _put(model[0], _body_tensors(tensors), arch, source)
+
+
+def _download(library, name, size):
+    try:
+        if library == "timm":
+            import timm
+
+            if not timm.get_pretrained_cfg(name).has_weights:
+                raise UserError(f"timm has no ImageNet weights of {name}: give --weights FILE or --weights none")
+            return _timm_model(name, size, pretrained=True).state_dict()
+        from torchvision import models
+
+        if not _has_v1(name):
+            raise UserError(f"torchvision has no ImageNet weights of {name}: give --weights FILE or --weights none")
+        return models.get_model(name, weights="IMAGENET1K_V1").state_dict()
+    except UserError:
+        raise
+    except Exception as e:  # urllib's, requests' and the hub's own errors share no narrower base
+        why = str(e).strip().splitlines()
+        raise UserError(
+            f"the ImageNet weights of {name} could not be downloaded ({type(e).__name__}: {why[0][:100] if why else ''}): "
+            "give a file with --weights FILE, or train from random weights with --weights none"
+        ) from None
+
+
+def read_tensors(path) -> dict[str, torch.Tensor]:
+    "The tensors of a .safetensors or .pth file. Nothing else is ever unpickled: a file with more raises `UserError`."
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} not found: --weights takes imagenet, none or a .safetensors or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
+    except Exception as e:  # UnpicklingError, zip and header errors: torch and safetensors raise many kinds
+        refused = "weights_only" in str(e) or "Weights only" in str(e)
+        why = "it holds more than tensors and may run code" if refused else "it is damaged or of another kind"
+        raise UserError(f"{path} is no file of tensors ({why}): nothing was loaded") from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()) or not tensors:
+        raise UserError(f"{path} is no file of tensors (a plain state dict is needed): nothing was loaded")
+    return tensors
+
+
+def _body_tensors(tensors):
+    "Undo the wrappings that files come in: `module.` of parallel training, and this program's own body and head."
+    tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    if all(k.startswith(("0.", "1.")) for k in tensors):
+        tensors = {k[2:]: v for k, v in tensors.items() if k.startswith("0.")}
+    # torchvision's first densenet files call the layers norm.1, conv.1, …
+    return {re.sub(r"(\.denselayer\d+\.(?:norm|relu|conv))\.(\d\.)", r"\1\2", k): v for k, v in tensors.items()}
+
+
+def _put(body, tensors, arch, source):
+    "Load what the body has a place for; what the file has beyond that must be the classifier alone."
+    own = body.state_dict()
+    missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
+    if missing:
+        hint = _other_library(arch, tensors)
+        raise UserError(
+            f"{source} does not fit --arch {arch}: {len(missing)} of {len(own)} tensors missing, the first {missing[0]}{hint}"
+        )
+    for k, v in own.items():
+        if k in tensors and tensors[k].shape != v.shape:
+            raise UserError(
+                f"{source} does not fit --arch {arch}: {k} is {tuple(tensors[k].shape)}, {tuple(v.shape)} expected"
+            )
+    body.load_state_dict({k: tensors[k] for k in own if k in tensors}, strict=False)
+
+
+def _other_library(arch, tensors):
+    "A hint where the file's names are those of the other library's network of that name."
+    import timm
+
+    name = arch.removeprefix("timm:")
+    if name == arch and timm.is_model(name) and name in _torchvision_names():
+        if set(timm.create_model(name, num_classes=0).state_dict()) <= set(tensors):
+            return f": its names are timm's, try --arch timm:{name}"
+    return ""

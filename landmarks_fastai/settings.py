@@ -1,0 +1,104 @@
+"What a network was trained with: one record that travels with its checkpoint, every default named here once."
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from landmarks_fastai.errors import UserError
+
+FITS = ("crop", "pad", "squish")  # `pixel_map` in geometry.py says what each does
+OPTIMISERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("plateau", "step", "none")
+ROUNDINGS = ("nearest", "floor", "none")
+
+FINETUNE_EPOCHS = 6  # the seed's second and third stage
+FINETUNE_RATE = 0.1  # of the rate that the stage before began with
+
+
+def _setting(default, about, choices=None, low=None, high=None):
+    return field(default=default, metadata={"about": about, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the seed's: its published command line, and its code where that is silent.
+
+    """
+
+    arch: str = _setting("resnext50_32x4d", "network: any torchvision or timm name; timm:NAME where both have it")
+    head: str = _setting("linear", "layers between body and points: linear, or a list like 512,bn,relu,drop0.5")
+    size: int = _setting(128, "side of the network's square input, in pixels", low=8, high=4096)
+    fit: str = _setting("crop", "how an image becomes that square", choices=FITS)
+    n_points: int = _setting(0, "landmarks of an image; the data's own number", low=0)
+    mean: tuple = _setting((0.485, 0.456, 0.406), "per-channel mean that the body expects of its input, in 0..1")
+    std: tuple = _setting((0.229, 0.224, 0.225), "per-channel standard deviation, likewise")
+    data: str = _setting("", "folder with train/ (images/ and landmarks.csv) and test/")
+    valid_pct: float = _setting(0.2, "share of the rows held out for validation", low=1e-6, high=0.999999)
+    valid_random: bool = _setting(False, "draw the validation rows at random, not the last ones of the file")
+    batch_size: int = _setting(32, "images of a training step", low=1)
+    epochs: int = _setting(10, "passes over the training rows", low=0)
+    lr: float = _setting(3e-4, "learning rate at the start of the stage", low=1e-12, high=1e3)
+    opt: str = _setting("adamw", "optimiser", choices=OPTIMISERS)
+    wd: float = _setting(0.05, "weight decay, of biases and norms too (adam, sgd: 0)", low=0.0, high=1e3)
+    sched: str = _setting("plateau", "learning rate schedule", choices=SCHEDULES)
+    step_size: int = _setting(4, "epochs between reductions, for --sched step", low=1)
+    gamma: float = _setting(0.1, "factor of a reduction, for --sched step", low=1e-9, high=1.0)
+    freeze: bool = _setting(False, "train the head alone, the body stays as it was loaded")
+    seed: int = _setting(0, "number that the head's start and the order of the images are drawn from", low=0, high=2**32 - 1)
+    split_seed: int = _setting(0, "number that --valid-random draws by: the first stage's seed", low=0, high=2**32 - 1)
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("mean", "std"):
+                _check_stats(f.name, value)
+            else:
+                _check(f, value)
+
+    def replace(self, **changes) -> "Settings":
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, facts: dict) -> "Settings":
+        "Raises `UserError` where a setting is missing, unknown or of the wrong kind: the file is not trusted."
+        names = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(facts, dict) or set(facts) != names:
+            odd = sorted(set(facts) ^ names) if isinstance(facts, dict) else ["settings"]
+            raise UserError(f"setting missing or unknown: {', '.join(odd)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+
+
+# What a later stage cannot change. Network and head: the weights have no other meaning.
+# The split: rows that the network was trained on would be validated on.
+FIXED = {"arch": "network", "head": "head", "valid_pct": "split", "valid_random": "split"}
+
+# L2 decay of 0.05 (adam, sgd) is not AdamW's decay of 0.05: it would flatten the network.
+WEIGHT_DECAY = {"adamw": 0.05, "adam": 0.0, "sgd": 0.0}
+
+
+def _check(f, value):
+    kind = type(f.default)
+    right = isinstance(value, kind) or (kind is float and type(value) is int)
+    if not right or (kind is not bool and isinstance(value, bool)):
+        raise UserError(f"{f.name} is {value!r}: {kind.__name__} expected")
+    choices, low, high = (f.metadata[k] for k in ("choices", "low", "high"))
+    if choices and value not in choices:
+        raise UserError(f"{f.name} is {value!r}: one of {', '.join(choices)} expected")
+    if kind in (int, float):
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            raise UserError(f"{f.name} is {value}: a number {_range(low, high)} expected")
+
+
+def _range(low, high):
+    return f"from {low} to {high}" if high is not None else f"of at least {low}"
+
+
+def _check_stats(name, value):
+    right = isinstance(value, tuple) and len(value) == 3
+    if not right or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
+        raise UserError(f"{name} is {value!r}: three numbers expected")
+    if name == "std" and min(value) <= 0:
+        raise UserError(f"std is {value!r}: numbers above 0 expected")

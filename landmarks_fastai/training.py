@@ -1,0 +1,171 @@
+"""A Learner, and one stage of training.
+
+A stage fits, keeps the best epoch by the contest's score on the validation rows, and leaves
+NAME_best.pth, NAME_best.json, NAME_history.csv and NAME_results.png in the output folder.
+"""
+
+import os
+import shlex
+from functools import partial
+from pathlib import Path
+
+import torch
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.progress import CSVLogger
+from fastai.callback.training import BnFreeze
+from fastai.learner import Learner, ValueMetric
+from fastai.losses import MSELossFlat
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import params, set_seed
+
+from landmarks_fastai import callbacks, drawing
+from landmarks_fastai.checkpoint import Checkpoint, Run, read_checkpoint, write_checkpoint
+from landmarks_fastai.data import load_data
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.metrics import stage_metrics
+from landmarks_fastai.models import build_model, input_stats, load_weights
+from landmarks_fastai.settings import Settings
+
+RESULTS_SHOWN = 6  # faces in NAME_results.png
+
+
+def optimiser(settings: Settings):
+    """The `opt_func` of a Learner: PyTorch's own optimiser through fastai's `OptimWrapper`.
+
+    fastai's Adam has no amsgrad, which the seed's has. Through the wrapper every parameter decays, biases and norms
+    too (`wd_bn_bias` has no effect there): that is what the seed's PyTorch loop did, and it is kept.
+    """
+    wd = settings.wd
+    return {
+        "adamw": partial(OptimWrapper, opt=partial(torch.optim.AdamW, amsgrad=True, weight_decay=wd)),
+        "adam": partial(OptimWrapper, opt=partial(torch.optim.Adam, amsgrad=True, weight_decay=wd)),
+        "sgd": partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9, weight_decay=wd)),
+    }[settings.opt]
+
+
+def scheduler(settings: Settings) -> list:
+    "The callbacks that change the rate between epochs."
+    if settings.sched == "plateau":
+        return [callbacks.PlateauLR()]
+    return [callbacks.StepLR(settings.step_size, settings.gamma)] if settings.sched == "step" else []
+
+
+def body_and_head(model) -> list:
+    "The splitter: two parameter groups, so that the body can be frozen."
+    return [params(model[0]), params(model[1])]
+
+
+def make_learner(
+    settings: Settings,
+    dls,  # as `data.make_dataloaders` gives them
+    model,  # as `models.build_model` gives it
+    out=".",  # folder of the run's files
+) -> Learner:
+    "A Learner on the contest's score; `learn.show_results` draws truth beside prediction."
+    learn = Learner(
+        dls,
+        model,
+        loss_func=MSELossFlat(),
+        opt_func=optimiser(settings),
+        lr=settings.lr,
+        wd=settings.wd,
+        wd_bn_bias=True,
+        train_bn=False,
+        splitter=body_and_head,
+        metrics=stage_metrics(settings.size),
+        cbs=[callbacks.CarryMaps(), callbacks.OrderByEpoch(), ChannelsLast()],
+        path=Path(out),
+        model_dir=".",
+    )
+    learn.metrics = [*learn.metrics, ValueMetric(lambda: learn.opt.hypers[-1]["lr"], "lr")]
+    learn.progress_cbs = callbacks.show_progress(learn)
+    if settings.freeze:
+        learn.freeze()
+        learn.add_cb(BnFreeze())  # else the frozen body's running means would go on moving
+    return learn
+
+
+def first_stage(
+    settings: Settings,  # n_points, mean and std are taken from the data and the network
+    weights: str,  # imagenet, none, or a file
+    device: str,
+    workers: int | None,
+    out,
+) -> tuple[Learner, Settings]:
+    "A Learner with a fresh head on the data that the settings name, and the settings made whole."
+    mean, std = input_stats(settings.arch)
+    settings = settings.replace(mean=mean, std=std, split_seed=settings.seed)
+    labels, dls = load_data(settings, device, workers)
+    settings = settings.replace(n_points=labels.n_points)
+    set_seed(settings.seed, reproducible=True)
+    model = build_model(settings.arch, settings.head, settings.n_points, settings.size)
+    load_weights(model, settings.arch, weights, settings.size)
+    return make_learner(settings, dls, model, out), settings
+
+
+def later_stage(
+    checkpoint: Checkpoint,
+    settings: Settings,  # of the new stage
+    device: str,
+    workers: int | None,
+    out,
+) -> Learner:
+    "A Learner that has loaded the best of the stage before."
+    labels, dls = load_data(settings, device, workers)
+    if labels.n_points != settings.n_points:
+        raise UserError(f"{labels.csv} has {labels.n_points} points, {checkpoint.path} was trained on {settings.n_points}")
+    set_seed(settings.seed, reproducible=True)
+    model = build_model(settings.arch, settings.head, settings.n_points, settings.size)
+    checkpoint.tensors(model)  # refuses what does not fit, in one line, before fastai reads the file again
+    learn = make_learner(settings, dls, model, out)
+    return load_best(learn, checkpoint.path)
+
+
+def load_best(learn: Learner, path: Path) -> Learner:
+    "`learn.load`: fastai adds the .pth itself, and reads tensors only."
+    return learn.load(os.path.abspath(path)[: -len(".pth")], with_opt=False)
+
+
+def score_loaded(learn: Learner, before: Checkpoint, settings: Settings, run: Run) -> float:
+    "Score what was loaded and make it the run's best so far: a stage never ends with worse than it was given."
+    _, score, nme, *_ = learn.validate()
+    print(f"loaded: score {score:.6g} on the validation rows; its stage reported {before.score:.6g}")
+    write_checkpoint(run, learn.model, settings, score, nme, -1)
+    return score
+
+
+def fit_stage(
+    learn: Learner,
+    settings: Settings,
+    run: Run,
+    to_beat: float | None = None,  # score of the loaded model; None in a first stage
+) -> Checkpoint:
+    "Fit, load the best again, draw it. Raises `UserError` where no epoch gave a finite score."
+    watch = callbacks.StopOnNaN()
+    save = callbacks.SaveBest(run, settings, to_beat)
+    history = CSVLogger(run.file("history.csv").name)
+    learn.fit(settings.epochs, lr=settings.lr, wd=settings.wd, cbs=[watch, save, history, *scheduler(settings), *learn.progress_cbs])
+    where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
+    if not run.file("best.pth").exists():
+        raise UserError(f"{where or 'no epoch gave a score'}: nothing was saved; try a lower -lr")
+    if where:
+        print(f"warning: {where}; the best before it is kept; try a lower -lr")
+    best = read_checkpoint(run.file("best.pth"))
+    load_best(learn, best.path)
+    learn.show_results(max_n=RESULTS_SHOWN)
+    drawing.save_figure(run.file("results.png"))
+    return best
+
+
+def report(run: Run, best: Checkpoint, device: str) -> str:
+    "What a stage says last."
+    when = f"epoch {best.epoch}" if best.epoch >= 0 else "the loaded model, which no epoch beat"
+    out = "" if run.out == Path("runs") else f" --out {shlex.quote(str(run.out))}"
+    gpu = " --gpu" if device == "cuda" else ""
+    pm = f"-pm {shlex.quote(run.file('best.pth').name)}{out}{gpu}"
+    return (
+        f"run {run.name}: score {best.score:.6g}, nme {best.nme:.4g} ({when})\n"
+        f"look at {run.file('results.png')}; epochs in {run.file('history.csv')}\n"
+        f"next stage:  python finetune.py {pm}\n"
+        f"submission:  python predict.py {pm}"
+    )

@@ -1,0 +1,25 @@
+#!/usr/bin/env python
+"The submission: `python predict.py -pm NAME_best.pth` predicts the test images' points."
+
+from landmarks_fastai import cli
+
+
+def main():
+    args = cli.predict_arguments()
+
+    from landmarks_fastai.checkpoint import claim_output, find_checkpoint
+    from landmarks_fastai.inference import predict_test
+
+    device = cli.device(args)
+    checkpoint = find_checkpoint(args.pretrained_model, args.out)
+    typed = cli.given(args)
+    cli.check_fixed(typed, checkpoint.settings, ["arch", "head", "size", "fit"])
+    run = claim_output(args.out, checkpoint.name)
+    data = typed.get("data", checkpoint.settings.data)
+    batch_size = typed.get("batch_size", checkpoint.settings.batch_size)
+    n = predict_test(checkpoint, data, run, args.rounding, device, batch_size, args.workers, cli.bar)
+    print(f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}")
+
+
+if __name__ == "__main__":
+    cli.run_door(main)

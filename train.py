@@ -1,0 +1,27 @@
+#!/usr/bin/env python
+"The first stage: `python train.py -d DIR`; `python train.py` alone trains on drawn faces."
+
+from landmarks_fastai import cli
+
+
+def main():
+    args = cli.train_arguments()
+    drawn = args.data is None
+    settings = cli.first_settings(args, drawn)
+
+    from landmarks_fastai.checkpoint import claim_run
+    from landmarks_fastai.training import first_stage, fit_stage, report
+
+    device = cli.device(args)
+    run = claim_run(args.out, args.name, f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}", args.overwrite)
+    weights = args.weights or ("none" if drawn else "imagenet")
+    if drawn:
+        settings = cli.drawn_faces(settings, args.out, weights)
+    print(f"run {run.name}")
+    learn, settings = first_stage(settings, weights, device, args.workers, args.out)
+    best = fit_stage(learn, settings, run)
+    print(report(run, best, device))
+
+
+if __name__ == "__main__":
+    cli.run_door(main)
