@@ -18,7 +18,9 @@ def main():
     data = typed.get("data", checkpoint.settings.data)
     batch_size = typed.get("batch_size", checkpoint.settings.batch_size)
     n = predict_test(checkpoint, data, run, args.rounding, device, batch_size, args.workers, cli.bar)
-    print(f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}")
+    print(
+        f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}"
+    )
 
 
 if __name__ == "__main__":

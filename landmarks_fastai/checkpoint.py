@@ -48,7 +48,9 @@ def claim_run(
             k += 1
         return run
     if not name or name in (".", "..") or re.search(r'[/\\:*?"<>|\0]', name):
-        raise UserError(f"-n {name!r} is no plain file name: runs are written into {out}, choose a name without / \\ : * ? \" < > |")
+        raise UserError(
+            f'-n {name!r} is no plain file name: runs are written into {out}, choose a name without / \\ : * ? " < > |'
+        )
     run = Run(out, name)
     if run.taken and not overwrite:
         raise UserError(f"-n {name}: {out} already has a run of that name: choose another, or --overwrite to mean it")
@@ -134,7 +136,9 @@ def read_checkpoint(path) -> Checkpoint:
     try:
         facts = json.loads(beside.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{beside} not found: a checkpoint is a .pth and the .json that its stage wrote beside it") from None
+        raise UserError(
+            f"{beside} not found: a checkpoint is a .pth and the .json that its stage wrote beside it"
+        ) from None
     except (OSError, ValueError) as e:
         raise UserError(f"{beside} cannot be read: {e}") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:

@@ -55,12 +55,16 @@ def _add_settings(parser, title, names, defaults=None):
 def _add_machine(parser):
     group = parser.add_argument_group("machine")
     group.add_argument("--gpu", action="store_true", help="use the GPU (default: off; without one the CPU goes on)")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that decode images (default: by the machine's cores)")
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="processes that decode images (default: by the machine's cores)"
+    )
     group.add_argument("--out", default=OUT, metavar="DIR", help=f"folder that the run's files go to (default: {OUT})")
 
 
 def _add_name(group):
-    group.add_argument("-n", "--name", help="name of the run, and so of its files (default: a free one made from its settings)")
+    group.add_argument(
+        "-n", "--name", help="name of the run, and so of its files (default: a free one made from its settings)"
+    )
     group.add_argument("--overwrite", action="store_true", help="allow -n to name a run that is there already")
 
 
@@ -74,10 +78,12 @@ def train_arguments(argv=None):
     )
     data = _add_settings(parser, "data", ["data", "valid_pct", "valid_random"], {"data": "drawn faces"})
     _add_name(data)
-    network = _add_settings(parser, "network", ["arch", "head", "freeze", "size", "fit"])
+    network = _add_settings(parser, "network", ["arch", "head", "start", "freeze", "size", "fit"])
     network.add_argument("--weights", metavar="W", help="what the body starts from: imagenet, none, or a .safetensors or .pth file "
                          "(default: imagenet; drawn faces: none)")  # fmt: skip
-    _add_settings(parser, "training", ["batch_size", "epochs", "lr", "opt", "wd", "sched", "step_size", "gamma", "seed"])
+    _add_settings(
+        parser, "training", ["batch_size", "epochs", "lr", "opt", "wd", "sched", "step_size", "gamma", "seed"]
+    )
     _add_machine(parser)
     return parser.parse_args(argv)
 
@@ -93,12 +99,17 @@ def finetune_arguments(argv=None):
     its = "the checkpoint's"
     training = _add_settings(
         parser, "training", ["epochs", "lr", "batch_size", "data", "opt", "wd", "sched", "step_size", "gamma", "freeze", "seed"],
-        {n: its for n in ("batch_size", "data", "opt", "wd", "sched", "step_size", "gamma")}
+        dict.fromkeys(("batch_size", "data", "opt", "wd", "sched", "step_size", "gamma"), its)
         | {"epochs": FINETUNE_EPOCHS, "lr": f"{FINETUNE_RATE} of the rate that the stage before began with"}
         | {"seed": "one above the checkpoint's"},
     )  # fmt: skip
     _add_name(training)
-    _add_settings(parser, "must agree with the checkpoint", FIXED | {"size": 0, "fit": 0}, dict.fromkeys([*FIXED, "size", "fit"], its))
+    _add_settings(
+        parser,
+        "must agree with the checkpoint",
+        FIXED | {"size": 0, "fit": 0},
+        dict.fromkeys([*FIXED, "size", "fit"], its),
+    )
     _add_machine(parser)
     return parser.parse_args(argv)
 
@@ -111,7 +122,9 @@ def predict_arguments(argv=None):
         "NAME_points.npy (every point of every image, in pixels of the image as stored) and NAME_points.json (its file names).",
     )
     _add_checkpoint(parser)
-    _add_settings(parser, "data", ["data", "batch_size"], {"data": "the checkpoint's", "batch_size": "the checkpoint's"})
+    _add_settings(
+        parser, "data", ["data", "batch_size"], {"data": "the checkpoint's", "batch_size": "the checkpoint's"}
+    )
     parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, default=ROUNDINGS[0],
                         help=f"how submitted coordinates become whole (default: {ROUNDINGS[0]})")  # fmt: skip
     _add_settings(parser, "must agree with the checkpoint", ["arch", "head", "size", "fit"],
@@ -142,7 +155,12 @@ def next_settings(args, before: Settings) -> Settings:
     "The settings of a later stage. Raises `UserError` for a flag that contradicts what cannot change."
     typed = given(args)
     check_fixed(typed, before, [*FIXED, "size", "fit"])
-    changes = {"epochs": FINETUNE_EPOCHS, "lr": before.lr * FINETUNE_RATE, "seed": (before.seed + 1) % 2**32, "freeze": False}
+    changes = {
+        "epochs": FINETUNE_EPOCHS,
+        "lr": before.lr * FINETUNE_RATE,
+        "seed": (before.seed + 1) % 2**32,
+        "freeze": False,
+    }
     if typed.get("opt", before.opt) != before.opt:
         changes["wd"] = WEIGHT_DECAY[typed["opt"]]
     if "data" in typed:
@@ -155,10 +173,15 @@ def drawn_faces(settings: Settings, out, weights: str) -> Settings:
     from landmarks_fastai.sample import make_sample
 
     folder = os.path.join(out, "drawn_faces")
-    print(f"no -d: drawing faces into {folder}" if not os.path.isdir(folder) else f"no -d: the drawn faces in {folder}", flush=True)
+    print(
+        f"no -d: drawing faces into {folder}" if not os.path.isdir(folder) else f"no -d: the drawn faces in {folder}",
+        flush=True,
+    )
     make_sample(folder)
     start = "from random weights" if weights == "none" else f"from {weights} weights"
-    print(f"{settings.arch} at {settings.size} px {start}; on your own data the defaults are {Settings.arch} at {Settings.size} px")
+    print(
+        f"{settings.arch} at {settings.size} px {start}; on your own data the defaults are {Settings.arch} at {Settings.size} px"
+    )
     return settings.replace(data=os.path.abspath(folder))
 
 

@@ -181,7 +181,9 @@ def read_submission(csv) -> tuple[list[str], np.ndarray]:
         names.append(fields[0])
         rows.append(values)
     if not names or width % 2 == 0 or width < 3:
-        raise UserError(f"{csv} is no submission: a header file_name,Point_M0_X,Point_M0_Y,… and one line per image expected")
+        raise UserError(
+            f"{csv} is no submission: a header file_name,Point_M0_X,Point_M0_Y,… and one line per image expected"
+        )
     return names, np.stack(rows).reshape(len(rows), -1, 2)
 
 
@@ -194,7 +196,9 @@ def score(
     asked = read_test_points(test_points)
     names, points = read_submission(submission)
     if names != asked.names:
-        k = next((k for k, (a, b) in enumerate(zip(names, asked.names, strict=False)) if a != b), min(len(names), len(asked)))
+        k = next(
+            (k for k, (a, b) in enumerate(zip(names, asked.names, strict=False)) if a != b), min(len(names), len(asked))
+        )
         raise UserError(
             f"{submission} does not answer {test_points}: {len(names)} rows for {len(asked)}, the first that differs is row {k + 1}"
         )

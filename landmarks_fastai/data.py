@@ -6,6 +6,7 @@ A batch is (images, points, maps): the maps carry the metric back to pixels of t
 """
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,8 @@ from fasttransform import ItemTransform
 from PIL import Image
 
 from landmarks_fastai import drawing
-from landmarks_fastai.contest import training_rows
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.geometry import fit_image, pixel_map
+from landmarks_fastai.geometry import fit_image, input_to_unit, pixel_map
 from landmarks_fastai.labels import Labels
 from landmarks_fastai.settings import Settings
 
@@ -36,14 +36,33 @@ def open_image(path, where: str = "") -> Image.Image:
 
     Raises `UserError` naming the file, and `where` it was named, for one that is missing, damaged or cut short.
     """
+    with _image(path, where) as image:
+        return image.convert("RGB")
+
+
+def image_size(path, where: str = "") -> tuple[int, int]:
+    "Width and height of the image as stored; only its header is read. Raises as `open_image`."
+    with _image(path, where) as image:
+        return image.size
+
+
+@contextmanager
+def _image(path, where):
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            yield image
     except FileNotFoundError:
         raise UserError(f"{where}image {path} not found") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's several ways to refuse
         why = "cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
-        raise UserError(f"{where}image {path} is {why} ({e}): replace it or remove its line".replace("is cannot", "cannot")) from None
+        raise UserError(
+            f"{where}image {path} is {why} ({e}): replace it or remove its line".replace("is cannot", "cannot")
+        ) from None
+
+
+def where_of(labels: Labels, row: int) -> str:
+    "How an error about a row's image begins."
+    return f"{labels.csv} line {labels.line(row)}: "
 
 
 class RowImage:
@@ -53,8 +72,7 @@ class RowImage:
         self.labels, self.folder = labels, folder
 
     def __call__(self, row: int) -> PILImage:
-        where = f"{self.labels.csv} line {self.labels.line(row)}: "
-        return PILImage.create(open_image(self.folder / self.labels.name(row), where))
+        return PILImage.create(open_image(self.folder / self.labels.name(row), where_of(self.labels, row)))
 
 
 class RowPoints:
@@ -84,14 +102,23 @@ class FitToInput(ItemTransform):
 
 
 class LandmarkDL(TfmdDL):
-    "A `TfmdDL` whose order is a function of (seed, epoch), and which draws points so that they can be judged."
+    """A `TfmdDL` whose order is a function of (seed, epoch), and which draws points so that they can be judged.
 
-    def __init__(self, dataset, seed: int = 0, epoch: int = 0, **kwargs):
-        self.seed, self.epoch = seed, epoch
+    A process that is spawned, not forked (Windows, macOS), gets its loader pickled. fastai's own transforms do not
+    pickle (`PointBlock` wraps a function in a closure), so what is sent is the recipe, and the loader is made anew.
+    """
+
+    def __init__(self, dataset, seed: int = 0, epoch: int = 0, recipe: tuple = (), side: int = 0, **kwargs):
+        self.seed, self.epoch, self.recipe, self.side = seed, epoch, recipe, side
         super().__init__(dataset, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **{"seed": self.seed, "epoch": self.epoch} | kwargs)
+        own = {k: getattr(self, k) for k in ("seed", "epoch", "recipe", "side")}
+        return super().new(dataset, cls, **own | kwargs)
+
+    def __reduce__(self):
+        batches = {"bs": self.bs, "drop_last": self.drop_last}
+        return _loader_again, (self.recipe, self.side, batches, self._DataLoader__idxs)
 
     def shuffle_fn(self, idxs):
         return np.random.default_rng([self.seed, self.epoch]).permutation(np.asarray(idxs)).tolist()
@@ -110,6 +137,13 @@ class LandmarkDL(TfmdDL):
         return (images * normalise.std + normalise.mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def _loader_again(recipe, side, batches, idxs):
+    "In a spawned worker: the loader that `recipe` made, in the order that the main process drew."
+    dl = make_dataloaders(*recipe, workers=0)[side].new(**batches)
+    dl._DataLoader__idxs = idxs
+    return dl
+
+
 def split_rows(n: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     "Rows to train on and to validate on: the last `valid_pct` of the file, as the seed's, or as many at random."
     n_train = int(n * (1 - settings.valid_pct) + 1e-9)
@@ -117,6 +151,22 @@ def split_rows(n: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     if settings.valid_random:
         rows = np.random.default_rng(settings.split_seed).permutation(n)
     return np.sort(rows[:n_train]), np.sort(rows[n_train:])
+
+
+def mean_shape(settings: Settings, labels: Labels, folder: Path, at_most: int = 2000) -> np.ndarray:
+    """The training rows' mean landmarks, (n_points, 2) unit coordinates of the input.
+
+    Taken from at most 2,000 rows, evenly spaced: only the images' headers are read, and a mean of more moves by
+    less than a hundredth of a face.
+    """
+    rows, _ = split_rows(len(labels), settings)
+    rows = rows[:: max(1, -(-len(rows) // at_most))]
+    total = np.zeros((labels.n_points, 2))
+    for row in rows:
+        width, height = image_size(folder / labels.name(row), where_of(labels, row))
+        to_input = pixel_map(width, height, settings.fit, settings.size)
+        total += input_to_unit(to_input.to_input(labels.points(row).astype(np.float64)), settings.size)
+    return total / len(rows)
 
 
 class Split:
@@ -147,15 +197,15 @@ def make_dataloaders(
 ):
     """Training and validation `DataLoaders` of the labels' rows.
 
-    Raises `UserError` where the rows are too few for a batch (a short last training batch is dropped) or for a split.
+    Raises `UserError` where the rows are too few for a batch: a short last training batch is dropped.
     """
-    train, valid = split_rows(len(labels), settings)
+    train, _ = split_rows(len(labels), settings)
+    if not len(train):
+        raise UserError(f"{labels.csv}: {len(labels)} rows leave none to train on: lower --valid-pct or add rows")
     if len(train) < settings.batch_size:
         raise UserError(
-            f"{labels.csv}: {len(train)} training rows make no batch of {settings.batch_size}: use -b {max(1, len(train))}"
+            f"{labels.csv}: {len(train)} training rows make no batch of {settings.batch_size}: use -b {len(train)}"
         )
-    if not len(valid):
-        raise UserError(f"{labels.csv}: no row is left for validation: raise --valid-pct or add rows")
     block = DataBlock(
         blocks=(ImageBlock, PointBlock),
         dl_type=LandmarkDL,
@@ -170,13 +220,9 @@ def make_dataloaders(
         labels,
         bs=settings.batch_size,
         seed=settings.seed,
+        recipe=(settings, labels, folder),
+        dl_kwargs=[{"side": 0}, {"side": 1}],
         num_workers=default_workers(device) if workers is None else workers,
         device=torch.device(device),
         pin_memory=device == "cuda",
     )
-
-
-def load_data(settings: Settings, device: str = "cpu", workers: int | None = None):
-    "The data folder's labels and DataLoaders: (labels, dls)."
-    labels, folder = training_rows(settings.data)
-    return labels, make_dataloaders(settings, labels, folder, device, workers)

@@ -32,7 +32,9 @@ class PixelMap(NamedTuple):
 
     def to_input(self, points):
         "Points (…, n, 2) in pixels of the image as stored -> pixels of the network's input."
-        return _stack(points, points[..., 0] * self.scale_x + self.shift_x, points[..., 1] * self.scale_y + self.shift_y)
+        return _stack(
+            points, points[..., 0] * self.scale_x + self.shift_x, points[..., 1] * self.scale_y + self.shift_y
+        )
 
     def to_image(self, points):
         "Points (…, n, 2) in pixels of the network's input -> pixels of the image as stored."

@@ -101,7 +101,9 @@ def predict_test(
     n_points = checkpoint.settings.n_points
     asked.check_range(n_points)
     check_files(asked.csv, side / "images", zip(asked.lines, asked.names, strict=True))
-    images = FittedImages(side / "images", asked.names, checkpoint.settings.fit, checkpoint.settings.size, LineOf(asked))
+    images = FittedImages(
+        side / "images", asked.names, checkpoint.settings.fit, checkpoint.settings.size, LineOf(asked)
+    )
     batches = predict_batches(checkpoint, images, device, batch_size, workers)
     with (
         whole_file(run.file("points.json")) as names,

@@ -31,7 +31,9 @@ def make_body(arch: str, size: int) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inception and googlenet announce their own initialisation
         try:
-            return _torchvision_body(name, size) if library == "torchvision" else _timm_model(name, size, pretrained=False)
+            return (
+                _torchvision_body(name, size) if library == "torchvision" else _timm_model(name, size, pretrained=False)
+            )
         except (ValueError, AssertionError, RuntimeError) as e:
             raise _wrong_size(name, size, e) from None
 
@@ -48,7 +50,9 @@ def find_arch(arch: str) -> tuple[str, str]:
     import difflib
 
     near = difflib.get_close_matches(name, [*_torchvision_names(), *timm.list_models()], 3)
-    raise UserError(f"--arch {arch}: no such network in torchvision or timm" + (f"; near: {', '.join(near)}" if near else ""))
+    raise UserError(
+        f"--arch {arch}: no such network in torchvision or timm" + (f"; near: {', '.join(near)}" if near else "")
+    )
 
 
 def _torchvision_names():
@@ -87,7 +91,9 @@ def _timm_model(name, size, pretrained):
 
 def _wrong_size(arch, size, error):
     why = str(error).strip().splitlines()
-    return UserError(f"--arch {arch} cannot take an input of {size} px ({why[0] if why else error!r}): choose another --size")
+    return UserError(
+        f"--arch {arch} cannot take an input of {size} px ({why[0] if why else error!r}): choose another --size"
+    )
 
 
 def feature_count(body: nn.Module, arch: str, size: int) -> int:
@@ -133,6 +139,17 @@ def make_head(
     return nn.Sequential(*layers, nn.Linear(n_in, 2 * n_points))
 
 
+def start_at(model: nn.Sequential, shape):
+    """Let the last layer begin at `shape`, (n_points, 2) unit coordinates: its bias is the shape, its weights a tenth.
+
+    The seed's random start spends its first epochs finding the mean face, and each of a thousand outputs for itself.
+    """
+    last = model[1][-1]
+    with torch.no_grad():
+        last.bias.copy_(torch.as_tensor(shape).reshape(-1))
+        last.weight.mul_(0.1)
+
+
 def input_stats(arch: str) -> tuple[tuple, tuple]:
     "The per-channel mean and standard deviation, in 0..1, that the body's ImageNet weights expect."
     library, name = find_arch(arch)
@@ -144,7 +161,11 @@ def input_stats(arch: str) -> tuple[tuple, tuple]:
     from torchvision import models
 
     transforms = models.get_model_weights(name).IMAGENET1K_V1.transforms() if _has_v1(name) else None
-    return (tuple(transforms.mean), tuple(transforms.std)) if transforms else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return (
+        (tuple(transforms.mean), tuple(transforms.std))
+        if transforms
+        else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
 
 
 def _has_v1(name):

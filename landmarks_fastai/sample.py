@@ -1,4 +1,5 @@
 """Make a set of drawn faces with exact landmarks in the contest's layout: `python -m landmarks_fastai.sample DIR`."""
+
 from __future__ import annotations
 
 import argparse
@@ -18,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.faces import draw_face, mirror_pairs
+from landmarks_fastai.faces import draw_face
+from landmarks_fastai.head import mirror_pairs
 
 __all__ = ["draw_face", "main", "make_sample", "mirror_pairs"]
 
@@ -104,8 +106,14 @@ def _check(recipe: dict) -> None:
 
 
 def make_sample(
-    folder: str | os.PathLike, n_train: int = 800, n_test: int = 100, n_points: int = 971, seed: int = 0,
-    n_asked: int = 30, processes: int | None = None, progress: Callable[[int, int], object] | None = None,
+    folder: str | os.PathLike,
+    n_train: int = 800,
+    n_test: int = 100,
+    n_points: int = 971,
+    seed: int = 0,
+    n_asked: int = 30,
+    processes: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Path:
     """Write drawn faces in the contest's layout into folder and return it; the test side's truth is written as well.
 
@@ -113,8 +121,14 @@ def make_sample(
     give the same bytes, whatever `processes` (default: one a core). A folder that already holds this set is kept.
     """
     folder = Path(folder)
-    recipe = {"format": FORMAT, "n_train": int(n_train), "n_test": int(n_test), "n_points": int(n_points),
-              "n_asked": int(n_asked), "seed": int(seed)}
+    recipe = {
+        "format": FORMAT,
+        "n_train": int(n_train),
+        "n_test": int(n_test),
+        "n_points": int(n_points),
+        "n_asked": int(n_asked),
+        "seed": int(seed),
+    }
     _check(recipe)
     try:
         if _is_done(folder, recipe):
@@ -139,11 +153,14 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m landmarks_fastai.sample",
         description="Draw faces with exact landmarks, in the layout of Kaggle's Thousand Facial Landmarks.",
         epilog="DIR gets train/images, train/landmarks.csv, test/images, test/test_points.csv and, to score a"
-        " submission, test/landmarks.csv. The same numbers give the same files; a finished set is not drawn again.")
+        " submission, test/landmarks.csv. The same numbers give the same files; a finished set is not drawn again.",
+    )
     parser.add_argument("folder", metavar="DIR", help="folder to make; it must be absent, empty or this very set")
     for flag, dest, default, text in (
-        ("--train", "n_train", 800, "pictures to train on"), ("--test", "n_test", 100, "pictures to predict"),
-        ("--points", "n_points", 971, "landmarks in each face"), ("--seed", "seed", 0, "another seed, other faces"),
+        ("--train", "n_train", 800, "pictures to train on"),
+        ("--test", "n_test", 100, "pictures to predict"),
+        ("--points", "n_points", 971, "landmarks in each face"),
+        ("--seed", "seed", 0, "another seed, other faces"),
     ):
         parser.add_argument(flag, dest=dest, type=int, default=default, metavar="N", help=f"{text} (default {default})")
     args = vars(parser.parse_args(argv))

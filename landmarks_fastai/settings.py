@@ -8,6 +8,7 @@ from landmarks_fastai.errors import UserError
 
 FITS = ("crop", "pad", "squish")  # `pixel_map` in geometry.py says what each does
 OPTIMISERS = ("adamw", "adam", "sgd")
+STARTS = ("mean", "random")
 SCHEDULES = ("plateau", "step", "none")
 ROUNDINGS = ("nearest", "floor", "none")
 
@@ -21,12 +22,13 @@ def _setting(default, about, choices=None, low=None, high=None):
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are the seed's: its published command line, and its code where that is silent.
-
-    """
+    """The defaults are the seed's: its published command line, and its code where that is silent."""
 
     arch: str = _setting("resnext50_32x4d", "network: any torchvision or timm name; timm:NAME where both have it")
     head: str = _setting("linear", "layers between body and points: linear, or a list like 512,bn,relu,drop0.5")
+    start: str = _setting(
+        "mean", "the last layer starts at the training rows' mean shape, or at random", choices=STARTS
+    )
     size: int = _setting(128, "side of the network's square input, in pixels", low=8, high=4096)
     fit: str = _setting("crop", "how an image becomes that square", choices=FITS)
     n_points: int = _setting(0, "landmarks of an image; the data's own number", low=0)
@@ -44,7 +46,9 @@ class Settings:
     step_size: int = _setting(4, "epochs between reductions, for --sched step", low=1)
     gamma: float = _setting(0.1, "factor of a reduction, for --sched step", low=1e-9, high=1.0)
     freeze: bool = _setting(False, "train the head alone, the body stays as it was loaded")
-    seed: int = _setting(0, "number that the head's start and the order of the images are drawn from", low=0, high=2**32 - 1)
+    seed: int = _setting(
+        0, "number that the head's start and the order of the images are drawn from", low=0, high=2**32 - 1
+    )
     split_seed: int = _setting(0, "number that --valid-random draws by: the first stage's seed", low=0, high=2**32 - 1)
 
     def __post_init__(self):

@@ -20,10 +20,11 @@ from fastai.torch_core import params, set_seed
 
 from landmarks_fastai import callbacks, drawing
 from landmarks_fastai.checkpoint import Checkpoint, Run, read_checkpoint, write_checkpoint
-from landmarks_fastai.data import load_data
+from landmarks_fastai.contest import training_rows
+from landmarks_fastai.data import make_dataloaders, mean_shape
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.metrics import stage_metrics
-from landmarks_fastai.models import build_model, input_stats, load_weights
+from landmarks_fastai.models import build_model, input_stats, load_weights, start_at
 from landmarks_fastai.settings import Settings
 
 RESULTS_SHOWN = 6  # faces in NAME_results.png
@@ -95,11 +96,14 @@ def first_stage(
     "A Learner with a fresh head on the data that the settings name, and the settings made whole."
     mean, std = input_stats(settings.arch)
     settings = settings.replace(mean=mean, std=std, split_seed=settings.seed)
-    labels, dls = load_data(settings, device, workers)
+    labels, folder = training_rows(settings.data)
     settings = settings.replace(n_points=labels.n_points)
+    dls = make_dataloaders(settings, labels, folder, device, workers)
     set_seed(settings.seed, reproducible=True)
     model = build_model(settings.arch, settings.head, settings.n_points, settings.size)
     load_weights(model, settings.arch, weights, settings.size)
+    if settings.start == "mean":
+        start_at(model, mean_shape(settings, labels, folder))
     return make_learner(settings, dls, model, out), settings
 
 
@@ -111,9 +115,12 @@ def later_stage(
     out,
 ) -> Learner:
     "A Learner that has loaded the best of the stage before."
-    labels, dls = load_data(settings, device, workers)
+    labels, folder = training_rows(settings.data)
     if labels.n_points != settings.n_points:
-        raise UserError(f"{labels.csv} has {labels.n_points} points, {checkpoint.path} was trained on {settings.n_points}")
+        raise UserError(
+            f"{labels.csv} has {labels.n_points} points, {checkpoint.path} was trained on {settings.n_points}"
+        )
+    dls = make_dataloaders(settings, labels, folder, device, workers)
     set_seed(settings.seed, reproducible=True)
     model = build_model(settings.arch, settings.head, settings.n_points, settings.size)
     checkpoint.tensors(model)  # refuses what does not fit, in one line, before fastai reads the file again
@@ -144,7 +151,12 @@ def fit_stage(
     watch = callbacks.StopOnNaN()
     save = callbacks.SaveBest(run, settings, to_beat)
     history = CSVLogger(run.file("history.csv").name)
-    learn.fit(settings.epochs, lr=settings.lr, wd=settings.wd, cbs=[watch, save, history, *scheduler(settings), *learn.progress_cbs])
+    learn.fit(
+        settings.epochs,
+        lr=settings.lr,
+        wd=settings.wd,
+        cbs=[watch, save, history, *scheduler(settings), *learn.progress_cbs],
+    )
     where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
     if not run.file("best.pth").exists():
         raise UserError(f"{where or 'no epoch gave a score'}: nothing was saved; try a lower -lr")

@@ -1,4 +1,5 @@
 """Drawn faces: files, repeatability, the layout's symmetry, and landmarks that sit where the picture says."""
+
 import csv
 import json
 import re
@@ -46,7 +47,8 @@ def bright(image, xy):
         return np.nan
     g, f = np.asarray(xy) - [j, i]
     return (1 - f) * ((1 - g) * image[i, j] + g * image[i, j + 1]) + f * (
-        (1 - g) * image[i + 1, j] + g * image[i + 1, j + 1])
+        (1 - g) * image[i + 1, j] + g * image[i + 1, j + 1]
+    )
 
 
 def steepest(profiles):
@@ -147,8 +149,14 @@ def test_wrong_numbers(wrong, tmp_path):
 
 def test_command(tmp_path):
     def run(*args):
-        return subprocess.run([sys.executable, "-m", "landmarks_fastai.sample", *args], cwd=ROOT, capture_output=True,
-                              text=True, encoding="utf-8", env={"PYTHONIOENCODING": "utf-8"})
+        return subprocess.run(
+            [sys.executable, "-m", "landmarks_fastai.sample", *args],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env={"PYTHONIOENCODING": "utf-8"},
+        )
 
     folder = str(tmp_path / "мои лица")
     done = run(folder, "--train", "2", "--test", "1", "--points", "7")
@@ -245,8 +253,9 @@ def test_pupils_are_the_darkest_place_of_the_eye():
     mean = dict(zip(steps, np.nanmean(seen, axis=0), strict=True))
     centre = mean.pop((0, 0))
     assert centre < 0.7 * min(mean.values())
-    whites = np.nanmean([bright(gray, p[PUPIL + k] * 0.3 + p[end + k] * 0.7) for gray, p, k in eyes()
-                         for end in (OUTER, INNER)])
+    whites = np.nanmean(
+        [bright(gray, p[PUPIL + k] * 0.3 + p[end + k] * 0.7) for gray, p, k in eyes() for end in (OUTER, INNER)]
+    )
     assert centre < 0.5 * whites
 
 

@@ -1,0 +1,68 @@
+"What the tests share: a small drawn set with 68 points, and the doors, run in this process as a person types them."
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+os.environ["MPLBACKEND"] = "Agg"  # before anything draws
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the doors are scripts beside the package, not modules of it
+
+import pytest  # noqa: E402
+
+N_POINTS, N_TRAIN, N_TEST = 68, 40, 6
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    "A drawn set that no test may change."
+    from landmarks_fastai.sample import make_sample
+
+    return make_sample(tmp_path_factory.mktemp("drawn") / "faces", N_TRAIN, N_TEST, N_POINTS, seed=5, n_asked=7, processes=1)
+
+
+@pytest.fixture
+def data(drawn, tmp_path):
+    "A copy of the drawn set that a test may break."
+    return Path(shutil.copytree(drawn, tmp_path / "data"))
+
+
+@pytest.fixture
+def door(tmp_path, monkeypatch, capsys):
+    "Type a line like `train.py -d data` in an empty folder: (exit code, stdout, stderr)."
+    here = tmp_path / "here"
+    here.mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+
+    def run(line, *more):
+        import importlib
+
+        from landmarks_fastai import cli
+
+        words = shlex.split(line) + [str(m) for m in more]
+        monkeypatch.setattr(sys, "argv", words)
+        code = 0
+        try:
+            cli.run_door(importlib.import_module(words[0].removesuffix(".py")).main)
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+QUICK = "--arch resnet18 --weights none --size 32 -b 8 -e 1 --workers 0"
+
+
+def csv_lines(path):
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
+def edit_line(path, number, change):
+    "Rewrite line `number` (the header is 1) of a text file."
+    lines = csv_lines(path)
+    lines[number - 1] = change(lines[number - 1])
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

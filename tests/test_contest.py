@@ -1,0 +1,131 @@
+"The contest's files: what is asked is parsed and never evaluated, what is written reads back, what is scored is the contest's score."
+
+import os
+
+import numpy as np
+import pytest
+
+from landmarks_fastai import contest
+from landmarks_fastai.errors import UserError
+
+HEADER = "file_name\tpoint_index_list\n"
+
+
+def ask(tmp_path, *rows):
+    csv = tmp_path / "test_points.csv"
+    csv.write_text(HEADER + "".join(f"{r}\n" for r in rows), encoding="utf-8")
+    return csv
+
+
+def test_lists_are_parsed(tmp_path):
+    asked = contest.read_test_points(ask(tmp_path, "a.jpg\t[742, 385]", "б б.jpg\t[0,7]", 'c.jpg\t"[ 1 , 2 ]"'))
+    assert asked.names == ["a.jpg", "б б.jpg", "c.jpg"] and asked.indices.tolist() == [[742, 385], [0, 7], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "a.jpg", "a.jpg\t", "a.jpg\t[]", "a.jpg\t[1, -2]", "a.jpg\t[1, 2", "a.jpg\t[1; 2]", "a.jpg\t[1, 2.5]", "\t[1, 2]",
+        "a.jpg\t[1, 9999999999]", "a.jpg\t[1, 2, 3]", "a.jpg\t__import__('os').system('touch evaluated')",
+        "a.jpg\t[x for x in (1, 2)]", "a.jpg\t[1, 2]; 3",
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_with_its_line(tmp_path, monkeypatch, row):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="test_points.csv line 3: "):
+        contest.read_test_points(ask(tmp_path, "z.jpg\t[1, 2]", row))
+    assert os.listdir(tmp_path) == ["test_points.csv"]
+
+
+def test_an_index_out_of_range_is_named_with_its_line(tmp_path):
+    asked = contest.read_test_points(ask(tmp_path, "a.jpg\t[1, 67]", "b.jpg\t[68, 2]"))
+    asked.check_range(69)
+    with pytest.raises(UserError, match=r"line 3: point index 68 .* 68 points \(0 to 67\)"):
+        asked.check_range(68)
+
+
+@pytest.mark.parametrize("name", ["../out.jpg", "/etc/passwd", "C:\\x.jpg", "a/../../out.jpg", "..\\out.jpg", "link.jpg"])
+def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path, name):
+    images = tmp_path / "images"
+    images.mkdir()
+    (tmp_path / "out.jpg").touch()
+    (images / "link.jpg").symlink_to(tmp_path / "out.jpg")
+    with pytest.raises(UserError, match="x.csv line 2: file name .* leaves the image folder"):
+        contest.check_files(tmp_path / "x.csv", images, [(2, name)])
+
+
+def test_the_image_folder_itself_may_be_a_link_and_missing_images_are_counted(tmp_path):
+    real = tmp_path / "real"
+    (real / "deeper").mkdir(parents=True)
+    (real / "a.jpg").touch()
+    (real / "deeper" / "b.jpg").touch()
+    (real / "c.jpg").symlink_to("a.jpg")  # stays inside
+    images = tmp_path / "images"
+    images.symlink_to(real)
+    contest.check_files(tmp_path / "x.csv", images, [(2, "a.jpg"), (3, "deeper/b.jpg"), (4, "c.jpg")])
+    with pytest.raises(UserError, match=r"x.csv line 3: image gone.jpg not found .*\(2 images are missing in all\)"):
+        contest.check_files(tmp_path / "x.csv", images, [(2, "a.jpg"), (3, "gone.jpg"), (4, "gone2.jpg")])
+
+
+def test_rounding():
+    points = np.array([[1.5, -1.2], [2.6, 0.4]])
+    assert contest.round_points(points, "nearest").tolist() == [[2, -1], [3, 0]]
+    assert contest.round_points(points, "floor").tolist() == [[1, -2], [2, 0]]
+    assert contest.round_points(points, "none").tolist() == points.tolist()
+
+
+def test_a_submission_reads_back_equal_and_has_the_contest_s_form(tmp_path):
+    points = np.random.default_rng(0).normal(100, 60, (5, 3, 2)).astype(np.float32)
+    names = [f"a,{i}.jpg" for i in range(5)]
+    csv = tmp_path / "s.csv"
+    csv.write_text(contest.submission_header(3) + "".join(map(contest.submission_line, names, points)), encoding="utf-8")
+    assert csv.read_text().splitlines()[0] == (
+        "file_name,Point_M0_X,Point_M0_Y,Point_M1_X,Point_M1_Y,Point_M2_X,Point_M2_Y"
+    )
+    read_names, read = contest.read_submission(csv)
+    assert read_names == names and (read.astype(np.float32) == points).all()
+    assert contest.submission_line("b.jpg", np.array([[3.0, -0.0]])) == "b.jpg,3,0\n"
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    (tmp_path / "old").write_text("old")
+    with pytest.raises(ZeroDivisionError), contest.whole_file(tmp_path / "old") as f:
+        f.write("half")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ["old"] and (tmp_path / "old").read_text() == "old"
+
+
+@pytest.fixture
+def scored(tmp_path):
+    truth = tmp_path / "landmarks.csv"
+    truth.write_text("file_name\tx0\ty0\tx1\ty1\tx2\ty2\nb.jpg\t10\t20\t30\t40\t50\t60\na.jpg\t1\t2\t3\t4\t5\t6\n")
+    submission = tmp_path / "submission.csv"
+    submission.write_text(contest.submission_header(2) + "a.jpg,5,6,1,2\nb.jpg,33,44,50.5,60\n")
+    return submission, ask(tmp_path, "a.jpg\t[2, 0]", "b.jpg\t[1, 2]"), truth
+
+
+def test_score_by_hand(scored, capsys):
+    "Errors: a 0 0 0 0; b 3 4 0.5 0: (9 + 16 + 0.25) / 8."
+    assert contest.score(*scored) == (9 + 16 + 0.25) / 8
+    assert contest.main(["score", *map(str, scored)]) == 0
+    assert capsys.readouterr().out.strip() == "3.15625"
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "no submission"),
+        ("file_name,x,y\n", "no submission"),
+        ("HEAD\na.jpg,5,6,1,2\n", "1 rows for 2"),
+        ("HEAD\nb.jpg,5,6,1,2\na.jpg,5,6,1,2\n", "row 1"),
+        ("HEAD\na.jpg,5,6,1,2\nb.jpg,5,6,1\n", "line 3"),
+        ("HEAD\na.jpg,5,6,1,nan\nb.jpg,5,6,1,2\n", "line 2"),
+        ("HEAD\na.jpg,5,6,1,x\nb.jpg,5,6,1,2\n", "line 2"),
+        ("file_name,x,y\na.jpg,5,6\nb.jpg,5,6\n", "1 points a row found, 2 asked"),
+    ],
+)
+def test_a_bad_submission_is_not_scored(scored, capsys, text, message):
+    scored[0].write_text(text.replace("HEAD", contest.submission_header(2).strip()))
+    assert contest.main(["score", *map(str, scored)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1

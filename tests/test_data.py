@@ -1,0 +1,148 @@
+"Rows become batches: the same map in training and validation, an order that the seed decides, pixels that are the file's."
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.core import PILImage
+from PIL import Image
+
+from landmarks_fastai.contest import training_rows
+from landmarks_fastai.data import default_workers, make_dataloaders, mean_shape, open_image, split_rows
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import pixel_map
+from landmarks_fastai.metrics import points_in_image
+from landmarks_fastai.settings import FITS, Settings
+
+from .conftest import N_POINTS, N_TRAIN
+
+SETTINGS = Settings(size=48, batch_size=8)
+
+
+def loaders(folder, workers=0, **changes):
+    labels, images = training_rows(folder)
+    return labels, make_dataloaders(SETTINGS.replace(**changes), labels, images, workers=workers)
+
+
+def every(dl):
+    parts = list(zip(*dl, strict=True))
+    return [torch.cat([t.as_subclass(torch.Tensor) for t in p]) for p in parts]
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_batch_s_points_go_back_to_the_file_s(drawn, fit):
+    labels, dls = loaders(drawn, fit=fit)
+    images, points, maps = every(dls.valid)
+    rows = split_rows(N_TRAIN, SETTINGS)[1]
+    assert images.shape == (8, 3, 48, 48) and points.shape == (8, N_POINTS, 2) and len(rows) == 8
+    found = points_in_image(points, maps, 48)
+    assert found.numpy() == pytest.approx(np.stack([labels.points(r) for r in rows]), abs=1e-3)
+
+
+def test_training_and_validation_see_an_image_alike(drawn):
+    "fastai's Resize would crop at random in training: here the same row gives the same pixels on either side."
+    labels, folder = training_rows(drawn)
+    dls = make_dataloaders(SETTINGS, labels, folder, workers=0)
+    items = [dl.after_item(tuple(tl.tfms(3) for tl in dl.dataset.tls)) for dl in dls]
+    for a, b in zip(*items, strict=True):
+        assert torch.equal(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor))
+
+
+def test_points_outside_the_crop_stay_valid_targets(tmp_path):
+    (tmp_path / "train" / "images").mkdir(parents=True)
+    rows = ["file_name\tx\ty"]
+    for i in range(10):
+        Image.new("RGB", (200, 100)).save(tmp_path / "train" / "images" / f"{i}.png")
+        rows.append(f"{i}.png\t-40\t{i}")
+    (tmp_path / "train" / "landmarks.csv").write_text("\n".join(rows) + "\n")
+    _, dls = loaders(tmp_path)
+    _, points, maps = every(dls.valid)
+    assert points[:, :, 0].max() < -1.5
+    assert points_in_image(points, maps, 48)[:, 0].numpy() == pytest.approx(np.array([[-40, 8], [-40, 9]]), abs=1e-3)
+
+
+def test_split_is_the_last_fifth_or_as_many_at_random():
+    train, valid = split_rows(2719, SETTINGS)
+    assert len(train) == 2175 and train.tolist() == list(range(2175)) and valid[-1] == 2718
+    for seed in (1, 2):
+        train, valid = split_rows(100, SETTINGS.replace(valid_random=True, valid_pct=0.3, split_seed=seed))
+        assert sorted([*train, *valid]) == list(range(100)) and len(valid) == 30 and valid.tolist() != list(range(70, 100))
+        assert (split_rows(100, SETTINGS.replace(valid_random=True, valid_pct=0.3, split_seed=seed))[1] == valid).all()
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_and_a_short_batch_is_dropped(drawn):
+    orders = {}
+    for seed, epoch in [(0, 0), (0, 0), (0, 1), (1, 0)]:
+        _, dls = loaders(drawn, seed=seed, batch_size=12)
+        dls.train.epoch = epoch
+        points = every(dls.train)[1]
+        assert len(points) == 24  # of 32 rows
+        key = tuple(points[:, 0, 0].tolist())
+        assert orders.setdefault((seed, epoch), key) == key
+    assert len(set(orders.values())) == 3
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_give_the_same_batches_by_either_start_method(drawn, monkeypatch, method):
+    if method not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    alone = every(loaders(drawn)[1].train)
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method(method, force=True)
+    try:
+        _, dls = loaders(drawn, workers=2 if method == "fork" else 1)  # a spawned worker imports everything again
+        together, valid = every(dls.train), every(dls.valid)
+    finally:
+        torch.multiprocessing.set_start_method(before, force=True)
+    for a, b in zip(alone + every(loaders(drawn)[1].valid), together + valid, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_exif_rotation_is_not_applied(tmp_path):
+    picture = Image.new("RGB", (60, 30))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (60, 30)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.new(mode, (20, 10)).save(path)
+    assert open_image(path).mode == "RGB"
+
+
+def test_bad_images_are_named(drawn, tmp_path):
+    whole = next((drawn / "train" / "images").iterdir()).read_bytes()
+    for content, message in [(b"", "cannot be read as an image"), (b"GIF89a", "cannot"), (whole[: len(whole) // 2], "cut short")]:
+        (tmp_path / "bad.jpg").write_bytes(content)
+        with pytest.raises(UserError, match=f"x.csv line 7: image .*bad.jpg .*{message}"):
+            open_image(tmp_path / "bad.jpg", "x.csv line 7: ")
+
+
+def test_too_few_rows(drawn):
+    with pytest.raises(UserError, match="32 training rows make no batch of 64: use -b 32"):
+        loaders(drawn, batch_size=64)
+    with pytest.raises(UserError, match="40 rows leave none to train on"):
+        loaders(drawn, valid_pct=0.99)
+
+
+def test_mean_shape_is_the_mean_of_the_targets(drawn):
+    labels, folder = training_rows(drawn)
+    points = every(loaders(drawn)[1].train)[1]
+    assert mean_shape(SETTINGS, labels, folder) == pytest.approx(points.mean(0).numpy(), abs=1e-4)
+
+
+def test_default_workers_leave_the_cpu_half_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert (default_workers("cpu"), default_workers("cuda")) == (3, 6)
+
+
+def test_an_image_keeps_its_type_through_the_fit(drawn):
+    labels, folder = training_rows(drawn)
+    from landmarks_fastai.data import FitToInput
+
+    name = labels.name(0)
+    image, points, to_input = FitToInput("crop", 32)((PILImage.create(folder / name), labels.points(0)))
+    assert image.size == (32, 32) and tuple(to_input.tolist()) == pytest.approx(pixel_map(*Image.open(folder / name).size, "crop", 32))
+    assert points.shape == (N_POINTS, 2)

@@ -1,0 +1,180 @@
+"landmarks.csv: what is in it arrives, what is wrong with it is named with its line, and its cache is never wrong."
+
+import os
+import pickle
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from landmarks_fastai import labels as room
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.labels import read_labels
+
+HEADER = "file_name\t" + "\t".join(f"Point_M{k}_{a}" for k in range(3) for a in "XY")
+ROW = "{}.jpg\t1\t2\t3\t4\t5\t6"
+
+
+def write(path, *rows, header=HEADER, end="\n"):
+    path.write_bytes(end.join([header, *rows, ""]).encode())
+    return path
+
+
+@pytest.fixture
+def csv(tmp_path):
+    return write(tmp_path / "landmarks.csv", ROW.format("a"), "b.jpg\t-7\t8\t9\t10\t11\t32767", ROW.format("c"))
+
+
+def test_rows_arrive(csv):
+    labels = read_labels(csv)
+    assert (len(labels), labels.n_points) == (3, 3)
+    assert [labels.name(i) for i in range(3)] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert labels.points(1).tolist() == [[-7, 8], [9, 10], [11, 32767]] and labels.points(1).dtype == np.float32
+    assert [labels.line(i) for i in range(3)] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_and_windows_line_ends_are_passed_over_and_lines_stay_counted(tmp_path, end):
+    csv = write(tmp_path / "l.csv", ROW.format("a"), "", ROW.format("имя с пробелом"), "", end=end)
+    labels = read_labels(csv)
+    assert [labels.name(i) for i in range(2)] == ["a.jpg", "имя с пробелом.jpg"]
+    assert [labels.line(i) for i in range(2)] == [2, 4]
+    assert labels.points(1).tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_a_last_line_without_its_end_counts(tmp_path):
+    csv = tmp_path / "l.csv"
+    csv.write_text(HEADER + "\n" + ROW.format("a") + "\n" + ROW.format("b"))
+    assert read_labels(csv).name(1) == "b.jpg"
+
+
+def test_decimals_anywhere_keep_every_row_exact(tmp_path, monkeypatch):
+    "The first rows go to int16; when decimals come, in a later block, what is written becomes float32."
+    monkeypatch.setattr(room, "BLOCK", 64)
+    rows = [f"{i}.jpg\t{i}\t-{i}\t3\t4\t5\t6" for i in range(300)] + ["x.jpg\t0.25\t2\t3\t4\t5\t-6.5"]
+    labels = read_labels(write(tmp_path / "l.csv", *rows))
+    assert [labels.points(i)[0].tolist() for i in range(300)] == [[i, -i] for i in range(300)]
+    assert labels.points(300).tolist() == [[0.25, 2], [3, 4], [5, -6.5]]
+    assert [labels.name(i) for i in (0, 299, 300)] == ["0.jpg", "299.jpg", "x.jpg"]
+
+
+BAD = {
+    "few": ("b.jpg\t1\t2\t3\t4\t5", "line 3: 6 fields found, 7 expected"),
+    "many": (ROW.format("b") + "\t7", "line 3: 8 fields found, 7 expected"),
+    "text": ("b.jpg\t1\t2\t3\tx4\t5\t6", "line 3: point 1's y is 'x4', a number expected"),
+    "gap": ("b.jpg\t1\t2\t\t4\t5\t6", "line 3: point 1's x is '', a number expected"),
+    "nan": ("b.jpg\t1\t2\tnan\t4\t5\t6", "line 3: point 1's x is 'nan', a number expected"),
+    "infinite": ("b.jpg\t1\t2\t3\t4\t5\t-inf", "line 3: point 2's y is -inf, a number between"),
+    "large": ("b.jpg\t1\t40000\t3\t4\t5\t6", "line 3: point 0's y is 40000, a number between -32767 and 32767"),
+    "huge": ("b.jpg\t1\t2\t3\t4\t5\t99999999999999999999999", "line 3: point 2's y is"),
+    "code": ("b.jpg\t1\t2\t3\t4\t5\t__import__('os')", "line 3: point 2's y is"),
+    "nameless": ("\t1\t2\t3\t4\t5\t6", "line 3: the file name is empty"),
+    "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e+30"),
+}
+
+
+@pytest.mark.parametrize("row,message", BAD.values(), ids=BAD)
+def test_a_bad_row_is_named_with_its_line(tmp_path, row, message):
+    csv = write(tmp_path / "l.csv", ROW.format("a"), row, ROW.format("c"))
+    with pytest.raises(UserError) as e:
+        read_labels(csv)
+    assert str(csv) in str(e.value) and message in str(e.value)
+    assert os.listdir(tmp_path) == ["l.csv"]  # nothing half-written
+
+
+def test_a_bad_row_far_down_has_the_right_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "BLOCK", 100)
+    csv = write(tmp_path / "l.csv", *[ROW.format(i) for i in range(500)], "", "b.jpg\t1\t2\tthree\t4\t5\t6")
+    with pytest.raises(UserError, match="line 503: point 1's x is 'three'"):
+        read_labels(csv)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    csv = tmp_path / "l.csv"
+    csv.write_bytes((HEADER + "\n" + ROW.format("a") + "\n").encode() + b"\xff\xfe.jpg\t1\t2\t3\t4\t5\t6\n")
+    with pytest.raises(UserError, match="line 3: not UTF-8"):
+        read_labels(csv)
+
+
+@pytest.mark.parametrize("text,message", [("", "is empty"), (HEADER + "\n", "no rows"), ("a,b,c\n1,2,3\n", "line 1")])
+def test_files_without_rows(tmp_path, text, message):
+    csv = tmp_path / "l.csv"
+    csv.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_labels(csv)
+    assert os.listdir(tmp_path) == ["l.csv"]
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="not found"):
+        read_labels(tmp_path / "nothing.csv")
+
+
+def cache_of(csv):
+    return csv.with_name(csv.name + ".cache")
+
+
+def test_the_cache_serves_the_next_start_and_no_other_file(csv):
+    read_labels(csv)
+    stamp = cache_of(csv).stat().st_mtime_ns
+    read_labels(csv)
+    assert cache_of(csv).stat().st_mtime_ns == stamp
+    before = csv.stat()
+    text = csv.read_text()
+    csv.write_text(text.replace("b.jpg\t-7", "b.jpg\t-9"))  # as long, and as old as the file was
+    os.utime(csv, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read_labels(csv).points(1)[0, 0] == -9
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"\0" * 5000, lambda b: b[:100]])
+def test_a_torn_or_foreign_cache_is_not_believed(csv, damage):
+    read_labels(csv)
+    cache_of(csv).write_bytes(damage(cache_of(csv).read_bytes()))
+    assert read_labels(csv).points(0).tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_a_read_only_folder_s_cache_goes_to_the_cache_folder(csv, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(room.tempfile, "mkstemp", _refuse_in(csv.parent, room.tempfile.mkstemp))
+    assert len(read_labels(csv)) == 3
+    assert not cache_of(csv).exists() and len(list((tmp_path / "home" / "landmarks_fastai").glob("*.cache"))) == 1
+    assert len(read_labels(csv)) == 3  # found again
+
+
+def _refuse_in(folder, real):
+    "A read-only folder: root, who runs the tests in many containers, is refused by no mode bits."
+
+    def mkstemp(*args, **kwargs):
+        if Path(kwargs["dir"]) == folder:
+            raise PermissionError(13, "Permission denied")
+        return real(*args, **kwargs)
+
+    return mkstemp
+
+
+def test_labels_pickle_as_a_file_name(csv):
+    labels = read_labels(csv)
+    text = pickle.dumps(labels)
+    assert len(text) < 2000 and pickle.loads(text).points(1).tolist() == labels.points(1).tolist()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    "Five times the rows, the same peak but for the names: measured in fresh processes."
+    rows = [f"{i:032d}.jpg\t" + "\t".join(str(v % 300) for v in range(i, i + 400)) for i in range(8000)]
+    header = "file_name\t" + "\t".join(f"c{k}" for k in range(400))
+    peaks, sizes = [], []
+    for n in (1, 5):
+        csv = tmp_path / f"{n}.csv"
+        csv.write_text("\n".join([header, *(rows * n), ""]))
+        sizes.append(csv.stat().st_size)
+        # VmHWM: unlike getrusage's figure it begins anew with the process, not with its parent's
+        code = (
+            f"import sys; sys.path.insert(0, {os.getcwd()!r}); import landmarks_fastai.labels as room;"
+            f"room.BLOCK = 1 << 20; room.read_labels({str(csv)!r}); print(*[l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l])"
+        )
+        peaks.append(1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
+    assert sizes[1] - sizes[0] > 40e6 and peaks[1] - peaks[0] < 10e6

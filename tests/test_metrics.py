@@ -1,0 +1,55 @@
+"The figures, against numbers worked out by hand, in pixels of images of different sizes."
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from landmarks_fastai.geometry import input_to_unit, pixel_map
+from landmarks_fastai.metrics import ImageMetric, mean_squared_error, nme_diagonal, points_in_image, stage_metrics
+
+SIZE = 64
+
+
+def batch(*images):
+    "A learner's state after a batch: (width, height, truth, prediction) in pixels of the images as stored."
+    maps = [pixel_map(w, h, "crop", SIZE) for w, h, _, _ in images]
+    truth, pred = (
+        torch.stack([input_to_unit(m.to_input(torch.tensor(i[k]).double()), SIZE) for m, i in zip(maps, images, strict=True)])
+        for k in (2, 3)
+    )
+    return SimpleNamespace(pred=pred.reshape(len(images), -1), yb=(truth,), maps=torch.tensor(maps, dtype=torch.float64))
+
+
+WIDE = (400, 200, [[0, 0], [30, 40]], [[1, 0], [30, 42]])  # errors 1 0 0 2: score 5/4
+TALL = (100, 300, [[10, 10], [13, 14]], [[10, 10], [13, 17]])  # errors 0 0 0 3: score 9/4
+
+
+def test_score_and_nme_are_in_stored_pixels_whatever_the_image_s_scale():
+    score, nme = stage_metrics(SIZE)
+    for metric in (score, nme):
+        metric.reset()
+        metric.accumulate(batch(WIDE))
+        metric.accumulate(batch(TALL))
+    assert score.name == "score" and score.value == pytest.approx((5 / 4 + 9 / 4) / 2)
+    # the true boxes' diagonals are 50 and 5; mean distances (1 + 2) / 2 and (0 + 3) / 2
+    assert nme.name == "nme" and nme.value == pytest.approx((1.5 / 50 + 1.5 / 5) / 2)
+
+
+def test_a_short_batch_weighs_by_its_images():
+    metric = ImageMetric(mean_squared_error, "score", SIZE)
+    metric.accumulate(batch(WIDE, WIDE))
+    metric.accumulate(batch(TALL))
+    assert metric.value == pytest.approx((5 / 4 + 5 / 4 + 9 / 4) / 3)
+    metric.reset()
+    assert metric.value is None
+
+
+def test_points_in_image_undoes_the_map():
+    state = batch(WIDE, TALL)
+    found = points_in_image(state.yb[0], state.maps, SIZE)
+    assert found == pytest.approx(torch.tensor([WIDE[2], TALL[2]]).double())
+
+
+def test_nme_of_a_point_alone_is_finite():
+    assert torch.isfinite(nme_diagonal(torch.ones(1, 1, 2), torch.ones(1, 1, 2))).all()

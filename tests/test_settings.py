@@ -1,0 +1,39 @@
+"The record that travels with a checkpoint: it comes back as it went, and believes nothing it is told."
+
+import json
+
+import pytest
+
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.settings import Settings
+
+
+def test_there_and_back_through_json():
+    settings = Settings(arch="alexnet", n_points=5, mean=(0.5, 0.5, 0.5), lr=1e-3, valid_random=True, data="папка с пробелом")
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_the_seed_s_defaults():
+    s = Settings()
+    assert (s.arch, s.size, s.fit, s.batch_size, s.epochs, s.lr) == ("resnext50_32x4d", 128, "crop", 32, 10, 3e-4)
+    assert (s.opt, s.wd, s.sched, s.valid_pct, s.valid_random, s.head) == ("adamw", 0.05, "plateau", 0.2, False, "linear")
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("size", "128"), ("size", 0), ("size", 10**9), ("size", True), ("size", 64.5), ("lr", float("nan")), ("lr", -1.0),
+        ("lr", "fast"), ("fit", "stretch"), ("mean", [0.5, 0.5]), ("std", [0.1, 0.0, 0.1]), ("mean", [0.5, 0.5, "x"]),
+        ("arch", 5), ("n_points", -1), ("batch_size", 0), ("valid_pct", 0.0), ("valid_pct", 1.0), ("freeze", "yes"),
+        ("opt", "lion"), ("surprise", 1), ("seed", -1),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_refused_by_name(key, value):
+    with pytest.raises(UserError, match=key):
+        Settings.from_dict(Settings().to_dict() | {key: value})
+
+
+def test_what_is_no_record_is_refused():
+    for facts in (None, [], {}, {"arch": "resnet18"}):
+        with pytest.raises(UserError, match="setting"):
+            Settings.from_dict(facts)
