@@ -13,11 +13,11 @@ def main():
     device = cli.device(args)
     before = find_checkpoint(args.pretrained_model, args.out)
     settings = cli.next_settings(args, before.settings)
-    run = claim_run(args.out, args.name, f"{before.name}+{settings.epochs}", args.overwrite)
+    run = claim_run(args.out, args.name, f"{before.name}+{settings.epochs}", args.overwrite, before)
     print(f"run {run.name}, from {before.path}")
     learn = later_stage(before, settings, device, args.workers, args.out)
-    loaded = score_loaded(learn, before, settings, run)
-    best = fit_stage(learn, settings, run, loaded)
+    loaded = score_loaded(learn, before)
+    best = fit_stage(learn, settings, run, before, loaded)
     print(report(run, best, device))
 
 

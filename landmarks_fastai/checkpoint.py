@@ -23,6 +23,8 @@ FORMAT = 1  # of the .json
 class Run:
     "The files of one stage: `out`/NAME_something."
 
+    FILES = ("best.pth", "best.json", "history.csv", "results.png")
+
     def __init__(self, out, name: str):
         self.out, self.name = Path(out), name
 
@@ -31,7 +33,12 @@ class Run:
 
     @property
     def taken(self) -> bool:
-        return any(self.file(s).exists() for s in ("best.pth", "best.json", "history.csv"))
+        return any(self.file(s).exists() for s in self.FILES)
+
+    def discard(self):
+        "Remove what a stage writes: of a run that is overwritten, or that ended before its first epoch."
+        for suffix in self.FILES:
+            self.file(suffix).unlink(missing_ok=True)
 
 
 def claim_run(
@@ -39,6 +46,7 @@ def claim_run(
     name: str | None,  # as the user gave it
     wanted: str,  # taken where `name` is None, with _2, _3, … behind it until it is free
     overwrite: bool = False,
+    given: "Checkpoint | None" = None,  # what the run starts from, which it may not overwrite
 ) -> Run:
     "A run whose files may be written. Raises `UserError` for a name that is taken or leaves `out`."
     out = _writable(out)
@@ -52,6 +60,8 @@ def claim_run(
             f'-n {name!r} is no plain file name: runs are written into {out}, choose a name without / \\ : * ? " < > |'
         )
     run = Run(out, name)
+    if given and run.file("best.pth").resolve() == given.path.resolve():
+        raise UserError(f"-n {name} is the run that -pm loads: a stage keeps what it was given, choose another name")
     if run.taken and not overwrite:
         raise UserError(f"-n {name}: {out} already has a run of that name: choose another, or --overwrite to mean it")
     return run

@@ -79,6 +79,7 @@ def make_learner(
         model_dir=".",
     )
     learn.metrics = [*learn.metrics, ValueMetric(lambda: learn.opt.hypers[-1]["lr"], "lr")]
+    learn.create_opt()  # so that `validate` and `show_results` find a rate before the first fit
     learn.progress_cbs = callbacks.show_progress(learn)
     if settings.freeze:
         learn.freeze()
@@ -133,33 +134,42 @@ def load_best(learn: Learner, path: Path) -> Learner:
     return learn.load(os.path.abspath(path)[: -len(".pth")], with_opt=False)
 
 
-def score_loaded(learn: Learner, before: Checkpoint, settings: Settings, run: Run) -> float:
-    "Score what was loaded and make it the run's best so far: a stage never ends with worse than it was given."
+def score_loaded(learn: Learner, given: Checkpoint) -> tuple[float, float]:
+    "Score and NME of what was loaded, on the validation rows as they are now."
     _, score, nme, *_ = learn.validate()
-    print(f"loaded: score {score:.6g} on the validation rows; its stage reported {before.score:.6g}")
-    write_checkpoint(run, learn.model, settings, score, nme, -1)
-    return score
+    print(f"loaded: score {score:.6g} on the validation rows; its stage reported {given.score:.6g}", flush=True)
+    return score, nme
 
 
 def fit_stage(
     learn: Learner,
     settings: Settings,
     run: Run,
-    to_beat: float | None = None,  # score of the loaded model; None in a first stage
+    given: Checkpoint | None = None,  # the loaded model; None in a first stage
+    loaded: tuple[float, float] | None = None,  # its score and NME, as `score_loaded` found them
 ) -> Checkpoint:
-    "Fit, load the best again, draw it. Raises `UserError` where no epoch gave a finite score."
+    """Fit, load the best again, draw it.
+
+    The best is that of the stage's epochs and of the given model: a stage never ends with worse than it was given.
+    Raises `UserError` where no epoch gave a finite score and nothing was given.
+    """
+    run.discard()
     watch = callbacks.StopOnNaN()
-    save = callbacks.SaveBest(run, settings, to_beat)
+    save = callbacks.SaveBest(run, settings, loaded[0] if loaded else None)
     history = CSVLogger(run.file("history.csv").name)
-    learn.fit(
-        settings.epochs,
-        lr=settings.lr,
-        wd=settings.wd,
-        cbs=[watch, save, history, *scheduler(settings), *learn.progress_cbs],
-    )
+    cbs = [watch, save, history, *scheduler(settings), *learn.progress_cbs]
+    try:
+        learn.fit(settings.epochs, lr=settings.lr, wd=settings.wd, cbs=cbs)
+    finally:
+        if not learn.recorder.values:  # it ended before its first epoch did: the name is free again
+            run.discard()
     where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
     if not run.file("best.pth").exists():
-        raise UserError(f"{where or 'no epoch gave a score'}: nothing was saved; try a lower -lr")
+        if given is None:
+            run.discard()
+            raise UserError(f"{where or 'no epoch gave a score'}: nothing was saved; try a lower -lr")
+        load_best(learn, given.path)
+        write_checkpoint(run, learn.model, settings, *loaded, -1)
     if where:
         print(f"warning: {where}; the best before it is kept; try a lower -lr")
     best = read_checkpoint(run.file("best.pth"))

@@ -20,7 +20,9 @@ def drawn(tmp_path_factory):
     "A drawn set that no test may change."
     from landmarks_fastai.sample import make_sample
 
-    return make_sample(tmp_path_factory.mktemp("drawn") / "faces", N_TRAIN, N_TEST, N_POINTS, seed=5, n_asked=7, processes=1)
+    return make_sample(
+        tmp_path_factory.mktemp("drawn") / "faces", N_TRAIN, N_TEST, N_POINTS, seed=5, n_asked=7, processes=1
+    )
 
 
 @pytest.fixture

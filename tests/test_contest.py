@@ -44,7 +44,9 @@ def test_an_index_out_of_range_is_named_with_its_line(tmp_path):
         asked.check_range(68)
 
 
-@pytest.mark.parametrize("name", ["../out.jpg", "/etc/passwd", "C:\\x.jpg", "a/../../out.jpg", "..\\out.jpg", "link.jpg"])
+@pytest.mark.parametrize(
+    "name", ["../out.jpg", "/etc/passwd", "C:\\x.jpg", "a/../../out.jpg", "..\\out.jpg", "link.jpg"]
+)
 def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path, name):
     images = tmp_path / "images"
     images.mkdir()
@@ -78,7 +80,9 @@ def test_a_submission_reads_back_equal_and_has_the_contest_s_form(tmp_path):
     points = np.random.default_rng(0).normal(100, 60, (5, 3, 2)).astype(np.float32)
     names = [f"a,{i}.jpg" for i in range(5)]
     csv = tmp_path / "s.csv"
-    csv.write_text(contest.submission_header(3) + "".join(map(contest.submission_line, names, points)), encoding="utf-8")
+    csv.write_text(
+        contest.submission_header(3) + "".join(map(contest.submission_line, names, points)), encoding="utf-8"
+    )
     assert csv.read_text().splitlines()[0] == (
         "file_name,Point_M0_X,Point_M0_Y,Point_M1_X,Point_M1_Y,Point_M2_X,Point_M2_Y"
     )

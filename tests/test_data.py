@@ -65,7 +65,9 @@ def test_split_is_the_last_fifth_or_as_many_at_random():
     assert len(train) == 2175 and train.tolist() == list(range(2175)) and valid[-1] == 2718
     for seed in (1, 2):
         train, valid = split_rows(100, SETTINGS.replace(valid_random=True, valid_pct=0.3, split_seed=seed))
-        assert sorted([*train, *valid]) == list(range(100)) and len(valid) == 30 and valid.tolist() != list(range(70, 100))
+        assert (
+            sorted([*train, *valid]) == list(range(100)) and len(valid) == 30 and valid.tolist() != list(range(70, 100))
+        )
         assert (split_rows(100, SETTINGS.replace(valid_random=True, valid_pct=0.3, split_seed=seed))[1] == valid).all()
 
 
@@ -114,7 +116,11 @@ def test_other_modes_become_rgb(tmp_path, mode):
 
 def test_bad_images_are_named(drawn, tmp_path):
     whole = next((drawn / "train" / "images").iterdir()).read_bytes()
-    for content, message in [(b"", "cannot be read as an image"), (b"GIF89a", "cannot"), (whole[: len(whole) // 2], "cut short")]:
+    for content, message in [
+        (b"", "cannot be read as an image"),
+        (b"GIF89a", "cannot"),
+        (whole[: len(whole) // 2], "cut short"),
+    ]:
         (tmp_path / "bad.jpg").write_bytes(content)
         with pytest.raises(UserError, match=f"x.csv line 7: image .*bad.jpg .*{message}"):
             open_image(tmp_path / "bad.jpg", "x.csv line 7: ")
@@ -144,5 +150,7 @@ def test_an_image_keeps_its_type_through_the_fit(drawn):
 
     name = labels.name(0)
     image, points, to_input = FitToInput("crop", 32)((PILImage.create(folder / name), labels.points(0)))
-    assert image.size == (32, 32) and tuple(to_input.tolist()) == pytest.approx(pixel_map(*Image.open(folder / name).size, "crop", 32))
+    assert image.size == (32, 32) and tuple(to_input.tolist()) == pytest.approx(
+        pixel_map(*Image.open(folder / name).size, "crop", 32)
+    )
     assert points.shape == (N_POINTS, 2)

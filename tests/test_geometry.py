@@ -59,7 +59,9 @@ def test_padding_is_black_and_leaves_the_picture_whole():
     assert picture[:14].max() == 0 and picture[-14:].max() == 0 and picture[16:44].min() == 255
 
 
-@pytest.mark.parametrize("angle,scale,shift", [(0.0, 1.0, (0.0, 0.0)), (0.3, 1.0, (0.1, -0.05)), (-0.7, 1.3, (0.0, 0.2))])
+@pytest.mark.parametrize(
+    "angle,scale,shift", [(0.0, 1.0, (0.0, 0.0)), (0.3, 1.0, (0.1, -0.05)), (-0.7, 1.3, (0.0, 0.2))]
+)
 @pytest.mark.parametrize("mirror", [False, True])
 def test_unit_coordinates_are_those_that_grid_sample_warps_by(angle, scale, shift, mirror):
     "A warp and a mirror in unit coordinates, with align_corners=False, move the picture as they move the points."

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +173,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         # VmHWM: unlike getrusage's figure it begins anew with the process, not with its parent's
         code = (
             f"import sys; sys.path.insert(0, {os.getcwd()!r}); import landmarks_fastai.labels as room;"
-            f"room.BLOCK = 1 << 20; room.read_labels({str(csv)!r}); print(*[l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l])"
+            f"room.BLOCK = 1 << 20; room.read_labels({str(csv)!r});"
+            "print(*[l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l])"
         )
         peaks.append(1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
     assert sizes[1] - sizes[0] > 40e6 and peaks[1] - peaks[0] < 10e6

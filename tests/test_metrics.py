@@ -15,10 +15,14 @@ def batch(*images):
     "A learner's state after a batch: (width, height, truth, prediction) in pixels of the images as stored."
     maps = [pixel_map(w, h, "crop", SIZE) for w, h, _, _ in images]
     truth, pred = (
-        torch.stack([input_to_unit(m.to_input(torch.tensor(i[k]).double()), SIZE) for m, i in zip(maps, images, strict=True)])
+        torch.stack(
+            [input_to_unit(m.to_input(torch.tensor(i[k]).double()), SIZE) for m, i in zip(maps, images, strict=True)]
+        )
         for k in (2, 3)
     )
-    return SimpleNamespace(pred=pred.reshape(len(images), -1), yb=(truth,), maps=torch.tensor(maps, dtype=torch.float64))
+    return SimpleNamespace(
+        pred=pred.reshape(len(images), -1), yb=(truth,), maps=torch.tensor(maps, dtype=torch.float64)
+    )
 
 
 WIDE = (400, 200, [[0, 0], [30, 40]], [[1, 0], [30, 42]])  # errors 1 0 0 2: score 5/4

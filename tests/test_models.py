@@ -83,7 +83,9 @@ def other():
 
 def bare(model):
     "The tensors as torchvision names them, classifier included."
-    return {k[2:]: v for k, v in model.state_dict().items() if k.startswith("0.")} | {"fc.weight": torch.zeros(1000, 512)}
+    return {k[2:]: v for k, v in model.state_dict().items() if k.startswith("0.")} | {
+        "fc.weight": torch.zeros(1000, 512)
+    }
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped", "own"])
@@ -171,6 +173,8 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, arch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setattr(tv, "get_model", offline)
-    with pytest.raises(UserError, match=f"ImageNet weights of {arch} could not be downloaded .*--weights FILE.*--weights none"):
+    with pytest.raises(
+        UserError, match=f"ImageNet weights of {arch} could not be downloaded .*--weights FILE.*--weights none"
+    ):
         load_weights(model, arch, "imagenet", 64)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -9,14 +9,23 @@ from landmarks_fastai.settings import Settings
 
 
 def test_there_and_back_through_json():
-    settings = Settings(arch="alexnet", n_points=5, mean=(0.5, 0.5, 0.5), lr=1e-3, valid_random=True, data="папка с пробелом")
+    settings = Settings(
+        arch="alexnet", n_points=5, mean=(0.5, 0.5, 0.5), lr=1e-3, valid_random=True, data="папка с пробелом"
+    )
     assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
 def test_the_seed_s_defaults():
     s = Settings()
     assert (s.arch, s.size, s.fit, s.batch_size, s.epochs, s.lr) == ("resnext50_32x4d", 128, "crop", 32, 10, 3e-4)
-    assert (s.opt, s.wd, s.sched, s.valid_pct, s.valid_random, s.head) == ("adamw", 0.05, "plateau", 0.2, False, "linear")
+    assert (s.opt, s.wd, s.sched, s.valid_pct, s.valid_random, s.head) == (
+        "adamw",
+        0.05,
+        "plateau",
+        0.2,
+        False,
+        "linear",
+    )
 
 
 @pytest.mark.parametrize(

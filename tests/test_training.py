@@ -44,7 +44,21 @@ def test_three_stages_and_a_submission(door, drawn, tmp_path):
     assert f"loaded: score {first.score:.6g} on the validation rows; its stage reported {first.score:.6g}" in out
     assert second.score <= first.score
     assert second.settings.lr == pytest.approx(1e-4)
-    kept = ("arch", "head", "size", "fit", "data", "valid_pct", "split_seed", "opt", "wd", "sched", "batch_size", "mean", "n_points")
+    kept = (
+        "arch",
+        "head",
+        "size",
+        "fit",
+        "data",
+        "valid_pct",
+        "split_seed",
+        "opt",
+        "wd",
+        "sched",
+        "batch_size",
+        "mean",
+        "n_points",
+    )
     assert all(getattr(second.settings, k) == getattr(first.settings, k) for k in kept)
 
     code, out, err = door("finetune.py -e 1 --workers 0 -pm", runs / "r_e_2+1_best.pth")
@@ -93,7 +107,7 @@ def test_a_seed_makes_two_runs_equal_to_the_last_bit(door, drawn, tmp_path):
 def test_freeze_leaves_the_body_as_it_was_running_means_included(door, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert door(f"train.py {QUICK} -e 1 -n whole -d", drawn)[0] == 0
-    assert door("finetune.py --freeze -e 2 -lr 0.01 --workers 0 -n head -pm whole")[0] == 0
+    assert door("finetune.py --freeze -e 3 -lr 1e-3 --workers 0 -n head -pm whole")[0] == 0
     before, after = tensors(runs / "whole_best.pth"), tensors(runs / "head_best.pth")
     assert read_checkpoint(runs / "head_best.pth").epoch >= 0  # an epoch won: it did learn
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("0."))

@@ -1,0 +1,198 @@
+"The doors: what a person may mistype, and the line that they get. A traceback is a failure."
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import N_POINTS, QUICK, ROOT, edit_line
+
+
+def refused(result, *parts, code=1):
+    "One line on stderr that says all of `parts`, nothing else."
+    found, out, err = result
+    assert found == code and err.count("\n") == 1 and err.startswith("error: "), err
+    for part in parts:
+        assert part in err, err
+
+
+@pytest.mark.parametrize("script", ["train.py", "finetune.py", "predict.py"])
+def test_help_is_quick_and_names_every_flag(script):
+    "It imports nothing heavy: torch alone would take longer than a person waits for --help."
+    code = (
+        f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{script!r}, '--help']\n"
+        f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        "finally: print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'fastai', 'numpy', 'pandas', 'matplotlib'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+    for flag in ("--data", "--batch-size", "--gpu", "--out", "--workers"):
+        assert flag in done.stdout
+    assert ("--pretrained-model" in done.stdout) == (script != "train.py")
+
+
+def test_the_seed_s_command_lines_parse():
+    from landmarks_fastai import cli
+
+    name = "resnext50_32x4d_b_32_e_10"
+    for get, line in [
+        (cli.train_arguments, ["-b", "32", "-e", "10", "-lr", "3e-4", "-d", "", "-n", name, "--gpu"]),
+        (cli.train_arguments, "--batch-size 32 --epochs 10 --learning-rate 3e-4 --data= --gpu --name".split() + [name]),
+    ]:
+        args = get(line)
+        settings = cli.first_settings(args, drawn=args.data is None)
+        assert (settings.batch_size, settings.epochs, settings.lr, settings.arch) == (32, 10, 3e-4, "resnext50_32x4d")
+        assert settings.data == os.getcwd() and args.gpu and args.name == name
+    args = cli.finetune_arguments(
+        ["-b", "32", "-e", "6", "-lr", "3e-5", "-d", "", "-n", name + "+6", "--gpu", "-pm", name + "_best.pth"]
+    )
+    after = cli.next_settings(args, settings)
+    assert (after.batch_size, after.epochs, after.lr, args.pretrained_model) == (32, 6, 3e-5, name + "_best.pth")
+
+
+def test_gpu_without_a_gpu_warns_in_one_line_and_goes_on(door, drawn):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    code, out, err = door(f"train.py {QUICK} --gpu -n g -d", drawn)
+    assert code == 0 and err == "warning: --gpu was given, no GPU was found: going on with the CPU\n"
+
+
+def test_the_current_directory_and_a_path_with_spaces_and_cyrillic(door, drawn, tmp_path, monkeypatch):
+    here = tmp_path / "мои данные 1"
+    shutil.copytree(drawn, here)
+    shutil.rmtree(here / "test")  # a data folder without test/ trains
+    code, out, err = door(f"train.py {QUICK} -n 'имя раз' -d", here)
+    assert (code, err) == (0, "") and "-pm 'имя раз_best.pth'" in out
+    monkeypatch.chdir(here)
+    code, out, err = door(f"train.py {QUICK} -n r -d ''")
+    assert (code, err) == (0, "") and (here / "runs" / "r_best.pth").is_file()
+    assert door("finetune.py -e 1 --workers 0 -d '' -pm r_best.pth")[0] == 0
+
+
+def test_names(door, drawn, tmp_path):
+    for _ in (1, 2):
+        assert door(f"train.py {QUICK} -d", drawn)[0] == 0
+    runs = tmp_path / "here" / "runs"
+    assert {p.name for p in runs.glob("*.pth")} == {"resnet18_b_8_e_1_best.pth", "resnet18_b_8_e_1_2_best.pth"}
+    before = (runs / "resnet18_b_8_e_1_best.pth").read_bytes()
+    refused(door(f"train.py {QUICK} --seed 9 -n resnet18_b_8_e_1 -d", drawn), "already has a run", "--overwrite")
+    assert (runs / "resnet18_b_8_e_1_best.pth").read_bytes() == before
+    assert door(f"train.py {QUICK} --seed 9 --overwrite -n resnet18_b_8_e_1 -d", drawn)[0] == 0
+    assert (runs / "resnet18_b_8_e_1_best.pth").read_bytes() != before
+    refused(door("finetune.py --overwrite -n resnet18_b_8_e_1 -pm resnet18_b_8_e_1"), "is the run that -pm loads")
+    for name in ("../x", "/tmp/x", "a/b", "..", "a\\b", "c:x"):
+        refused(
+            door(f"train.py {QUICK} -d {drawn} -n", name)
+            if "\\" not in name
+            else door(f"train.py {QUICK} -n 'a\\b' -d", drawn),
+            "-n",
+        )
+
+
+def snapshot(folder):
+    return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*") if p.is_file() and ".cache" not in p.name}
+
+
+def break_csv(number, change):
+    return lambda data: edit_line(data / "train" / "landmarks.csv", number, change)
+
+
+def first_image(data, row=0):
+    return (
+        data / "train" / "images" / (data / "train" / "landmarks.csv").read_text().splitlines()[1 + row].split("\t")[0]
+    )
+
+
+def cut_image(data):
+    image = first_image(data, 12)
+    image.write_bytes(image.read_bytes()[:700])
+
+
+BROKEN = {
+    "no folder": (shutil.rmtree, ["no such folder"]),
+    "no train": (lambda d: shutil.rmtree(d / "train"), ["train/landmarks.csv not found"]),
+    "no images": (lambda d: shutil.rmtree(d / "train" / "images"), ["images", "no such folder"]),
+    "empty file": (lambda d: (d / "train" / "landmarks.csv").write_text(""), ["is empty"]),
+    "no rows": (lambda d: (d / "train" / "landmarks.csv").write_text("file_name\tx\ty\n"), ["no rows"]),
+    "too few fields": (break_csv(9, lambda x: x.rsplit("\t", 1)[0]), ["line 9", f"{2 * N_POINTS + 1} expected"]),
+    "too many fields": (break_csv(9, lambda x: x + "\t1"), ["line 9", f"{2 * N_POINTS + 1} expected"]),
+    "no number": (break_csv(9, lambda x: x.rsplit("\t", 1)[0] + "\tabc"), ["line 9", "'abc'"]),
+    "missing image": (lambda d: first_image(d, 7).unlink(), ["line 9", "not found"]),
+    "image cut short": (cut_image, ["line 14", "cut short"]),
+    "image of no bytes": (lambda d: first_image(d, 12).write_bytes(b""), ["line 14", "cannot be read as an image"]),
+    "image that is a folder": (
+        lambda d: (first_image(d, 12).unlink(), first_image(d, 12).mkdir()),
+        ["line 14", ".jpg"],
+    ),
+    "leaves the folder": (
+        break_csv(9, lambda x: "../../x.jpg\t" + x.split("\t", 1)[1]),
+        ["line 9", "leaves the image folder"],
+    ),
+}
+
+
+IN_A_WORKER = ("image cut short", "image of no bytes")  # what only decoding finds
+
+
+@pytest.mark.parametrize("kind,workers", [(k, 0) for k in BROKEN] + [(k, 1) for k in IN_A_WORKER])
+def test_broken_data(door, data, tmp_path, kind, workers):
+    harm, parts = BROKEN[kind]
+    harm(data)
+    before = snapshot(data) if data.exists() else {}
+    refused(door(f"train.py {QUICK} --workers {workers} -n r -d", data), *parts)
+    assert (snapshot(data) if data.exists() else {}) == before
+    assert not [p for p in (tmp_path / "here").rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    "line,part",
+    [
+        ("-b 0", "batch_size is 0"), ("-b 33", "use -b 32"), ("-e -1", "epochs is -1"), ("-lr nan", "lr is nan"),
+        ("--size 4", "size is 4"), ("--valid-pct 1.5", "valid_pct is 1.5"), ("--arch resnet19", "no such network"),
+        ("--head x", "--head x"), ("--weights gone.pth", "gone.pth not found"), ("--workers -1", "--workers -1"),
+        ("-e 0", "no epoch gave a score"), ("--out /proc/nothing", "cannot be written"),
+    ],
+)  # fmt: skip
+def test_flags_that_cannot_be(door, drawn, line, part):
+    refused(door(f"train.py --arch resnet18 --weights none --size 32 -b 8 -e 1 --workers 0 -d {drawn} {line}"), part)
+
+
+def test_finetune_on_data_with_another_number_of_points(door, drawn, data):
+    assert door(f"train.py {QUICK} -n r -d", drawn)[0] == 0
+    csv = data / "train" / "landmarks.csv"
+    csv.write_text("\n".join(line.rsplit("\t", 2)[0] for line in csv.read_text().splitlines()) + "\n")
+    refused(door("finetune.py --workers 0 -pm r -d", data), f"has {N_POINTS - 1} points", f"trained on {N_POINTS}")
+
+
+def test_a_run_that_ends_badly_leaves_its_name_free(door, data):
+    "A mistake must not cost the name: mend the data and type the line again."
+    image = first_image(data, 12)
+    whole = image.read_bytes()
+    cut_image(data)
+    assert door(f"train.py {QUICK} -n r -d", data)[0] == 1
+    image.write_bytes(whole)
+    assert door(f"train.py {QUICK} -n r -d", data)[0] == 0
+
+
+def test_imports_run_one_way():
+    "The order of thought of the house: a room imports only rooms that stand before it."
+    order = [
+        "errors", "settings", "geometry", "labels", "contest", "head", "texture", "faces", "sample", "metrics", "drawing", "data",
+        "models", "checkpoint", "callbacks", "training", "inference", "cli",
+    ]  # fmt: skip
+    rooms = {
+        p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "landmarks_fastai").glob("*.py") if p.stem != "__init__"
+    }
+    assert sorted(rooms) == sorted(order)
+    for room, text in rooms.items():
+        used = re.findall(r"from landmarks_fastai\.(\w+) import", text)
+        used += [
+            m.strip() for names in re.findall(r"from landmarks_fastai import (.+)", text) for m in names.split(",")
+        ]
+        for other in used:
+            assert order.index(other) < order.index(room), f"{room} imports {other}"

@@ -1,0 +1,165 @@
+"predict.py: the submission's form and rounding, every point of every image, and what does not fit."
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from landmarks_fastai.contest import read_submission, read_test_points, score
+
+from .conftest import N_POINTS, QUICK, edit_line
+
+
+@pytest.fixture(scope="module")
+def trained(drawn, tmp_path_factory):
+    "A checkpoint of one quick stage, in a folder of its own."
+    import sys
+
+    import train
+
+    out = tmp_path_factory.mktemp("trained")
+    before, sys.argv = sys.argv, ["train.py", *QUICK.split(), "-n", "m", "--out", str(out), "-d", str(drawn)]
+    try:
+        train.main()
+    finally:
+        sys.argv = before
+    return out
+
+
+def predict(door, trained, line, *more):
+    return door(f"predict.py --workers 0 --out {trained} -pm m {line}", *more)
+
+
+def test_submission_and_points_agree(door, drawn, trained):
+    code, out, err = predict(door, trained, "")
+    assert (code, err) == (0, "") and out.startswith("6 images: ")
+    asked = read_test_points(drawn / "test" / "test_points.csv")
+    points = np.load(trained / "m_points.npy")
+    assert points.shape == (6, N_POINTS, 2) and points.dtype == np.float32
+    assert json.loads((trained / "m_points.json").read_text(encoding="utf-8")) == asked.names
+    names, submitted = read_submission(trained / "m_submit.csv")
+    assert names == asked.names and submitted.shape == (6, 7, 2)
+    expected = np.stack([p[i] for p, i in zip(points, asked.indices, strict=True)])
+    assert (submitted == np.rint(expected)).all()
+    for rounding, what in [("floor", np.floor), ("none", np.asarray)]:
+        assert predict(door, trained, f"--round {rounding}")[0] == 0
+        assert (read_submission(trained / "m_submit.csv")[1].astype(np.float32) == what(expected)).all()
+    truth = np.load(trained / "m_points.npy").astype(float)
+    assert truth.std() > 1
+    assert score(trained / "m_submit.csv", asked.csv, drawn / "test" / "landmarks.csv") > 0
+
+
+def test_batch_size_and_workers_change_nothing(door, trained):
+    assert predict(door, trained, "-b 4")[0] == 0
+    first = np.load(trained / "m_points.npy")
+    assert door(f"predict.py --workers 2 -b 1 --out {trained} -pm m")[0] == 0
+    assert np.load(trained / "m_points.npy") == pytest.approx(first, abs=1e-2)
+
+
+def test_an_index_out_of_range(door, data, trained):
+    edit_line(
+        data / "test" / "test_points.csv", 4, lambda line: line.split("\t")[0] + f"\t[0, 1, 2, 3, 4, 5, {N_POINTS}]"
+    )
+    before = sorted(p.name for p in trained.iterdir())
+    code, out, err = predict(door, trained, "-d", data)
+    assert code == 1 and f"test_points.csv line 4: point index {N_POINTS} asked for" in err and err.count("\n") == 1
+    assert sorted(p.name for p in trained.iterdir()) == before
+
+
+def test_a_broken_image_stops_it_and_what_stood_there_stays(door, data, trained):
+    assert predict(door, trained, "")[0] == 0
+    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    name = read_test_points(data / "test" / "test_points.csv").names[3]
+    image = data / "test" / "images" / name
+    image.write_bytes(image.read_bytes()[:500])
+    for workers in (0, 1):
+        code, _, err = door(f"predict.py --workers {workers} -b 1 --out {trained} -pm m -d", data)
+        assert code == 1 and f"line 5: image {image}" in err and err.count("\n") == 1, err
+    image.unlink()
+    code, _, err = predict(door, trained, "-d", data)
+    assert code == 1 and f"line 5: image {name} not found" in err and err.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("script", ["predict.py", "finetune.py"])
+def test_checkpoints_that_are_not_what_they_say(door, trained, tmp_path, script):
+    "A stranger's file beside a healthy .json; another network; another point count; no .json; no tensors."
+    out = tmp_path / "out"
+    out.mkdir()
+    facts = json.loads((trained / "m_best.json").read_text())
+    good = torch.load(trained / "m_best.pth", weights_only=True)
+
+    def refused(message, tensors=good, **settings):
+        torch.save(tensors, out / "x_best.pth")
+        (out / "x_best.json").write_text(json.dumps(facts | {"settings": facts["settings"] | settings}))
+        code, _, err = door(f"{script} --workers 0 --out {out} -pm x_best.pth")
+        assert code == 1 and message in err and err.count("\n") == 1 and "Traceback" not in err, err
+        assert sorted(p.name for p in out.iterdir()) == ["x_best.json", "x_best.pth"]
+
+    refused("holds more than tensors", good | {"p": Payload(tmp_path / "ran")})
+    assert not (tmp_path / "ran").exists()
+    refused("is not the network that its .json tells of", {k: v for k, v in good.items() if "layer4" not in k})
+    refused("is not the network that its .json tells of", arch="resnet34")
+    refused("points", n_points=N_POINTS - 1)
+    refused("setting missing or unknown: surprise", surprise=1)
+    refused("size is 'big'", size="big")
+    (out / "x_best.json").write_text("{")
+    assert "cannot be read" in door(f"{script} --out {out} -pm x_best.pth")[2]
+    (out / "x_best.json").unlink()
+    assert "x_best.json not found: a checkpoint is a .pth and the .json" in door(f"{script} --out {out} -pm x")[2]
+
+
+@pytest.mark.parametrize("script", ["predict.py", "finetune.py"])
+def test_a_flag_that_contradicts_the_checkpoint(door, trained, script):
+    line = f"{script} --workers 0 --out {trained} -pm m "
+    for flag, value, have in [("--arch", "resnet34", "resnet18"), ("--head", "512", "linear")]:
+        code, _, err = door(line + f"{flag} {value}")
+        assert code == 1 and f"{flag} {value} contradicts the checkpoint, which has {have}" in err
+    if script == "predict.py":
+        assert door(line + "--arch resnet18 --head linear --size 32")[0] == 0
+
+
+def test_a_checkpoint_that_is_not_there_names_those_that_are(door, trained):
+    code, _, err = door(f"predict.py --out {trained} -pm n_best.pth")
+    assert code == 1 and "-pm n_best.pth not found" in err and "m_best.pth" in err
+
+
+def test_data_without_a_test_side_is_said(door, trained, tmp_path):
+    code, _, err = predict(door, trained, "-d", tmp_path)
+    assert code == 1 and "test_points.csv not found" in err
+
+
+def test_memory_does_not_hold_the_points(trained, monkeypatch, drawn):
+    "Points are written as they come: at no time do more than two batches exist."
+    import gc
+    import weakref
+
+    from landmarks_fastai import inference
+    from landmarks_fastai.checkpoint import Run, find_checkpoint
+
+    seen, most = [], 0
+
+    class Batch(np.ndarray):
+        "An array that can be watched."
+
+    def watch(batches):
+        nonlocal most
+        for batch in batches:
+            batch = batch.view(Batch)
+            seen.append(weakref.ref(batch))
+            gc.collect()
+            most = max(most, sum(r() is not None for r in seen))
+            yield batch
+
+    checkpoint = find_checkpoint("m", trained)
+    assert inference.predict_test(checkpoint, drawn, Run(trained, "w"), batch_size=1, workers=0, progress=watch) == 6
+    assert 0 < most <= 2
