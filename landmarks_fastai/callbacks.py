@@ -109,6 +109,16 @@ class StopOnNaN(Callback):
             raise CancelFitException
 
 
+class ProgressTable(ProgressCallback):
+    "fastai's bars, with numbers short enough that the table's columns do not touch."
+
+    name = "progress"  # fastai's own parts look for it by this name
+
+    def _write_stats(self, log):
+        if getattr(self, "mbar", False):
+            self.mbar.write([_cell(v) for v in log], table=True)
+
+
 class PlainLines(Callback):
     "The names above the lines that `plain_line` prints."
 
@@ -118,16 +128,20 @@ class PlainLines(Callback):
         plain_line(self.recorder.metric_names)
 
 
+def _cell(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def plain_line(values):
     "One line of a log file."
-    cells = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in values]
-    print("  ".join(f"{c:>10}" for c in cells), flush=True)
+    print("  ".join(f"{_cell(v):>10}" for v in values), flush=True)
 
 
 def show_progress(learn) -> list:
     "Bars in a terminal, plain lines in a log file; returns the callbacks that `fit` needs for it."
-    if sys.stdout.isatty():
-        return []
     learn.remove_cbs(ProgressCallback)
+    if sys.stdout.isatty():
+        learn.add_cb(ProgressTable())
+        return []
     learn.logger = plain_line
     return [PlainLines()]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.files import whole_file
 from landmarks_fastai.models import build_model, read_tensors
 from landmarks_fastai.settings import Settings
 
@@ -123,20 +124,10 @@ def write_checkpoint(run: Run, model, settings: Settings, score: float, nme: flo
     "Write both files whole: each to a temporary one that is synced and renamed."
     facts = {"format": FORMAT, "settings": settings.to_dict(), "score": score, "nme": nme, "epoch": epoch}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    _replace(run.file("best.pth"), lambda f: torch.save(tensors, f))
-    _replace(run.file("best.json"), lambda f: f.write(json.dumps(facts, indent=1, ensure_ascii=False).encode()))
-
-
-def _replace(path: Path, write):
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(run.file("best.pth"), "wb") as f:
+        torch.save(tensors, f)
+    with whole_file(run.file("best.json")) as f:
+        json.dump(facts, f, indent=1, ensure_ascii=False)
 
 
 def read_checkpoint(path) -> Checkpoint:

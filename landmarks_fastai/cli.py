@@ -26,6 +26,9 @@ FLAGS = {  # setting -> how it is typed, where that is not --its-name
 }
 
 
+WORDS = {"data": "DIR", "arch": "NAME", "head": "LAYERS"}  # what --help calls a flag's value
+
+
 def _parser(description, epilog=None):
     return argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -40,9 +43,9 @@ def _add_setting(group, name, default=None):
     if f.type in (bool, "bool"):
         group.add_argument(*flags, dest=name, action="store_true", default=None, help=about)
     else:
-        choices = f.metadata["choices"]
-        group.add_argument(*flags, dest=name, type=type(f.default), choices=choices, help=about,
-                           metavar=None if choices else type(f.default).__name__.upper())  # fmt: skip
+        kind, choices = type(f.default), f.metadata["choices"]
+        word = None if choices else WORDS.get(name) or {int: "N", float: "X"}[kind]
+        group.add_argument(*flags, dest=name, type=kind, choices=choices, help=about, metavar=word)
 
 
 def _add_settings(parser, title, names, defaults=None):

@@ -6,7 +6,6 @@
 import os
 import re
 import sys
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -137,21 +136,6 @@ def _lines(csv: Path):
 def round_points(points: np.ndarray, rounding: str) -> np.ndarray:
     "nearest (the default), floor (the organisers' script cuts decimals off), or none."
     return {"nearest": np.rint, "floor": np.floor, "none": np.asarray}[rounding](points)
-
-
-@contextmanager
-def whole_file(path: Path, mode: str = "w"):
-    "Open a temporary sibling of `path` that takes its name when the block ends well, and goes away when it does not."
-    temporary = path.with_name(path.name + ".tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with open(temporary, mode, **text) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def submission_header(n_asked: int) -> str:

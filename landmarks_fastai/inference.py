@@ -20,10 +20,10 @@ from landmarks_fastai.contest import (
     round_points,
     submission_header,
     submission_line,
-    whole_file,
 )
 from landmarks_fastai.data import default_workers, open_image
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.files import whole_file
 from landmarks_fastai.geometry import fit_image, pixel_map
 from landmarks_fastai.metrics import points_in_image
 

@@ -8,13 +8,13 @@ Here pandas parses the text block by block, the numbers go to a binary file besi
 import hashlib
 import json
 import os
-import tempfile
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.files import whole_file
 
 FORMAT = 1  # of the cache file: another number in a file makes it stale
 HEADER = 4096  # bytes kept for the header, so that the numbers behind it start on a page
@@ -136,22 +136,14 @@ def _read_header(cache: Path) -> dict:
 def _write_cache(csv: Path, cache: Path, key: dict):
     "Parse `csv` into `cache`: to a temporary file that is renamed when whole, so it is never seen torn."
     cache.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=cache.name, suffix=".tmp", dir=cache.parent)
-    try:
-        with os.fdopen(handle, "w+b") as f:
-            head = _parse_into(f, csv)
-            if _identity(csv) != key:
-                raise UserError(f"{csv} changed while it was read: wait until it is written, then start again")
-            f.seek(0, os.SEEK_END)
-            head |= {"key": key, "bytes": f.tell()}
-            f.seek(0)
-            f.write(json.dumps(head).encode().ljust(HEADER, b"\0"))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, cache)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    with whole_file(cache, "w+b") as f:
+        head = _parse_into(f, csv)
+        if _identity(csv) != key:
+            raise UserError(f"{csv} changed while it was read: wait until it is written, then start again")
+        f.seek(0, os.SEEK_END)
+        head |= {"key": key, "bytes": f.tell()}
+        f.seek(0)
+        f.write(json.dumps(head).encode().ljust(HEADER, b"\0"))
 
 
 def _parse_into(out, csv: Path) -> dict:

@@ -137,7 +137,7 @@ def test_a_torn_or_foreign_cache_is_not_believed(csv, damage):
 
 def test_a_read_only_folder_s_cache_goes_to_the_cache_folder(csv, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(room.tempfile, "mkstemp", _refuse_in(csv.parent, room.tempfile.mkstemp))
+    monkeypatch.setattr(room, "whole_file", _refuse_in(csv.parent, room.whole_file))
     assert len(read_labels(csv)) == 3
     assert not cache_of(csv).exists() and len(list((tmp_path / "home" / "landmarks_fastai").glob("*.cache"))) == 1
     assert len(read_labels(csv)) == 3  # found again
@@ -146,12 +146,12 @@ def test_a_read_only_folder_s_cache_goes_to_the_cache_folder(csv, tmp_path, monk
 def _refuse_in(folder, real):
     "A read-only folder: root, who runs the tests in many containers, is refused by no mode bits."
 
-    def mkstemp(*args, **kwargs):
-        if Path(kwargs["dir"]) == folder:
+    def whole_file(path, mode):
+        if path.parent == folder:
             raise PermissionError(13, "Permission denied")
-        return real(*args, **kwargs)
+        return real(path, mode)
 
-    return mkstemp
+    return whole_file
 
 
 def test_labels_pickle_as_a_file_name(csv):
