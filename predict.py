@@ -12,12 +12,9 @@ def main():
 
     device = cli.device(args)
     checkpoint = find_checkpoint(args.pretrained_model, args.out)
-    typed = cli.given(args)
-    cli.check_fixed(typed, checkpoint.settings, ["arch", "head", "size", "fit"])
+    settings = cli.predict_settings(args, checkpoint.settings)
     run = claim_output(args.out, checkpoint.name)
-    data = typed.get("data", checkpoint.settings.data)
-    batch_size = typed.get("batch_size", checkpoint.settings.batch_size)
-    n = predict_test(checkpoint, data, run, args.rounding, device, batch_size, args.workers, cli.bar)
+    n = predict_test(checkpoint, settings.data, run, args.rounding, device, settings.batch_size, args.workers, cli.bar)
     print(
         f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}"
     )

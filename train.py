@@ -9,18 +9,19 @@ def main():
     drawn = args.data is None
     settings = cli.first_settings(args, drawn)
 
-    from landmarks_fastai.checkpoint import claim_run
+    from landmarks_fastai.checkpoint import claimed_run
     from landmarks_fastai.training import first_stage, fit_stage, report
 
     device = cli.device(args)
-    run = claim_run(args.out, args.name, f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}", args.overwrite)
-    weights = args.weights or ("none" if drawn else "imagenet")
-    if drawn:
-        settings = cli.drawn_faces(settings, args.out, weights)
-    print(f"run {run.name}")
-    learn, settings = first_stage(settings, weights, device, args.workers, args.out)
-    best = fit_stage(learn, settings, run)
-    print(report(run, best, device))
+    wanted = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
+    with claimed_run(args.out, args.name, wanted, args.overwrite) as run:
+        print(f"run {run.name}")
+        weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
+        if drawn:
+            settings = cli.drawn_faces(settings, args.out, weights)
+        learn, settings = first_stage(settings, weights, device, args.workers, args.out)
+        best = fit_stage(learn, settings, run)
+        print(report(run, best, device))
 
 
 if __name__ == "__main__":

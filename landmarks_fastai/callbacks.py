@@ -1,12 +1,11 @@
 "One concern of the training loop each, as fastai's callbacks."
 
-import math
 import sys
 
 import numpy as np
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.tracker import ReduceLROnPlateau, TrackerCallback
+from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
 from fastai.learner import Recorder
 
 from landmarks_fastai.checkpoint import Run, write_checkpoint
@@ -89,24 +88,27 @@ class SaveBest(TrackerCallback):
         best: float | None = None,  # score to beat: the loaded model's
     ):
         super().__init__(monitor="score", comp=np.less, reset_on_fit=False)
-        self.save_to, self.settings, self.best = run, settings, best
+        self.save_to, self.settings, self.best, self.saved = run, settings, best, False
 
     def after_epoch(self):
         super().after_epoch()
         if self.new_best:
+            self.saved = True
             nme = self.recorder.values[-1][self.idx + 1]
             write_checkpoint(self.save_to, self.model, self.settings, self.best, nme, self.epoch)
 
 
-class StopOnNaN(Callback):
-    "Remember the step whose loss was no finite number, and end the stage."
+class StopOnNaN(TerminateOnNaNCallback):
+    "fastai's `TerminateOnNaNCallback`, that remembers the step whose loss was no finite number."
 
     step = None
 
     def after_batch(self):
-        if self.training and not math.isfinite(self.loss.item()):
+        try:
+            super().after_batch()
+        except CancelFitException:
             self.step = (self.epoch, self.iter)
-            raise CancelFitException
+            raise
 
 
 class ProgressTable(ProgressCallback):

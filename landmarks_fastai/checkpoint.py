@@ -4,10 +4,11 @@ The `.pth` is the plain state dict that `learn.load` reads. Predicting and the n
 the images, and nothing else.
 """
 
-import difflib
+import itertools
 import json
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from landmarks_fastai.models import build_model, read_tensors
 from landmarks_fastai.settings import Settings
 
 FORMAT = 1  # of the .json
+MAX_NAME = 200  # bytes: with `_best.json.12345.tmp` behind it a name must stay below a file system's 255
 
 
 class Run:
     "The files of one stage: `out`/NAME_something."
 
-    FILES = ("best.pth", "best.json", "history.csv", "results.png")
+    STAGE = ("best.pth", "best.json", "history.csv", "results.png")
+    PREDICTED = ("submit.csv", "points.npy", "points.json")
+    CLAIM = "history.csv"  # made by `claim_run`, so that of two processes that want a name one gets it
 
     def __init__(self, out, name: str):
         self.out, self.name = Path(out), name
@@ -34,12 +38,35 @@ class Run:
 
     @property
     def taken(self) -> bool:
-        return any(self.file(s).exists() for s in self.FILES)
+        return any(self.file(s).exists() for s in self.STAGE + self.PREDICTED)
 
     def discard(self):
-        "Remove what a stage writes: of a run that is overwritten, or that ended before its first epoch."
-        for suffix in self.FILES:
+        "Remove the run's files, where it ended without a checkpoint."
+        for suffix in self.STAGE + self.PREDICTED:
             self.file(suffix).unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed_run(*args, **kwargs):
+    """`claim_run` for the time of a stage: where that ends without a checkpoint of its own, the name is free again.
+
+    A run that is overwritten keeps its files until the new one has a checkpoint; then its old predictions go.
+    """
+    run = claim_run(*args, **kwargs)
+    best = run.file("best.pth")
+    before = _stamp(best)
+    try:
+        yield run
+    finally:
+        if _stamp(best) == before is None:
+            run.discard()
+        elif _stamp(best) != before:
+            for suffix in Run.PREDICTED:
+                run.file(suffix).unlink(missing_ok=True)
+
+
+def _stamp(path: Path):
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 def claim_run(
@@ -52,25 +79,41 @@ def claim_run(
     "A run whose files may be written. Raises `UserError` for a name that is taken or leaves `out`."
     out = _writable(out)
     if name is None:
-        base, k = re.sub(r"[^\w.+-]", "_", wanted), 1
-        while (run := Run(out, base if k == 1 else f"{base}_{k}")).taken:
-            k += 1
-        return run
-    if not name or name in (".", "..") or re.search(r'[/\\:*?"<>|\0]', name):
+        base = re.sub(r"[^\w.+-]", "_", wanted)[:MAX_NAME]
+        for k in itertools.count(1):
+            if _claim(run := Run(out, base if k == 1 else f"{base}_{k}")):
+                return run
+    plain = name and name not in (".", "..") and not re.search(r'[/\\:*?"<>|\x00-\x1f]', name)
+    if not plain or len(os.fsencode(name)) > MAX_NAME:
         raise UserError(
-            f'-n {name!r} is no plain file name: runs are written into {out}, choose a name without / \\ : * ? " < > |'
+            f'-n {name!r} is no plain file name: runs are written into {out}, choose a short name without / \\ : * ? " < > |'
         )
     run = Run(out, name)
     if given and run.file("best.pth").resolve() == given.path.resolve():
         raise UserError(f"-n {name} is the run that -pm loads: a stage keeps what it was given, choose another name")
-    if run.taken and not overwrite:
+    if not overwrite and not _claim(run):
         raise UserError(f"-n {name}: {out} already has a run of that name: choose another, or --overwrite to mean it")
     return run
 
 
+def _claim(run: Run) -> bool:
+    "Make the run's history file, if no file of the run is there yet; False where one is, or another process was first."
+    if run.taken:
+        return False
+    try:
+        run.file(Run.CLAIM).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def claim_output(out, name: str) -> Run:
     "A run whose predictions may be written: those of the same checkpoint are replaced."
-    return Run(_writable(out), name)
+    run = Run(_writable(out), name)
+    for suffix in Run.PREDICTED:
+        if run.file(suffix).is_dir():
+            raise UserError(f"{run.file(suffix)} is a folder, the prediction cannot be written: move it away")
+    return run
 
 
 def _writable(out) -> Path:
@@ -110,13 +153,15 @@ class Checkpoint:
 
     def tensors(self, model) -> dict:
         "The file's tensors. Raises `UserError` where they are not this model's: another network, head or point count."
-        tensors, own = read_tensors(self.path), model.state_dict()
+        tensors, own = read_tensors(self.path, wrapped=False), model.state_dict()
         wrong = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
         if wrong:
             raise UserError(
                 f"{self.path} is not the network that its .json tells of ({self.settings.arch}, head {self.settings.head}, "
                 f"{self.settings.n_points} points): {len(wrong)} tensors differ, the first {wrong[0]}"
             )
+        if ruined := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
+            raise UserError(f"{self.path} holds NaN or infinite weights ({ruined[0]}): take an earlier checkpoint")
         return tensors
 
 
@@ -124,10 +169,15 @@ def write_checkpoint(run: Run, model, settings: Settings, score: float, nme: flo
     "Write both files whole: each to a temporary one that is synced and renamed."
     facts = {"format": FORMAT, "settings": settings.to_dict(), "score": score, "nme": nme, "epoch": epoch}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with whole_file(run.file("best.pth"), "wb") as f:
-        torch.save(tensors, f)
-    with whole_file(run.file("best.json")) as f:
-        json.dump(facts, f, indent=1, ensure_ascii=False)
+    try:
+        # both are written before either takes its name: what can fail has failed by then
+        with whole_file(run.file("best.json")) as j, whole_file(run.file("best.pth"), "wb") as p:
+            torch.save(tensors, p)
+            json.dump(facts, j, indent=1)
+    except (OSError, RuntimeError) as e:  # torch's zip writer raises RuntimeError where the disk is full
+        raise UserError(
+            f"{run.file('best.pth')} cannot be written ({_reason(e)}): make room, or choose another --out"
+        ) from None
 
 
 def read_checkpoint(path) -> Checkpoint:
@@ -140,13 +190,13 @@ def read_checkpoint(path) -> Checkpoint:
         raise UserError(
             f"{beside} not found: a checkpoint is a .pth and the .json that its stage wrote beside it"
         ) from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{beside} cannot be read: {e}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{beside} cannot be read: {_reason(e)}") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{beside} is no checkpoint's .json of this program (format {FORMAT})")
     numbers = [facts.get(k) for k in ("score", "nme", "epoch")]
-    if not all(isinstance(n, (int, float)) for n in numbers):
-        raise UserError(f"{beside}: score, nme and epoch must be numbers")
+    if not all(isinstance(n, (int, float)) and abs(n) < 1e18 for n in numbers):  # False for NaN too
+        raise UserError(f"{beside}: score, nme and epoch must be finite numbers")
     try:
         return Checkpoint(path, Settings.from_dict(facts.get("settings")), *numbers)
     except UserError as e:
@@ -158,10 +208,16 @@ def find_checkpoint(
     out,  # the output folder
 ) -> Checkpoint:
     "The checkpoint that is meant. Raises `UserError` with the names that do exist."
-    for place in (Path(name), Path(out) / name):
-        for path in (place, place.with_name(place.name + ".pth"), place.with_name(place.name + "_best.pth")):
-            if path.is_file() and path.suffix == ".pth":
+    name = name.removesuffix(".json")
+    for place in (name, os.path.join(out, name)):
+        for path in (place, place + ".pth", place + "_best.pth"):
+            if path.endswith(".pth") and os.path.isfile(path):
                 return read_checkpoint(path)
-    there = sorted(p.name for p in Path(out).glob("*_best.pth"))
-    near = difflib.get_close_matches(Path(name).name, there, 5, 0) or ["none"]
-    raise UserError(f"-pm {name} not found, neither as a path nor in {out}; there are: {', '.join(near)}")
+    there = sorted(Path(out).glob("*_best.pth"), key=os.path.getmtime, reverse=True)
+    names = ", ".join(p.name for p in there[:20]) or "none"
+    more = f" and {len(there) - 20} older ones" if len(there) > 20 else ""
+    raise UserError(f"-pm {name} not found, neither as a path nor in {out}; there are: {names}{more}")
+
+
+def _reason(error) -> str:
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0][:200]

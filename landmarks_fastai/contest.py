@@ -13,14 +13,18 @@ import numpy as np
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.labels import Labels, read_labels
 
-LIST = re.compile(r"\[\s*\d{1,9}(?:\s*,\s*\d{1,9})*\s*,?\s*\]")
+LIST = re.compile(r"\[\s*-?\d{1,18}(?:\s*,\s*-?\d{1,18})*\s*,?\s*\]")
 
 
 def data_folder(data) -> Path:
     "The contest folder that `-d` names; an empty name is the current directory. Raises `UserError` where there is none."
     folder = Path(data or ".")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; -d wants the folder that holds train/ and test/")
+    try:
+        os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no such folder; -d wants the folder that holds train/ and test/") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder} cannot be read ({e}); -d wants the folder that holds train/ and test/") from None
     return folder
 
 
@@ -39,11 +43,14 @@ def check_files(
     folder: Path,  # that they must lie in; it may be a link itself
     rows,  # (line, file name) pairs
 ):
-    "Raise `UserError` for the first name that leaves the folder, is absent, or is an empty or unreadable file."
+    "Raise `UserError` for the first name that leaves the folder or is absent, and for a folder that cannot be read."
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {csv.name} names images in it")
-    with os.scandir(folder) as entries:
-        there = {e.name: e for e in entries}
+    try:
+        with os.scandir(folder) as entries:
+            there = {e.name: e for e in entries}
+    except OSError as e:
+        raise UserError(f"{folder} cannot be read ({e.strerror})") from None
     missing = []
     for line, name in rows:
         if name not in there or there[name].is_symlink():
@@ -82,7 +89,7 @@ class TestPoints:
 
     def check_range(self, n_points: int):
         "Raise `UserError` for the first index that a network of `n_points` points has no answer to."
-        wrong = np.argwhere(self.indices >= n_points)
+        wrong = np.argwhere((self.indices < 0) | (self.indices >= n_points))
         if wrong.size:
             row, k = wrong[0]
             raise UserError(
@@ -98,16 +105,20 @@ def read_test_points(
     csv = Path(csv)
     names, lists, lines = [], [], []
     for number, text in _lines(csv):
-        if number == 1:
-            continue
         name, tab, field = text.partition("\t")
         field = field.strip().strip('"')
+        if number == 1:
+            if LIST.fullmatch(field):
+                raise UserError(
+                    f"{csv} line 1 holds a row: a header line (file_name, point_index_list) must stand above"
+                )
+            continue
         if not tab or not name:
             raise UserError(f"{csv} line {number}: a file name, a TAB and a list of point indices expected")
         if not LIST.fullmatch(field):
             raise UserError(f"{csv} line {number}: {field[:40]!r} is no list of point indices like [742, 385]")
         names.append(name)
-        lists.append(np.array(re.findall(r"\d+", field), np.int64))
+        lists.append(np.array(re.findall(r"-?\d+", field), np.int64))
         lines.append(number)
         if len(lists[-1]) != len(lists[0]):
             raise UserError(
@@ -134,7 +145,7 @@ def _lines(csv: Path):
 
 
 def round_points(points: np.ndarray, rounding: str) -> np.ndarray:
-    "nearest (the default), floor (the organisers' script cuts decimals off), or none."
+    "nearest (the default), floor, or none. (The organisers' script cuts decimals off: floor, but for negative numbers.)"
     return {"nearest": np.rint, "floor": np.floor, "none": np.asarray}[rounding](points)
 
 
@@ -144,6 +155,8 @@ def submission_header(n_asked: int) -> str:
 
 def submission_line(name: str, points: np.ndarray) -> str:
     "One row: `points` (asked, 2) in pixels of the image as stored, whole numbers written without a point."
+    if not np.isfinite(points).all():
+        raise UserError(f"the network's prediction for {name} is NaN or infinite: its weights are ruined, train again")
     return ",".join([name] + [str(int(v)) if v == int(v) else str(v) for v in points.reshape(-1)]) + "\n"
 
 

@@ -54,10 +54,8 @@ def _image(path, where):
     except FileNotFoundError:
         raise UserError(f"{where}image {path} not found") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's several ways to refuse
-        why = "cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
-        raise UserError(
-            f"{where}image {path} is {why} ({e}): replace it or remove its line".replace("is cannot", "cannot")
-        ) from None
+        why = "is cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
+        raise UserError(f"{where}image {path} {why} ({e}): replace it or remove its line") from None
 
 
 def where_of(labels: Labels, row: int) -> str:

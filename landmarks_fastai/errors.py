@@ -14,4 +14,4 @@ class UserError(Exception):
         text = str(self)
         if "Original Traceback" in text:
             text = text.rsplit(f"{type(self).__name__}: ", 1)[-1]
-        return " ".join(text.split())
+        return text.replace("\n", " ").strip()

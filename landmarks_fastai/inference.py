@@ -87,7 +87,7 @@ def predict_test(
     device: str = "cpu",
     batch_size: int = 32,
     workers: int | None = None,
-    progress=lambda batches: batches,
+    progress=lambda batches, total: batches,
 ) -> int:
     """Write the submission, and every point of every test image, as they come; returns the number of images.
 
@@ -115,7 +115,7 @@ def predict_test(
         np.lib.format.write_array_header_1_0(points, head)
         submission.write(submission_header(asked.indices.shape[1]))
         row = 0
-        for batch in progress(batches):
+        for batch in progress(batches, -(-len(asked) // batch_size)):
             points.write(np.ascontiguousarray(batch).data)
             for each in batch:
                 submission.write(submission_line(asked.names[row], round_points(each[asked.indices[row]], rounding)))

@@ -19,7 +19,7 @@ from landmarks_fastai.files import whole_file
 FORMAT = 1  # of the cache file: another number in a file makes it stale
 HEADER = 4096  # bytes kept for the header, so that the numbers behind it start on a page
 BLOCK = 8 << 20  # bytes of CSV parsed at a time: bounds the memory, large enough that pandas' 2,000 columns pay
-MAX_FLOAT = 1 << 24  # float32 holds every whole number up to here
+LIMIT = 32767  # of a coordinate, in pixels: what int16 holds
 
 
 class Labels:
@@ -41,7 +41,7 @@ class Labels:
         head = _read_header(self.cache)
         rows, n_points, width = head["rows"], head["n_points"], head["name_width"]
         dtype = np.dtype(head["dtype"])
-        self.n_points, self.first_line = n_points, 2
+        self.n_points = n_points
         self._points = np.memmap(self.cache, dtype, "r", HEADER, (rows, n_points, 2))
         offset = HEADER + rows * n_points * 2 * dtype.itemsize
         self._names = np.memmap(self.cache, f"S{width}", "r", offset, (rows,))
@@ -160,7 +160,7 @@ def _parse_into(out, csv: Path) -> dict:
             if values.dtype.kind == "f" and dtype.kind == "i":  # the first decimals: what is there becomes float32
                 dtype = np.dtype(np.float32)
                 _widen(out, sum(map(len, names)) * n_points * 2)
-            _check_values(csv, values, block_lines, dtype)
+            _check_values(csv, values, block_lines)
             out.write(np.ascontiguousarray(values.astype(dtype)).data)
             names.append(block_names)
             lines.append(block_lines)
@@ -182,6 +182,10 @@ def _read_columns(csv: Path, header: bytes) -> int:
     if not header.strip():
         raise UserError(f"{csv} is empty: a header line and one line per image are needed")
     n_fields = header.count(b"\t") + 1
+    if any(_is_number(field) for field in header.split(b"\t")[1:]):
+        raise UserError(
+            f"{csv} line 1 holds numbers: a header line (file_name, then a name per column) must stand above"
+        )
     if n_fields < 3 or n_fields % 2 == 0:
         raise UserError(
             f"{csv} line 1: {n_fields} TAB-separated columns found, file_name and an x and y per point expected"
@@ -236,12 +240,21 @@ def _parse_block(csv: Path, block: bytes, lines: np.ndarray):
         row = next(i for i, b in enumerate(block.splitlines()) if not _is_utf8(b))
         raise UserError(f"{csv} line {lines[row]}: not UTF-8 text") from None
     columns = frame.iloc[:, 1:]
-    if not all(t.kind in "if" for t in columns.dtypes.unique()):
+    if not all(t.kind in "iuf" for t in columns.dtypes.unique()):
         _refuse_text(csv, columns, lines)
     encoded = [name.encode("utf-8") for name in frame[0]]
-    if b"" in encoded:
-        raise UserError(f"{csv} line {lines[encoded.index(b'')]}: the file name is empty")
+    for line, name in zip(lines, encoded, strict=True):
+        if not name or b"\0" in name:
+            raise UserError(f"{csv} line {line}: the file name is empty or holds a NUL")
     return np.array(encoded), columns.to_numpy().reshape(len(frame), -1, 2)
+
+
+def _is_number(field: bytes) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_utf8(line: bytes) -> bool:
@@ -267,16 +280,15 @@ def _refuse_text(csv: Path, columns, lines: np.ndarray):
     )
 
 
-def _check_values(csv: Path, values: np.ndarray, lines: np.ndarray, dtype: np.dtype):
-    "Refuse a number that the cache's type cannot hold, and what is no finite number."
-    limit = np.iinfo(np.int16).max if dtype.kind == "i" else MAX_FLOAT
-    fits = np.abs(values) <= limit  # False for NaN too
+def _check_values(csv: Path, values: np.ndarray, lines: np.ndarray):
+    "Refuse what int16 cannot hold, in a file with decimals too: whether a row is right hangs on that row alone."
+    fits = (values >= -LIMIT) & (values <= LIMIT)  # False for NaN too
     if fits.all():
         return
     row, point, axis = np.argwhere(~fits)[0]
     raise UserError(
         f"{csv} line {lines[row]}: point {point}'s {'xy'[axis]} is {values[row, point, axis]}, "
-        f"a number between -{limit} and {limit} expected"
+        f"a number between -{LIMIT} and {LIMIT} expected"
     )
 
 

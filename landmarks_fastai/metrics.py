@@ -30,9 +30,12 @@ def mean_squared_error(pred, truth):
 
 
 def nme_diagonal(pred, truth):
-    "Mean point-to-point distance over the diagonal of the true points' box; (batch, n, 2) pixels -> (batch,)."
-    box = truth.amax(1) - truth.amin(1)
-    return (pred - truth).norm(dim=-1).mean(1) / box.norm(dim=-1).clamp(min=1e-9)
+    """Mean point-to-point distance over the diagonal of the true points' box; (batch, n, 2) pixels -> (batch,).
+
+    A box without size (one point, or all points equal) counts as one pixel: the figure is then the distance in pixels.
+    """
+    diagonal = (truth.amax(1) - truth.amin(1)).norm(dim=-1)
+    return (pred - truth).norm(dim=-1).mean(1) / torch.where(diagonal > 0, diagonal, 1.0)
 
 
 class ImageMetric(Metric):

@@ -13,6 +13,10 @@ from torch import nn
 
 from landmarks_fastai.errors import UserError
 
+# What a file may hold beyond the body: the classifier, by the names that torchvision and timm give it, inception's and
+# googlenet's helpers in training, and the counters of the norms.
+CLASSIFIER = re.compile(r"(fc|classifier|heads?|head_dist|last_linear|AuxLogits|aux\d)\b|.*num_batches_tracked$")
+
 
 def build_model(
     arch: str,  # a torchvision or timm name; `timm:NAME` takes timm's where both have it
@@ -46,6 +50,10 @@ def find_arch(arch: str) -> tuple[str, str]:
     import timm
 
     if timm.is_model(name):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError as e:  # a tag behind the dot that timm does not know
+            raise UserError(f"--arch {arch}: {e}") from None
         return "timm", name
     import difflib
 
@@ -216,11 +224,14 @@ def _download(library, name, size):
         ) from None
 
 
-def read_tensors(path) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path,
+    wrapped: bool = True,  # take the tensors out of `{"state_dict": {...}}`, as others' training programs write
+) -> dict[str, torch.Tensor]:
     "The tensors of a .safetensors or .pth file. Nothing else is ever unpickled: a file with more raises `UserError`."
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} not found: --weights takes imagenet, none or a .safetensors or .pth file")
+        raise UserError(f"{path} not found, or no file: --weights takes imagenet, none or a .safetensors or .pth file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -234,9 +245,10 @@ def read_tensors(path) -> dict[str, torch.Tensor]:
         refused = "weights_only" in str(e) or "Weights only" in str(e)
         why = "it holds more than tensors and may run code" if refused else "it is damaged or of another kind"
         raise UserError(f"{path} is no file of tensors ({why}): nothing was loaded") from None
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+    if wrapped and isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()) or not tensors:
+    pairs = tensors.items() if isinstance(tensors, dict) else ()
+    if not pairs or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in pairs):
         raise UserError(f"{path} is no file of tensors (a plain state dict is needed): nothing was loaded")
     return tensors
 
@@ -264,6 +276,12 @@ def _put(body, tensors, arch, source):
             raise UserError(
                 f"{source} does not fit --arch {arch}: {k} is {tuple(tensors[k].shape)}, {tuple(v.shape)} expected"
             )
+    extra = [k for k in tensors if k not in own and not CLASSIFIER.match(k)]
+    if extra:
+        raise UserError(
+            f"{source} does not fit --arch {arch}: it is of another network, "
+            f"{len(extra)} tensors have no place, the first {extra[0]}"
+        )
     body.load_state_dict({k: tensors[k] for k in own if k in tensors}, strict=False)
 
 

@@ -107,7 +107,7 @@ def _check(recipe: dict) -> None:
 
 def make_sample(
     folder: str | os.PathLike,
-    n_train: int = 800,
+    n_train: int = 1200,
     n_test: int = 100,
     n_points: int = 971,
     seed: int = 0,

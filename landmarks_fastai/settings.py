@@ -22,7 +22,7 @@ def _setting(default, about, choices=None, low=None, high=None):
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are the seed's: its published command line, and its code where that is silent."""
+    """The defaults are the seed's, as its command line and its description have them; `start` alone is another."""
 
     arch: str = _setting("resnext50_32x4d", "network: any torchvision or timm name; timm:NAME where both have it")
     head: str = _setting("linear", "layers between body and points: linear, or a list like 512,bn,relu,drop0.5")
@@ -31,14 +31,14 @@ class Settings:
     )
     size: int = _setting(128, "side of the network's square input, in pixels", low=8, high=4096)
     fit: str = _setting("crop", "how an image becomes that square", choices=FITS)
-    n_points: int = _setting(0, "landmarks of an image; the data's own number", low=0)
+    n_points: int = _setting(0, "landmarks of an image; the data's own number", low=0, high=100_000)
     mean: tuple = _setting((0.485, 0.456, 0.406), "per-channel mean that the body expects of its input, in 0..1")
     std: tuple = _setting((0.229, 0.224, 0.225), "per-channel standard deviation, likewise")
     data: str = _setting("", "folder with train/ (images/ and landmarks.csv) and test/")
     valid_pct: float = _setting(0.2, "share of the rows held out for validation", low=1e-6, high=0.999999)
     valid_random: bool = _setting(False, "draw the validation rows at random, not the last ones of the file")
-    batch_size: int = _setting(32, "images of a training step", low=1)
-    epochs: int = _setting(10, "passes over the training rows", low=0)
+    batch_size: int = _setting(32, "images of a training step", low=1, high=65536)
+    epochs: int = _setting(10, "passes over the training rows", low=1)
     lr: float = _setting(3e-4, "learning rate at the start of the stage", low=1e-12, high=1e3)
     opt: str = _setting("adamw", "optimiser", choices=OPTIMISERS)
     wd: float = _setting(0.05, "weight decay, of biases and norms too (adam, sgd: 0)", low=0.0, high=1e3)
@@ -75,9 +75,10 @@ class Settings:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
 
 
-# What a later stage cannot change. Network and head: the weights have no other meaning.
-# The split: rows that the network was trained on would be validated on.
-FIXED = {"arch": "network", "head": "head", "valid_pct": "split", "valid_random": "split"}
+# What a checkpoint decides: its weights have no other meaning.
+NETWORK = ("arch", "head", "size", "fit")
+# And what a later stage cannot change either: rows that the network was trained on would be validated on.
+SPLIT = ("valid_pct", "valid_random")
 
 # L2 decay of 0.05 (adam, sgd) is not AdamW's decay of 0.05: it would flatten the network.
 WEIGHT_DECAY = {"adamw": 0.05, "adam": 0.0, "sgd": 0.0}

@@ -4,6 +4,7 @@ A stage fits, keeps the best epoch by the contest's score on the validation rows
 NAME_best.pth, NAME_best.json, NAME_history.csv and NAME_results.png in the output folder.
 """
 
+import copy
 import os
 import shlex
 from functools import partial
@@ -102,10 +103,25 @@ def first_stage(
     dls = make_dataloaders(settings, labels, folder, device, workers)
     set_seed(settings.seed, reproducible=True)
     model = build_model(settings.arch, settings.head, settings.n_points, settings.size)
+    check_batch(model, settings)
     load_weights(model, settings.arch, weights, settings.size)
     if settings.start == "mean":
         start_at(model, mean_shape(settings, labels, folder))
     return make_learner(settings, dls, model, out), settings
+
+
+def check_batch(model, settings: Settings):
+    "Refuse a batch of one image where a norm then has a single value to take its variance of."
+    if settings.batch_size > 1:
+        return
+    twin = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            twin(torch.zeros(1, 3, settings.size, settings.size))
+    except ValueError as e:
+        raise UserError(
+            f"-b 1: {settings.arch} has norms that need two images at least ({e}): use -b 2 or more"
+        ) from None
 
 
 def later_stage(
@@ -124,6 +140,7 @@ def later_stage(
     dls = make_dataloaders(settings, labels, folder, device, workers)
     set_seed(settings.seed, reproducible=True)
     model = build_model(settings.arch, settings.head, settings.n_points, settings.size)
+    check_batch(model, settings)
     checkpoint.tensors(model)  # refuses what does not fit, in one line, before fastai reads the file again
     learn = make_learner(settings, dls, model, out)
     return load_best(learn, checkpoint.path)
@@ -153,21 +170,15 @@ def fit_stage(
     The best is that of the stage's epochs and of the given model: a stage never ends with worse than it was given.
     Raises `UserError` where no epoch gave a finite score and nothing was given.
     """
-    run.discard()
     watch = callbacks.StopOnNaN()
     save = callbacks.SaveBest(run, settings, loaded[0] if loaded else None)
     history = CSVLogger(run.file("history.csv").name)
     cbs = [watch, save, history, *scheduler(settings), *learn.progress_cbs]
-    try:
-        learn.fit(settings.epochs, lr=settings.lr, wd=settings.wd, cbs=cbs)
-    finally:
-        if not learn.recorder.values:  # it ended before its first epoch did: the name is free again
-            run.discard()
+    learn.fit(settings.epochs, lr=settings.lr, wd=settings.wd, cbs=cbs)
     where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
-    if not run.file("best.pth").exists():
+    if not save.saved:
         if given is None:
-            run.discard()
-            raise UserError(f"{where or 'no epoch gave a score'}: nothing was saved; try a lower -lr")
+            raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; try a lower -lr")
         load_best(learn, given.path)
         write_checkpoint(run, learn.model, settings, *loaded, -1)
     if where:

@@ -25,8 +25,8 @@ def test_lists_are_parsed(tmp_path):
 @pytest.mark.parametrize(
     "row",
     [
-        "a.jpg", "a.jpg\t", "a.jpg\t[]", "a.jpg\t[1, -2]", "a.jpg\t[1, 2", "a.jpg\t[1; 2]", "a.jpg\t[1, 2.5]", "\t[1, 2]",
-        "a.jpg\t[1, 9999999999]", "a.jpg\t[1, 2, 3]", "a.jpg\t__import__('os').system('touch evaluated')",
+        "a.jpg", "a.jpg\t", "a.jpg\t[]", "a.jpg\t[1, 2", "a.jpg\t[1; 2]", "a.jpg\t[1, 2.5]", "\t[1, 2]",
+        "a.jpg\t[1, 9999999999999999999999]", "a.jpg\t[1, 2, 3]", "a.jpg\t__import__('os').system('touch evaluated')",
         "a.jpg\t[x for x in (1, 2)]", "a.jpg\t[1, 2]; 3",
     ],
 )  # fmt: skip
@@ -42,6 +42,15 @@ def test_an_index_out_of_range_is_named_with_its_line(tmp_path):
     asked.check_range(69)
     with pytest.raises(UserError, match=r"line 3: point index 68 .* 68 points \(0 to 67\)"):
         asked.check_range(68)
+    with pytest.raises(UserError, match="line 2: point index -7 asked for"):
+        contest.read_test_points(ask(tmp_path, "a.jpg\t[1, -7]")).check_range(68)
+
+
+def test_a_file_without_its_header_line_is_refused(tmp_path):
+    csv = tmp_path / "test_points.csv"
+    csv.write_text("a.jpg\t[1, 2]\nb.jpg\t[3, 4]\n")
+    with pytest.raises(UserError, match="line 1 holds a row"):
+        contest.read_test_points(csv)
 
 
 @pytest.mark.parametrize(

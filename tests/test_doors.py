@@ -154,12 +154,60 @@ def test_broken_data(door, data, tmp_path, kind, workers):
     [
         ("-b 0", "batch_size is 0"), ("-b 33", "use -b 32"), ("-e -1", "epochs is -1"), ("-lr nan", "lr is nan"),
         ("--size 4", "size is 4"), ("--valid-pct 1.5", "valid_pct is 1.5"), ("--arch resnet19", "no such network"),
-        ("--head x", "--head x"), ("--weights gone.pth", "gone.pth not found"), ("--workers -1", "--workers -1"),
-        ("-e 0", "no epoch gave a score"), ("--out /proc/nothing", "cannot be written"),
+        ("--head x", "--head x"), ("--weights gone.pth", "gone.pth not found"), ("-e 0", "epochs is 0"),
+        ("-b 1", "need two images at least"), ("--weights ''", "--weights takes"), ("--weights .", "--weights takes"),
+        ("--arch timm:resnet50.foo", "resnet50.foo"), ("--out /proc/nothing", "cannot be written"),
     ],
 )  # fmt: skip
 def test_flags_that_cannot_be(door, drawn, line, part):
     refused(door(f"train.py --arch resnet18 --weights none --size 32 -b 8 -e 1 --workers 0 -d {drawn} {line}"), part)
+
+
+@pytest.mark.parametrize(
+    "line", ["train.py --workers -1", "train.py --opt lion", "predict.py", "finetune.py --round up"]
+)
+def test_flags_that_do_not_parse(door, line):
+    code, _, err = door(line)
+    assert code == 2 and "usage:" in err
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "x" * 300, "gone", "a\nb"])
+def test_checkpoints_that_are_nowhere(door, name):
+    refused(door("predict.py -pm", name), "not found") if "\n" not in name else None
+
+
+def test_two_runs_that_want_one_name_get_two(tmp_path):
+    from landmarks_fastai.checkpoint import claim_run
+
+    names = [claim_run(tmp_path, None, "r").name for _ in range(3)]
+    assert names == ["r", "r_2", "r_3"]
+
+
+def test_a_run_that_is_overwritten_keeps_its_checkpoint_until_there_is_another(door, data, tmp_path):
+    runs = tmp_path / "here" / "runs"
+    assert door(f"train.py {QUICK} -n r -d", data)[0] == 0
+    assert door("predict.py --workers 0 -pm r")[0] == 0 and (runs / "r_submit.csv").exists()
+    before = (runs / "r_best.pth").read_bytes()
+    image = first_image(data, 12)
+    whole = image.read_bytes()
+    cut_image(data)
+    assert door(f"train.py {QUICK} -n r --overwrite -d", data)[0] == 1
+    assert (runs / "r_best.pth").read_bytes() == before
+    image.write_bytes(whole)
+    assert door(f"train.py {QUICK} -n r --seed 4 --overwrite -d", data)[0] == 0
+    assert (runs / "r_best.pth").read_bytes() != before
+    assert not list(runs.glob("r_submit.csv")) and not list(runs.glob("r_points.*"))  # the old network's
+
+
+def test_a_full_disk_is_said_in_one_line(door, drawn, tmp_path, monkeypatch):
+    from landmarks_fastai import checkpoint
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:595] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    refused(door(f"train.py {QUICK} -n r -d", drawn), "r_best.pth cannot be written", "make room")
+    assert not list((tmp_path / "here" / "runs").iterdir())
 
 
 def test_finetune_on_data_with_another_number_of_points(door, drawn, data):

@@ -71,6 +71,15 @@ BAD = {
     "huge": ("b.jpg\t1\t2\t3\t4\t5\t99999999999999999999999", "line 3: point 2's y is"),
     "code": ("b.jpg\t1\t2\t3\t4\t5\t__import__('os')", "line 3: point 2's y is"),
     "nameless": ("\t1\t2\t3\t4\t5\t6", "line 3: the file name is empty"),
+    "least of all": (
+        "b.jpg\t-9223372036854775808\t2\t3\t4\t5\t6",
+        "line 3: point 0's x is -9223372036854775808, a number",
+    ),
+    "beyond 63 bits": (
+        "b.jpg\t1\t10000000000000000000\t3\t4\t5\t6",
+        "line 3: point 0's y is 1e+19, a number",
+    ),
+    "NUL": ("b.jpg\0\t1\t2\t3\t4\t5\t6", "line 3"),
     "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e+30"),
 }
 
@@ -98,7 +107,15 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
         read_labels(csv)
 
 
-@pytest.mark.parametrize("text,message", [("", "is empty"), (HEADER + "\n", "no rows"), ("a,b,c\n1,2,3\n", "line 1")])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "is empty"),
+        (HEADER + "\n", "no rows"),
+        (ROW.format("a") + "\n" + ROW.format("b"), "line 1 holds numbers"),
+        ("a,b,c\n1,2,3\n", "line 1"),
+    ],
+)
 def test_files_without_rows(tmp_path, text, message):
     csv = tmp_path / "l.csv"
     csv.write_text(text)
