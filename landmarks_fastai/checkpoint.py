@@ -50,13 +50,16 @@ class Run:
 def claimed_run(*args, **kwargs):
     """`claim_run` for the time of a stage: where that ends without a checkpoint of its own, the name is free again.
 
-    A run that is overwritten keeps its files until the new one has a checkpoint; then its old predictions go.
+    A run that is overwritten keeps its checkpoint until the new one has one; then its old predictions go.
     """
     run = claim_run(*args, **kwargs)
     best = run.file("best.pth")
     before = _stamp(best)
     try:
         yield run
+    except KeyboardInterrupt:
+        kept = f"the best epoch so far is kept in {best}" if _stamp(best) != before else "nothing was saved yet"
+        raise KeyboardInterrupt(kept) from None
     finally:
         if _stamp(best) == before is None:
             run.discard()

@@ -239,6 +239,6 @@ def run_door(main):
     except UserError as e:
         print(f"error: {e.line}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"stopped: {e}" if str(e) else "stopped", file=sys.stderr)
         sys.exit(130)

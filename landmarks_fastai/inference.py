@@ -5,6 +5,7 @@ where 100,000 images of 971 points must not sit.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def predict_test(
     names in its order. All three appear when all is done, or not at all.
     """
     side = data_folder(data) / "test"
-    if not (side / "test_points.csv").is_file():
+    if not os.path.isfile(side / "test_points.csv"):
         raise UserError(f"{side / 'test_points.csv'} not found: it says which points of which images to submit")
     asked = read_test_points(side / "test_points.csv")
     n_points = checkpoint.settings.n_points

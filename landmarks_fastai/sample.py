@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.face_template import mirror_pairs
 from landmarks_fastai.faces import draw_face
-from landmarks_fastai.head import mirror_pairs
 
 __all__ = ["draw_face", "main", "make_sample", "mirror_pairs"]
 
@@ -139,7 +139,11 @@ def make_sample(
         try:
             _fill(half, recipe, os.cpu_count() or 1 if processes is None else processes, progress)
             half.chmod(0o755)
-            half.replace(folder)
+            try:
+                half.replace(folder)
+            except OSError:  # another process that drew the same set was first
+                if not _is_done(folder, recipe):
+                    raise
         finally:
             shutil.rmtree(half, ignore_errors=True)
     except OSError as e:
@@ -157,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="DIR", help="folder to make; it must be absent, empty or this very set")
     for flag, dest, default, text in (
-        ("--train", "n_train", 800, "pictures to train on"),
+        ("--train", "n_train", 1200, "pictures to train on"),
         ("--test", "n_test", 100, "pictures to predict"),
         ("--points", "n_points", 971, "landmarks in each face"),
         ("--seed", "seed", 0, "another seed, other faces"),

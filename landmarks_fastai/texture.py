@@ -1,4 +1,4 @@
-"The drawn head's skin, features and hair, painted on the flat sheet of head.py and pasted into the picture."
+"The drawn head's skin, features and hair, painted on the flat sheet of face_template.py and pasted into the picture."
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from landmarks_fastai.head import (
+from landmarks_fastai.face_template import (
     CELL,
     Shape,
     View,

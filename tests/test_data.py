@@ -9,7 +9,7 @@ from PIL import Image
 from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import default_workers, make_dataloaders, mean_shape, open_image, split_rows
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.geometry import pixel_map
+from landmarks_fastai.geometry import pixel_map, unit_to_input
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.settings import FITS, Settings
 
@@ -45,6 +45,30 @@ def test_training_and_validation_see_an_image_alike(drawn):
     items = [dl.after_item(tuple(tl.tfms(3) for tl in dl.dataset.tls)) for dl in dls]
     for a, b in zip(*items, strict=True):
         assert torch.equal(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("size", [64, 97])
+def test_a_dot_is_where_the_target_says_through_the_whole_pipeline(tmp_path, fit, size):
+    "ImageBlock, FitToInput, PointScaler and Normalize together: half a pixel lost on the way would fail."
+    (tmp_path / "train" / "images").mkdir(parents=True)
+    rng, rows = np.random.default_rng(0), ["file_name\tx\ty"]
+    for i, (w, h) in enumerate([(120, 90), (90, 121), (64, 64), (201, 150), (77, 140)] * 2):
+        x, y = w / 2 + rng.uniform(-0.2, 0.2) * min(w, h), h / 2 + rng.uniform(-0.2, 0.2) * min(w, h)
+        v, u = np.mgrid[:h, :w]
+        dot = 250 * np.exp(-((u - x) ** 2 + (v - y) ** 2) / (2 * 4.0**2))
+        Image.fromarray(np.rint(dot).astype(np.uint8)).convert("RGB").save(tmp_path / "train" / "images" / f"{i}.png")
+        rows.append(f"{i}.png\t{x:.4f}\t{y:.4f}")
+    (tmp_path / "train" / "landmarks.csv").write_text("\n".join(rows) + "\n")
+    _, dls = loaders(tmp_path, fit=fit, size=size, valid_pct=0.5, batch_size=5)
+    images, points, _ = every(dls.valid)
+    grey = (
+        (images * torch.tensor(SETTINGS.std).view(3, 1, 1) + torch.tensor(SETTINGS.mean).view(3, 1, 1)).mean(1).double()
+    )
+    across, down = torch.arange(size).double(), torch.arange(size).double()[:, None]
+    mass = grey.sum((1, 2))
+    found = torch.stack([(grey * across).sum((1, 2)) / mass, (grey * down).sum((1, 2)) / mass], 1)
+    assert found.numpy() == pytest.approx(unit_to_input(points[:, 0].double(), size).numpy(), abs=0.05)
 
 
 def test_points_outside_the_crop_stay_valid_targets(tmp_path):
