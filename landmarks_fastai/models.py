@@ -4,6 +4,7 @@
 features, the head turns that into the points' unit coordinates, x0 y0 x1 y1 … (see geometry.py).
 """
 
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -208,6 +209,9 @@ def _download(library, name, size):
 
             if not timm.get_pretrained_cfg(name).has_weights:
                 raise UserError(f"timm has no ImageNet weights of {name}: give --weights FILE or --weights none")
+            # the hub tries for a minute and writes two lines a try: what went wrong is said once, below
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            print(f"fetching the ImageNet weights of {name}", flush=True)
             return _timm_model(name, size, pretrained=True).state_dict()
         from torchvision import models
 
