@@ -189,7 +189,8 @@ def drawn_faces(settings: Settings, out, weights: str) -> Settings:
     make_sample(folder)
     start = "from random weights" if weights == "none" else f"from {weights} weights"
     print(
-        f"{settings.arch} at {settings.size} px {start}; on your own data the defaults are {Settings.arch} at {Settings.size} px"
+        f"{settings.arch} (head {settings.head}) at {settings.size} px {start}, schedule {settings.sched}; "
+        f"on your own data: {Settings.arch} at {Settings.size} px from imagenet weights"
     )
     return settings.replace(data=os.path.abspath(folder))
 

@@ -13,7 +13,7 @@ import torch
 from .conftest import N_POINTS, QUICK, ROOT, edit_line
 
 
-def refused(result, *parts, code=1):
+def check_refused(result, *parts, code=1):
     "One line on stderr that says all of `parts`, nothing else."
     found, out, err = result
     assert found == code and err.count("\n") == 1 and err.startswith("error: "), err
@@ -80,13 +80,13 @@ def test_names(door, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert {p.name for p in runs.glob("*.pth")} == {"resnet18_b_8_e_1_best.pth", "resnet18_b_8_e_1_2_best.pth"}
     before = (runs / "resnet18_b_8_e_1_best.pth").read_bytes()
-    refused(door(f"train.py {QUICK} --seed 9 -n resnet18_b_8_e_1 -d", drawn), "already has a run", "--overwrite")
+    check_refused(door(f"train.py {QUICK} --seed 9 -n resnet18_b_8_e_1 -d", drawn), "already has a run", "--overwrite")
     assert (runs / "resnet18_b_8_e_1_best.pth").read_bytes() == before
     assert door(f"train.py {QUICK} --seed 9 --overwrite -n resnet18_b_8_e_1 -d", drawn)[0] == 0
     assert (runs / "resnet18_b_8_e_1_best.pth").read_bytes() != before
-    refused(door("finetune.py --overwrite -n resnet18_b_8_e_1 -pm resnet18_b_8_e_1"), "is the run that -pm loads")
+    check_refused(door("finetune.py --overwrite -n resnet18_b_8_e_1 -pm resnet18_b_8_e_1"), "is the run that -pm loads")
     for name in ("../x", "/tmp/x", "a/b", "..", "a\\b", "c:x"):
-        refused(
+        check_refused(
             door(f"train.py {QUICK} -d {drawn} -n", name)
             if "\\" not in name
             else door(f"train.py {QUICK} -n 'a\\b' -d", drawn),
@@ -144,7 +144,7 @@ def test_broken_data(door, data, tmp_path, kind, workers):
     harm, parts = BROKEN[kind]
     harm(data)
     before = snapshot(data) if data.exists() else {}
-    refused(door(f"train.py {QUICK} --workers {workers} -n r -d", data), *parts)
+    check_refused(door(f"train.py {QUICK} --workers {workers} -n r -d", data), *parts)
     assert (snapshot(data) if data.exists() else {}) == before
     assert not [p for p in (tmp_path / "here").rglob("*") if p.is_file()]
 
@@ -160,7 +160,9 @@ def test_broken_data(door, data, tmp_path, kind, workers):
     ],
 )  # fmt: skip
 def test_flags_that_cannot_be(door, drawn, line, part):
-    refused(door(f"train.py --arch resnet18 --weights none --size 32 -b 8 -e 1 --workers 0 -d {drawn} {line}"), part)
+    check_refused(
+        door(f"train.py --arch resnet18 --weights none --size 32 -b 8 -e 1 --workers 0 -d {drawn} {line}"), part
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,9 +173,9 @@ def test_flags_that_do_not_parse(door, line):
     assert code == 2 and "usage:" in err
 
 
-@pytest.mark.parametrize("name", ["", ".", "/", "x" * 300, "gone", "a\nb"])
+@pytest.mark.parametrize("name", ["", ".", "/", "x" * 300, "gone"])
 def test_checkpoints_that_are_nowhere(door, name):
-    refused(door("predict.py -pm", name), "not found") if "\n" not in name else None
+    check_refused(door("predict.py -pm", name), "not found, neither as a path nor in runs; there are: none")
 
 
 def test_two_runs_that_want_one_name_get_two(tmp_path):
@@ -206,7 +208,7 @@ def test_a_full_disk_is_said_in_one_line(door, drawn, tmp_path, monkeypatch):
         raise RuntimeError("[enforce fail at inline_container.cc:595] . unexpected pos 64 vs 0")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    refused(door(f"train.py {QUICK} -n r -d", drawn), "r_best.pth cannot be written", "make room")
+    check_refused(door(f"train.py {QUICK} -n r -d", drawn), "r_best.pth cannot be written", "make room")
     assert not list((tmp_path / "here" / "runs").iterdir())
 
 
@@ -214,7 +216,9 @@ def test_finetune_on_data_with_another_number_of_points(door, drawn, data):
     assert door(f"train.py {QUICK} -n r -d", drawn)[0] == 0
     csv = data / "train" / "landmarks.csv"
     csv.write_text("\n".join(line.rsplit("\t", 2)[0] for line in csv.read_text().splitlines()) + "\n")
-    refused(door("finetune.py --workers 0 -pm r -d", data), f"has {N_POINTS - 1} points", f"trained on {N_POINTS}")
+    check_refused(
+        door("finetune.py --workers 0 -pm r -d", data), f"has {N_POINTS - 1} points", f"trained on {N_POINTS}"
+    )
 
 
 def test_a_run_that_ends_badly_leaves_its_name_free(door, data):
