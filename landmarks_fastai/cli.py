@@ -11,9 +11,16 @@ import sys
 import warnings
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_RATE, NETWORK, ROUNDINGS, SPLIT, WEIGHT_DECAY, Settings
-
-OUT = "runs"
+from landmarks_fastai.settings import (
+    FINETUNE_EPOCHS,
+    FINETUNE_RATE,
+    NETWORK,
+    OUT,
+    ROUNDINGS,
+    SPLIT,
+    WEIGHT_DECAY,
+    Settings,
+)
 
 # The drawn faces' own choices, so that `python train.py` alone ends within three minutes on two cores with points that
 # sit right. From random weights a norm before the last layer is worth more than any rate: the body's features are

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fastai.data.block import DataBlock
 from fastai.data.core import TfmdDL
-from fastai.data.transforms import Normalize
+from fastai.data.transforms import IndexSplitter, Normalize
 from fastai.torch_core import TensorBase
 from fastai.vision.core import PILImage, TensorPoint
 from fastai.vision.data import ImageBlock, PointBlock
@@ -167,16 +167,6 @@ def mean_shape(settings: Settings, labels: Labels, folder: Path, at_most: int = 
     return total / len(rows)
 
 
-class Split:
-    "The splitter of the DataBlock."
-
-    def __init__(self, settings: Settings):
-        self.settings = settings
-
-    def __call__(self, items):
-        return tuple(part.tolist() for part in split_rows(len(items), self.settings))
-
-
 def default_workers(device: str = "cpu") -> int:
     """Processes that decode images: one a core beside a GPU; half the cores where the CPU trains too.
 
@@ -197,7 +187,7 @@ def make_dataloaders(
 
     Raises `UserError` where the rows are too few for a batch: a short last training batch is dropped.
     """
-    train, _ = split_rows(len(labels), settings)
+    train, valid = split_rows(len(labels), settings)
     if not len(train):
         raise UserError(f"{labels.csv}: {len(labels)} rows leave none to train on: lower --valid-pct or add rows")
     if len(train) < settings.batch_size:
@@ -210,7 +200,7 @@ def make_dataloaders(
         get_items=lambda labels: range(len(labels)),
         get_x=RowImage(labels, folder),
         get_y=RowPoints(labels),
-        splitter=Split(settings),
+        splitter=IndexSplitter(valid.tolist()),
         item_tfms=FitToInput(settings.fit, settings.size),
         batch_tfms=Normalize.from_stats(settings.mean, settings.std, cuda=False),
     )

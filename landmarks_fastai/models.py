@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.settings import Settings
 
 # What a file may hold beyond the body: the classifier, by the names that torchvision and timm give it, inception's and
 # googlenet's helpers in training, and the counters of the norms.
@@ -169,12 +170,10 @@ def input_stats(arch: str) -> tuple[tuple, tuple]:
         return tuple(cfg.mean), tuple(cfg.std)
     from torchvision import models
 
-    transforms = models.get_model_weights(name).IMAGENET1K_V1.transforms() if _has_v1(name) else None
-    return (
-        (tuple(transforms.mean), tuple(transforms.std))
-        if transforms
-        else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
+    if not _has_v1(name):
+        return Settings.mean, Settings.std
+    transforms = models.get_model_weights(name).IMAGENET1K_V1.transforms()
+    return tuple(transforms.mean), tuple(transforms.std)
 
 
 def _has_v1(name):

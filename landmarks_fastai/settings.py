@@ -12,6 +12,8 @@ STARTS = ("mean", "random")
 SCHEDULES = ("plateau", "step", "none")
 ROUNDINGS = ("nearest", "floor", "none")
 
+OUT = "runs"  # folder that a run's files go to
+
 FINETUNE_EPOCHS = 6  # the seed's second and third stage
 FINETUNE_RATE = 0.1  # of the rate that the stage before began with
 

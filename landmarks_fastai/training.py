@@ -26,7 +26,7 @@ from landmarks_fastai.data import make_dataloaders, mean_shape
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.metrics import stage_metrics
 from landmarks_fastai.models import build_model, input_stats, load_weights, start_at
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import OUT, Settings
 
 RESULTS_SHOWN = 6  # faces in NAME_results.png
 
@@ -74,12 +74,11 @@ def make_learner(
         wd_bn_bias=True,
         train_bn=False,
         splitter=body_and_head,
-        metrics=stage_metrics(settings.size),
         cbs=[callbacks.CarryMaps(), callbacks.OrderByEpoch(), ChannelsLast()],
         path=Path(out),
         model_dir=".",
     )
-    learn.metrics = [*learn.metrics, ValueMetric(lambda: learn.opt.hypers[-1]["lr"], "lr")]
+    learn.metrics = [*stage_metrics(settings.size), ValueMetric(lambda: learn.opt.hypers[-1]["lr"], "lr")]
     learn.create_opt()  # so that `validate` and `show_results` find a rate before the first fit
     learn.progress_cbs = callbacks.show_progress(learn)
     if settings.freeze:
@@ -193,7 +192,7 @@ def fit_stage(
 def report(run: Run, best: Checkpoint, device: str) -> str:
     "What a stage says last."
     when = f"epoch {best.epoch}" if best.epoch >= 0 else "the loaded model, which no epoch beat"
-    out = "" if run.out == Path("runs") else f" --out {shlex.quote(str(run.out))}"
+    out = "" if run.out == Path(OUT) else f" --out {shlex.quote(str(run.out))}"
     gpu = " --gpu" if device == "cuda" else ""
     pm = f"-pm {shlex.quote(run.file('best.pth').name)}{out}{gpu}"
     return (
