@@ -8,16 +8,18 @@ def main():
     args = cli.finetune_arguments()
 
     from landmarks_fastai.checkpoint import claimed_run, find_checkpoint
-    from landmarks_fastai.training import fit_stage, later_stage, report, score_loaded
+    from landmarks_fastai.training import find_rate, fit_stage, later_stage, report, score_loaded
 
     device = cli.device(args)
     given = find_checkpoint(args.pretrained_model, args.out)
     settings = cli.next_settings(args, given.settings)
     with claimed_run(args.out, args.name, f"{given.name}+{settings.epochs}", args.overwrite, given) as run:
         print(f"run {run.name}, from {given.path}")
-        learn = later_stage(given, settings, device, args.workers, args.out)
-        loaded = score_loaded(learn, given)
-        best = fit_stage(learn, settings, run, given, loaded)
+        learn, settings = later_stage(given, settings, device, args.workers, run)
+        loaded = score_loaded(learn, given, settings, args.workers)
+        if args.lr == "find":
+            settings = find_rate(learn, settings, run)
+        best = fit_stage(learn, settings, run, given, loaded, cli.STARTED, args.workers)
         print(report(run, best, device))
 
 

@@ -14,7 +14,10 @@ def main():
     checkpoint = find_checkpoint(args.pretrained_model, args.out)
     settings = cli.predict_settings(args, checkpoint.settings)
     run = claim_output(args.out, checkpoint.name)
-    n = predict_test(checkpoint, settings.data, run, args.rounding, device, settings.batch_size, args.workers, cli.bar)
+    second_look = bool(settings.pairs) if args.second_look is None else args.second_look
+    n = predict_test(
+        checkpoint, settings.data, run, args.rounding, device, settings.batch_size, args.workers, second_look, cli.bar
+    )
     print(
         f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}"
     )

@@ -10,7 +10,7 @@ def main():
     settings = cli.first_settings(args, drawn)
 
     from landmarks_fastai.checkpoint import claimed_run
-    from landmarks_fastai.training import first_stage, fit_stage, report
+    from landmarks_fastai.training import find_rate, first_stage, fit_stage, report
 
     device = cli.device(args)
     wanted = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
@@ -19,8 +19,10 @@ def main():
         weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
         if drawn:
             settings = cli.drawn_faces(settings, args.out, weights)
-        learn, settings = first_stage(settings, weights, device, args.workers, args.out)
-        best = fit_stage(learn, settings, run)
+        learn, settings = first_stage(settings, weights, device, args.workers, run)
+        if args.lr == "find":
+            settings = find_rate(learn, settings, run)
+        best = fit_stage(learn, settings, run, started=cli.STARTED)
         print(report(run, best, device))
 
 

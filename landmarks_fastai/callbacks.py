@@ -1,14 +1,19 @@
 "One concern of the training loop each, as fastai's callbacks."
 
+import math
 import sys
+import time
 
 import numpy as np
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
-from fastai.learner import Recorder
+from fastai.learner import Recorder, ValueMetric
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from landmarks_fastai.checkpoint import Run, write_checkpoint
+from landmarks_fastai.metrics import stage_metrics
+from landmarks_fastai.mirror import two_looks
 from landmarks_fastai.settings import Settings
 
 
@@ -73,8 +78,69 @@ class StepLR(Callback):
             self.opt.set_hyper("lr", [h["lr"] * self.gamma for h in self.opt.hypers])
 
 
-class SaveBest(TrackerCallback):
-    """Write the run's checkpoint when the score is better than the best so far.
+class Average(Callback):
+    """An exponential average of the weights, and of the norms' running means, taken after every step.
+
+    Its memory grows with the stage, (1 + n) / (10 + n) after n steps, up to `decay`: a stage of fifty steps has a use
+    for it too.
+    """
+
+    order = 45
+
+    def __init__(self, decay: float):
+        self.decay = decay
+
+    def before_fit(self):
+        self.twin = AveragedModel(self.model, multi_avg_fn=self._update, use_buffers=True)
+
+    def _update(self, average, current, n):
+        get_ema_multi_avg_fn(min(self.decay, (1 + n.item()) / (10 + n.item())))(average, current, n)
+
+    def after_step(self):
+        self.twin.update_parameters(self.model)
+
+    @property
+    def network(self):
+        return self.twin.module
+
+
+class Looks(Callback):
+    "Score another network, or the Learner's own by two looks, on the validation batches that the Learner goes through."
+
+    order = 46  # before the Recorder reads what was found
+
+    def __init__(
+        self,
+        name: str,  # of its column
+        size: int,  # of the network's input
+        network,  # called without arguments: the network to score
+        pairs=(),  # of the mirror map, for two looks
+    ):
+        self.figures, self.network, self.pairs = stage_metrics(size), network, pairs
+        self.column = ValueMetric(lambda: self.score, name)
+
+    def before_validate(self):
+        for figure in self.figures:
+            figure.reset()
+        self.network().eval()
+
+    def after_batch(self):
+        if not self.training:
+            unit = two_looks(self.network(), *self.xb, self.pairs)
+            for figure in self.figures:
+                figure.add(unit, self.yb[0], self.learn.maps)
+
+    @property
+    def score(self):
+        return self.figures[0].value
+
+    @property
+    def nme(self):
+        return self.figures[1].value
+
+
+class SaveBest(Callback):
+    """Write the run's checkpoint when a score is better than the best so far: the network's or its average's.
 
     fastai's `SaveModelCallback` reads its file back as a pickle; here the stage itself loads the best, tensors only.
     """
@@ -86,16 +152,77 @@ class SaveBest(TrackerCallback):
         run: Run,
         settings: Settings,
         best: float | None = None,  # score to beat: the loaded model's
+        looks: list | None = None,  # `Looks` that compete; none: the Learner's own score does
     ):
-        super().__init__(monitor="score", comp=np.less, reset_on_fit=False)
-        self.save_to, self.settings, self.best, self.saved = run, settings, best, False
+        self.save_to, self.settings, self.looks = run, settings, looks or []
+        self.best, self.saved = math.inf if best is None else best, False
 
     def after_epoch(self):
-        super().after_epoch()
-        if self.new_best:
-            self.saved = True
-            nme = self.recorder.values[-1][self.idx + 1]
-            write_checkpoint(self.save_to, self.model, self.settings, self.best, nme, self.epoch)
+        found = [(look.score, look.nme, look.network()) for look in self.looks]
+        if not self.settings.tta:
+            names = self.recorder.metric_names[1:]
+            found.insert(0, (*(self.recorder.values[-1][names.index(n)] for n in ("score", "nme")), self.model))
+        score, nme, network = min(found, key=lambda f: f[0] if f[0] == f[0] else math.inf)
+        if score < self.best:
+            self.best, self.saved = score, True
+            write_checkpoint(self.save_to, network, self.settings, score, nme, self.epoch)
+
+
+class EndInTime(Callback):
+    """End a fit at a time, its last validation included; a schedule by share of the training follows the clock.
+
+    `pct_train` is what fastai's `ParamScheduler` goes by, so `fit_one_cycle` ends its cycle at the deadline.
+    """
+
+    order = 59  # before ParamScheduler (60)
+
+    def __init__(self, deadline: float):  # seconds of `time.monotonic`
+        self.deadline = deadline
+
+    def before_fit(self):
+        self.start, self.steps, self.validation, self.over = time.monotonic(), 0, 0.0, False
+
+    @property
+    def left(self):
+        "Seconds left for training. Until a validation was timed, it counts as so many training steps."
+        step = (time.monotonic() - self.start) / max(1, self.steps)
+        return self.deadline - time.monotonic() - (1.2 * self.validation or step * len(self.dls.valid))
+
+    def before_batch(self):
+        if self.training:
+            passed = time.monotonic() - self.start
+            self.learn.pct_train = min(1.0, passed / max(1e-9, passed + max(0.0, self.left)))
+
+    def after_batch(self):
+        if self.training:
+            self.steps += 1
+            if self.left <= 0:
+                raise CancelTrainException()
+
+    def before_validate(self):
+        self.validation_start = time.monotonic()
+
+    def after_validate(self):
+        self.validation = max(self.validation, time.monotonic() - self.validation_start)
+
+
+class StopInTime(Callback):
+    "End the fit behind the epoch that `EndInTime` cut short, or where less than a tenth of an epoch's time is left."
+
+    order = SaveBest.order + 1
+
+    def __init__(self, clock: EndInTime):
+        self.clock = clock
+
+    def before_train(self):
+        self.began = time.monotonic()
+
+    def after_train(self):
+        self.trained = time.monotonic() - self.began
+
+    def after_epoch(self):
+        if self.clock.left <= 0.1 * self.trained:
+            raise CancelFitException()
 
 
 class StopOnNaN(TerminateOnNaNCallback):

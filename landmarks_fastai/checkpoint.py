@@ -19,14 +19,14 @@ from landmarks_fastai.files import whole_file
 from landmarks_fastai.models import build_model, read_tensors
 from landmarks_fastai.settings import Settings
 
-FORMAT = 1  # of the .json
+FORMAT = 2  # of the .json; 1 had no augmentation, mirror map, loss or average
 MAX_NAME = 200  # bytes: with `_best.json.12345.tmp` behind it a name must stay below a file system's 255
 
 
 class Run:
     "The files of one stage: `out`/NAME_something."
 
-    STAGE = ("best.pth", "best.json", "history.csv", "results.png")
+    STAGE = ("best.pth", "best.json", "history.csv", "results.png", "batch.png", "mirror.json", "mirror.png", "lr.png")
     PREDICTED = ("submit.csv", "points.npy", "points.json")
     CLAIM = "history.csv"  # made by `claim_run`, so that of two processes that want a name one gets it
 
@@ -150,7 +150,7 @@ class Checkpoint:
     def model(self):
         "The network with its weights, in evaluation mode."
         s = self.settings
-        model = build_model(s.arch, s.head, s.n_points, s.size)
+        model = build_model(s.arch, s.head, s.n_points, s.size, s.targets)
         model.load_state_dict(self.tensors(model))
         return model.eval()
 

@@ -8,19 +8,24 @@ import argparse
 import dataclasses
 import os
 import sys
+import time
 import warnings
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_RATE,
+    INPUT,
     NETWORK,
     OUT,
+    RECIPES,
     ROUNDINGS,
     SPLIT,
     WEIGHT_DECAY,
     Settings,
 )
+
+STARTED = time.monotonic()  # --minutes counts the imports too
 
 # The drawn faces' own choices, so that `python train.py` alone ends within three minutes on two cores with points that
 # sit right. From random weights a norm before the last layer is worth more than any rate: the body's features are
@@ -34,7 +39,7 @@ DRAWN = {
 FLAGS = {  # setting -> how it is typed, where that is not --its-name
     "batch_size": ("-b", "--batch-size"),
     "epochs": ("-e", "--epochs"),
-    "lr": ("-lr", "--learning-rate"),
+    "lr": ("-lr", "--lr", "--learning-rate"),
     "data": ("-d", "--data"),
 }
 
@@ -56,8 +61,8 @@ def _add_setting(group, name, default=None):
     if f.type in (bool, "bool"):
         group.add_argument(*flags, dest=name, action="store_true", default=None, help=about)
     else:
-        kind, choices = type(f.default), f.metadata["choices"]
-        word = None if choices else WORDS.get(name) or {int: "N", float: "X"}[kind]
+        kind, choices = _rate if name == "lr" else type(f.default), f.metadata["choices"]
+        word = None if choices else WORDS.get(name) or {int: "N", float: "X", _rate: "X|find"}[kind]
         group.add_argument(*flags, dest=name, type=kind, choices=choices, help=about, metavar=word)
 
 
@@ -77,6 +82,11 @@ def _add_machine(parser):
     group.add_argument("--out", default=OUT, metavar="DIR", help=f"folder that the run's files go to (default: {OUT})")
 
 
+def _rate(text: str):
+    "A learning rate, or `find`."
+    return text if text == "find" else float(text)
+
+
 def _workers(text: str) -> int:
     if not text.isdecimal() or int(text) > 256:
         raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 256")
@@ -90,6 +100,11 @@ def _add_name(group):
     group.add_argument("--overwrite", action="store_true", help="allow -n to name a run that is there already")
 
 
+TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_rate", "loss", "opt", "wd", "accumulate", "sched",
+            "step_size", "gamma", "seed"]  # fmt: skip
+IMAGES = ["aug", "mirror", "ema", "tta"]
+
+
 def train_arguments(argv=None):
     "What train.py was asked for."
     parser = _parser(
@@ -98,14 +113,15 @@ def train_arguments(argv=None):
         "DIR_of_-d/train/landmarks.csv and DIR_of_-d/train/images are read; runs/NAME_best.pth, NAME_best.json,\n"
         "NAME_history.csv and NAME_results.png are written. The next stage: python finetune.py -pm NAME_best.pth",
     )
-    data = _add_settings(parser, "data", ["data", "valid_pct", "valid_random"], {"data": "drawn faces"})
+    parser.add_argument("--recipe", choices=RECIPES, default="best",
+                        help="best: the defaults below; seed: the published entry, every later addition off (default: best)")  # fmt: skip
+    data = _add_settings(parser, "data", ["data", "valid_pct", "valid_random", "all_rows"], {"data": "drawn faces"})
     _add_name(data)
-    network = _add_settings(parser, "network", ["arch", "head", "start", "freeze", "size", "fit"])
+    network = _add_settings(parser, "network", ["arch", "head", "start", "targets", "freeze", "size", "fit"])
     network.add_argument("--weights", metavar="W", help="what the body starts from: imagenet, none, or a .safetensors or .pth file "
                          "(default: imagenet; drawn faces: none)")  # fmt: skip
-    _add_settings(
-        parser, "training", ["batch_size", "epochs", "lr", "opt", "wd", "sched", "step_size", "gamma", "seed"]
-    )
+    _add_settings(parser, "training", TRAINING)
+    _add_settings(parser, "what the images go through, and what is kept", IMAGES)
     _add_machine(parser)
     return parser.parse_args(argv)
 
@@ -118,15 +134,18 @@ def finetune_arguments(argv=None):
         "The stage ends with the best of its own epochs and of the model that it was given.",
     )
     _add_checkpoint(parser)
-    its = "the checkpoint's"
-    training = _add_settings(
-        parser, "training", ["epochs", "lr", "batch_size", "data", "opt", "wd", "sched", "step_size", "gamma", "freeze", "seed"],
-        dict.fromkeys(("batch_size", "data", "opt", "wd", "sched", "step_size", "gamma"), its)
-        | {"epochs": FINETUNE_EPOCHS, "lr": f"{FINETUNE_RATE} of the rate that the stage before began with"}
-        | {"seed": "one above the checkpoint's"},
-    )  # fmt: skip
+    own = {
+        "epochs": FINETUNE_EPOCHS,
+        "lr": f"{FINETUNE_RATE} of the rate that the stage before began with",
+        "seed": "one above the checkpoint's",
+        "minutes": "0",
+        "freeze": "off",
+    }
+    its = {f.name: own.get(f.name, "the checkpoint's") for f in dataclasses.fields(Settings)}
+    training = _add_settings(parser, "training", [*TRAINING, "data", "freeze", "all_rows"], its)
+    _add_settings(parser, "what the images go through, and what is kept", [*INPUT, *IMAGES], its)
     _add_name(training)
-    _add_settings(parser, "must agree with the checkpoint", NETWORK + SPLIT, dict.fromkeys(NETWORK + SPLIT, its))
+    _add_settings(parser, "must agree with the checkpoint", NETWORK + SPLIT, its)
     _add_machine(parser)
     return parser.parse_args(argv)
 
@@ -144,7 +163,10 @@ def predict_arguments(argv=None):
     )
     parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, default=ROUNDINGS[0],
                         help=f"how submitted coordinates become whole (default: {ROUNDINGS[0]})")  # fmt: skip
-    _add_settings(parser, "must agree with the checkpoint", NETWORK, dict.fromkeys(NETWORK, "the checkpoint's"))
+    parser.add_argument("--tta", action=argparse.BooleanOptionalAction, default=None, dest="second_look",
+                        help="look a second time, at the mirrored image (default: where the checkpoint has a mirror map)")  # fmt: skip
+    fixed = NETWORK + INPUT
+    _add_settings(parser, "must agree with the checkpoint", fixed, dict.fromkeys(fixed, "the checkpoint's"))
     _add_machine(parser)
     return parser.parse_args(argv)
 
@@ -157,12 +179,12 @@ def _add_checkpoint(parser):
 def given(args) -> dict:
     "The settings that were typed."
     names = {f.name for f in dataclasses.fields(Settings)}
-    return {k: v for k, v in vars(args).items() if k in names and v is not None}
+    return {k: v for k, v in vars(args).items() if k in names and v is not None and v != "find"}
 
 
 def first_settings(args, drawn: bool) -> Settings:
     "The settings of a first stage."
-    typed = (DRAWN if drawn else {}) | given(args)
+    typed = RECIPES[args.recipe] | (DRAWN if drawn else {}) | given(args)
     typed.setdefault("wd", WEIGHT_DECAY[typed.get("opt", Settings.opt)])
     return Settings(**typed | {"data": os.path.abspath(typed.get("data") or ".")})
 
@@ -175,13 +197,17 @@ def next_settings(args, before: Settings) -> Settings:
         "epochs": FINETUNE_EPOCHS,
         "lr": before.lr * FINETUNE_RATE,
         "seed": (before.seed + 1) % 2**32,
+        "minutes": 0.0,
         "freeze": False,
     }
     if typed.get("opt", before.opt) != before.opt:
         changes["wd"] = WEIGHT_DECAY[typed["opt"]]
     if "data" in typed:
         typed["data"] = os.path.abspath(typed["data"] or ".")
-    return before.replace(**changes | typed)
+    after = before.replace(**changes | typed)
+    if after.targets == "pixels" and (after.size, after.fit) != (before.size, before.fit):
+        raise UserError(f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): leave --size and --fit away")
+    return after
 
 
 def drawn_faces(settings: Settings, out, weights: str) -> Settings:
@@ -212,7 +238,9 @@ def bar(batches, total: int):
 def predict_settings(args, checkpoint: Settings) -> Settings:
     "The checkpoint's settings, with the data and batch size that were typed."
     typed = given(args)
-    check_fixed(typed, checkpoint, NETWORK)
+    check_fixed(typed, checkpoint, NETWORK + INPUT)
+    if args.second_look and not checkpoint.pairs:
+        raise UserError("--tta: the checkpoint has no mirror map (its landmarks have none, or --mirror none): leave --tta away")
     return checkpoint.replace(**typed)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fastai.data.block import DataBlock
 from fastai.data.core import TfmdDL
-from fastai.data.transforms import IndexSplitter, Normalize
+from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorBase
 from fastai.vision.core import PILImage, TensorPoint
 from fastai.vision.data import ImageBlock, PointBlock
@@ -21,9 +21,11 @@ from fasttransform import ItemTransform
 from PIL import Image
 
 from landmarks_fastai import drawing
+from landmarks_fastai.augment import Augment
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import fit_image, input_to_unit, pixel_map
 from landmarks_fastai.labels import Labels
+from landmarks_fastai.mirror import ROWS
 from landmarks_fastai.settings import Settings
 
 
@@ -118,6 +120,12 @@ class LandmarkDL(TfmdDL):
         batches = {"bs": self.bs, "drop_last": self.drop_last}
         return _loader_again, (self.recipe, self.side, batches, self._DataLoader__idxs)
 
+    def before_iter(self):
+        super().before_iter()
+        for tfm in self.after_batch.fs:
+            if isinstance(tfm, Augment):
+                tfm.begin(self.epoch)
+
     def shuffle_fn(self, idxs):
         return np.random.default_rng([self.seed, self.epoch]).permutation(np.asarray(idxs)).tolist()
 
@@ -143,12 +151,22 @@ def _loader_again(recipe, side, batches, idxs):
 
 
 def split_rows(n: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    "Rows to train on and to validate on: the last `valid_pct` of the file, as the seed's, or as many at random."
+    """Rows to train on and to validate on: the last `valid_pct` of the file, as the seed's, or as many at random.
+
+    With `all_rows` the same rows are validated on, and trained on as well.
+    """
     n_train = int(n * (1 - settings.valid_pct) + 1e-9)
     rows = np.arange(n)
     if settings.valid_random:
         rows = np.random.default_rng(settings.split_seed).permutation(n)
-    return np.sort(rows[:n_train]), np.sort(rows[n_train:])
+    train, valid = rows[:n_train], rows[n_train:]
+    return np.arange(n) if settings.all_rows else np.sort(train), np.sort(valid)
+
+
+def some_shapes(settings: Settings, labels: Labels, at_most: int = ROWS) -> np.ndarray:
+    "Landmarks (rows, n_points, 2) of training rows, evenly spaced, in pixels of the images as stored."
+    rows, _ = split_rows(len(labels), settings)
+    return np.stack([labels.points(row) for row in rows[:: max(1, -(-len(rows) // at_most))]])
 
 
 def mean_shape(settings: Settings, labels: Labels, folder: Path, at_most: int = 2000) -> np.ndarray:
@@ -194,15 +212,18 @@ def make_dataloaders(
         raise UserError(
             f"{labels.csv}: {len(train)} training rows make no batch of {settings.batch_size}: use -b {len(train)}"
         )
+    changes = []
+    if settings.aug or settings.pairs:
+        changes = [Augment(settings.aug, settings.pairs or None, settings.seed)]
     block = DataBlock(
         blocks=(ImageBlock, PointBlock),
         dl_type=LandmarkDL,
         get_items=lambda labels: range(len(labels)),
         get_x=RowImage(labels, folder),
         get_y=RowPoints(labels),
-        splitter=IndexSplitter(valid.tolist()),
+        splitter=lambda rows: (train.tolist(), valid.tolist()),
         item_tfms=FitToInput(settings.fit, settings.size),
-        batch_tfms=Normalize.from_stats(settings.mean, settings.std, cuda=False),
+        batch_tfms=[*changes, Normalize.from_stats(settings.mean, settings.std, cuda=False)],
     )
     return block.dataloaders(
         labels,

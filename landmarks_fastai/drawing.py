@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from landmarks_fastai.geometry import unit_to_input
@@ -45,6 +46,43 @@ def draw_batch(
             draw_points(ax, shown[i], unit_to_input(unit[i].cpu(), size).numpy(), colour)
             ax.set_title(titles[i] if s == len(sides) - 1 else "truth", fontsize=9)
     figure.tight_layout(pad=0.4)
+
+
+def draw_mirror(
+    shape,  # (n, 2), y down
+    pairs,  # of the mirror map
+):
+    "Each pair of points joined by a line; the points that are their own mirror image in another colour."
+    from matplotlib import pyplot as plt
+    from matplotlib.collections import LineCollection
+
+    _, ax = plt.subplots(figsize=(6, 6), dpi=120)
+    own = pairs == np.arange(len(pairs))
+    left = np.flatnonzero(pairs > np.arange(len(pairs)))
+    lines = np.stack([shape[left], shape[pairs[left]]], 1)
+    ax.add_collection(LineCollection(lines, colors=plt.cm.hsv(np.linspace(0, 0.9, max(1, len(left)))), linewidths=0.6))
+    size = 4 if len(shape) > 200 else 16
+    ax.scatter(*shape[~own].T, s=size, c="black", linewidths=0)
+    ax.scatter(*shape[own].T, s=3 * size, c="red", linewidths=0)
+    ax.set_title(f"{len(left)} pairs joined, {own.sum()} points on the axis in red", fontsize=9)
+    ax.set_aspect("equal")
+    ax.invert_yaxis()
+    ax.set_axis_off()
+
+
+def draw_rates(
+    rates,  # that were tried, of the body
+    losses,  # smoothed training losses at them
+    chosen: float,
+):
+    "The loss over the rate, and the rate that was chosen."
+    from matplotlib import pyplot as plt
+
+    _, ax = plt.subplots(figsize=(6, 4), dpi=120)
+    ax.plot(rates, losses)
+    ax.axvline(chosen, color=PREDICTION, label=f"chosen: {chosen:g}")
+    ax.set(xscale="log", xlabel="learning rate of the body", ylabel="training loss")
+    ax.legend()
 
 
 def draw_points(

@@ -27,6 +27,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.files import whole_file
 from landmarks_fastai.geometry import fit_image, pixel_map
 from landmarks_fastai.metrics import points_in_image
+from landmarks_fastai.mirror import two_looks
 
 
 class FittedImages(Dataset):
@@ -62,6 +63,7 @@ def predict_batches(
     device: str = "cpu",
     batch_size: int = 32,
     workers: int | None = None,
+    pairs=(),  # of the mirror map, for a mirrored second look
 ):
     "Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the images' order."
     settings = checkpoint.settings
@@ -76,7 +78,7 @@ def predict_batches(
     for pixels, maps in loader:
         inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
         with torch.inference_mode():
-            unit = model(inputs.contiguous(memory_format=torch.channels_last))
+            unit = two_looks(model, inputs.contiguous(memory_format=torch.channels_last), pairs)
         yield points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
 
 
@@ -88,6 +90,7 @@ def predict_test(
     device: str = "cpu",
     batch_size: int = 32,
     workers: int | None = None,
+    second_look: bool = False,  # also at the mirrored image, where the checkpoint has a mirror map
     progress=lambda batches, total: batches,
 ) -> int:
     """Write the submission, and every point of every test image, as they come; returns the number of images.
@@ -105,7 +108,8 @@ def predict_test(
     images = FittedImages(
         side / "images", asked.names, checkpoint.settings.fit, checkpoint.settings.size, LineOf(asked)
     )
-    batches = predict_batches(checkpoint, images, device, batch_size, workers)
+    pairs = checkpoint.settings.pairs if second_look else ()
+    batches = predict_batches(checkpoint, images, device, batch_size, workers, pairs)
     with (
         whole_file(run.file("points.json")) as names,
         whole_file(run.file("points.npy"), "wb") as points,

@@ -54,8 +54,12 @@ class ImageMetric(Metric):
         self.total, self.count = 0.0, 0
 
     def accumulate(self, learn):
-        truth = points_in_image(learn.yb[0], learn.maps, self.size)
-        each = self.func(points_in_image(learn.pred, learn.maps, self.size), truth)
+        self.add(learn.pred, learn.yb[0], learn.maps)
+
+    def add(self, pred, truth, maps):
+        "Unit coordinates of a batch, predicted and true, and its images' maps."
+        truth = points_in_image(truth, maps, self.size)
+        each = self.func(points_in_image(pred, maps, self.size), truth)
         self.total, self.count = self.total + each.sum().item(), self.count + len(each)
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import input_to_unit, unit_to_input
 from landmarks_fastai.settings import Settings
 
 # What a file may hold beyond the body: the classifier, by the names that torchvision and timm give it, inception's and
@@ -25,10 +26,14 @@ def build_model(
     head: str,  # as `make_head` reads it
     n_points: int,
     size: int,  # of the square input, in pixels
+    targets: str = "unit",  # what the last layer gives; the network gives unit coordinates either way
 ) -> nn.Sequential:
     "The network with random weights. Raises `UserError` for an unknown name or a size that the network cannot take."
     body = make_body(arch, size)
-    return nn.Sequential(body, make_head(head, feature_count(body, arch, size), n_points))
+    layers = make_head(head, feature_count(body, arch, size), n_points)
+    if targets == "pixels":
+        layers.append(PixelsToUnit(size))
+    return nn.Sequential(body, layers)
 
 
 def make_body(arch: str, size: int) -> nn.Module:
@@ -149,14 +154,28 @@ def make_head(
     return nn.Sequential(*layers, nn.Linear(n_in, 2 * n_points))
 
 
+class PixelsToUnit(nn.Module):
+    "Behind a last layer that speaks in pixels of the input, as the seed's did: the weights see what they saw there."
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, pixels):
+        return input_to_unit(pixels, self.size)
+
+
 def start_at(model: nn.Sequential, shape):
     """Let the last layer begin at `shape`, (n_points, 2) unit coordinates: its bias is the shape, its weights a tenth.
 
     The seed's random start spends its first epochs finding the mean face, and each of a thousand outputs for itself.
     """
-    last = model[1][-1]
+    last = [layer for layer in model[1] if isinstance(layer, nn.Linear)][-1]
+    shape = torch.as_tensor(shape)
+    if isinstance(model[1][-1], PixelsToUnit):
+        shape = unit_to_input(shape, model[1][-1].size)
     with torch.no_grad():
-        last.bias.copy_(torch.as_tensor(shape).reshape(-1))
+        last.bias.copy_(shape.reshape(-1))
         last.weight.mul_(0.1)
 
 

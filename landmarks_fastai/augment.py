@@ -1,0 +1,102 @@
+"""What training does to a face: one warp that moves image and points together, and colour.
+
+The whole batch is turned, scaled, shifted and mirrored by one `grid_sample`, in the unit coordinates of geometry.py.
+The points go through the same matrices. A mirrored face's points change their names (`mirror.py`); fastai's own
+`Flip` moves them and leaves the names, which teaches the network that left is right.
+All random numbers are drawn in the main process, a function of (seed, epoch, batch).
+"""
+
+import math
+
+import numpy as np
+import torch
+from fastai.vision.core import TensorImage, TensorPoint
+from fasttransform import ItemTransform
+from torch.nn import functional as F
+
+# What strength 1 is: half-widths of the even distribution that each is drawn from. `benchmarks/score.md` has others.
+TURN = 15.0  # degrees
+SCALE = 0.15  # in the logarithm: from 0.86 to 1.16
+SHIFT = 0.06  # of the picture's side
+COLOUR = 0.2  # contrast and saturation, in the logarithm; half of it for brightness, a quarter for each channel
+
+
+class Augment(ItemTransform):
+    """(images in 0..1, points in unit coordinates, maps) -> the same faces seen otherwise; training batches only.
+
+    The maps are passed on as they are: they lead back to the images as stored from the input before the warp.
+    """
+
+    split_idx = 0  # of the two sides, training
+    order = 50  # after IntToFloatTensor (10), before Normalize (99)
+
+    def __init__(
+        self,
+        strength: float,  # 0 leaves all but the mirror away
+        pairs=None,  # of the mirror map; None never mirrors
+        seed: int = 0,
+    ):
+        self.strength, self.seed = strength, seed
+        self.pairs = None if pairs is None else torch.as_tensor(np.array(pairs))
+        self.begin(0)
+
+    def begin(self, epoch: int, batch: int = 0):
+        "The next batch is the `batch`-th of this epoch."
+        self.epoch, self.batch = epoch, batch
+
+    def encodes(self, item):
+        images, points, *maps = item
+        rng = np.random.default_rng([self.seed, self.epoch, self.batch])
+        self.batch += 1
+        matrix, mirrored = self.draw_warp(rng, len(images))
+        matrix, mirrored = matrix.to(images.device), mirrored.to(images.device)
+        colours = [c.to(images.device) for c in self.draw_colour(rng, len(images))]
+        plain = images.as_subclass(torch.Tensor)
+        moved = recolour(warp_images(plain, matrix), *colours) if self.strength else warp_images(plain, matrix)
+        renamed = warp_points(rename(points.as_subclass(torch.Tensor), mirrored, self.pairs), matrix)
+        return TensorImage(moved), TensorPoint(renamed), *maps
+
+    def draw_warp(self, rng, n: int):
+        "Matrices (n, 2, 3) that take unit coordinates before to those after, and which faces are mirrored (n,)."
+        spread = lambda width: torch.from_numpy(rng.uniform(-width, width, n)) * self.strength
+        turn, scale, x, y = spread(math.radians(TURN)), spread(SCALE).exp(), spread(2 * SHIFT), spread(2 * SHIFT)
+        mirrored = torch.from_numpy(rng.random(n) < 0.5) & (self.pairs is not None)
+        sign = 1 - 2 * mirrored.double()
+        cos, sin = turn.cos() * scale, turn.sin() * scale
+        rows = [torch.stack([cos * sign, -sin, x], 1), torch.stack([sin * sign, cos, y], 1)]
+        return torch.stack(rows, 1).float(), mirrored
+
+    def draw_colour(self, rng, n: int):
+        "Contrast, saturation (n, 1, 1, 1) and what is added to each channel (n, 3, 1, 1)."
+        draw = lambda channels, width: torch.from_numpy(
+            rng.uniform(-width, width, (n, channels, 1, 1)).astype(np.float32) * self.strength
+        )
+        return draw(1, COLOUR).exp(), draw(1, COLOUR).exp(), draw(1, COLOUR / 2) + draw(3, COLOUR / 4)
+
+
+def warp_points(points, matrix):
+    "Points (batch, n, 2) through matrices (batch, 2, 3), both in unit coordinates."
+    return points @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
+
+
+def rename(points, mirrored, pairs):
+    "The points of mirrored faces under their new names: (batch, n, 2), not moved."
+    if pairs is None:
+        return points
+    return torch.where(mirrored[:, None, None], points[:, pairs.to(points.device)], points)
+
+
+def warp_images(images, matrix):
+    "Images (batch, 3, h, w) through the same matrices. What lies outside is reflected in: no black corners."
+    inverse = torch.linalg.inv(matrix[:, :, :2])
+    back = torch.cat([inverse, -inverse @ matrix[:, :, 2:]], 2)  # grid_sample asks where a pixel comes from
+    grid = F.affine_grid(back, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def recolour(images, contrast, saturation, added):
+    "Contrast about each image's mean, saturation about each pixel's grey, then the channels' shifts; in 0..1."
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = (images - mean) * contrast + mean
+    grey = images.mean(1, keepdim=True)
+    return ((images - grey) * saturation + grey + added).clamp(0, 1)

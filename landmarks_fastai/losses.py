@@ -1,0 +1,76 @@
+"""What training minimises: a distance between points, in pixels of the network's input.
+
+Pixels, not unit coordinates: the printed loss can be read (`l1` is how many pixels a coordinate is off), and the
+widths of `smooth_l1` and `wing` mean what their papers mean.
+"""
+
+import math
+
+import torch
+from fastai.losses import BaseLoss
+from torch import nn
+from torch.nn import functional as F
+
+from landmarks_fastai.settings import Settings
+
+WING_WIDTH, WING_CURVE = 10 / 256, 2 / 256  # of the input's side: Feng et al. 2018 found 10 and 2 px at 256 px
+
+
+class PointLoss(nn.Module):
+    "Mean over all coordinates of `func(error)`; predictions and truth in unit coordinates, errors in input pixels."
+
+    def __init__(self, func, size: int):
+        super().__init__()
+        self.of_error, self.half = func, size / 2  # not `func`: `BaseLoss` takes over the attributes of what it wraps
+
+    def forward(self, pred, truth):
+        return self.of_error((pred - truth) * self.half).mean()
+
+
+def wing(error, width: float, curve: float):
+    """Feng et al. 2018, "Wing Loss for Robust Facial Landmark Localisation", eq. 5.
+
+    Logarithmic within `width` pixels, so that small errors keep pulling; linear beyond.
+    """
+    size = error.abs()
+    jump = width - width * math.log1p(width / curve)
+    return torch.where(size < width, width * torch.log1p(size / curve), size - jump)
+
+
+class AdaptiveSmoothL1(nn.Module):
+    """Smooth L1 whose quadratic part follows the errors: Fu et al. 2019, "RetinaMask", eq. 3.
+
+    beta = running mean - running variance of |error|, kept between a hundredth of a pixel and one pixel.
+    """
+
+    def __init__(self, highest: float = 1.0, momentum: float = 0.9):
+        super().__init__()
+        self.highest, self.momentum = highest, momentum
+        self.register_buffer("mean", torch.tensor(highest))
+        self.register_buffer("variance", torch.tensor(0.0))
+
+    def forward(self, error):
+        size = error.abs()
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.mean.lerp_(size.mean().to(self.mean), 1 - self.momentum)
+                self.variance.lerp_(size.var().to(self.variance), 1 - self.momentum)
+        beta = (self.mean - self.variance).clamp(0.01, self.highest).to(error)
+        return torch.where(size < beta, 0.5 * error**2 / beta, size - 0.5 * beta)
+
+
+def _smooth_l1(error):
+    return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
+
+
+def loss_function(settings: Settings):
+    "The `loss_func` of a Learner, flattened as fastai's own."
+    size = settings.size
+    func = {
+        "l1": torch.abs,
+        "smooth_l1": _smooth_l1,
+        "mse": torch.square,
+        "wing": lambda error: wing(error, WING_WIDTH * size, WING_CURVE * size),
+        "adaptive": AdaptiveSmoothL1(),
+    }[settings.loss]
+    return BaseLoss(PointLoss, func, size, axis=-1, floatify=True, is_2d=False)
