@@ -37,7 +37,7 @@ class Augment(ItemTransform):
         seed: int = 0,
     ):
         self.strength, self.seed = strength, seed
-        self.pairs = None if pairs is None else torch.as_tensor(np.array(pairs))
+        self.pairs = None if pairs is None else torch.as_tensor(pairs)
         self.begin(0)
 
     def begin(self, epoch: int, batch: int = 0):

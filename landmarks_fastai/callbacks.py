@@ -160,8 +160,8 @@ class SaveBest(Callback):
     def after_epoch(self):
         found = [(look.score, look.nme, look.network()) for look in self.looks]
         if not self.settings.tta:
-            names = self.recorder.metric_names[1:]
-            found.insert(0, (*(self.recorder.values[-1][names.index(n)] for n in ("score", "nme")), self.model))
+            own = {m.name: m.value for m in self.learn.metrics}
+            found.insert(0, (own["score"], own["nme"], self.model))
         score, nme, network = min(found, key=lambda f: f[0] if f[0] == f[0] else math.inf)
         if score < self.best:
             self.best, self.saved = score, True
@@ -198,6 +198,10 @@ class EndInTime(Callback):
             self.steps += 1
             if self.left <= 0:
                 raise CancelTrainException()
+
+    def after_cancel_train(self):
+        # else the Recorder leaves this epoch's training loss out, and every later number is under a wrong name
+        self.learn.recorder.cancel_train = False
 
     def before_validate(self):
         self.validation_start = time.monotonic()

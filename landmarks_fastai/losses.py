@@ -54,7 +54,7 @@ class AdaptiveSmoothL1(nn.Module):
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 self.mean.lerp_(size.mean().to(self.mean), 1 - self.momentum)
-                self.variance.lerp_(size.var().to(self.variance), 1 - self.momentum)
+                self.variance.lerp_(size.var(correction=0).to(self.variance), 1 - self.momentum)
         beta = (self.mean - self.variance).clamp(0.01, self.highest).to(error)
         return torch.where(size < beta, 0.5 * error**2 / beta, size - 0.5 * beta)
 

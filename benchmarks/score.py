@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""What each part of the recipe is worth: every part taken away in turn, and added alone to the seed's recipe.
+
+    python benchmarks/score.py -d DIR --arch A --weights W --table parts
+
+Each row is one first stage in a process of its own, from the same images for the same number of epochs; the table
+gives the score on the validation rows (mean squared error, pixels of the images as stored) as a ratio to the first
+row's. Small differences want `--seeds 3`. The defaults take about two minutes a row on one core; `--jobs` runs side by
+side, each on its share of the cores.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from landmarks_fastai.settings import FITS, LOSSES, RECIPES, Settings  # noqa: E402
+
+# part -> settings that switch it off; what switches it on is the default
+PARTS = {
+    "unit targets": ["targets"],
+    "mean start": ["start"],
+    "both": ["targets", "start"],
+    "rates": ["lr", "head_rate"],
+    "targets, start and rates": ["targets", "start", "lr", "head_rate"],
+    "loss": ["loss"],
+    "augmentation": ["aug"],
+    "mirror": ["mirror"],
+    "average": ["ema"],
+}
+
+
+def flags(settings: dict) -> list[str]:
+    return [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def tables() -> dict[str, dict[str, list[str]]]:
+    "Table -> row -> flags of train.py; the first row is what the others are compared with."
+    seed = RECIPES["seed"]
+    on = {k: getattr(Settings, k) for k in seed}
+    minus = {f"without {part}": flags({k: seed[k] for k in names}) for part, names in PARTS.items()}
+    plus = {
+        f"seed + {part}": ["--recipe", "seed", *flags({k: on[k] for k in names})] for part, names in PARTS.items()
+    }
+    one = lambda flag, values: {f"{flag} {v}": [flag, str(v)] for v in values}
+    return {
+        "parts": {"defaults": []} | minus,
+        "seed": {"seed": ["--recipe", "seed"]} | plus,
+        "losses": {"defaults": []} | one("--loss", [v for v in LOSSES if v != Settings.loss]),
+        "fits": {"defaults": []} | one("--fit", [v for v in FITS if v != Settings.fit]),
+        "aug": {"defaults": []} | one("--aug", (0.5, 1.5, 2)),
+        "ema": {"defaults": []} | one("--ema", (0.9, 0.98, 0.995, 0.998)),
+        "rates": {"defaults": []} | one("-lr", ("3e-4", "1e-3", "4e-3")) | one("--head-rate", (0.003, 0.1, 1)),
+        "sched": {"defaults": []} | {"--sched onecycle -lr 4e-3": ["--sched", "onecycle", "-lr", "4e-3"]}
+        | one("--sched", ("onecycle",)),
+    }  # fmt: skip
+
+
+def run(args, row: str, words: list[str], seed: int) -> tuple[float, float]:
+    "One first stage: its score, and that of a mirrored second look (the score again where there is no mirror map)."
+    name = re.sub(r"[^\w.]+", "_", f"{row}_{seed}")
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    command = [
+        sys.executable, "-W", "ignore", str(ROOT / "train.py"), "-d", args.data, "--arch", args.arch, "--weights", args.weights,
+        "--size", str(args.size), "-e", str(args.epochs), "--seed", str(seed), "--workers", "0", "-n", name, "--overwrite",
+        "--out", args.out, *words,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        raise SystemExit(f"{row}: {done.stderr.strip()}")
+    score = json.loads((Path(args.out) / f"{name}_best.json").read_text())["score"]
+    second = re.search(r"second look it scores ([\d.]+)", done.stdout)
+    print(f"# {row}, seed {seed}: {score:.4g}", file=sys.stderr, flush=True)
+    return score, float(second[1]) if second else score
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("-d", "--data", required=True, help="contest folder")
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--weights", default="none")
+    parser.add_argument("--table", choices=tables(), nargs="+", default=["parts"])
+    parser.add_argument("--rows", default="", help="only rows whose name matches this expression, and the first")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("-e", "--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", default="runs/benchmark")
+    args = parser.parse_args()
+    for title in args.table:
+        rows = tables()[title]
+        first = next(iter(rows))
+        rows = {k: v for k, v in rows.items() if k == first or re.search(args.rows, k)}
+        jobs = [(row, words, seed) for row, words in rows.items() for seed in range(args.seeds)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            found = list(pool.map(lambda job: run(args, *job), jobs))
+        print(f"\n{title}: {args.arch}, {args.size} px, {args.epochs} epochs, seeds 0 to {args.seeds - 1}\n")
+        print("| row | score | lowest, highest | ratio | with a second look |\n| --- | --- | --- | --- | --- |")
+        base = None
+        for row in rows:
+            scores = [f for f, job in zip(found, jobs, strict=True) if job[0] == row]
+            mean = sum(s for s, _ in scores) / len(scores)
+            base = base or mean
+            low, high = min(s for s, _ in scores), max(s for s, _ in scores)
+            spread = f"{low:.4g}, {high:.4g}" if args.seeds > 1 else ""
+            second = sum(s for _, s in scores) / len(scores)
+            print(f"| {row} | {mean:.4g} | {spread} | {mean / base:.2f} | {second:.4g} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"What a person can switch on, off or over: recipes, averages, looks, rates, time, another size."
+
+import json
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
+from PIL import Image
+from torch import nn
+
+from landmarks_fastai.callbacks import Average, EndInTime, StopInTime
+from landmarks_fastai.checkpoint import read_checkpoint
+from landmarks_fastai.contest import training_rows
+from landmarks_fastai.data import make_dataloaders
+from landmarks_fastai.mirror import two_looks
+from landmarks_fastai.models import build_model, start_at
+from landmarks_fastai.settings import RECIPES, Settings
+
+from .conftest import N_POINTS, N_TRAIN, QUICK
+from .test_callbacks import learner
+from .test_training import same, tensors
+
+
+def best(tmp_path, name):
+    return read_checkpoint(tmp_path / "here" / "runs" / f"{name}_best.pth")
+
+
+def history(tmp_path, name):
+    return pd.read_csv(tmp_path / "here" / "runs" / f"{name}_history.csv")
+
+
+def test_the_seed_s_recipe_switches_every_addition_off(door, drawn, tmp_path):
+    code, out, _ = door(f"train.py --recipe seed {QUICK} -n s -d", drawn)
+    settings = best(tmp_path, "s").settings
+    assert code == 0 and "mirror" not in out
+    for name, value in RECIPES["seed"].items():
+        assert getattr(settings, name) == value, name
+    assert not settings.pairs and settings.lr == 3e-4 and settings.opt == "adamw" and settings.wd == 0.05
+    assert list(history(tmp_path, "s").columns) == ["epoch", "train_loss", "valid_loss", "score", "nme", "lr", "time"]
+    door("finetune.py -e 1 --workers 0 -n s2 -pm s")
+    assert best(tmp_path, "s2").settings.targets == "pixels" and best(tmp_path, "s2").settings.aug == 0
+    # one part of it, typed, wins over the recipe
+    door(f"train.py --recipe seed --loss l1 {QUICK} -n l -d", drawn)
+    assert best(tmp_path, "l").settings.loss == "l1" and best(tmp_path, "l").settings.targets == "pixels"
+
+
+def test_a_network_in_pixels_starts_at_the_corner_and_one_in_units_at_the_mean_shape():
+    shape = torch.rand(5, 2) - 0.5
+    images = torch.rand(2, 3, 32, 32)
+    pixels = build_model("resnet18", "linear", 5, 32, "pixels").eval()
+    with torch.no_grad():
+        assert (pixels(images) + 1).abs().max() < 0.2  # the seed's start: all points at the top left
+        start_at(pixels, shape)
+        units = build_model("resnet18", "linear", 5, 32).eval()
+        start_at(units, shape)
+        for model in (pixels, units):
+            assert model(images).reshape(2, 5, 2).numpy() == pytest.approx(shape.expand(2, 5, 2).numpy(), abs=0.1)
+
+
+def test_the_average_is_pytorch_s_with_a_memory_that_grows():
+    learn = learner([1] * 4)
+    average, seen = Average(0.5), []
+
+    class Watch(Callback):
+        order = 46
+
+        def after_step(self):
+            seen.append(self.model[1][0].weight.detach().clone())
+
+    learn.fit(4, lr=0.1, cbs=[average, Watch()])
+    expected = seen[0]
+    for n, weight in enumerate(seen[1:], 1):
+        keep = min(0.5, (1 + n) / (10 + n))
+        expected = keep * expected + (1 - keep) * weight
+    assert torch.allclose(average.network[1][0].weight, expected, atol=1e-6)
+    assert not torch.allclose(average.network[1][0].weight, seen[-1])
+    assert not torch.equal(average.network[0][1].running_mean, learn.model[0][1].running_mean)  # norms too
+
+
+def test_the_better_of_network_and_average_is_kept(door, drawn, tmp_path):
+    "What the table calls `ema` is the score of the file, when the file is the average."
+    assert door(f"train.py {QUICK} -e 3 -lr 3e-3 -n e -d", drawn)[0] == 0
+    table, kept = history(tmp_path, "e"), best(tmp_path, "e")
+    assert kept.score == pytest.approx(table[["score", "ema"]].min().min(), rel=1e-5)
+    code, out, _ = door("finetune.py -e 1 --workers 0 -n e2 -pm e")
+    assert code == 0 and f"loaded: score {kept.score:.6g}" in out
+    # without an average the same seed gives the same network, epoch by epoch
+    assert door(f"train.py {QUICK} -e 3 -lr 3e-3 --ema 0 -n p -d", drawn)[0] == 0
+    assert history(tmp_path, "p").score.tolist() == table.score.tolist() and "ema" not in history(tmp_path, "p")
+    assert best(tmp_path, "p").score == table.score.min()
+
+
+def test_two_looks_in_validation_and_prediction(door, drawn, tmp_path):
+    from landmarks_fastai.inference import FittedImages, predict_batches
+
+    code, out, _ = door(f"train.py {QUICK} -e 2 --tta -n t -d", drawn)
+    kept, table = best(tmp_path, "t"), history(tmp_path, "t")
+    assert code == 0 and list(table.columns[6:8]) == ["looks", "ema"]
+    assert kept.score == pytest.approx(table[["looks", "ema"]].min().min(), rel=1e-5)
+    runs = tmp_path / "here" / "runs"
+    labels, folder = training_rows(drawn)
+    images = FittedImages(folder, [labels.name(r) for r in range(32, N_TRAIN)], "crop", 32)
+    truth = np.stack([labels.points(r) for r in range(32, N_TRAIN)]).astype(float)
+    twice = np.concatenate(list(predict_batches(kept, images, workers=0, pairs=kept.settings.pairs)))
+    assert ((twice - truth) ** 2).mean() == pytest.approx(kept.score, rel=1e-4)
+    # predict.py looks twice where it can, and once when asked to
+    assert door("predict.py --workers 0 -pm t")[0] == 0
+    default = np.load(runs / "t_points.npy")
+    assert door("predict.py --workers 0 --no-tta -pm t")[0] == 0
+    once = np.load(runs / "t_points.npy")
+    assert door("predict.py --workers 0 --tta -pm t")[0] == 0
+    assert np.array_equal(default, np.load(runs / "t_points.npy")) and not np.array_equal(default, once)
+
+
+def test_a_mirrored_image_gets_the_mirrored_prediction_by_two_looks(door, drawn, tmp_path):
+    "The one property that two looks have and one look has not."
+    assert door(f"train.py {QUICK} -n m -d", drawn)[0] == 0
+    kept = best(tmp_path, "m")
+    model, pairs = kept.model(), list(kept.settings.pairs)
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        there, back = two_looks(model, images, pairs), two_looks(model, images.flip(-1), pairs)
+    assert torch.allclose(back[:, pairs] * torch.tensor([-1.0, 1.0]), there, atol=1e-5)
+
+
+def test_a_stage_at_another_size_scores_the_loaded_model_at_its_own_first(door, drawn, tmp_path):
+    assert door(f"train.py {QUICK} -e 2 -lr 1e-3 -n small -d", drawn)[0] == 0
+    small = best(tmp_path, "small")
+    code, out, err = door("finetune.py -e 1 --size 64 --fit pad --workers 0 -lr 1e-9 --ema 0 -n kept -pm small")
+    assert (code, err) == (0, "")
+    assert f"loaded: score {small.score:.6g} on the validation rows" in out
+    assert "that is at 32 px, crop; at 64 px, pad, it scores" in out
+    kept = best(tmp_path, "kept")  # the tiny rate changes nothing, and this network does not know 64 px faces
+    if kept.epoch == -1:
+        assert (kept.settings.size, kept.settings.fit) == (32, "crop") and kept.score == pytest.approx(small.score)
+        assert same(tmp_path / "here/runs/small_best.pth", tmp_path / "here/runs/kept_best.pth")
+    else:
+        assert kept.score < small.score
+    assert door("predict.py --workers 0 -pm kept")[0] == 0
+    # and where an epoch wins, the checkpoint is of the new size
+    code, out, _ = door("finetune.py -e 10 --size 48 --workers 0 -lr 2e-3 -n grown -pm small")
+    grown = best(tmp_path, "grown")
+    assert code == 0 and grown.score < small.score and grown.settings.size == 48 and grown.epoch >= 0
+
+
+def test_a_network_in_pixels_keeps_its_size(door, drawn):
+    assert door(f"train.py --recipe seed {QUICK} -n s -d", drawn)[0] == 0
+    code, _, err = door("finetune.py --size 64 --workers 0 -pm s")
+    assert code == 1 and "--targets pixels" in err and "leave --size and --fit away" in err and err.count("\n") == 1
+
+
+def test_lr_find_is_printed_drawn_and_used(door, drawn, tmp_path):
+    code, out, err = door(f"train.py {QUICK} --lr find -n f -d", drawn)
+    assert (code, err) == (0, "")
+    rate = best(tmp_path, "f").settings.lr
+    assert f"rate found: {rate:g}" in out and 1e-6 < rate < 1 and rate != Settings.lr
+    assert history(tmp_path, "f").lr[0] == pytest.approx(rate)
+    runs = tmp_path / "here" / "runs"
+    assert Image.open(runs / "f_lr.png").width > 400
+    assert not [p for p in runs.iterdir() if p.is_dir()]  # fastai's temporary folder is gone
+    assert door("finetune.py --lr find -e 1 --workers 0 -n f2 -pm f")[0] == 0
+    code, _, err = door(f"train.py {QUICK} --lr fast -d", drawn)
+    assert code == 2 and "fast" in err
+
+
+def test_body_and_head_have_their_own_rates(drawn, tmp_path):
+    from landmarks_fastai.training import make_learner, rates
+
+    settings = Settings(arch="resnet18", size=32, batch_size=8, n_points=N_POINTS, lr=1e-3, head_rate=0.25)
+    labels, folder = training_rows(drawn)
+    dls = make_dataloaders(settings, labels, folder, workers=0)
+    learn = make_learner(settings, dls, build_model("resnet18", "linear", N_POINTS, 32), tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, lr=rates(settings))
+    assert [g["lr"] for g in learn.opt.opt.param_groups] == [1e-3, 2.5e-4]
+
+
+def test_onecycle_is_fastai_s(door, drawn, tmp_path):
+    assert door(f"train.py {QUICK} -e 4 --sched onecycle -lr 1e-2 -n o -d", drawn)[0] == 0
+    lr = history(tmp_path, "o").lr
+    assert lr.max() <= 1e-2 and lr.iloc[-1] < 1e-3 and lr.iloc[0] > lr.iloc[-1]
+
+
+@pytest.mark.parametrize("sched", ["plateau", "onecycle"])
+def test_minutes_end_in_time(door, drawn, tmp_path, sched, monkeypatch):
+    from landmarks_fastai import cli
+
+    monkeypatch.setattr(cli, "STARTED", time.monotonic())
+    start = time.monotonic()
+    assert door(f"train.py {QUICK} --minutes 0.4 --sched {sched} -n q -d", drawn)[0] == 0
+    assert time.monotonic() - start < 0.4 * 60 + 3  # three seconds for a busy machine
+    table = history(tmp_path, "q")
+    assert len(table) >= 2 and table.notna().all().all()
+    kept = table[["score", "ema"]].min(axis=1)
+    assert best(tmp_path, "q").score == pytest.approx(kept.min(), rel=1e-5)
+    if sched == "onecycle":
+        assert table.lr.iloc[-1] < 0.1 * table.lr.max()  # the cycle came to its end
+
+
+def test_the_clock_leaves_time_for_the_validation():
+    learn = learner([1] * 1000)
+    clock = EndInTime(time.monotonic() + 1.0)
+
+    class Slow(Callback):
+        def before_validate(self):
+            time.sleep(0.2)
+
+        def after_batch(self):
+            time.sleep(0.01)
+
+    start = time.monotonic()
+    learn.fit(1000, cbs=[clock, StopInTime(clock), Slow()])
+    assert 0.4 < time.monotonic() - start < 1.3
+
+
+def test_patience_stops_early(door, drawn, tmp_path):
+    assert door(f"train.py {QUICK} -e 1 -lr 1e-3 -n p -d", drawn)[0] == 0
+    code, out, _ = door("finetune.py -e 9 -lr 1e-12 --ema 0 --patience 2 --workers 0 -n p2 -pm p")
+    assert code == 0 and "early stopping" in out and len(history(tmp_path, "p2")) < 9
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch():
+    "On a network without norms: fastai's `GradientAccumulation` counts images, and is given batches times their size."
+    weights = []
+    for batch, callback in ((4, []), (2, [GradientAccumulation(2 * 2)])):
+        learn = learner([1])
+        learn.model = nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(4, 2)))
+        torch.manual_seed(1)
+        for p in learn.model.parameters():
+            nn.init.normal_(p)
+        learn.create_opt()
+        learn.dls.train.bs = batch
+        data = learn.dls.train.dataset
+        learn.dls.loaders[0] = torch.utils.data.DataLoader(data, batch)
+        learn.fit(1, lr=0.1, cbs=callback)
+        weights.append([p.detach() for p in learn.model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*weights, strict=True))
+
+
+def test_accumulate_reaches_the_learner(door, drawn, tmp_path):
+    assert door(f"train.py {QUICK} -e 1 --ema 0 --aug 0 --mirror none -n one -d", drawn)[0] == 0
+    assert door(f"train.py {QUICK} -e 1 --ema 0 --aug 0 --mirror none --accumulate 2 -n two -d", drawn)[0] == 0
+    assert not same(tmp_path / "here/runs/one_best.pth", tmp_path / "here/runs/two_best.pth")
+    assert best(tmp_path, "two").settings.accumulate == 2
+
+
+def test_all_rows_are_trained_on_and_the_score_says_so(door, drawn, tmp_path):
+    code, out, _ = door(f"train.py {QUICK} --all-rows -n a -d", drawn)
+    assert code == 0 and "on rows that were trained on" in out
+    labels, folder = training_rows(drawn)
+    settings = Settings(size=32, batch_size=8, all_rows=True)
+    dls = make_dataloaders(settings, labels, folder, workers=0)
+    assert len(dls.train_ds) == N_TRAIN and len(dls.valid_ds) == 8
+    door("finetune.py -e 1 --workers 0 -n a2 -pm a")
+    assert best(tmp_path, "a2").settings.all_rows
+
+
+def test_mirror_pairs_in_a_checkpoint_are_checked(door, drawn, tmp_path):
+    assert door(f"train.py {QUICK} -n c -d", drawn)[0] == 0
+    path = tmp_path / "here" / "runs" / "c_best.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    for wrong in ([0, 1], [1] * N_POINTS, ["a"] * N_POINTS, [N_POINTS] * N_POINTS, [[0]] * N_POINTS):
+        path.write_text(json.dumps(facts | {"settings": facts["settings"] | {"pairs": wrong}}), encoding="utf-8")
+        code, _, err = door("predict.py --workers 0 -pm c")
+        assert code == 1 and "partner" in err and err.count("\n") == 1, wrong
+
+
+def test_weights_of_a_run_start_another(door, drawn, tmp_path):
+    "A body trained on one set, for a head on another."
+    assert door(f"train.py {QUICK} -n first -d", drawn)[0] == 0
+    runs = tmp_path / "here" / "runs"
+    code, out, err = door(f"train.py {QUICK} -lr 1e-12 -n second --weights runs/first_best.pth -d", drawn)
+    assert (code, err) == (0, "")
+    a, b = tensors(runs / "first_best.pth"), tensors(runs / "second_best.pth")
+    assert torch.allclose(a["0.conv1.weight"], b["0.conv1.weight"], atol=1e-6)
+    assert not torch.allclose(a["1.0.weight"], b["1.0.weight"], atol=1e-4)
