@@ -53,7 +53,7 @@ class Settings:
     mirror: str = _setting(
         "auto", "mirror training images by a map learned from the labels, if they have one", choices=MIRRORS
     )
-    loss: str = _setting("l1", "loss, on errors in pixels of the input", choices=LOSSES)
+    loss: str = _setting("mse", "loss, on errors in pixels of the input", choices=LOSSES)
     ema: float = _setting(
         0.99, "decay of the weights' running average, which is kept where it scores better; 0: none", low=0.0, high=0.999999
     )
