@@ -8,7 +8,8 @@ def main():
     args = cli.finetune_arguments()
 
     from landmarks_fastai.checkpoint import claimed_run, find_checkpoint
-    from landmarks_fastai.training import find_rate, fit_stage, later_stage, report, score_loaded
+    from landmarks_fastai.stage import find_rate, fit_stage, report, score_loaded
+    from landmarks_fastai.training import later_stage
 
     device = cli.device(args)
     given = find_checkpoint(args.pretrained_model, args.out)

@@ -10,7 +10,8 @@ def main():
     settings = cli.first_settings(args, drawn)
 
     from landmarks_fastai.checkpoint import claimed_run
-    from landmarks_fastai.training import find_rate, first_stage, fit_stage, report
+    from landmarks_fastai.stage import find_rate, fit_stage, report
+    from landmarks_fastai.training import first_stage
 
     device = cli.device(args)
     wanted = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"

@@ -9,6 +9,7 @@ any angle up to 40 degrees and may leave the picture.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,10 @@ N = 68
 
 
 def outline(rng) -> np.ndarray:
-    "Points (68, 2) of a beetle in its own frame, left and right a little different: 32 of the shell, 12 of the head, 18 of the legs, 6 of the seam."
+    """Points (68, 2) of a beetle in its own frame, left and right a little different.
+
+    32 of the shell, 12 of the head, 18 of the legs, 6 of the seam.
+    """
     wide, long, head = rng.uniform(0.42, 0.6), rng.uniform(0.8, 1.0), rng.uniform(0.2, 0.3)
     t = np.linspace(0, 2 * np.pi, 32, endpoint=False)
     shell = np.stack([wide * np.sin(t), -long * np.cos(t) * 0.75 + 0.2], -1)
@@ -88,17 +92,27 @@ def main():
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--weights", default="none")
     parser.add_argument("--size", default="96")
-    parser.add_argument("--keep", help="folder to leave pictures and runs in")
+    parser.add_argument("--keep", help="new folder to leave pictures and runs in")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.keep or temporary)
+        if (folder / "beetles").exists():
+            raise SystemExit(f"{folder} has beetles already: name a new folder")
         truth = make(folder / "beetles", args.images, 100)
         print("| recipe | stage 1 | stage 2 | stage 3 | test side |\n| --- | --- | --- | --- | --- |")
         for recipe in ("best", "seed"):
             scores = stages(folder, recipe, args)
             submission = folder / "runs" / f"{recipe}+6+6_submit.csv"
             asked = folder / "beetles" / "test" / "test_points.csv"
-            command = [sys.executable, "-m", "landmarks_fastai.contest", "score", str(submission), str(asked), str(truth)]
+            command = [
+                sys.executable,
+                "-m",
+                "landmarks_fastai.contest",
+                "score",
+                str(submission),
+                str(asked),
+                str(truth),
+            ]
             said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
             print(f"| --recipe {recipe} | {' | '.join(scores)} | {said} |", flush=True)
 
@@ -106,7 +120,18 @@ def main():
 def stages(folder: Path, recipe: str, args) -> list[str]:
     "The three stages at their defaults and a submission; the scores on the validation rows."
     scores, out = [], ["--out", str(folder / "runs"), "--workers", "0"]
-    first = ["--recipe", recipe, "-d", str(folder / "beetles"), "--arch", args.arch, "--weights", args.weights, "--size", args.size]
+    first = [
+        "--recipe",
+        recipe,
+        "-d",
+        str(folder / "beetles"),
+        "--arch",
+        args.arch,
+        "--weights",
+        args.weights,
+        "--size",
+        args.size,
+    ]
     for words in (
         ["train.py", *first, "-n", recipe],
         ["finetune.py", "-pm", recipe, "-n", f"{recipe}+6"],
@@ -117,7 +142,9 @@ def stages(folder: Path, recipe: str, args) -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
-        scores += [line.split("score ")[1].split(",")[0] for line in done.stdout.splitlines() if line.startswith("run ") and "score" in line]
+        if "-n" in words:
+            best = folder / "runs" / f"{words[-1]}_best.json"
+            scores.append(f"{json.loads(best.read_text())['score']:.4g}")
     return scores
 
 

@@ -41,15 +41,16 @@ def flags(settings: dict) -> list[str]:
     return [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
 
 
+def one(flag: str, values) -> dict[str, list[str]]:
+    return {f"{flag} {v}": [flag, str(v)] for v in values}
+
+
 def tables() -> dict[str, dict[str, list[str]]]:
     "Table -> row -> flags of train.py; the first row is what the others are compared with."
     seed = RECIPES["seed"]
     on = {k: getattr(Settings, k) for k in seed}
     minus = {f"without {part}": flags({k: seed[k] for k in names}) for part, names in PARTS.items()}
-    plus = {
-        f"seed + {part}": ["--recipe", "seed", *flags({k: on[k] for k in names})] for part, names in PARTS.items()
-    }
-    one = lambda flag, values: {f"{flag} {v}": [flag, str(v)] for v in values}
+    plus = {f"seed + {part}": ["--recipe", "seed", *flags({k: on[k] for k in names})] for part, names in PARTS.items()}
     return {
         "parts": {"defaults": []} | minus,
         "seed": {"seed": ["--recipe", "seed"]} | plus,

@@ -40,9 +40,9 @@ class Augment(ItemTransform):
         self.pairs = None if pairs is None else torch.as_tensor(pairs)
         self.begin(0)
 
-    def begin(self, epoch: int, batch: int = 0):
-        "The next batch is the `batch`-th of this epoch."
-        self.epoch, self.batch = epoch, batch
+    def begin(self, epoch: int):
+        "The next batch is the first of this epoch."
+        self.epoch, self.batch = epoch, 0
 
     def encodes(self, item):
         images, points, *maps = item
@@ -51,27 +51,30 @@ class Augment(ItemTransform):
         matrix, mirrored = self.draw_warp(rng, len(images))
         matrix, mirrored = matrix.to(images.device), mirrored.to(images.device)
         colours = [c.to(images.device) for c in self.draw_colour(rng, len(images))]
-        plain = images.as_subclass(torch.Tensor)
-        moved = recolour(warp_images(plain, matrix), *colours) if self.strength else warp_images(plain, matrix)
+        moved = warp_images(images.as_subclass(torch.Tensor), matrix)
+        if self.strength:
+            moved = recolour(moved, *colours)
         renamed = warp_points(rename(points.as_subclass(torch.Tensor), mirrored, self.pairs), matrix)
         return TensorImage(moved), TensorPoint(renamed), *maps
 
     def draw_warp(self, rng, n: int):
         "Matrices (n, 2, 3) that take unit coordinates before to those after, and which faces are mirrored (n,)."
-        spread = lambda width: torch.from_numpy(rng.uniform(-width, width, n)) * self.strength
-        turn, scale, x, y = spread(math.radians(TURN)), spread(SCALE).exp(), spread(2 * SHIFT), spread(2 * SHIFT)
+        turn, scale = self._spread(rng, math.radians(TURN), n), self._spread(rng, SCALE, n).exp()
+        x, y = self._spread(rng, 2 * SHIFT, n), self._spread(rng, 2 * SHIFT, n)
         mirrored = torch.from_numpy(rng.random(n) < 0.5) & (self.pairs is not None)
-        sign = 1 - 2 * mirrored.double()
+        sign = 1 - 2 * mirrored.float()
         cos, sin = turn.cos() * scale, turn.sin() * scale
         rows = [torch.stack([cos * sign, -sin, x], 1), torch.stack([sin * sign, cos, y], 1)]
-        return torch.stack(rows, 1).float(), mirrored
+        return torch.stack(rows, 1), mirrored
 
     def draw_colour(self, rng, n: int):
         "Contrast, saturation (n, 1, 1, 1) and what is added to each channel (n, 3, 1, 1)."
-        draw = lambda channels, width: torch.from_numpy(
-            rng.uniform(-width, width, (n, channels, 1, 1)).astype(np.float32) * self.strength
-        )
-        return draw(1, COLOUR).exp(), draw(1, COLOUR).exp(), draw(1, COLOUR / 2) + draw(3, COLOUR / 4)
+        grey, channel = (n, 1, 1, 1), (n, 3, 1, 1)
+        contrast, saturation = self._spread(rng, COLOUR, grey).exp(), self._spread(rng, COLOUR, grey).exp()
+        return contrast, saturation, self._spread(rng, COLOUR / 2, grey) + self._spread(rng, COLOUR / 4, channel)
+
+    def _spread(self, rng, width, shape):
+        return torch.from_numpy(rng.uniform(-width, width, shape).astype(np.float32)) * self.strength
 
 
 def warp_points(points, matrix):

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
@@ -145,7 +146,7 @@ class SaveBest(Callback):
     fastai's `SaveModelCallback` reads its file back as a pickle; here the stage itself loads the best, tensors only.
     """
 
-    order = TrackerCallback.order + 1
+    order = 47  # behind the `Looks`, before the Recorder asks for the column
 
     def __init__(
         self,
@@ -156,37 +157,46 @@ class SaveBest(Callback):
     ):
         self.save_to, self.settings, self.looks = run, settings, looks or []
         self.best, self.saved = math.inf if best is None else best, False
+        self.column = ValueMetric(lambda: self.found[0], "kept")  # the better of the epoch's scores
 
-    def after_epoch(self):
+    def after_validate(self):
         found = [(look.score, look.nme, look.network()) for look in self.looks]
         if not self.settings.tta:
-            own = {m.name: m.value for m in self.learn.metrics}
+            own = {m.name: m.value for m in self.learn.metrics if m.name in ("score", "nme")}
             found.insert(0, (own["score"], own["nme"], self.model))
-        score, nme, network = min(found, key=lambda f: f[0] if f[0] == f[0] else math.inf)
+        self.found = min(found, key=lambda f: math.inf if math.isnan(f[0]) else f[0])
+
+    def after_epoch(self):
+        score, nme, network = self.found
         if score < self.best:
             self.best, self.saved = score, True
             write_checkpoint(self.save_to, network, self.settings, score, nme, self.epoch)
 
 
 class EndInTime(Callback):
-    """End a fit at a time, its last validation included; a schedule by share of the training follows the clock.
+    """End a fit at a time, what follows it included; a schedule by share of the training follows the clock.
 
     `pct_train` is what fastai's `ParamScheduler` goes by, so `fit_one_cycle` ends its cycle at the deadline.
     """
 
     order = 59  # before ParamScheduler (60)
 
-    def __init__(self, deadline: float):  # seconds of `time.monotonic`
-        self.deadline = deadline
+    def __init__(
+        self,
+        deadline: float,  # seconds of `time.monotonic`
+        after: float = 0.0,  # how long the work behind the fit takes, in validations
+    ):
+        self.deadline, self.after = deadline, after
 
     def before_fit(self):
-        self.start, self.steps, self.validation, self.over = time.monotonic(), 0, 0.0, False
+        self.start, self.steps, self.validation, self.cut = time.monotonic(), 0, 0.0, False
 
     @property
     def left(self):
-        "Seconds left for training. Until a validation was timed, it counts as so many training steps."
+        "Seconds left for training. Until a validation was timed, one of its batches counts as a training step."
         step = (time.monotonic() - self.start) / max(1, self.steps)
-        return self.deadline - time.monotonic() - (1.2 * self.validation or step * len(self.dls.valid))
+        validation = 1.1 * self.validation or step * len(self.dls.valid)
+        return self.deadline - time.monotonic() - validation * (1 + self.after)
 
     def before_batch(self):
         if self.training:
@@ -197,6 +207,7 @@ class EndInTime(Callback):
         if self.training:
             self.steps += 1
             if self.left <= 0:
+                self.cut = True
                 raise CancelTrainException()
 
     def after_cancel_train(self):
@@ -213,7 +224,7 @@ class EndInTime(Callback):
 class StopInTime(Callback):
     "End the fit behind the epoch that `EndInTime` cut short, or where less than a tenth of an epoch's time is left."
 
-    order = SaveBest.order + 1
+    order = TrackerCallback.order + 2
 
     def __init__(self, clock: EndInTime):
         self.clock = clock
@@ -225,7 +236,7 @@ class StopInTime(Callback):
         self.trained = time.monotonic() - self.began
 
     def after_epoch(self):
-        if self.clock.left <= 0.1 * self.trained:
+        if self.clock.cut or self.clock.left <= 0.1 * self.trained:
             raise CancelFitException()
 
 
@@ -268,6 +279,13 @@ def _cell(value) -> str:
 def plain_line(values):
     "One line of a log file."
     print("  ".join(f"{_cell(v):>10}" for v in values), flush=True)
+
+
+@contextmanager
+def no_bars(learn):
+    "For a while no bars. fastai's own `no_bar` puts back its plain `ProgressCallback`."
+    with learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]):
+        yield learn
 
 
 def show_progress(learn) -> list:

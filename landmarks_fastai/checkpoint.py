@@ -26,7 +26,8 @@ MAX_NAME = 200  # bytes: with `_best.json.12345.tmp` behind it a name must stay 
 class Run:
     "The files of one stage: `out`/NAME_something."
 
-    STAGE = ("best.pth", "best.json", "history.csv", "results.png", "batch.png", "mirror.json", "mirror.png", "lr.png")
+    PICTURED = ("results.png", "batch.png", "mirror.json", "mirror.png", "lr.png")
+    STAGE = ("best.pth", "best.json", "history.csv", *PICTURED)
     PREDICTED = ("submit.csv", "points.npy", "points.json")
     CLAIM = "history.csv"  # made by `claim_run`, so that of two processes that want a name one gets it
 
@@ -50,11 +51,11 @@ class Run:
 def claimed_run(*args, **kwargs):
     """`claim_run` for the time of a stage: where that ends without a checkpoint of its own, the name is free again.
 
-    A run that is overwritten keeps its checkpoint until the new one has one; then its old predictions go.
+    A run that is overwritten keeps its checkpoint until the new one has one; then its old predictions and pictures go.
     """
     run = claim_run(*args, **kwargs)
     best = run.file("best.pth")
-    before = _stamp(best)
+    before, old = _stamp(best), {suffix: _stamp(run.file(suffix)) for suffix in Run.PICTURED}
     try:
         yield run
     except KeyboardInterrupt:
@@ -64,7 +65,8 @@ def claimed_run(*args, **kwargs):
         if _stamp(best) == before is None:
             run.discard()
         elif _stamp(best) != before:
-            for suffix in Run.PREDICTED:
+            stale = [suffix for suffix, stamp in old.items() if _stamp(run.file(suffix)) == stamp]
+            for suffix in (*Run.PREDICTED, *stale):
                 run.file(suffix).unlink(missing_ok=True)
 
 
@@ -195,6 +197,10 @@ def read_checkpoint(path) -> Checkpoint:
         ) from None
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{beside} cannot be read: {_reason(e)}") from None
+    if isinstance(facts, dict) and facts.get("format") in range(1, FORMAT):
+        raise UserError(
+            f"{beside} was written by an earlier version of this program (format {facts['format']}): train anew"
+        )
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{beside} is no checkpoint's .json of this program (format {FORMAT})")
     numbers = [facts.get(k) for k in ("score", "nme", "epoch")]

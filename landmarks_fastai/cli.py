@@ -58,7 +58,9 @@ def _add_setting(group, name, default=None):
     flags = FLAGS.get(name, ("--" + name.replace("_", "-"),))
     default = default or ("off" if f.default is False else f.default)
     about = f"{f.metadata['about']} (default: {default})".replace("%", "%%")
-    if f.type in (bool, "bool"):
+    if name == "tta":  # a later stage may switch off what it was handed down
+        group.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=about)
+    elif f.type in (bool, "bool"):
         group.add_argument(*flags, dest=name, action="store_true", default=None, help=about)
     else:
         kind, choices = _rate if name == "lr" else type(f.default), f.metadata["choices"]
@@ -111,7 +113,8 @@ def train_arguments(argv=None):
         "Train a network that finds many landmarks in a picture: the first stage.\n\n"
         "Without -d it draws a small set of faces (once), and trains on those.",
         "DIR_of_-d/train/landmarks.csv and DIR_of_-d/train/images are read; runs/NAME_best.pth, NAME_best.json,\n"
-        "NAME_history.csv and NAME_results.png are written. The next stage: python finetune.py -pm NAME_best.pth",
+        "NAME_history.csv and pictures are written: NAME_batch.png (what was trained on), NAME_mirror.png (the mirror map),\n"
+        "NAME_results.png (truth beside prediction), NAME_lr.png (--lr find). The next stage: python finetune.py -pm NAME_best.pth",
     )
     parser.add_argument("--recipe", choices=RECIPES, default="best",
                         help="best: the defaults below; seed: the published entry, every later addition off (default: best)")  # fmt: skip
@@ -179,12 +182,14 @@ def _add_checkpoint(parser):
 def given(args) -> dict:
     "The settings that were typed."
     names = {f.name for f in dataclasses.fields(Settings)}
-    return {k: v for k, v in vars(args).items() if k in names and v is not None and v != "find"}
+    return {k: v for k, v in vars(args).items() if k in names and v is not None and (k, v) != ("lr", "find")}
 
 
 def first_settings(args, drawn: bool) -> Settings:
     "The settings of a first stage."
-    typed = RECIPES[args.recipe] | (DRAWN if drawn else {}) | given(args)
+    recipe = RECIPES[args.recipe]
+    start = {k: v for k, v in DRAWN.items() if not recipe or k in NETWORK + INPUT + SPLIT} if drawn else {}
+    typed = start | recipe | given(args)
     typed.setdefault("wd", WEIGHT_DECAY[typed.get("opt", Settings.opt)])
     return Settings(**typed | {"data": os.path.abspath(typed.get("data") or ".")})
 
@@ -206,7 +211,9 @@ def next_settings(args, before: Settings) -> Settings:
         typed["data"] = os.path.abspath(typed["data"] or ".")
     after = before.replace(**changes | typed)
     if after.targets == "pixels" and (after.size, after.fit) != (before.size, before.fit):
-        raise UserError(f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): leave --size and --fit away")
+        raise UserError(
+            f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): leave --size and --fit away"
+        )
     return after
 
 
@@ -240,7 +247,9 @@ def predict_settings(args, checkpoint: Settings) -> Settings:
     typed = given(args)
     check_fixed(typed, checkpoint, NETWORK + INPUT)
     if args.second_look and not checkpoint.pairs:
-        raise UserError("--tta: the checkpoint has no mirror map (its landmarks have none, or --mirror none): leave --tta away")
+        raise UserError(
+            "--tta: the checkpoint has no mirror map (its landmarks have none, or --mirror none): leave --tta away"
+        )
     return checkpoint.replace(**typed)
 
 

@@ -169,7 +169,7 @@ def some_shapes(settings: Settings, labels: Labels, at_most: int = ROWS) -> np.n
     return np.stack([labels.points(row) for row in rows[:: max(1, -(-len(rows) // at_most))]])
 
 
-def mean_shape(settings: Settings, labels: Labels, folder: Path, at_most: int = 2000) -> np.ndarray:
+def mean_shape(settings: Settings, labels: Labels, folder: Path, at_most: int = ROWS) -> np.ndarray:
     """The training rows' mean landmarks, (n_points, 2) unit coordinates of the input.
 
     Taken from at most 2,000 rows, evenly spaced: only the images' headers are read, and a mean of more moves by

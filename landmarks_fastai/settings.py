@@ -48,20 +48,25 @@ class Settings:
     data: str = _setting("", "folder with train/ (images/ and landmarks.csv) and test/")
     valid_pct: float = _setting(0.2, "share of the rows held out for validation", low=1e-6, high=0.999999)
     valid_random: bool = _setting(False, "draw the validation rows at random, not the last ones of the file")
-    all_rows: bool = _setting(False, "train on the validation rows too, once the choices are made: no honest score is left")
+    all_rows: bool = _setting(
+        False, "train on the validation rows too, once the choices are made: no honest score is left"
+    )
     aug: float = _setting(1.0, "strength of what training does to an image, 0 to 2", low=0.0, high=2.0)
     mirror: str = _setting(
         "auto", "mirror training images by a map learned from the labels, if they have one", choices=MIRRORS
     )
     loss: str = _setting("mse", "loss, on errors in pixels of the input", choices=LOSSES)
     ema: float = _setting(
-        0.99, "decay of the weights' running average, which is kept where it scores better; 0: none", low=0.0, high=0.999999
+        0.99,
+        "decay of the weights' running average, which is kept where it scores better; 0: none",
+        low=0.0,
+        high=0.999999,
     )
     tta: bool = _setting(False, "score each epoch by two looks, the second mirrored")
     batch_size: int = _setting(32, "images of a training step", low=1, high=65536)
     epochs: int = _setting(10, "passes over the training rows", low=1)
     lr: float = _setting(2e-3, "learning rate at the start of the stage", low=1e-12, high=1e3)
-    head_rate: float = _setting(0.02, "rate of the head, as a share of the body's", low=0.0, high=1e3)
+    head_rate: float = _setting(0.02, "rate of the head, as a share of the body's", low=1e-6, high=1e3)
     opt: str = _setting("adamw", "optimiser", choices=OPTIMISERS)
     wd: float = _setting(0.05, "weight decay, of biases and norms too (adam, sgd: 0)", low=0.0, high=1e3)
     sched: str = _setting("plateau", "learning rate schedule", choices=SCHEDULES)

@@ -1,30 +1,20 @@
-"""A Learner, and one stage of training.
-
-A stage fits, keeps the best epoch by the contest's score on the validation rows, and leaves in the output folder
-NAME_best.pth, NAME_best.json, NAME_history.csv, NAME_results.png, NAME_batch.png (what it trained on), and, where the
-landmarks have a mirror map, NAME_mirror.json and, of the stage that learned it, NAME_mirror.png.
-"""
+"""A Learner, fresh or from a checkpoint: optimiser, rates, scheduler, mirror map, the network's start."""
 
 import copy
 import os
-import shlex
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.progress import CSVLogger
-from fastai.callback.schedule import SuggestionMethod
-from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation
 from fastai.learner import Learner, ValueMetric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params, set_seed
 
 from landmarks_fastai import callbacks, drawing
-from landmarks_fastai.checkpoint import Checkpoint, Run, read_checkpoint, write_checkpoint
+from landmarks_fastai.checkpoint import Checkpoint, Run
 from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders, mean_shape, some_shapes
 from landmarks_fastai.errors import UserError
@@ -32,12 +22,7 @@ from landmarks_fastai.losses import loss_function
 from landmarks_fastai.metrics import stage_metrics
 from landmarks_fastai.mirror import NoMirror, learn_mirror, write_pairs
 from landmarks_fastai.models import build_model, input_stats, load_weights, start_at
-from landmarks_fastai.settings import OUT, Settings
-
-RESULTS_SHOWN = 6  # faces in NAME_results.png
-BATCH_SHOWN = 8  # and in NAME_batch.png
-FOREVER = 10_000  # epochs of a stage that ends by the clock
-PICTURES = 5  # seconds that the pictures at a stage's end take
+from landmarks_fastai.settings import Settings
 
 
 def optimiser(settings: Settings):
@@ -98,6 +83,10 @@ def make_learner(
     )
     learn.metrics = [*stage_metrics(settings.size), ValueMetric(lambda: learn.opt.hypers[0]["lr"], "lr")]
     learn.create_opt()  # so that `validate` and `show_results` find a rate before the first fit
+    if settings.accumulate > len(dls.train):
+        raise UserError(
+            f"--accumulate {settings.accumulate}: an epoch has {len(dls.train)} batches, no step would ever be made: lower it"
+        )
     learn.progress_cbs = callbacks.show_progress(learn)
     if settings.freeze:
         learn.freeze()
@@ -132,13 +121,15 @@ def first_stage(
 def with_mirror(settings: Settings, labels, run: Run) -> Settings:
     "The settings with a mirror map where one is wanted, known or to be learned; it is written and drawn with the run."
     if settings.mirror == "none":
+        if settings.tta:
+            raise UserError("--tta looks at the mirrored image, --mirror none forbids it: leave one of them away")
         return settings.replace(pairs=())
     if not settings.pairs:
         try:
             found = learn_mirror(some_shapes(settings, labels))
         except NoMirror as e:
             print(f"no mirror map, images are not mirrored: {e}")
-            return settings
+            return settings.replace(tta=False)
         drawing.draw_mirror(found.shape, found.pairs)
         drawing.save_figure(run.file("mirror.png"))
         own = int((found.pairs == np.arange(len(found.pairs))).sum())
@@ -183,137 +174,19 @@ def later_stage(
     set_seed(settings.seed, reproducible=True)
     model = build_model(settings.arch, settings.head, settings.n_points, settings.size, settings.targets)
     check_batch(model, settings)
-    checkpoint.tensors(model)  # refuses what does not fit, in one line, before fastai reads the file again
+    try:
+        checkpoint.tensors(model)  # refuses what does not fit, in one line, before fastai reads the file again
+    except UserError as e:
+        if settings.size != checkpoint.settings.size:
+            was = f"the {checkpoint.settings.size} px it was trained at"
+            raise UserError(
+                f"--size {settings.size}: {settings.arch} may be bound to {was} ({e}): leave --size away"
+            ) from None
+        raise
     learn = make_learner(settings, dls, model, run.out)
     return load_best(learn, checkpoint.path), settings
-
-
-def at_input_of(learn: Learner, settings: Settings, before: Checkpoint, workers: int | None) -> Learner:
-    "The Learner itself, or, where the checkpoint has another size or fit, one that sees what the checkpoint saw."
-    there = settings.replace(size=before.settings.size, fit=before.settings.fit)
-    if there == settings:
-        return learn
-    labels, folder = training_rows(settings.data)
-    dls = make_dataloaders(there, labels, folder, learn.dls.device.type, workers)
-    return make_learner(there, dls, before.model(), learn.path)
 
 
 def load_best(learn: Learner, path: Path) -> Learner:
     "`learn.load`: fastai adds the .pth itself, and reads tensors only."
     return learn.load(os.path.abspath(path)[: -len(".pth")], with_opt=False)
-
-
-def score_loaded(
-    learn: Learner, given: Checkpoint, settings: Settings, workers: int | None = None
-) -> tuple[float, float]:
-    "Score and NME of what was loaded, on the validation rows as they are now, at the size and fit it was trained with."
-    own = at_input_of(learn, settings, given, workers)
-    score, nme = score_now(own, given.settings.size, settings.pairs if settings.tta else ())
-    print(f"loaded: score {score:.6g} on the validation rows; its stage reported {given.score:.6g}", flush=True)
-    if own is not learn:
-        here, _ = score_now(learn, settings.size, settings.pairs if settings.tta else ())
-        was = f"{given.settings.size} px, {given.settings.fit}"
-        print(f"that is at {was}; at {settings.size} px, {settings.fit}, it scores {here:.6g}", flush=True)
-    return score, nme
-
-
-def score_now(learn: Learner, size: int, pairs=()) -> tuple[float, float]:
-    "Score and NME of the Learner's network on its validation rows, by two looks where there are pairs."
-    looks = callbacks.Looks("looks", size, lambda: learn.model, pairs)
-    with learn.no_bar(), learn.no_logging():
-        learn.validate(cbs=looks)
-    return looks.score, looks.nme
-
-
-def find_rate(learn: Learner, settings: Settings, run: Run) -> Settings:
-    "The settings with the rate that fastai's `lr_find` suggests for the body; printed, and drawn to NAME_lr.png."
-    shares = np.array([1.0, settings.head_rate])
-    with learn.no_bar():
-        found = learn.lr_find(1e-6 * shares, 1.0 * shares, show_plot=False, suggest_funcs=SuggestionMethod.Valley)
-    rate = float(f"{found.valley / settings.head_rate:.2g}")
-    drawing.draw_rates(np.array(learn.recorder.lrs) / settings.head_rate, np.array(learn.recorder.losses), rate)
-    drawing.save_figure(run.file("lr.png"))
-    print(f"rate found: {rate:g}; look at {run.file('lr.png')}", flush=True)
-    return settings.replace(lr=rate)
-
-
-def fit_stage(
-    learn: Learner,
-    settings: Settings,
-    run: Run,
-    given: Checkpoint | None = None,  # the loaded model; None in a first stage
-    loaded: tuple[float, float] | None = None,  # its score and NME, as `score_loaded` found them
-    started: float | None = None,  # `time.monotonic` when the minutes began to count
-    workers: int | None = None,
-) -> Checkpoint:
-    """Fit, load the best again, draw it.
-
-    The best is that of the stage's epochs and of the given model: a stage never ends with worse than it was given.
-    Raises `UserError` where no epoch gave a finite score and nothing was given.
-    """
-    learn.dls.train.show_batch(max_n=BATCH_SHOWN)
-    drawing.save_figure(run.file("batch.png"))
-    watch, looks = callbacks.StopOnNaN(), extra_looks(learn, settings)
-    save = callbacks.SaveBest(run, settings, loaded[0] if loaded else None, looks)
-    cbs = [watch, save, CSVLogger(run.file("history.csv").name), *scheduler(settings), *learn.progress_cbs]
-    _fit(learn, settings, cbs, started)
-    where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
-    if not save.saved:
-        if given is None:
-            raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; try a lower -lr")
-        kept = settings.replace(size=given.settings.size, fit=given.settings.fit)
-        write_checkpoint(run, given.model(), kept, *loaded, -1)
-    if where:
-        print(f"warning: {where}; the best before it is kept; try a lower -lr")
-    best = read_checkpoint(run.file("best.pth"))
-    learn = at_input_of(learn, settings, best, workers)
-    load_best(learn, best.path)
-    learn.show_results(max_n=RESULTS_SHOWN)
-    drawing.save_figure(run.file("results.png"))
-    if settings.pairs and not settings.tta:
-        print(f"with a mirrored second look it scores {score_now(learn, best.settings.size, settings.pairs)[0]:.6g}")
-    return best
-
-
-def extra_looks(learn: Learner, settings: Settings) -> list:
-    "What is scored beside the network itself, each with a column of its own: by two looks, and the running average."
-    pairs, looks = settings.pairs if settings.tta else (), []
-    learn.remove_cbs([callbacks.Average, callbacks.Looks])
-    if settings.tta:
-        looks.append(callbacks.Looks("looks", settings.size, lambda: learn.model, pairs))
-    if settings.ema:
-        average = callbacks.Average(settings.ema)
-        learn.add_cb(average)
-        looks.append(callbacks.Looks("ema", settings.size, lambda: average.network, pairs))
-    learn.add_cbs(looks)
-    learn.metrics = [m for m in learn.metrics if m.name not in ("looks", "ema")] + [look.column for look in looks]
-    return looks
-
-
-def _fit(learn, settings, cbs, started):
-    epochs = settings.epochs
-    if settings.patience:
-        cbs = [*cbs, EarlyStoppingCallback("score", np.less, patience=settings.patience)]
-    if settings.minutes:
-        clock = callbacks.EndInTime((started or time.monotonic()) + 60 * settings.minutes - PICTURES)
-        cbs, epochs = [*cbs, clock, callbacks.StopInTime(clock)], FOREVER
-    if settings.sched == "onecycle":
-        learn.fit_one_cycle(epochs, lr_max=rates(settings), wd=settings.wd, cbs=cbs)
-    else:
-        learn.fit(epochs, lr=rates(settings), wd=settings.wd, cbs=cbs)
-    learn.remove_cbs([callbacks.Average, callbacks.Looks])
-
-
-def report(run: Run, best: Checkpoint, device: str) -> str:
-    "What a stage says last."
-    when = f"epoch {best.epoch}" if best.epoch >= 0 else "the loaded model, which no epoch beat"
-    out = "" if run.out == Path(OUT) else f" --out {shlex.quote(str(run.out))}"
-    gpu = " --gpu" if device == "cuda" else ""
-    pm = f"-pm {shlex.quote(run.file('best.pth').name)}{out}{gpu}"
-    held = " on rows that were trained on" if best.settings.all_rows else ""
-    return (
-        f"run {run.name}: score {best.score:.6g}, nme {best.nme:.4g}{held} ({when})\n"
-        f"look at {run.file('results.png')}; epochs in {run.file('history.csv')}\n"
-        f"next stage:  python finetune.py {pm}\n"
-        f"submission:  python predict.py {pm}"
-    )

@@ -93,7 +93,9 @@ def test_fastai_s_flip_ruins_the_labels_and_ours_does_not(drawn):
             return torch.tensor([[-1.0, 0, 0], [0, 1, 0]]).repeat(n, 1, 1), torch.ones(n, dtype=bool)
 
     mirrored_images, mirrored, _ = Always(0.0, pairs).encodes((images, points, maps))
-    assert torch.allclose(mirrored_images.as_subclass(torch.Tensor), images.flip(-1).as_subclass(torch.Tensor), atol=1e-5)
+    assert torch.allclose(
+        mirrored_images.as_subclass(torch.Tensor), images.flip(-1).as_subclass(torch.Tensor), atol=1e-5
+    )
     assert sides(mirrored, pairs) == pytest.approx(before, abs=0.02)
     # and nothing but the names differs from what Flip made
     again = mirrored.as_subclass(torch.Tensor)[:, pairs]

@@ -235,7 +235,7 @@ def test_imports_run_one_way():
     "The order of thought of the house: a room imports only rooms that stand before it."
     order = [
         "errors", "files", "settings", "geometry", "labels", "contest", "face_template", "texture", "faces", "sample", "mirror", "metrics",
-        "drawing", "augment", "data", "losses", "models", "checkpoint", "callbacks", "training", "inference", "cli",
+        "drawing", "augment", "data", "losses", "models", "checkpoint", "callbacks", "training", "stage", "inference", "cli",
     ]  # fmt: skip
     rooms = {
         p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "landmarks_fastai").glob("*.py") if p.stem != "__init__"

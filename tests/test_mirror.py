@@ -68,13 +68,21 @@ def test_a_set_of_points_without_symmetry_is_refused(n, seed):
 
 
 def test_what_has_no_two_sides_is_refused():
-    for shapes in (np.ones((5, 4, 2)), np.random.default_rng(0).normal(size=(5, 1, 2))):
-        with pytest.raises(NoMirror, match="all points are equal"):
-            learn_mirror(shapes)
+    with pytest.raises(NoMirror, match="all points are equal"):
+        learn_mirror(np.ones((5, 6, 2)))
+    for few in (1, 2, 4):
+        with pytest.raises(NoMirror, match=f"{few} points are too few"):
+            learn_mirror(np.random.default_rng(0).normal(size=(5, few, 2)))
     with pytest.raises(NoMirror, match="its own mirror image"):  # a line of points, seen from its end
         learn_mirror(np.stack([np.zeros(9), np.arange(9.0)], -1)[None])
     with pytest.raises(NoMirror, match="too many"):
         learn_mirror(np.zeros((1, mirror.MAX_POINTS + 1, 2)))
+
+
+def test_a_match_that_is_not_its_own_inverse_is_refused(monkeypatch, faces):
+    monkeypatch.setattr("scipy.optimize.linear_sum_assignment", lambda cost: (None, np.roll(np.arange(len(cost)), 1)))
+    with pytest.raises(NoMirror, match="its own inverse"):
+        learn_mirror(faces[:5])
 
 
 def test_few_points_that_do_have_two_sides():

@@ -13,7 +13,8 @@ from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders, split_rows
 from landmarks_fastai.models import build_model
 from landmarks_fastai.settings import Settings
-from landmarks_fastai.training import fit_stage, make_learner
+from landmarks_fastai.stage import fit_stage
+from landmarks_fastai.training import make_learner
 
 from .conftest import N_POINTS, QUICK
 

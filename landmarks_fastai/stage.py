@@ -1,0 +1,167 @@
+"""One stage of training: score what was loaded, fit, keep the best, draw it, say what comes next.
+
+A stage keeps the best epoch by the contest's score on the validation rows, and leaves in the output folder
+NAME_best.pth, NAME_best.json, NAME_history.csv, NAME_results.png, NAME_batch.png (what it trained on), and, where the
+landmarks have a mirror map, NAME_mirror.json and, of the stage that learned it, NAME_mirror.png.
+"""
+
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+from fastai.callback.progress import CSVLogger
+from fastai.callback.schedule import SuggestionMethod
+from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.learner import Learner
+
+from landmarks_fastai import callbacks, drawing
+from landmarks_fastai.checkpoint import Checkpoint, Run, read_checkpoint, write_checkpoint
+from landmarks_fastai.contest import training_rows
+from landmarks_fastai.data import make_dataloaders
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.losses import loss_function
+from landmarks_fastai.settings import OUT, Settings
+from landmarks_fastai.training import load_best, make_learner, rates, scheduler
+
+RESULTS_SHOWN = 6  # faces in NAME_results.png
+BATCH_SHOWN = 8  # and in NAME_batch.png
+FOREVER = 10_000  # epochs of a stage that ends by the clock
+PICTURES = 5  # seconds that the pictures at a stage's end take
+
+
+def at_input_of(learn: Learner, settings: Settings, before: Checkpoint, workers: int | None) -> Learner:
+    "The Learner itself, or, where the checkpoint has another size or fit, one that sees what the checkpoint saw."
+    there = settings.replace(size=before.settings.size, fit=before.settings.fit)
+    if there == settings:
+        return learn
+    labels, folder = training_rows(settings.data)
+    dls = make_dataloaders(there, labels, folder, learn.dls.device.type, workers)
+    return make_learner(there, dls, before.model(), learn.path)
+
+
+def score_loaded(
+    learn: Learner, given: Checkpoint, settings: Settings, workers: int | None = None
+) -> tuple[float, float]:
+    "Score and NME of what was loaded, on the validation rows as they are now, at the size and fit it was trained with."
+    own = at_input_of(learn, settings, given, workers)
+    score, nme = score_now(own, given.settings.size, settings.pairs if settings.tta else ())
+    print(f"loaded: score {score:.6g} on the validation rows; its stage reported {given.score:.6g}", flush=True)
+    if own is not learn:
+        here, _ = score_now(learn, settings.size, settings.pairs if settings.tta else ())
+        was = f"{given.settings.size} px, {given.settings.fit}"
+        print(f"that is at {was}; at {settings.size} px, {settings.fit}, it scores {here:.6g}", flush=True)
+    return score, nme
+
+
+def score_now(learn: Learner, size: int, pairs=()) -> tuple[float, float]:
+    "Score and NME of the Learner's network on its validation rows, by two looks where there are pairs."
+    looks = callbacks.Looks("looks", size, lambda: learn.model, pairs)
+    with callbacks.no_bars(learn):
+        learn.validate(cbs=looks)
+    return looks.score, looks.nme
+
+
+def find_rate(learn: Learner, settings: Settings, run: Run) -> Settings:
+    "The settings with the rate that fastai's `lr_find` suggests for the body; printed, and drawn to NAME_lr.png."
+    shares = np.array([1.0, settings.head_rate])
+    with callbacks.no_bars(learn):
+        try:
+            found = learn.lr_find(1e-6 * shares, 1.0 * shares, show_plot=False, suggest_funcs=SuggestionMethod.Valley)
+        except IndexError:  # of fewer than 15 steps it has nothing left to look at
+            steps = len(learn.recorder.losses)
+            raise UserError(
+                f"--lr find: the loss grew fourfold within {steps} steps, too few to read a rate from: "
+                "try a larger -b, or give a rate"
+            ) from None
+    learn.loss_func = loss_function(settings)  # the adaptive one has followed the search
+    rate = float(f"{found.valley / settings.head_rate:.2g}")
+    drawing.draw_rates(np.array(learn.recorder.lrs) / settings.head_rate, np.array(learn.recorder.losses), rate)
+    drawing.save_figure(run.file("lr.png"))
+    print(f"rate found: {rate:g}; look at {run.file('lr.png')}", flush=True)
+    return settings.replace(lr=rate)
+
+
+def fit_stage(
+    learn: Learner,
+    settings: Settings,
+    run: Run,
+    given: Checkpoint | None = None,  # the loaded model; None in a first stage
+    loaded: tuple[float, float] | None = None,  # its score and NME, as `score_loaded` found them
+    started: float | None = None,  # `time.monotonic` when the minutes began to count
+    workers: int | None = None,
+) -> Checkpoint:
+    """Fit, load the best again, draw it.
+
+    The best is that of the stage's epochs and of the given model: a stage never ends with worse than it was given.
+    Raises `UserError` where no epoch gave a finite score and nothing was given.
+    """
+    learn.dls.train.show_batch(max_n=BATCH_SHOWN)
+    drawing.save_figure(run.file("batch.png"))
+    watch, looks = callbacks.StopOnNaN(), extra_looks(learn, settings)
+    save = callbacks.SaveBest(run, settings, loaded[0] if loaded else None, looks)
+    cbs = [watch, save, CSVLogger(run.file("history.csv").name), *scheduler(settings), *learn.progress_cbs]
+    if settings.patience:
+        learn.metrics = [*learn.metrics, save.column]
+        cbs.append(EarlyStoppingCallback("kept", np.less, patience=settings.patience))
+    _fit(learn, settings, cbs, started)
+    where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
+    if not save.saved:
+        if given is None:
+            raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; try a lower -lr")
+        kept = settings.replace(size=given.settings.size, fit=given.settings.fit)
+        write_checkpoint(run, given.model(), kept, *loaded, -1)
+    if where:
+        print(f"warning: {where}; the best before it is kept; try a lower -lr")
+    best = read_checkpoint(run.file("best.pth"))
+    learn = at_input_of(learn, settings, best, workers)
+    load_best(learn, best.path)
+    learn.show_results(max_n=RESULTS_SHOWN)
+    drawing.save_figure(run.file("results.png"))
+    if settings.pairs and not settings.tta:
+        print(f"with a mirrored second look it scores {score_now(learn, best.settings.size, settings.pairs)[0]:.6g}")
+    return best
+
+
+def extra_looks(learn: Learner, settings: Settings) -> list:
+    "What is scored beside the network itself, each with a column of its own: by two looks, and the running average."
+    pairs, looks = settings.pairs if settings.tta else (), []
+    if settings.tta:
+        looks.append(callbacks.Looks("looks", settings.size, lambda: learn.model, pairs))
+    if settings.ema:
+        average = callbacks.Average(settings.ema)
+        learn.add_cb(average)
+        looks.append(callbacks.Looks("ema", settings.size, lambda: average.network, pairs))
+    learn.add_cbs(looks)
+    learn.metrics = [*learn.metrics, *(look.column for look in looks)]
+    return looks
+
+
+def _fit(learn, settings, cbs, started):
+    epochs = settings.epochs
+    if settings.minutes:
+        second_look = 2.5 if settings.pairs and not settings.tta else 0.0
+        deadline = (started or time.monotonic()) + 60 * settings.minutes - PICTURES
+        clock = callbacks.EndInTime(deadline, second_look)
+        cbs, epochs = [*cbs, clock, callbacks.StopInTime(clock)], FOREVER
+    if settings.sched == "onecycle":
+        learn.fit_one_cycle(epochs, lr_max=rates(settings), wd=settings.wd, cbs=cbs)
+    else:
+        learn.fit(epochs, lr=rates(settings), wd=settings.wd, cbs=cbs)
+    learn.remove_cbs([callbacks.Average, callbacks.Looks])  # and the Learner's own metrics again
+    learn.metrics = learn.metrics[:3]
+
+
+def report(run: Run, best: Checkpoint, device: str) -> str:
+    "What a stage says last."
+    when = f"epoch {best.epoch}" if best.epoch >= 0 else "the loaded model, which no epoch beat"
+    out = "" if run.out == Path(OUT) else f" --out {shlex.quote(str(run.out))}"
+    gpu = " --gpu" if device == "cuda" else ""
+    pm = f"-pm {shlex.quote(run.file('best.pth').name)}{out}{gpu}"
+    held = " on rows that were trained on" if best.settings.all_rows else ""
+    return (
+        f"run {run.name}: score {best.score:.6g}, nme {best.nme:.4g}{held} ({when})\n"
+        f"look at {run.file('results.png')}; epochs in {run.file('history.csv')}\n"
+        f"next stage:  python finetune.py {pm}\n"
+        f"submission:  python predict.py {pm}"
+    )
