@@ -269,6 +269,7 @@ def test_the_seed_s_recipe_on_drawn_faces_is_the_seed_s(monkeypatch):
 
     settings = cli.first_settings(cli.train_arguments(["--recipe", "seed"]), drawn=True)
     assert (settings.head, settings.lr, settings.sched, settings.start) == ("linear", 3e-4, "plateau", "random")
+    assert (settings.arch, settings.size) == ("resnet18", 64)
     assert cli.first_settings(cli.train_arguments([]), drawn=True).sched == cli.DRAWN["sched"]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import RECIPES, Settings
 
 
 def test_there_and_back_through_json():
@@ -15,9 +15,10 @@ def test_there_and_back_through_json():
     assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
-def test_the_seed_s_defaults():
-    s = Settings()
-    assert (s.arch, s.size, s.fit, s.batch_size, s.epochs, s.lr) == ("resnext50_32x4d", 128, "crop", 32, 10, 3e-4)
+@pytest.mark.parametrize("recipe,lr", [("best", 2e-3), ("seed", 3e-4)])
+def test_the_seed_s_defaults(recipe, lr):
+    s = Settings(**RECIPES[recipe])
+    assert (s.arch, s.size, s.fit, s.batch_size, s.epochs, s.lr) == ("resnext50_32x4d", 128, "crop", 32, 10, lr)
     assert (s.opt, s.wd, s.sched, s.valid_pct, s.valid_random, s.head) == (
         "adamw",
         0.05,
@@ -34,7 +35,9 @@ def test_the_seed_s_defaults():
         ("size", "128"), ("size", 0), ("size", 10**9), ("size", True), ("size", 64.5), ("lr", float("nan")), ("lr", -1.0),
         ("lr", "fast"), ("fit", "stretch"), ("mean", [0.5, 0.5]), ("std", [0.1, 0.0, 0.1]), ("mean", [0.5, 0.5, "x"]),
         ("arch", 5), ("n_points", -1), ("batch_size", 0), ("valid_pct", 0.0), ("valid_pct", 1.0), ("freeze", "yes"),
-        ("opt", "lion"), ("surprise", 1), ("seed", -1),
+        ("opt", "lion"), ("surprise", 1), ("seed", -1), ("aug", 2.1),
+        ("aug", -0.1), ("loss", "l3"), ("ema", 1.0), ("head_rate", 0.0), ("targets", "cm"), ("mirror", "yes"), ("minutes", -1),
+        ("accumulate", 0), ("pairs", [1, 0]), ("pairs", "mirror"), ("patience", -1),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_refused_by_name(key, value):
