@@ -63,11 +63,16 @@ def score_now(learn: Learner, size: int, pairs=()) -> tuple[float, float]:
 
 
 def find_rate(learn: Learner, settings: Settings, run: Run) -> Settings:
-    "The settings with the rate that fastai's `lr_find` suggests for the body; printed, and drawn to NAME_lr.png."
+    """The settings with the rate that fastai's `lr_find` suggests for the body; printed, and drawn to NAME_lr.png.
+
+    Its `Minimum`: a tenth of the rate at which the loss was lowest. Where a network starts at the mean shape, a hundred
+    steps lower the loss by a tenth only, and `Valley`, fastai's default, ends where it is flat: at 0.014 on 2,175 photographs
+    at 64 px, where `Minimum` says 0.005 and the best of a sweep is 0.002.
+    """
     shares = np.array([1.0, settings.head_rate])
     with callbacks.no_bars(learn):
         try:
-            found = learn.lr_find(1e-6 * shares, 1.0 * shares, show_plot=False, suggest_funcs=SuggestionMethod.Valley)
+            found = learn.lr_find(1e-5 * shares, 0.1 * shares, show_plot=False, suggest_funcs=SuggestionMethod.Minimum)
         except IndexError:  # of fewer than 15 steps it has nothing left to look at
             steps = len(learn.recorder.losses)
             raise UserError(
@@ -75,7 +80,7 @@ def find_rate(learn: Learner, settings: Settings, run: Run) -> Settings:
                 "try a larger -b, or give a rate"
             ) from None
     learn.loss_func = loss_function(settings)  # the adaptive one has followed the search
-    rate = float(f"{found.valley / settings.head_rate:.2g}")
+    rate = float(f"{found.minimum / settings.head_rate:.2g}")
     drawing.draw_rates(np.array(learn.recorder.lrs) / settings.head_rate, np.array(learn.recorder.losses), rate)
     drawing.save_figure(run.file("lr.png"))
     print(f"rate found: {rate:g}; look at {run.file('lr.png')}", flush=True)
@@ -98,13 +103,16 @@ def fit_stage(
     """
     learn.dls.train.show_batch(max_n=BATCH_SHOWN)
     drawing.save_figure(run.file("batch.png"))
-    watch, looks = callbacks.StopOnNaN(), extra_looks(learn, settings)
+    own, watch = learn.metrics, callbacks.StopOnNaN()
+    looks = extra_looks(learn, settings)
     save = callbacks.SaveBest(run, settings, loaded[0] if loaded else None, looks)
     cbs = [watch, save, CSVLogger(run.file("history.csv").name), *scheduler(settings), *learn.progress_cbs]
     if settings.patience:
         learn.metrics = [*learn.metrics, save.column]
         cbs.append(EarlyStoppingCallback("kept", np.less, patience=settings.patience))
     _fit(learn, settings, cbs, started)
+    learn.remove_cbs([callbacks.Average, callbacks.Looks])
+    learn.metrics = own
     where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
     if not save.saved:
         if given is None:
@@ -148,8 +156,6 @@ def _fit(learn, settings, cbs, started):
         learn.fit_one_cycle(epochs, lr_max=rates(settings), wd=settings.wd, cbs=cbs)
     else:
         learn.fit(epochs, lr=rates(settings), wd=settings.wd, cbs=cbs)
-    learn.remove_cbs([callbacks.Average, callbacks.Looks])  # and the Learner's own metrics again
-    learn.metrics = learn.metrics[:3]
 
 
 def report(run: Run, best: Checkpoint, device: str) -> str:
