@@ -17,6 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,7 +31,6 @@ PARTS = {
     "both": ["targets", "start"],
     "rates": ["lr", "head_rate"],
     "targets, start and rates": ["targets", "start", "lr", "head_rate"],
-    "loss": ["loss"],
     "augmentation": ["aug"],
     "mirror": ["mirror"],
     "average": ["ema"],
@@ -97,24 +97,33 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", default="runs/benchmark")
     args = parser.parse_args()
+    known = {}  # the first row stands in every table
     for title in args.table:
         rows = tables()[title]
         first = next(iter(rows))
         rows = {k: v for k, v in rows.items() if k == first or re.search(args.rows, k)}
-        jobs = [(row, words, seed) for row, words in rows.items() for seed in range(args.seeds)]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            found = list(pool.map(lambda job: run(args, *job), jobs))
+        measure(args, rows, known)
         print(f"\n{title}: {args.arch}, {args.size} px, {args.epochs} epochs, seeds 0 to {args.seeds - 1}\n")
-        print("| row | score | lowest, highest | ratio | with a second look |\n| --- | --- | --- | --- | --- |")
-        base = None
-        for row in rows:
-            scores = [f for f, job in zip(found, jobs, strict=True) if job[0] == row]
-            mean = sum(s for s, _ in scores) / len(scores)
-            base = base or mean
-            low, high = min(s for s, _ in scores), max(s for s, _ in scores)
-            spread = f"{low:.4g}, {high:.4g}" if args.seeds > 1 else ""
-            second = sum(s for _, s in scores) / len(scores)
-            print(f"| {row} | {mean:.4g} | {spread} | {mean / base:.2f} | {second:.4g} |", flush=True)
+        print_table(args, rows, known)
+
+
+def measure(args, rows: dict, known: dict):
+    "Run what is not known yet, `--jobs` side by side."
+    jobs = [(row, words, seed) for row, words in rows.items() for seed in range(args.seeds)]
+    new = [job for job in jobs if (tuple(job[1]), job[2]) not in known]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for job, scores in zip(new, pool.map(lambda job: run(args, *job), new), strict=True):
+            known[tuple(job[1]), job[2]] = scores
+
+
+def print_table(args, rows: dict, known: dict):
+    print("| row | score | lowest, highest | ratio | with a second look |\n| --- | --- | --- | --- | --- |")
+    base = None
+    for row, words in rows.items():
+        once, twice = zip(*(known[tuple(words), seed] for seed in range(args.seeds)), strict=True)
+        base = base or mean(once)
+        spread = f"{min(once):.4g}, {max(once):.4g}" if args.seeds > 1 else ""
+        print(f"| {row} | {mean(once):.4g} | {spread} | {mean(once) / base:.2f} | {mean(twice):.4g} |", flush=True)
 
 
 if __name__ == "__main__":
