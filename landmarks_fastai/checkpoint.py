@@ -19,7 +19,7 @@ from landmarks_fastai.files import whole_file
 from landmarks_fastai.models import build_model, read_tensors
 from landmarks_fastai.settings import Settings
 
-FORMAT = 2  # of the .json; 1 had no augmentation, mirror map, loss or average
+FORMAT = 3  # of the .json; 1 had no augmentation, mirror map, loss or average, 2 kept black borders
 MAX_NAME = 200  # bytes: with `_best.json.12345.tmp` behind it a name must stay below a file system's 255
 
 

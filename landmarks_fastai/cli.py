@@ -118,7 +118,7 @@ def train_arguments(argv=None):
                         help="best: the defaults below; seed: the published entry, every later addition off (default: best)")  # fmt: skip
     data = _add_settings(parser, "data", ["data", "valid_pct", "valid_random", "all_rows"], {"data": "drawn faces"})
     _add_name(data)
-    network = _add_settings(parser, "network", ["arch", "head", "start", "targets", "freeze", "size", "fit"])
+    network = _add_settings(parser, "network", ["arch", "head", "start", "targets", "freeze", *INPUT])
     network.add_argument("--weights", metavar="W", help="what the body starts from: imagenet, none, or a .safetensors or .pth file "
                          "(default: imagenet; drawn faces: none)")  # fmt: skip
     _add_settings(parser, "training", TRAINING)
@@ -208,9 +208,10 @@ def next_settings(args, before: Settings) -> Settings:
     if "data" in typed:
         typed["data"] = os.path.abspath(typed["data"] or ".")
     after = before.replace(**changes | typed)
-    if after.targets == "pixels" and (after.size, after.fit) != (before.size, before.fit):
+    if after.targets == "pixels" and after.of(INPUT) != before.of(INPUT):
         raise UserError(
-            f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): leave --size and --fit away"
+            f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): "
+            "leave --size, --fit and --borders away"
         )
     return after
 

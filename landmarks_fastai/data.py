@@ -90,15 +90,15 @@ class FitToInput(ItemTransform):
 
     order = 0  # before PointScaler (1) takes the input's size and ToTensor (5) the pixels
 
-    def __init__(self, fit: str, size: int):
-        self.fit, self.size = fit, size
+    def __init__(self, fit: str, size: int, borders: str):
+        self.fit, self.size, self.borders = fit, size, borders
 
     def encodes(self, item):
         image, points = item
-        to_input = pixel_map(*image.size, self.fit, self.size)
+        fitted, to_input = fit_image(image, self.fit, self.size, self.borders)
         # PointScaler measures from the picture's edge; the half pixel from edge to centre is added for it here.
         points = TensorPoint(to_input.to_input(points) + 0.5)
-        return PILImage.create(fit_image(image, self.fit, self.size)), points, TensorMap(torch.tensor(to_input))
+        return PILImage.create(fitted), points, TensorMap(torch.tensor(to_input))
 
 
 class LandmarkDL(TfmdDL):
@@ -172,8 +172,8 @@ def some_shapes(settings: Settings, labels: Labels, at_most: int = ROWS) -> np.n
 def mean_shape(settings: Settings, labels: Labels, folder: Path, at_most: int = ROWS) -> np.ndarray:
     """The training rows' mean landmarks, (n_points, 2) unit coordinates of the input.
 
-    Taken from at most 2,000 rows, evenly spaced: only the images' headers are read, and a mean of more moves by
-    less than a hundredth of a face.
+    Taken from at most 2,000 rows, evenly spaced: a mean of more moves by less than a hundredth of a face. Only the
+    images' headers are read, so black borders count as image here: it is where training starts, not where it ends.
     """
     rows, _ = split_rows(len(labels), settings)
     rows = rows[:: max(1, -(-len(rows) // at_most))]
@@ -222,7 +222,7 @@ def make_dataloaders(
         get_x=RowImage(labels, folder),
         get_y=RowPoints(labels),
         splitter=lambda rows: (train.tolist(), valid.tolist()),
-        item_tfms=FitToInput(settings.fit, settings.size),
+        item_tfms=FitToInput(settings.fit, settings.size, settings.borders),
         batch_tfms=[*changes, Normalize.from_stats(settings.mean, settings.std, cuda=False)],
     )
     return block.dataloaders(

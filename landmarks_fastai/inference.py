@@ -25,26 +25,26 @@ from landmarks_fastai.contest import (
 from landmarks_fastai.data import default_workers, open_image
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.files import whole_file
-from landmarks_fastai.geometry import fit_image, pixel_map
+from landmarks_fastai.geometry import fit_image
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.mirror import two_looks
+from landmarks_fastai.settings import Settings
 
 
 class FittedImages(Dataset):
     "Images as the network's uint8 input (3, size, size), each with its map."
 
-    def __init__(self, folder: Path, names: list[str], fit: str, size: int, where=lambda row: ""):
-        self.folder, self.names, self.fit, self.size = folder, np.array(names, dtype=np.str_), fit, size
-        self.where = where
+    def __init__(self, folder: Path, names: list[str], settings: Settings, where=lambda row: ""):
+        self.folder, self.names, self.where = folder, np.array(names, dtype=np.str_), where
+        self.input = (settings.fit, settings.size, settings.borders)
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, row):
         image = open_image(self.folder / str(self.names[row]), self.where(row))
-        to_input = pixel_map(*image.size, self.fit, self.size)
-        pixels = np.asarray(fit_image(image, self.fit, self.size)).transpose(2, 0, 1)
-        return torch.from_numpy(pixels.copy()), torch.tensor(to_input)
+        fitted, to_input = fit_image(image, *self.input)
+        return torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy()), torch.tensor(to_input)
 
 
 class LineOf:
@@ -105,9 +105,7 @@ def predict_test(
     n_points = checkpoint.settings.n_points
     asked.check_range(n_points)
     check_files(asked.csv, side / "images", zip(asked.lines, asked.names, strict=True))
-    images = FittedImages(
-        side / "images", asked.names, checkpoint.settings.fit, checkpoint.settings.size, LineOf(asked)
-    )
+    images = FittedImages(side / "images", asked.names, checkpoint.settings, LineOf(asked))
     pairs = checkpoint.settings.pairs if second_look else ()
     batches = predict_batches(checkpoint, images, device, batch_size, workers, pairs)
     with (

@@ -8,6 +8,7 @@ from landmarks_fastai.errors import UserError
 
 FITS = ("crop", "pad", "squish")  # `pixel_map` in geometry.py says what each does
 OPTIMISERS = ("adamw", "adam", "sgd")
+BORDERS = ("trim", "keep")
 STARTS = ("mean", "random")
 TARGETS = ("unit", "pixels")
 LOSSES = ("l1", "smooth_l1", "mse", "wing", "adaptive")  # losses.py says what each is
@@ -41,6 +42,7 @@ class Settings:
     )
     size: int = _setting(128, "side of the network's square input, in pixels", low=8, high=4096)
     fit: str = _setting("crop", "how an image becomes that square", choices=FITS)
+    borders: str = _setting("trim", "cut an image's black borders off first, or keep them", choices=BORDERS)
     n_points: int = _setting(0, "landmarks of an image; the data's own number", low=0, high=100_000)
     pairs: tuple = _setting((), "mirror map: the k-th entry is the index of the mirrored k-th point; empty: none")
     mean: tuple = _setting((0.485, 0.456, 0.406), "per-channel mean that the body expects of its input, in 0..1")
@@ -94,6 +96,9 @@ class Settings:
     def replace(self, **changes) -> "Settings":
         return dataclasses.replace(self, **changes)
 
+    def of(self, names) -> dict:
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
@@ -110,7 +115,7 @@ class Settings:
 # What a checkpoint decides: its weights have no other meaning.
 NETWORK = ("arch", "head", "targets")
 # What it decides for a prediction, and a later stage may change: it is scored at both.
-INPUT = ("size", "fit")
+INPUT = ("size", "fit", "borders")
 # And what a later stage cannot change either: rows that the network was trained on would be validated on.
 SPLIT = ("valid_pct", "valid_random")
 
@@ -119,7 +124,7 @@ SPLIT = ("valid_pct", "valid_random")
 RECIPES = {
     "best": {},
     "seed": {
-        "start": "random", "targets": "pixels", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False,
+        "start": "random", "targets": "pixels", "borders": "keep", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False,
         "lr": 3e-4, "head_rate": 1.0,
     },
 }  # fmt: skip

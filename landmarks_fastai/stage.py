@@ -21,7 +21,7 @@ from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.losses import loss_function
-from landmarks_fastai.settings import OUT, Settings
+from landmarks_fastai.settings import INPUT, OUT, Settings
 from landmarks_fastai.training import load_best, make_learner, rates, scheduler
 
 RESULTS_SHOWN = 6  # faces in NAME_results.png
@@ -31,8 +31,8 @@ PICTURES = 5  # seconds that the pictures at a stage's end take
 
 
 def at_input_of(learn: Learner, settings: Settings, before: Checkpoint, workers: int | None) -> Learner:
-    "The Learner itself, or, where the checkpoint has another size or fit, one that sees what the checkpoint saw."
-    there = settings.replace(size=before.settings.size, fit=before.settings.fit)
+    "The Learner itself, or, where the checkpoint has another input, one that sees what the checkpoint saw."
+    there = settings.replace(**before.settings.of(INPUT))
     if there == settings:
         return learn
     labels, folder = training_rows(settings.data)
@@ -43,14 +43,14 @@ def at_input_of(learn: Learner, settings: Settings, before: Checkpoint, workers:
 def score_loaded(
     learn: Learner, given: Checkpoint, settings: Settings, workers: int | None = None
 ) -> tuple[float, float]:
-    "Score and NME of what was loaded, on the validation rows as they are now, at the size and fit it was trained with."
+    "Score and NME of what was loaded, on the validation rows as they are now, as the input that it was trained with."
     own = at_input_of(learn, settings, given, workers)
     score, nme = score_now(own, given.settings.size, settings.pairs if settings.tta else ())
     print(f"loaded: score {score:.6g} on the validation rows; its stage reported {given.score:.6g}", flush=True)
     if own is not learn:
         here, _ = score_now(learn, settings.size, settings.pairs if settings.tta else ())
-        was = f"{given.settings.size} px, {given.settings.fit}"
-        print(f"that is at {was}; at {settings.size} px, {settings.fit}, it scores {here:.6g}", flush=True)
+        was, now = (f"{s.size} px, {s.fit}, borders {s.borders}" for s in (given.settings, settings))
+        print(f"that is at {was}; at {now}, it scores {here:.6g}", flush=True)
     return score, nme
 
 
@@ -117,7 +117,7 @@ def fit_stage(
     if not save.saved:
         if given is None:
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; try a lower -lr")
-        kept = settings.replace(size=given.settings.size, fit=given.settings.fit)
+        kept = settings.replace(**given.settings.of(INPUT))
         write_checkpoint(run, given.model(), kept, *loaded, -1)
     if where:
         print(f"warning: {where}; the best before it is kept; try a lower -lr")

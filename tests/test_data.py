@@ -173,7 +173,7 @@ def test_an_image_keeps_its_type_through_the_fit(drawn):
     from landmarks_fastai.data import FitToInput
 
     name = labels.name(0)
-    image, points, to_input = FitToInput("crop", 32)((PILImage.create(folder / name), labels.points(0)))
+    image, points, to_input = FitToInput("crop", 32, "keep")((PILImage.create(folder / name), labels.points(0)))
     assert image.size == (32, 32) and tuple(to_input.tolist()) == pytest.approx(
         pixel_map(*Image.open(folder / name).size, "crop", 32)
     )

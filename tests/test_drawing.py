@@ -82,6 +82,6 @@ def test_show_batch_draws_the_truth_on_pixels_that_look_like_the_file_s(learn):
     from landmarks_fastai.geometry import fit_image
 
     labels, folder, row = learn.dls.valid.recipe[1], learn.dls.valid.recipe[2], 32
-    expected = np.asarray(fit_image(open_image(folder / labels.name(row)), "crop", 64)) / 255
+    expected = np.asarray(fit_image(open_image(folder / labels.name(row)), "crop", 64)[0]) / 255
     assert np.abs(shown - expected).max() < 1e-3
     assert torch.is_tensor(learn.dls.valid.one_batch()[0])

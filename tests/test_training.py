@@ -124,7 +124,7 @@ def test_the_score_is_the_contest_s_on_the_validation_rows(door, drawn, tmp_path
     best = read_checkpoint(tmp_path / "here" / "runs" / "s_best.pth")
     labels, folder = training_rows(drawn)
     rows = split_rows(len(labels), best.settings)[1]
-    images = FittedImages(folder, [labels.name(r) for r in rows], "squish", 32)
+    images = FittedImages(folder, [labels.name(r) for r in rows], best.settings)
     points = np.concatenate(list(predict_batches(best, images, workers=0)))
     truth = np.stack([labels.points(r) for r in rows])
     assert np.mean((points.astype(np.float64) - truth) ** 2) == pytest.approx(best.score, rel=1e-4)
