@@ -33,6 +33,7 @@ PARTS = {
     "targets, start and rates": ["targets", "start", "lr", "head_rate"],
     "augmentation": ["aug"],
     "mirror": ["mirror"],
+    "trimmed borders": ["borders"],
     "average": ["ema"],
 }
 
