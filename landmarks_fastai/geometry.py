@@ -110,10 +110,9 @@ def fit_image(
 
     The map is `pixel_map`'s of the image's size, or, trimmed, of its content's.
     """
-    if borders == "keep":
-        return _resample(image, fit, size), pixel_map(*image.size, fit, size)
-    box = content_box(image)
-    image = image if box == (0, 0, *image.size) else image.crop(box)
+    whole = (0, 0, *image.size)
+    box = content_box(image) if borders == "trim" else whole
+    image = image if box == whole else image.crop(box)
     inside = pixel_map(*image.size, fit, size)
     shift_x, shift_y = inside.shift_x - box[0] * inside.scale_x, inside.shift_y - box[1] * inside.scale_y
     return _resample(image, fit, size), inside._replace(shift_x=shift_x, shift_y=shift_y)
