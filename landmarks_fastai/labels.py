@@ -1,25 +1,23 @@
 """`landmarks.csv`, read once into a file that later starts map into memory.
 
 Contestants read 2 GB of text with a Python loop at every start: 20 minutes and gigabytes of memory.
-Here pandas parses the text block by block, the numbers go to a binary file beside the CSV
+Here the text is parsed block by block (rows.py), the numbers go to a binary file beside the CSV
 (or in the user's cache folder where the data's own is read-only), and every later start only maps that file.
 """
 
 import hashlib
 import json
 import os
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.files import whole_file
+from landmarks_fastai.rows import read_rows
 
 FORMAT = 1  # of the cache file: another number in a file makes it stale
 HEADER = 4096  # bytes kept for the header, so that the numbers behind it start on a page
-BLOCK = 8 << 20  # bytes of CSV parsed at a time: bounds the memory, large enough that pandas' 2,000 columns pay
-LIMIT = 32767  # of a coordinate, in pixels: what int16 holds
 
 
 class Labels:
@@ -149,21 +147,14 @@ def _write_cache(csv: Path, cache: Path, key: dict):
 def _parse_into(out, csv: Path) -> dict:
     "Write the numbers, then the names, of `csv` behind the header's place in `out`; return the header's facts."
     out.write(bytes(HEADER))
-    dtype, n_points, names, lines = np.dtype(np.int16), None, [], []
-    with open(csv, "rb") as f:
-        n_points = _read_columns(csv, f.readline())
-        for first_line, block in _blocks(f, 2):
-            block, block_lines = _check_fields(csv, first_line, block, 2 * n_points)
-            if not block_lines.size:
-                continue
-            block_names, values = _parse_block(csv, block, block_lines)
-            if values.dtype.kind == "f" and dtype.kind == "i":  # the first decimals: what is there becomes float32
-                dtype = np.dtype(np.float32)
-                _widen(out, sum(map(len, names)) * n_points * 2)
-            _check_values(csv, values, block_lines)
-            out.write(np.ascontiguousarray(values.astype(dtype)).data)
-            names.append(block_names)
-            lines.append(block_lines)
+    dtype, names, lines = np.dtype(np.int16), [], []
+    for block_lines, block_names, values in read_rows(csv):
+        if values.dtype.kind == "f" and dtype.kind == "i":  # the first decimals: what is there becomes float32
+            dtype = np.dtype(np.float32)
+            _widen(out, sum(map(len, names)) * values[0].size)
+        out.write(np.ascontiguousarray(values, dtype).data)
+        names.append(block_names)
+        lines.append(block_lines)
     if not names:
         raise UserError(f"{csv} has a header but no rows: one line per image is needed")
     names, lines = np.concatenate(names), np.concatenate(lines)
@@ -172,124 +163,9 @@ def _parse_into(out, csv: Path) -> dict:
     if blank_lines:
         out.write(lines.astype(np.int64).data)
     return {
-        "rows": len(names), "n_points": n_points, "dtype": dtype.name,
+        "rows": len(names), "n_points": values.shape[1], "dtype": dtype.name,
         "name_width": names.dtype.itemsize, "blank_lines": blank_lines,
     }  # fmt: skip
-
-
-def _read_columns(csv: Path, header: bytes) -> int:
-    "The number of points that the header line names."
-    if not header.strip():
-        raise UserError(f"{csv} is empty: a header line and one line per image are needed")
-    n_fields = header.count(b"\t") + 1
-    if any(_is_number(field) for field in header.split(b"\t")[1:]):
-        raise UserError(
-            f"{csv} line 1 holds numbers: a header line (file_name, then a name per column) must stand above"
-        )
-    if n_fields < 3 or n_fields % 2 == 0:
-        raise UserError(
-            f"{csv} line 1: {n_fields} TAB-separated columns found, file_name and an x and y per point expected"
-        )
-    return n_fields // 2
-
-
-def _blocks(f, line: int):
-    "Yield (number of the first line, bytes of whole lines) until the file ends."
-    rest = b""
-    while chunk := f.read(BLOCK):
-        end = chunk.rfind(b"\n") + 1
-        if not end:
-            rest += chunk
-            continue
-        block, rest = rest + chunk[:end], chunk[end:]
-        yield line, block
-        line += block.count(b"\n")
-    if rest:
-        yield line, rest + b"\n"
-
-
-def _check_fields(csv: Path, first_line: int, block: bytes, n_values: int):
-    "Refuse a row with too few or too many fields; drop blank lines. Returns (block, line number of each row)."
-    data = np.frombuffer(block, np.uint8)
-    ends = np.flatnonzero(data == 10)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lines = first_line + np.arange(len(ends))
-    blank = (ends == starts) | ((ends == starts + 1) & (data[starts] == 13))
-    tabs = np.diff(np.searchsorted(np.flatnonzero(data == 9), ends), prepend=0)
-    wrong = np.flatnonzero((tabs != n_values) & ~blank)
-    if wrong.size:
-        row = wrong[0]
-        raise UserError(
-            f"{csv} line {lines[row]}: {tabs[row] + 1} fields found, {n_values + 1} expected "
-            f"(file_name and {n_values // 2} points): mend or remove the line"
-        )
-    if blank.any():
-        block = b"".join(block[s : e + 1] for s, e, b in zip(starts, ends, blank, strict=True) if not b)
-    return block, lines[~blank]
-
-
-def _parse_block(csv: Path, block: bytes, lines: np.ndarray):
-    "Parse whole rows: (names as an S-array, numbers as (rows, n_points, 2) of int64 or float64)."
-    import pandas as pd  # 0.2 s of import that a start with a cache file does not need
-
-    # Quotes mean nothing in the contest's files; na_filter off makes an empty field an error, not a NaN.
-    kwargs = dict(sep="\t", header=None, quoting=3, na_filter=False, low_memory=False, dtype={0: str})
-    try:
-        frame = pd.read_csv(BytesIO(block), **kwargs)
-    except UnicodeDecodeError:
-        row = next(i for i, b in enumerate(block.splitlines()) if not _is_utf8(b))
-        raise UserError(f"{csv} line {lines[row]}: not UTF-8 text") from None
-    columns = frame.iloc[:, 1:]
-    if not all(t.kind in "iuf" for t in columns.dtypes.unique()):
-        _refuse_text(csv, columns, lines)
-    encoded = [name.encode("utf-8") for name in frame[0]]
-    for line, name in zip(lines, encoded, strict=True):
-        if not name or b"\0" in name:
-            raise UserError(f"{csv} line {line}: the file name is empty or holds a NUL")
-    return np.array(encoded), columns.to_numpy().reshape(len(frame), -1, 2)
-
-
-def _is_number(field: bytes) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _refuse_text(csv: Path, columns, lines: np.ndarray):
-    "Name the first field, in the file's order, that is no number."
-    import pandas as pd
-
-    texts = columns.select_dtypes(exclude="number").astype(str)
-    bad = texts.apply(pd.to_numeric, errors="coerce").isna().to_numpy()
-    if not bad.any():  # whole numbers beyond 64 bits: pandas keeps them as text
-        bad = texts.apply(lambda c: c.str.len() > 18).to_numpy()
-    row, k = np.argwhere(bad)[0]
-    field = texts.columns[k] - 1
-    raise UserError(
-        f"{csv} line {lines[row]}: point {field // 2}'s {'xy'[field % 2]} is {texts.iat[row, k][:40]!r}, a number expected"
-    )
-
-
-def _check_values(csv: Path, values: np.ndarray, lines: np.ndarray):
-    "Refuse what int16 cannot hold, in a file with decimals too: whether a row is right hangs on that row alone."
-    fits = (values >= -LIMIT) & (values <= LIMIT)  # False for NaN too
-    if fits.all():
-        return
-    row, point, axis = np.argwhere(~fits)[0]
-    raise UserError(
-        f"{csv} line {lines[row]}: point {point}'s {'xy'[axis]} is {values[row, point, axis]}, "
-        f"a number between -{LIMIT} and {LIMIT} expected"
-    )
 
 
 def _widen(out, count: int, step: int = 1 << 20):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from landmarks_fastai import labels as room
+from landmarks_fastai import rows
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.labels import read_labels
 
@@ -52,12 +53,39 @@ def test_a_last_line_without_its_end_counts(tmp_path):
 
 def test_decimals_anywhere_keep_every_row_exact(tmp_path, monkeypatch):
     "The first rows go to int16; when decimals come, in a later block, what is written becomes float32."
-    monkeypatch.setattr(room, "BLOCK", 64)
-    rows = [f"{i}.jpg\t{i}\t-{i}\t3\t4\t5\t6" for i in range(300)] + ["x.jpg\t0.25\t2\t3\t4\t5\t-6.5"]
-    labels = read_labels(write(tmp_path / "l.csv", *rows))
+    monkeypatch.setattr(rows, "BLOCK", 64)
+    text = [f"{i}.jpg\t{i}\t-{i}\t3\t4\t5\t6" for i in range(300)] + ["x.jpg\t0.25\t2\t3\t4\t5\t-6.5"]
+    labels = read_labels(write(tmp_path / "l.csv", *text))
     assert [labels.points(i)[0].tolist() for i in range(300)] == [[i, -i] for i in range(300)]
     assert labels.points(300).tolist() == [[0.25, 2], [3, 4], [5, -6.5]]
     assert [labels.name(i) for i in (0, 299, 300)] == ["0.jpg", "299.jpg", "x.jpg"]
+
+
+def test_whole_numbers_arrive_however_they_are_cut_into_blocks_and_pieces(tmp_path, monkeypatch):
+    "Of one to five digits, negative, in blocks that hold a blank line, a sign or a decimal, and in those that do not."
+    rng = np.random.default_rng(0)
+    points = (rng.integers(-32767, 32768, (400, 6)) / 10.0 ** rng.integers(0, 5, (400, 6))).astype(int)
+    points[7] = [0, -0, 32767, -32767, 9, -9]
+    text = [f"{'я' * (i % 5)}{i}.jpg\t" + "\t".join(map(str, p)) for i, p in enumerate(points)]
+    text[100] = text[100].replace("\t", "\t+", 1).replace("+-", "-")
+    text[200] = text[200].split("\t", 1)[0] + "\t007\t 2\t3.0\t4\t5\t6"
+    points[200] = [7, 2, 3, 4, 5, 6]
+    for block, piece, end in [(1 << 23, 1 << 20, "\n"), (3000, 500, "\n"), (900, 900, "\r\n"), (3000, 1, "\n")]:
+        monkeypatch.setattr(rows, "BLOCK", block)
+        monkeypatch.setattr(rows, "PIECE", piece)
+        csv = write(tmp_path / f"{block}-{piece}.csv", *text[:50], "", *text[50:], end=end)
+        labels = read_labels(csv)
+        assert np.array_equal([labels.points(i).reshape(-1) for i in range(400)], points)
+        assert [labels.name(i) for i in range(400)] == [t.split("\t")[0] for t in text]
+        assert [labels.line(i) for i in (0, 49, 50, 399)] == [2, 51, 53, 402]
+
+
+def test_plain_rows_need_no_pandas(csv):
+    code = (
+        f"import sys; sys.path.insert(0, {os.getcwd()!r}); from landmarks_fastai.labels import read_labels;"
+        f"print(len(read_labels({str(csv)!r})), 'pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "3 False\n"
 
 
 BAD = {
@@ -80,6 +108,9 @@ BAD = {
         "line 3: point 0's y is 1e+19, a number",
     ),
     "NUL": ("b.jpg\0\t1\t2\t3\t4\t5\t6", "line 3"),
+    "control": ("b.jpg\t1\t2\t3\x074\t5\t6\t7", "line 3: point 1's x is"),
+    "minus alone": ("b.jpg\t1\t-\t3\t4\t5\t6", "line 3: point 0's y is '-', a number expected"),
+    "just too large": ("b.jpg\t1\t-32768\t3\t4\t5\t6", "line 3: point 0's y is -32768, a number between"),
     "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e+30"),
 }
 
@@ -94,7 +125,7 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, row, message):
 
 
 def test_a_bad_row_far_down_has_the_right_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "BLOCK", 100)
+    monkeypatch.setattr(rows, "BLOCK", 100)
     csv = write(tmp_path / "l.csv", *[ROW.format(i) for i in range(500)], "", "b.jpg\t1\t2\tthree\t4\t5\t6")
     with pytest.raises(UserError, match="line 503: point 1's x is 'three'"):
         read_labels(csv)
@@ -152,6 +183,61 @@ def test_a_torn_or_foreign_cache_is_not_believed(csv, damage):
     assert read_labels(csv).points(0).tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
+def test_a_truncated_or_replaced_csv_is_read_again(csv):
+    read_labels(csv)
+    whole = csv.read_bytes()
+    csv.write_bytes(whole[: whole.index(b"b.jpg")])
+    assert len(read_labels(csv)) == 1
+    csv.write_bytes(whole[:-7])  # half-written: the last row has lost its end
+    with pytest.raises(UserError, match="line 4"):
+        read_labels(csv)
+    csv.write_bytes(whole)
+    assert len(read_labels(csv)) == 3
+    other = write(csv.with_name("other.csv"), ROW.format("x"), ROW.format("y"), ROW.format("z"))
+    os.replace(other, csv)  # another file under its name
+    assert read_labels(csv).name(0) == "x.jpg"
+
+
+def test_a_csv_that_changes_while_it_is_read_is_refused(csv, monkeypatch):
+    real = room.read_rows
+
+    def read_rows(path):
+        yield from real(path)
+        with open(path, "a") as f:
+            f.write(ROW.format("d") + "\n")
+
+    monkeypatch.setattr(room, "read_rows", read_rows)
+    with pytest.raises(UserError, match="changed while it was read"):
+        read_labels(csv)
+    assert os.listdir(csv.parent) == [csv.name]
+    monkeypatch.undo()
+    assert len(read_labels(csv)) == 4
+
+
+def test_a_cache_of_another_version_is_made_anew(csv, monkeypatch):
+    monkeypatch.setattr(room, "FORMAT", room.FORMAT + 1)
+    read_labels(csv)
+    newer = cache_of(csv).read_bytes()
+    monkeypatch.undo()
+    read_labels(csv)
+    assert cache_of(csv).read_bytes() != newer
+    assert read_labels(csv).points(2).tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_processes_that_start_at_once_all_read_it_right(tmp_path):
+    "Eight at one time, none finding a cache: each gets the rows, and one whole cache and nothing else is left."
+    text = [f"{i}.jpg\t" + "\t".join(str(v) for v in range(i, i + 400)) for i in range(3000)]
+    csv = write(tmp_path / "l.csv", *text, header="file_name\t" + "\t".join(f"c{k}" for k in range(400)))
+    code = (
+        f"import sys; sys.path.insert(0, {os.getcwd()!r}); from landmarks_fastai.labels import read_labels;"
+        f"r = read_labels({str(csv)!r}); print(len(r), int(sum(r.points(i).sum() for i in range(len(r)))))"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    said = {process.communicate()[0] for process in started}
+    assert said == {f"3000 {sum(400 * i + 400 * 399 // 2 for i in range(3000))}\n"}
+    assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]
+
+
 def test_a_read_only_folder_s_cache_goes_to_the_cache_folder(csv, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(room, "whole_file", _refuse_in(csv.parent, room.whole_file))
@@ -180,17 +266,17 @@ def test_labels_pickle_as_a_file_name(csv):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     "Five times the rows, the same peak but for the names: measured in fresh processes."
-    rows = [f"{i:032d}.jpg\t" + "\t".join(str(v % 300) for v in range(i, i + 400)) for i in range(8000)]
+    text = [f"{i:032d}.jpg\t" + "\t".join(str(v % 300) for v in range(i, i + 400)) for i in range(8000)]
     header = "file_name\t" + "\t".join(f"c{k}" for k in range(400))
     peaks, sizes = [], []
     for n in (1, 5):
         csv = tmp_path / f"{n}.csv"
-        csv.write_text("\n".join([header, *(rows * n), ""]))
+        csv.write_text("\n".join([header, *(text * n), ""]))
         sizes.append(csv.stat().st_size)
         # VmHWM: unlike getrusage's figure it begins anew with the process, not with its parent's
         code = (
-            f"import sys; sys.path.insert(0, {os.getcwd()!r}); import landmarks_fastai.labels as room;"
-            f"room.BLOCK = 1 << 20; room.read_labels({str(csv)!r});"
+            f"import sys; sys.path.insert(0, {os.getcwd()!r}); from landmarks_fastai import labels, rows;"
+            f"rows.BLOCK = 1 << 20; labels.read_labels({str(csv)!r});"
             "print(*[l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l])"
         )
         peaks.append(1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
