@@ -34,7 +34,7 @@ def training_rows(data) -> tuple[Labels, Path]:
     if not os.path.isfile(side / "landmarks.csv"):  # False, not an error, where a folder is closed
         raise UserError(f"{side / 'landmarks.csv'} not found; -d wants the folder that holds train/ and test/")
     labels = read_labels(side / "landmarks.csv")
-    check_files(labels.csv, side / "images", ((labels.line(i), labels.name(i)) for i in range(len(labels))))
+    check_files(labels.csv, side / "images", labels.lines_and_names())
     return labels, side / "images"
 
 
@@ -203,7 +203,7 @@ def score(
         raise UserError(f"{submission}: {points.shape[1]} points a row found, {asked.indices.shape[1]} asked for")
     labels = read_labels(truth)
     asked.check_range(labels.n_points)
-    rows = {labels.name(i): i for i in range(len(labels))}
+    rows = {name: i for i, (_, name) in enumerate(labels.lines_and_names())}
     if absent := [n for n in names if n not in rows]:
         raise UserError(f"{truth}: no row for {absent[0]} ({len(absent)} images are absent in all)")
     errors = [

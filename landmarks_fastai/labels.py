@@ -1,13 +1,14 @@
-"""`landmarks.csv`, read once into a file that later starts map into memory.
+"""`landmarks.csv`, read once into a file of binary rows that later starts only open.
 
 Contestants read 2 GB of text with a Python loop at every start: 20 minutes and gigabytes of memory.
 Here the text is parsed block by block (rows.py), the numbers go to a binary file beside the CSV
-(or in the user's cache folder where the data's own is read-only), and every later start only maps that file.
+(or in the user's cache folder where the data's own is read-only), and every later start reads from that file the rows that it is asked for.
 """
 
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,60 +21,98 @@ FORMAT = 1  # of the cache file: another number in a file makes it stale
 HEADER = 4096  # bytes kept for the header, so that the numbers behind it start on a page
 
 
+class StaleCache(Exception):
+    "A cache file that is torn, foreign, or of a CSV that has changed since."
+
+
 class Labels:
-    """The rows of a `landmarks.csv`, mapped from its cache file and never loaded whole.
+    """The rows of a `landmarks.csv`, read one by one from its cache file and never loaded whole.
 
     `len(labels)` rows of `labels.n_points` points. Coordinates are pixels of the image as stored.
-    Pickles as the name of its file, so that a spawned data loader's worker maps it again.
+    Pickles as the name of its file, so that a spawned data loader's worker opens it again.
     """
 
     def __init__(
         self,
         csv,  # the landmarks.csv that the rows came from
         cache,  # its cache file, as `read_labels` wrote it
+        key: dict,  # the identity of the CSV that the cache file must have been made of
     ):
-        self.csv, self.cache = Path(csv), Path(cache)
-        self._map()
+        self.csv, self.cache, self.key = Path(csv), Path(cache), key
+        self._open()
 
-    def _map(self):
-        head = _read_header(self.cache)
-        rows, n_points, width = head["rows"], head["n_points"], head["name_width"]
-        dtype = np.dtype(head["dtype"])
-        self.n_points = n_points
-        self._points = np.memmap(self.cache, dtype, "r", HEADER, (rows, n_points, 2))
-        offset = HEADER + rows * n_points * 2 * dtype.itemsize
-        self._names = np.memmap(self.cache, f"S{width}", "r", offset, (rows,))
-        self._lines = None
-        if head["blank_lines"]:
-            self._lines = np.memmap(self.cache, np.int64, "r", offset + rows * width, (rows,))
+    def _open(self):
+        # Kept open: the rows stay those that were found, whoever writes the cache anew meanwhile.
+        self._file = open(self.cache, "rb", buffering=0)
+        head = _read_header(self._file)
+        if head.get("key") != self.key:
+            raise StaleCache(f"{self.cache} is no cache of {self.csv} as it was")
+        self._rows, self.n_points = head["rows"], head["n_points"]
+        self._dtype, self._width, self._blank_lines = np.dtype(head["dtype"]), head["name_width"], head["blank_lines"]
 
     def __getstate__(self):
-        return {"csv": self.csv, "cache": self.cache}
+        return {"csv": self.csv, "cache": self.cache, "key": self.key}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._map()
+        self._open()
 
     def __len__(self):
-        return len(self._names)
-
-    def name(self, row: int) -> str:
-        "The row's file name."
-        return self._names[row].decode("utf-8")
+        return self._rows
 
     def points(self, row: int) -> np.ndarray:
         "The row's landmarks, float32 (n_points, 2), in pixels of the image as stored."
-        return self._points[row].astype(np.float32)
+        return self._read(0, self._dtype, 2 * self.n_points, row, row + 1)[0].astype(np.float32).reshape(-1, 2)
+
+    def name(self, row: int) -> str:
+        "The row's file name."
+        return self._names(row, row + 1)[0].decode("utf-8")
 
     def line(self, row: int) -> int:
         "The row's line in the CSV; the header line is 1."
-        return row + 2 if self._lines is None else int(self._lines[row])
+        return int(self._lines(row, row + 1)[0])
+
+    def lines_and_names(self):
+        "Yield each row's line and file name: many at a time are read, few are kept."
+        for start in range(0, len(self), 4096):
+            stop = min(start + 4096, len(self))
+            for line, name in zip(self._lines(start, stop).tolist(), self._names(start, stop).tolist(), strict=True):
+                yield line, name.decode("utf-8")
+
+    def _names(self, start, stop):
+        return self._read(self._points_bytes, np.dtype(f"S{self._width}"), 1, start, stop)[:, 0]
+
+    def _lines(self, start, stop):
+        if not self._blank_lines:
+            return np.arange(start, stop) + 2
+        return self._read(self._points_bytes + self._rows * self._width, np.dtype(np.int64), 1, start, stop)[:, 0]
+
+    @property
+    def _points_bytes(self):
+        return self._rows * 2 * self.n_points * self._dtype.itemsize
+
+    def _read(self, offset, dtype, columns, start, stop):
+        """Rows `start` to `stop` of the table that begins `offset` bytes behind the header.
+
+        Read, not mapped: the kernel maps up to 2 MB around each page that is touched, and all of it counts as this
+        process's memory; a random row of 4 kB costs 5 us either way.
+        """
+        step = columns * dtype.itemsize
+        if not (0 <= start and stop <= self._rows):
+            raise IndexError(f"row {start} of {self._rows}")
+        place, length = HEADER + offset + start * step, (stop - start) * step
+        if hasattr(os, "pread"):  # a forked worker shares the file's position
+            data = os.pread(self._file.fileno(), length, place)
+        else:  # Windows: a worker is spawned and has a file of its own
+            self._file.seek(place)
+            data = self._file.read(length)
+        return np.frombuffer(data, dtype).reshape(stop - start, columns)
 
 
 def read_labels(
     csv,  # path of a landmarks.csv: TAB-separated, one header line, file_name then x0 y0 x1 y1 …
 ) -> Labels:
-    """Map the labels of `csv`, parsing it first where no cache file matches it as it now is.
+    """Open the labels of `csv`, parsing it first where no cache file matches it as it now is.
 
     Raises `UserError` for a file that is missing, empty, changes while it is read, or has a row with
     the wrong number of fields, a field that is no number, or a value that does not fit.
@@ -81,8 +120,8 @@ def read_labels(
     csv = Path(csv)
     key = _identity(csv)
     for cache in _cache_places(csv):
-        if _read_header(cache).get("key") == key:
-            return Labels(csv, cache)
+        with suppress(OSError, StaleCache):
+            return Labels(csv, cache, key)
     refused = None
     for cache in _cache_places(csv):
         try:
@@ -90,7 +129,7 @@ def read_labels(
         except OSError as e:  # a read-only or full place: try the next
             refused = e
         else:
-            return Labels(csv, cache)
+            return Labels(csv, cache, key)
     raise UserError(f"{csv}: no room for its cache file, neither beside it nor in the cache folder: {refused}")
 
 
@@ -120,13 +159,12 @@ def _cache_places(csv: Path) -> list[Path]:
     return [csv.with_name(csv.name + ".cache"), Path(home) / "landmarks_fastai" / f"{name}.cache"]
 
 
-def _read_header(cache: Path) -> dict:
-    "The header of a cache file; empty where the file is absent, foreign or torn."
+def _read_header(f) -> dict:
+    "The header of an open cache file; empty where it is foreign or torn."
     try:
-        with open(cache, "rb") as f:
-            head = json.loads(f.read(HEADER).rstrip(b"\0"))
-            whole = os.fstat(f.fileno()).st_size == head["bytes"]
-    except (OSError, ValueError, TypeError, KeyError):
+        head = json.loads(f.read(HEADER).rstrip(b"\0"))
+        whole = os.fstat(f.fileno()).st_size == head["bytes"]
+    except (ValueError, TypeError, KeyError):
         return {}
     return head if whole else {}
 
@@ -148,13 +186,13 @@ def _parse_into(out, csv: Path) -> dict:
     "Write the numbers, then the names, of `csv` behind the header's place in `out`; return the header's facts."
     out.write(bytes(HEADER))
     dtype, names, lines = np.dtype(np.int16), [], []
-    for block_lines, block_names, values in read_rows(csv):
+    for some_lines, some_names, values in read_rows(csv):
         if values.dtype.kind == "f" and dtype.kind == "i":  # the first decimals: what is there becomes float32
             dtype = np.dtype(np.float32)
             _widen(out, sum(map(len, names)) * values[0].size)
         out.write(np.ascontiguousarray(values, dtype).data)
-        names.append(block_names)
-        lines.append(block_lines)
+        names.append(some_names)
+        lines.append(some_lines)
     if not names:
         raise UserError(f"{csv} has a header but no rows: one line per image is needed")
     names, lines = np.concatenate(names), np.concatenate(lines)

@@ -15,27 +15,39 @@ import numpy as np
 from landmarks_fastai.errors import UserError
 
 BLOCK = 8 << 20  # bytes of CSV parsed at a time: bounds the memory, large enough that pandas' 2,000 columns pay
-PIECE = 1 << 19  # bytes that one thread takes of a block: what numpy makes of them stays in a core's cache
+PIECE = 1 << 20  # bytes that one thread takes of a block: what numpy makes of them stays in a core's cache
 LIMIT = 32767  # of a coordinate, in pixels: what int16 holds
 DIGITS = 5  # of the longest whole number within it
 TAB, NEWLINE, MINUS, ZERO = b"\t\n-0"
 
 
 def read_rows(csv: Path):
-    """Yield (line numbers, names as an S-array, numbers (rows, n_points, 2)) of the CSV's blocks.
+    """Yield (line numbers, names as an S-array, numbers (rows, n_points, 2)) of the CSV's pieces.
 
     The numbers are int16, or float64 in a block with decimals. Raises `UserError` for the first line that is wrong.
     """
     with open(csv, "rb") as f, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
         n_values = 2 * _read_columns(csv, f.readline())
         line = 2
-        for block in _blocks(f):
-            found = _parse_whole(block, n_values, threads)
-            if found:
-                yield line + np.arange(len(found[0])), *found
-            else:
+        for block, found in _one_ahead((block, _parse_whole(block, n_values, threads)) for block in _blocks(f)):
+            pieces = [piece.result() for piece in found]
+            if not all(pieces):
                 yield from _parse_slowly(csv, line, block, n_values)
-            line += block.count(b"\n")
+                line += block.count(b"\n")
+                continue
+            for names, values in pieces:
+                yield line + np.arange(len(names)), names, values.reshape(len(names), -1, 2)
+                line += len(names)
+
+
+def _one_ahead(items):
+    "The items, each handed out when the next has been begun: the threads work while the last block is written."
+    held = []
+    for item in items:
+        held.append(item)
+        if len(held) == 2:
+            yield held.pop(0)
+    yield from held
 
 
 def _blocks(f):
@@ -45,24 +57,20 @@ def _blocks(f):
         yield block if block.endswith(b"\n") else block + b"\n"
 
 
-def _parse_whole(block: bytes, n_values: int, threads):
-    "(names, int16 (rows, n_points, 2)) of a block of plain rows of whole numbers; None where it is anything else."
+def _parse_whole(block: bytes, n_values: int, threads) -> list:
+    "Futures of (names, int16 (rows, n_values)) of a block's pieces; None of one that is not plain rows of whole numbers."
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
-    pieces, start = [], 0
+    found, start = [], 0
     while start < len(block):
         end = block.find(b"\n", start + PIECE) + 1 or len(block)
-        pieces.append(block[start:end])
+        found.append(threads.submit(_parse_piece, block[start:end], n_values))
         start = end
-    found = list(threads.map(lambda piece: _parse_piece(piece, n_values), pieces))
-    if not all(found):
-        return None
-    names, values = zip(*found, strict=True)
-    return np.concatenate(names), np.concatenate(values).reshape(-1, n_values // 2, 2)
+    return found
 
 
 def _parse_piece(piece: bytes, n_values: int):
-    "As `_parse_whole`, of one thread's rows."
+    "What one thread makes of some whole lines: see `_parse_whole`."
     data = np.frombuffer(piece, np.uint8)
     ends = np.flatnonzero(data <= NEWLINE)  # TAB, newline, and control characters that none may be
     if len(ends) % (n_values + 1):
