@@ -10,14 +10,12 @@ def main():
     from landmarks_fastai.checkpoint import claim_output, find_checkpoint
     from landmarks_fastai.inference import predict_test
 
-    device = cli.device(args)
+    machine = cli.machine(args)
     checkpoint = find_checkpoint(args.pretrained_model, args.out)
     settings = cli.predict_settings(args, checkpoint.settings)
     run = claim_output(args.out, checkpoint.name)
     second_look = bool(settings.pairs) if args.second_look is None else args.second_look
-    n = predict_test(
-        checkpoint, settings.data, run, args.rounding, device, settings.batch_size, args.workers, second_look, cli.bar
-    )
+    n = predict_test(checkpoint, settings.data, run, args.rounding, machine, settings.batch_size, second_look, cli.bar)
     print(
         f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}"
     )

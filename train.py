@@ -13,18 +13,18 @@ def main():
     from landmarks_fastai.stage import find_rate, fit_stage, report
     from landmarks_fastai.training import first_stage
 
-    device = cli.device(args)
+    machine = cli.machine(args)
     wanted = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
     with claimed_run(args.out, args.name, wanted, args.overwrite) as run:
         print(f"run {run.name}")
         weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
         if drawn:
             settings = cli.drawn_faces(settings, args.out, weights)
-        learn, settings = first_stage(settings, weights, device, args.workers, run)
+        learn, settings = first_stage(settings, weights, machine, run)
         if args.lr == "find":
             settings = find_rate(learn, settings, run)
         best = fit_stage(learn, settings, run, started=cli.STARTED)
-        print(report(run, best, device))
+        print(report(run, best, machine))
 
 
 if __name__ == "__main__":

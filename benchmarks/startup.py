@@ -100,7 +100,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-N", type=int, default=20_000, help="rows (default: 20000; the contest: 393930)")
     parser.add_argument("--points", type=int, default=971, help="points of a row (default: 971)")
-    parser.add_argument("--ways", default=",".join(WAYS), help="which to measure (default: all; pandas keeps 16 kB a row)")
+    parser.add_argument(
+        "--ways", default=",".join(WAYS), help="which to measure (default: all; pandas keeps 16 kB a row)"
+    )
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the file is written")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -6,7 +6,9 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
 from fastai.learner import Recorder, ValueMetric
@@ -26,6 +28,35 @@ class CarryMaps(Callback):
     def before_batch(self):
         if len(self.yb) == 2:
             self.learn.maps, self.learn.yb = self.yb[1], self.yb[:1]
+
+
+class Amp(MixedPrecision):
+    """fastai's `MixedPrecision`, on a CPU too, and outside `fit`: `learn.validate` never calls the `before_fit` that makes
+    its context, and finds the None that `after_fit` left.
+    """
+
+    name = "mixed_precision"  # fastai's own parts look for it by this name
+
+    def __init__(
+        self,
+        precision: str,  # bf16 or fp16
+        device: str,  # cpu or cuda
+    ):
+        super().__init__(precision)
+        self.where, self.dtype = device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def before_batch(self):
+        self.autocast = torch.autocast(self.where, self.dtype)
+        super().before_batch()
+
+
+class Compile(Callback):
+    "`torch.compile` the network, in place: names of weights, checkpoints and copies are as without it."
+
+    order = 1  # behind ChannelsLast
+
+    def before_fit(self):
+        self.learn.model.compile()
 
 
 class OrderByEpoch(Callback):

@@ -12,6 +12,7 @@ import time
 import warnings
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.machine import AMP
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_RATE,
@@ -74,12 +75,20 @@ def _add_settings(parser, title, names, defaults=None):
     return group
 
 
-def _add_machine(parser):
+def _add_machine(parser, amp="auto"):
     group = parser.add_argument_group("machine")
     group.add_argument("--gpu", action="store_true", help="use the GPU (default: off; without one the CPU goes on)")
     group.add_argument(
         "--workers", type=_workers, metavar="N", help="processes that decode images (default: by the machine's cores)"
     )
+    about = "; auto: what the GPU is best at, off on a CPU" if amp == "auto" else ""
+    group.add_argument("--amp", choices=AMP, default=amp,
+                       help=f"mixed precision{about} (default: {amp})")  # fmt: skip
+    for flag, on, about in SWITCHES:
+        if flag == "--cache" and amp == "off":  # a prediction reads each image once
+            continue
+        group.add_argument(flag, action=argparse.BooleanOptionalAction if on else "store_true", default=on,
+                           help=f"{about} (default: {'on' if on else 'off'})")  # fmt: skip
     group.add_argument("--out", default=OUT, metavar="DIR", help=f"folder that the run's files go to (default: {OUT})")
 
 
@@ -100,6 +109,14 @@ def _add_name(group):
     )
     group.add_argument("--overwrite", action="store_true", help="allow -n to name a run that is there already")
 
+
+SWITCHES = [
+    ("--cache", False, "keep the fitted images on disk, and read them there in later epochs and stages"),
+    ("--compile", False, "torch.compile the network: a minute's start, faster steps; needs a C++ compiler"),
+    ("--channels-last", True, "the memory order that convolutions are faster in"),
+    ("--pin-memory", True, "with a GPU: batches lie where it can fetch them while it computes"),
+    ("--tf32", True, "with a GPU that has it: matrices are multiplied with 10 bits of mantissa"),
+]
 
 TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_rate", "loss", "opt", "wd", "accumulate", "sched",
             "step_size", "gamma", "seed"]  # fmt: skip
@@ -169,7 +186,7 @@ def predict_arguments(argv=None):
                         help="look a second time, at the mirrored image (default: where the checkpoint has a mirror map)")  # fmt: skip
     fixed = NETWORK + INPUT
     _add_settings(parser, "must agree with the checkpoint", fixed, dict.fromkeys(fixed, "the checkpoint's"))
-    _add_machine(parser)
+    _add_machine(parser, amp="off")
     return parser.parse_args(argv)
 
 
@@ -262,13 +279,19 @@ def check_fixed(typed: dict, before: Settings, names):
             )
 
 
-def device(args) -> str:
-    "cuda where it was asked for and is there; else cpu, with a line that says so."
+def machine(args):
+    "The `Machine` that was asked for, made ready. Without a GPU, --gpu is the CPU, with a line that says so."
     import torch
+
+    from landmarks_fastai.machine import Machine
 
     if args.gpu and not torch.cuda.is_available():
         print("warning: --gpu was given, no GPU was found: going on with the CPU", file=sys.stderr)
-    return "cuda" if args.gpu and torch.cuda.is_available() else "cpu"
+    device = "cuda" if args.gpu and torch.cuda.is_available() else "cpu"
+    names = {f.name for f in dataclasses.fields(Machine)} - {"device"}
+    found = Machine(device, **{k: v for k, v in vars(args).items() if k in names})
+    found.prepare()
+    return found
 
 
 def run_door(main):

@@ -1,12 +1,11 @@
 """DataBlock and DataLoaders: rows of `landmarks.csv` become batches of normalised images and unit coordinates.
 
-An item passes `ImageBlock` and `PointBlock` with one transform of our own, `FitToInput`: fastai's `Resize` crops at
-random in training and truncates sizes, ours is the one map of geometry.py in training and validation alike.
+An item passes `ImageBlock` and `PointBlock` with one transform of our own, `PointsToInput`. fastai's `Resize` crops at
+random in training and truncates sizes; here images.py fits an image by the one map of geometry.py, in training and
+validation alike.
 A batch is (images, points, maps): the maps carry the metric back to pixels of the images as stored.
 """
 
-import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,46 +17,20 @@ from fastai.torch_core import TensorBase
 from fastai.vision.core import PILImage, TensorPoint
 from fastai.vision.data import ImageBlock, PointBlock
 from fasttransform import ItemTransform
-from PIL import Image
 
 from landmarks_fastai import drawing
 from landmarks_fastai.augment import Augment
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.geometry import fit_image, input_to_unit, pixel_map
+from landmarks_fastai.geometry import input_to_unit, pixel_map
+from landmarks_fastai.images import Inputs, image_size, open_cache
 from landmarks_fastai.labels import Labels
+from landmarks_fastai.machine import Machine
 from landmarks_fastai.mirror import ROWS
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import INPUT, Settings
 
 
 class TensorMap(TensorBase):
     "A `PixelMap` as four numbers, so that it collates with the item it belongs to."
-
-
-def open_image(path, where: str = "") -> Image.Image:
-    """The image as stored, RGB. EXIF rotation is not applied: landmarks are pixels of the file's own rows and columns.
-
-    Raises `UserError` naming the file, and `where` it was named, for one that is missing, damaged or cut short.
-    """
-    with _image(path, where) as image:
-        return image.convert("RGB")
-
-
-def image_size(path, where: str = "") -> tuple[int, int]:
-    "Width and height of the image as stored; only its header is read. Raises as `open_image`."
-    with _image(path, where) as image:
-        return image.size
-
-
-@contextmanager
-def _image(path, where):
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise UserError(f"{where}image {path} not found") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's several ways to refuse
-        why = "is cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
-        raise UserError(f"{where}image {path} {why} ({e}): replace it or remove its line") from None
 
 
 def where_of(labels: Labels, row: int) -> str:
@@ -66,13 +39,17 @@ def where_of(labels: Labels, row: int) -> str:
 
 
 class RowImage:
-    "The image of a row of the labels."
+    "The image of a row of the labels as the network's input; its `to_input` is the map from pixels of the image as stored."
 
-    def __init__(self, labels: Labels, folder: Path):
-        self.labels, self.folder = labels, folder
+    def __init__(self, labels: Labels, folder: Path, inputs: Inputs):
+        self.labels, self.folder, self.inputs = labels, folder, inputs
 
     def __call__(self, row: int) -> PILImage:
-        return PILImage.create(open_image(self.folder / self.labels.name(row), where_of(self.labels, row)))
+        path = self.folder / self.labels.name(row)
+        image, to_input = self.inputs(row, path, where_of(self.labels, row))
+        image = PILImage.create(image)
+        image.to_input = to_input
+        return image
 
 
 class RowPoints:
@@ -85,20 +62,16 @@ class RowPoints:
         return self.labels.points(row)
 
 
-class FitToInput(ItemTransform):
-    "(image, points) as stored -> the network's square input, the points in it, and the map that did it."
+class PointsToInput(ItemTransform):
+    "(fitted image, points as stored) -> the image, the points in the network's input, and the map that led there."
 
     order = 0  # before PointScaler (1) takes the input's size and ToTensor (5) the pixels
 
-    def __init__(self, fit: str, size: int, borders: str):
-        self.fit, self.size, self.borders = fit, size, borders
-
     def encodes(self, item):
         image, points = item
-        fitted, to_input = fit_image(image, self.fit, self.size, self.borders)
         # PointScaler measures from the picture's edge; the half pixel from edge to centre is added for it here.
-        points = TensorPoint(to_input.to_input(points) + 0.5)
-        return PILImage.create(fitted), points, TensorMap(torch.tensor(to_input))
+        moved = TensorPoint(image.to_input.to_input(points) + 0.5)
+        return image, moved, TensorMap(torch.tensor(image.to_input))
 
 
 class LandmarkDL(TfmdDL):
@@ -145,7 +118,7 @@ class LandmarkDL(TfmdDL):
 
 def _loader_again(recipe, side, batches, idxs):
     "In a spawned worker: the loader that `recipe` made, in the order that the main process drew."
-    dl = make_dataloaders(*recipe, workers=0)[side].new(**batches)
+    dl = make_dataloaders(*recipe)[side].new(**batches, num_workers=0)
     dl._DataLoader__idxs = idxs
     return dl
 
@@ -185,21 +158,11 @@ def mean_shape(settings: Settings, labels: Labels, folder: Path, at_most: int = 
     return total / len(rows)
 
 
-def default_workers(device: str = "cpu") -> int:
-    """Processes that decode images: one a core beside a GPU; half the cores where the CPU trains too.
-
-    Eight at the most: past that a laptop's memory pays for nothing.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores if device == "cuda" else cores // 2)
-
-
 def make_dataloaders(
     settings: Settings,
     labels: Labels,
     folder: Path,  # of the images
-    device: str = "cpu",
-    workers: int | None = None,  # processes that decode images; None chooses from the machine's cores
+    machine: Machine = Machine(),  # noqa: B008
 ):
     """Training and validation `DataLoaders` of the labels' rows.
 
@@ -215,23 +178,27 @@ def make_dataloaders(
     changes = []
     if settings.aug or settings.pairs:
         changes = [Augment(settings.aug, settings.pairs or None, settings.seed)]
+    cache = None
+    if machine.cache:
+        cache = open_cache(folder, len(labels), **settings.of(INPUT), key={"labels": labels.key})
+    inputs = Inputs(**settings.of(INPUT), cache=cache)
     block = DataBlock(
         blocks=(ImageBlock, PointBlock),
         dl_type=LandmarkDL,
         get_items=lambda labels: range(len(labels)),
-        get_x=RowImage(labels, folder),
+        get_x=RowImage(labels, folder, inputs),
         get_y=RowPoints(labels),
         splitter=lambda rows: (train.tolist(), valid.tolist()),
-        item_tfms=FitToInput(settings.fit, settings.size, settings.borders),
+        item_tfms=PointsToInput(),
         batch_tfms=[*changes, Normalize.from_stats(settings.mean, settings.std, cuda=False)],
     )
     return block.dataloaders(
         labels,
         bs=settings.batch_size,
         seed=settings.seed,
-        recipe=(settings, labels, folder),
+        recipe=(settings, labels, folder, machine),
         dl_kwargs=[{"side": 0}, {"side": 1}],
-        num_workers=default_workers(device) if workers is None else workers,
-        device=torch.device(device),
-        pin_memory=device == "cuda",
+        num_workers=machine.decoders,
+        device=torch.device(machine.device),
+        pin_memory=machine.pins,
     )

@@ -44,6 +44,12 @@ class PixelMap(NamedTuple):
             points, (points[..., 0] - self.shift_x) / self.scale_x, (points[..., 1] - self.shift_y) / self.scale_y
         )
 
+    def from_stored(self, reduced: int) -> "PixelMap":
+        "The map from the image as stored, of a map from one that was decoded `reduced` times smaller."
+        centre = 0.5 / reduced - 0.5  # where the first stored pixel's centre lies in the smaller image
+        x, y = self.scale_x / reduced, self.scale_y / reduced
+        return PixelMap(x, y, self.shift_x + centre * self.scale_x, self.shift_y + centre * self.scale_y)
+
     @classmethod
     def of_batch(cls, rows):
         "The maps of a batch, a tensor (batch, 4) of rows in the order of the fields, as one map that broadcasts."
@@ -105,6 +111,7 @@ def fit_image(
     fit: str,
     size: int,
     borders: str = "keep",  # trim: black borders are cut off before `fit` measures the image
+    reduced: int = 1,  # how many times smaller than stored the image was decoded
 ) -> tuple[Image.Image, PixelMap]:
     """An image as the network's input, and the map that made it: no size or margin is rounded.
 
@@ -115,7 +122,8 @@ def fit_image(
     image = image if box == whole else image.crop(box)
     inside = pixel_map(*image.size, fit, size)
     shift_x, shift_y = inside.shift_x - box[0] * inside.scale_x, inside.shift_y - box[1] * inside.scale_y
-    return _resample(image, fit, size), inside._replace(shift_x=shift_x, shift_y=shift_y)
+    to_input = inside._replace(shift_x=shift_x, shift_y=shift_y)
+    return _resample(image, fit, size), to_input.from_stored(reduced)
 
 
 def _resample(image, fit, size):

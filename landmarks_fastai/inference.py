@@ -22,13 +22,13 @@ from landmarks_fastai.contest import (
     submission_header,
     submission_line,
 )
-from landmarks_fastai.data import default_workers, open_image
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.files import whole_file
-from landmarks_fastai.geometry import fit_image
+from landmarks_fastai.images import Inputs
+from landmarks_fastai.machine import Machine
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.mirror import two_looks
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import INPUT, Settings
 
 
 class FittedImages(Dataset):
@@ -36,14 +36,13 @@ class FittedImages(Dataset):
 
     def __init__(self, folder: Path, names: list[str], settings: Settings, where=lambda row: ""):
         self.folder, self.names, self.where = folder, np.array(names, dtype=np.str_), where
-        self.input = (settings.fit, settings.size, settings.borders)
+        self.inputs = Inputs(**settings.of(INPUT))
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, row):
-        image = open_image(self.folder / str(self.names[row]), self.where(row))
-        fitted, to_input = fit_image(image, *self.input)
+        fitted, to_input = self.inputs(row, self.folder / str(self.names[row]), self.where(row))
         return torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy()), torch.tensor(to_input)
 
 
@@ -60,26 +59,27 @@ class LineOf:
 def predict_batches(
     checkpoint: Checkpoint,
     images: Dataset,  # of FittedImages
-    device: str = "cpu",
+    machine: Machine = Machine(),  # noqa: B008
     batch_size: int = 32,
-    workers: int | None = None,
     pairs=(),  # of the mirror map, for a mirrored second look
 ):
     "Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the images' order."
-    settings = checkpoint.settings
-    model = checkpoint.model().to(device, memory_format=torch.channels_last)
+    settings, device = checkpoint.settings, machine.device
+    model = checkpoint.model().to(device, memory_format=machine.memory_format)
+    if machine.compile:
+        model.compile()
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
-    loader = DataLoader(
-        images,
-        batch_size,
-        num_workers=default_workers(device) if workers is None else workers,
-        pin_memory=device == "cuda",
-    )
+    loader = DataLoader(images, batch_size, num_workers=machine.decoders, pin_memory=machine.pins)
     for pixels, maps in loader:
         inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
-        with torch.inference_mode():
-            unit = two_looks(model, inputs.contiguous(memory_format=torch.channels_last), pairs)
+        with torch.inference_mode(), _precision(machine):
+            unit = two_looks(model, inputs.contiguous(memory_format=machine.memory_format), pairs)
         yield points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
+
+
+def _precision(machine: Machine):
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(machine.device, dtypes.get(machine.precision), enabled=machine.precision in dtypes)
 
 
 def predict_test(
@@ -87,9 +87,8 @@ def predict_test(
     data,  # the contest folder
     run: Run,  # whose NAME_submit.csv, NAME_points.npy and NAME_points.json are written
     rounding: str = "nearest",
-    device: str = "cpu",
+    machine: Machine = Machine(),  # noqa: B008
     batch_size: int = 32,
-    workers: int | None = None,
     second_look: bool = False,  # also at the mirrored image, where the checkpoint has a mirror map
     progress=lambda batches, total: batches,
 ) -> int:
@@ -107,7 +106,7 @@ def predict_test(
     check_files(asked.csv, side / "images", zip(asked.lines, asked.names, strict=True))
     images = FittedImages(side / "images", asked.names, checkpoint.settings, LineOf(asked))
     pairs = checkpoint.settings.pairs if second_look else ()
-    batches = predict_batches(checkpoint, images, device, batch_size, workers, pairs)
+    batches = predict_batches(checkpoint, images, machine, batch_size, pairs)
     with (
         whole_file(run.file("points.json")) as names,
         whole_file(run.file("points.npy"), "wb") as points,

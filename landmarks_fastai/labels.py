@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.files import whole_file
+from landmarks_fastai.files import cache_places, read_at, whole_file
 from landmarks_fastai.rows import read_rows
 
 FORMAT = 1  # of the cache file: another number in a file makes it stale
@@ -101,11 +101,7 @@ class Labels:
         if not (0 <= start and stop <= self._rows):
             raise IndexError(f"row {start} of {self._rows}")
         place, length = HEADER + offset + start * step, (stop - start) * step
-        if hasattr(os, "pread"):  # a forked worker shares the file's position
-            data = os.pread(self._file.fileno(), length, place)
-        else:  # Windows: a worker is spawned and has a file of its own
-            self._file.seek(place)
-            data = self._file.read(length)
+        data = read_at(self._file, length, place)
         return np.frombuffer(data, dtype).reshape(stop - start, columns)
 
 
@@ -119,11 +115,11 @@ def read_labels(
     """
     csv = Path(csv)
     key = _identity(csv)
-    for cache in _cache_places(csv):
+    for cache in cache_places(csv):
         with suppress(OSError, StaleCache):
             return Labels(csv, cache, key)
     refused = None
-    for cache in _cache_places(csv):
+    for cache in cache_places(csv):
         try:
             _write_cache(csv, cache, key)
         except OSError as e:  # a read-only or full place: try the next
@@ -150,13 +146,6 @@ def _identity(csv: Path) -> dict:
         "format": FORMAT, "size": stat.st_size, "mtime": stat.st_mtime_ns,
         "ctime": stat.st_ctime_ns, "inode": stat.st_ino, "digest": digest,
     }  # fmt: skip
-
-
-def _cache_places(csv: Path) -> list[Path]:
-    "Beside the CSV first; then the user's cache folder, under a name made from the CSV's path."
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    name = hashlib.sha256(str(csv.resolve()).encode()).hexdigest()[:24]
-    return [csv.with_name(csv.name + ".cache"), Path(home) / "landmarks_fastai" / f"{name}.cache"]
 
 
 def _read_header(f) -> dict:

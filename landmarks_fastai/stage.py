@@ -21,6 +21,7 @@ from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.losses import loss_function
+from landmarks_fastai.machine import Machine
 from landmarks_fastai.settings import INPUT, OUT, Settings
 from landmarks_fastai.training import load_best, make_learner, rates, scheduler
 
@@ -30,21 +31,19 @@ FOREVER = 10_000  # epochs of a stage that ends by the clock
 PICTURES = 5  # seconds that the pictures at a stage's end take
 
 
-def at_input_of(learn: Learner, settings: Settings, before: Checkpoint, workers: int | None) -> Learner:
+def at_input_of(learn: Learner, settings: Settings, before: Checkpoint, machine: Machine) -> Learner:
     "The Learner itself, or, where the checkpoint has another input, one that sees what the checkpoint saw."
     there = settings.replace(**before.settings.of(INPUT))
     if there == settings:
         return learn
     labels, folder = training_rows(settings.data)
-    dls = make_dataloaders(there, labels, folder, learn.dls.device.type, workers)
-    return make_learner(there, dls, before.model(), learn.path)
+    dls = make_dataloaders(there, labels, folder, machine)
+    return make_learner(there, dls, before.model(), learn.path, machine)
 
 
-def score_loaded(
-    learn: Learner, given: Checkpoint, settings: Settings, workers: int | None = None
-) -> tuple[float, float]:
+def score_loaded(learn: Learner, given: Checkpoint, settings: Settings, machine: Machine) -> tuple[float, float]:
     "Score and NME of what was loaded, on the validation rows as they are now, as the input that it was trained with."
-    own = at_input_of(learn, settings, given, workers)
+    own = at_input_of(learn, settings, given, machine)
     score, nme = score_now(own, given.settings.size, settings.pairs if settings.tta else ())
     print(f"loaded: score {score:.6g} on the validation rows; its stage reported {given.score:.6g}", flush=True)
     if own is not learn:
@@ -94,7 +93,7 @@ def fit_stage(
     given: Checkpoint | None = None,  # the loaded model; None in a first stage
     loaded: tuple[float, float] | None = None,  # its score and NME, as `score_loaded` found them
     started: float | None = None,  # `time.monotonic` when the minutes began to count
-    workers: int | None = None,
+    machine: Machine = Machine(),  # noqa: B008
 ) -> Checkpoint:
     """Fit, load the best again, draw it.
 
@@ -122,7 +121,7 @@ def fit_stage(
     if where:
         print(f"warning: {where}; the best before it is kept; try a lower -lr")
     best = read_checkpoint(run.file("best.pth"))
-    learn = at_input_of(learn, settings, best, workers)
+    learn = at_input_of(learn, settings, best, machine)
     load_best(learn, best.path)
     learn.show_results(max_n=RESULTS_SHOWN)
     drawing.save_figure(run.file("results.png"))
@@ -158,11 +157,11 @@ def _fit(learn, settings, cbs, started):
         learn.fit(epochs, lr=rates(settings), wd=settings.wd, cbs=cbs)
 
 
-def report(run: Run, best: Checkpoint, device: str) -> str:
+def report(run: Run, best: Checkpoint, machine: Machine) -> str:
     "What a stage says last."
     when = f"epoch {best.epoch}" if best.epoch >= 0 else "the loaded model, which no epoch beat"
     out = "" if run.out == Path(OUT) else f" --out {shlex.quote(str(run.out))}"
-    gpu = " --gpu" if device == "cuda" else ""
+    gpu = " --gpu" if machine.device == "cuda" else ""
     pm = f"-pm {shlex.quote(run.file('best.pth').name)}{out}{gpu}"
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (

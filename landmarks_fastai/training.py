@@ -19,6 +19,7 @@ from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders, mean_shape, some_shapes
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.losses import loss_function
+from landmarks_fastai.machine import Machine
 from landmarks_fastai.metrics import stage_metrics
 from landmarks_fastai.mirror import NoMirror, learn_mirror, write_pairs
 from landmarks_fastai.models import build_model, input_stats, load_weights, start_at
@@ -60,11 +61,20 @@ def rates(settings: Settings) -> np.ndarray:
     return np.array([settings.lr, settings.lr * settings.head_rate])
 
 
+def on_machine(machine: Machine) -> list:
+    "The callbacks that fit training to the machine."
+    cbs = [ChannelsLast()] if machine.channels_last else []
+    if machine.precision != "off":
+        cbs.append(callbacks.Amp(machine.precision, machine.device))
+    return [*cbs, callbacks.Compile()] if machine.compile else cbs
+
+
 def make_learner(
     settings: Settings,
     dls,  # as `data.make_dataloaders` gives them
     model,  # as `models.build_model` gives it
     out=".",  # folder of the run's files
+    machine: Machine = Machine(),  # noqa: B008
 ) -> Learner:
     "A Learner on the contest's score; `learn.show_results` draws truth beside prediction."
     learn = Learner(
@@ -77,7 +87,7 @@ def make_learner(
         wd_bn_bias=True,
         train_bn=False,
         splitter=body_and_head,
-        cbs=[callbacks.CarryMaps(), callbacks.OrderByEpoch(), ChannelsLast()],
+        cbs=[callbacks.CarryMaps(), callbacks.OrderByEpoch(), *on_machine(machine)],
         path=Path(out),
         model_dir=".",
     )
@@ -99,8 +109,7 @@ def make_learner(
 def first_stage(
     settings: Settings,  # n_points, mean, std and pairs are taken from the data and the network
     weights: str,  # imagenet, none, or a file
-    device: str,
-    workers: int | None,
+    machine: Machine,
     run: Run,
 ) -> tuple[Learner, Settings]:
     "A Learner with a fresh head on the data that the settings name, and the settings made whole."
@@ -108,14 +117,14 @@ def first_stage(
     settings = settings.replace(mean=mean, std=std, split_seed=settings.seed)
     labels, folder = training_rows(settings.data)
     settings = with_mirror(settings.replace(n_points=labels.n_points), labels, run)
-    dls = make_dataloaders(settings, labels, folder, device, workers)
-    set_seed(settings.seed, reproducible=True)
+    dls = make_dataloaders(settings, labels, folder, machine)
+    set_seed(settings.seed, reproducible=machine.device == "cpu")
     model = build_model(settings.arch, settings.head, settings.n_points, settings.size, settings.targets)
     check_batch(model, settings)
     load_weights(model, settings.arch, weights, settings.size)
     if settings.start == "mean":
         start_at(model, mean_shape(settings, labels, folder))
-    return make_learner(settings, dls, model, run.out), settings
+    return make_learner(settings, dls, model, run.out, machine), settings
 
 
 def with_mirror(settings: Settings, labels, run: Run) -> Settings:
@@ -159,8 +168,7 @@ def check_batch(model, settings: Settings):
 def later_stage(
     checkpoint: Checkpoint,
     settings: Settings,  # of the new stage
-    device: str,
-    workers: int | None,
+    machine: Machine,
     run: Run,
 ) -> tuple[Learner, Settings]:
     "A Learner that has loaded the best of the stage before, and the settings made whole."
@@ -170,8 +178,8 @@ def later_stage(
             f"{labels.csv} has {labels.n_points} points, {checkpoint.path} was trained on {settings.n_points}"
         )
     settings = with_mirror(settings, labels, run)
-    dls = make_dataloaders(settings, labels, folder, device, workers)
-    set_seed(settings.seed, reproducible=True)
+    dls = make_dataloaders(settings, labels, folder, machine)
+    set_seed(settings.seed, reproducible=machine.device == "cpu")
     model = build_model(settings.arch, settings.head, settings.n_points, settings.size, settings.targets)
     check_batch(model, settings)
     try:
@@ -183,7 +191,7 @@ def later_stage(
                 f"--size {settings.size}: {settings.arch} may be bound to {was} ({e}): leave --size away"
             ) from None
         raise
-    learn = make_learner(settings, dls, model, run.out)
+    learn = make_learner(settings, dls, model, run.out, machine)
     return load_best(learn, checkpoint.path), settings
 
 

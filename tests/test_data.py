@@ -7,9 +7,11 @@ from fastai.vision.core import PILImage
 from PIL import Image
 
 from landmarks_fastai.contest import training_rows
-from landmarks_fastai.data import default_workers, make_dataloaders, mean_shape, open_image, split_rows
+from landmarks_fastai.data import PointsToInput, RowImage, make_dataloaders, mean_shape, split_rows
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import pixel_map, unit_to_input
+from landmarks_fastai.images import Inputs, open_image
+from landmarks_fastai.machine import Machine
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.settings import FITS, Settings
 
@@ -20,7 +22,7 @@ SETTINGS = Settings(size=48, batch_size=8)
 
 def loaders(folder, workers=0, **changes):
     labels, images = training_rows(folder)
-    return labels, make_dataloaders(SETTINGS.replace(**changes), labels, images, workers=workers)
+    return labels, make_dataloaders(SETTINGS.replace(**changes), labels, images, Machine(workers=workers))
 
 
 def every(dl):
@@ -41,7 +43,7 @@ def test_a_batch_s_points_go_back_to_the_file_s(drawn, fit):
 def test_training_and_validation_see_an_image_alike(drawn):
     "fastai's Resize would crop at random in training: here the same row gives the same pixels on either side."
     labels, folder = training_rows(drawn)
-    dls = make_dataloaders(SETTINGS, labels, folder, workers=0)
+    dls = make_dataloaders(SETTINGS, labels, folder, Machine(workers=0))
     items = [dl.after_item(tuple(tl.tfms(3) for tl in dl.dataset.tls)) for dl in dls]
     for a, b in zip(*items, strict=True):
         assert torch.equal(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor))
@@ -50,7 +52,7 @@ def test_training_and_validation_see_an_image_alike(drawn):
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("size", [64, 97])
 def test_a_dot_is_where_the_target_says_through_the_whole_pipeline(tmp_path, fit, size):
-    "ImageBlock, FitToInput, PointScaler and Normalize together: half a pixel lost on the way would fail."
+    "ImageBlock, PointsToInput, PointScaler and Normalize together: half a pixel lost on the way would fail."
     (tmp_path / "train" / "images").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), ["file_name\tx\ty"]
     for i, (w, h) in enumerate([(120, 90), (90, 121), (64, 64), (201, 150), (77, 140)] * 2):
@@ -160,20 +162,21 @@ def test_too_few_rows(drawn):
 def test_mean_shape_is_the_mean_of_the_targets(drawn):
     labels, folder = training_rows(drawn)
     points = every(loaders(drawn, aug=0.0)[1].train)[1]
-    assert mean_shape(SETTINGS, labels, folder) == pytest.approx(points.mean(0).numpy(), abs=1e-4)
+    # an image that is decoded at half its size is half a stored pixel off where its sides are odd
+    assert mean_shape(SETTINGS, labels, folder) == pytest.approx(points.mean(0).numpy(), abs=2e-3)
 
 
 def test_default_workers_leave_the_cpu_half_its_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)), raising=False)
-    assert (default_workers("cpu"), default_workers("cuda")) == (3, 6)
+    assert (Machine().decoders, Machine("cuda").decoders, Machine(workers=5).decoders) == (3, 6, 5)
 
 
 def test_an_image_keeps_its_type_through_the_fit(drawn):
     labels, folder = training_rows(drawn)
-    from landmarks_fastai.data import FitToInput
-
     name = labels.name(0)
-    image, points, to_input = FitToInput("crop", 32, "keep")((PILImage.create(folder / name), labels.points(0)))
+    image = RowImage(labels, folder, Inputs("crop", 32, "keep"))(0)
+    assert isinstance(image, PILImage)
+    image, points, to_input = PointsToInput()((image, labels.points(0)))
     assert image.size == (32, 32) and tuple(to_input.tolist()) == pytest.approx(
         pixel_map(*Image.open(folder / name).size, "crop", 32)
     )

@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.drawing import PREDICTION, TRUTH, draw_points, save_figure
+from landmarks_fastai.machine import Machine
 from landmarks_fastai.models import build_model
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import make_learner
@@ -46,7 +47,7 @@ def test_a_dot_is_drawn_at_its_pixel_s_centre(point):
 def learn(drawn, tmp_path):
     labels, folder = training_rows(drawn)
     settings = Settings(arch="resnet18", size=64, batch_size=8, n_points=N_POINTS)
-    dls = make_dataloaders(settings, labels, folder, workers=0)
+    dls = make_dataloaders(settings, labels, folder, Machine(workers=0))
     return make_learner(settings, dls, build_model("resnet18", "linear", N_POINTS, 64), tmp_path)
 
 
@@ -78,8 +79,8 @@ def test_show_batch_draws_the_truth_on_pixels_that_look_like_the_file_s(learn):
     shown = figure.axes[0].images[0].get_array()
     plt.close(figure)
     assert 0 <= shown.min() and shown.max() <= 1 and shown.std() > 0.05
-    from landmarks_fastai.data import open_image
     from landmarks_fastai.geometry import fit_image
+    from landmarks_fastai.images import open_image
 
     labels, folder, row = learn.dls.valid.recipe[1], learn.dls.valid.recipe[2], 32
     expected = np.asarray(fit_image(open_image(folder / labels.name(row)), "crop", 64)[0]) / 255

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from landmarks_fastai.contest import read_submission, read_test_points, score
+from landmarks_fastai.machine import Machine
 
 from .conftest import N_POINTS, QUICK, edit_line
 
@@ -168,5 +169,10 @@ def test_memory_does_not_hold_the_points(trained, monkeypatch, drawn):
             yield batch
 
     checkpoint = find_checkpoint("m", trained)
-    assert inference.predict_test(checkpoint, drawn, Run(trained, "w"), batch_size=1, workers=0, progress=watch) == 6
+    assert (
+        inference.predict_test(
+            checkpoint, drawn, Run(trained, "w"), batch_size=1, machine=Machine(workers=0), progress=watch
+        )
+        == 6
+    )
     assert 0 < most <= 2

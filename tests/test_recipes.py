@@ -16,6 +16,7 @@ from landmarks_fastai.callbacks import Average, EndInTime, StopInTime
 from landmarks_fastai.checkpoint import read_checkpoint
 from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders
+from landmarks_fastai.machine import Machine
 from landmarks_fastai.mirror import two_looks
 from landmarks_fastai.models import build_model, start_at
 from landmarks_fastai.settings import RECIPES, Settings
@@ -105,7 +106,7 @@ def test_two_looks_in_validation_and_prediction(door, drawn, tmp_path):
     labels, folder = training_rows(drawn)
     images = FittedImages(folder, [labels.name(r) for r in range(32, N_TRAIN)], kept.settings)
     truth = np.stack([labels.points(r) for r in range(32, N_TRAIN)]).astype(float)
-    twice = np.concatenate(list(predict_batches(kept, images, workers=0, pairs=kept.settings.pairs)))
+    twice = np.concatenate(list(predict_batches(kept, images, Machine(workers=0), pairs=kept.settings.pairs)))
     assert ((twice - truth) ** 2).mean() == pytest.approx(kept.score, rel=1e-4)
     # predict.py looks twice where it can, and once when asked to
     assert door("predict.py --workers 0 -pm t")[0] == 0
@@ -176,7 +177,7 @@ def test_body_and_head_have_their_own_rates(drawn, tmp_path):
 
     settings = Settings(arch="resnet18", size=32, batch_size=8, n_points=N_POINTS, lr=1e-3, head_rate=0.25)
     labels, folder = training_rows(drawn)
-    dls = make_dataloaders(settings, labels, folder, workers=0)
+    dls = make_dataloaders(settings, labels, folder, Machine(workers=0))
     learn = make_learner(settings, dls, build_model("resnet18", "linear", N_POINTS, 32), tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, lr=rates(settings))
@@ -315,7 +316,7 @@ def test_all_rows_are_trained_on_and_the_score_says_so(door, drawn, tmp_path):
     assert code == 0 and "on rows that were trained on" in out
     labels, folder = training_rows(drawn)
     settings = Settings(size=32, batch_size=8, all_rows=True)
-    dls = make_dataloaders(settings, labels, folder, workers=0)
+    dls = make_dataloaders(settings, labels, folder, Machine(workers=0))
     assert len(dls.train_ds) == N_TRAIN and len(dls.valid_ds) == 8
     door("finetune.py -e 1 --workers 0 -n a2 -pm a")
     assert best(tmp_path, "a2").settings.all_rows

@@ -11,6 +11,7 @@ from PIL import Image
 from landmarks_fastai.checkpoint import read_checkpoint
 from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders, split_rows
+from landmarks_fastai.machine import Machine
 from landmarks_fastai.models import build_model
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.stage import fit_stage
@@ -125,7 +126,7 @@ def test_the_score_is_the_contest_s_on_the_validation_rows(door, drawn, tmp_path
     labels, folder = training_rows(drawn)
     rows = split_rows(len(labels), best.settings)[1]
     images = FittedImages(folder, [labels.name(r) for r in rows], best.settings)
-    points = np.concatenate(list(predict_batches(best, images, workers=0)))
+    points = np.concatenate(list(predict_batches(best, images, Machine(workers=0))))
     truth = np.stack([labels.points(r) for r in rows])
     assert np.mean((points.astype(np.float64) - truth) ** 2) == pytest.approx(best.score, rel=1e-4)
 
@@ -150,7 +151,7 @@ def test_a_rate_that_ruins_everything_says_so_and_saves_nothing(door, drawn, tmp
 def learn(drawn, tmp_path):
     settings = Settings(arch="resnet18", size=32, batch_size=8, n_points=N_POINTS, epochs=1, data=str(drawn))
     labels, folder = training_rows(drawn)
-    dls = make_dataloaders(settings, labels, folder, workers=0)
+    dls = make_dataloaders(settings, labels, folder, Machine(workers=0))
     return make_learner(settings, dls, build_model("resnet18", "linear", N_POINTS, 32), tmp_path)
 
 

@@ -1,0 +1,188 @@
+"""An image file -> the network's input: opened, decoded no larger than needed, fitted; and a place to keep that."""
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from PIL import Image
+
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.files import cache_places, read_at, whole_file, write_at
+from landmarks_fastai.geometry import PixelMap, fit_image
+
+SPARE = 2  # decoded sides are at least this many times the input's: Pillow's own gap for thumbnails
+FORMAT = 1  # of the cache file
+HEADER = 4096  # bytes of it
+FACTS = struct.Struct("<I4dqq")  # checksum; the map; the image file's size and time
+
+
+def open_image(path, where: str = "") -> Image.Image:
+    """The image as stored, RGB. EXIF rotation is not applied: landmarks are pixels of the file's own rows and columns.
+
+    Raises `UserError` naming the file, and `where` it was named, for one that is missing, damaged or cut short.
+    """
+    with _image(path, where) as image:
+        return image.convert("RGB")
+
+
+def image_size(path, where: str = "") -> tuple[int, int]:
+    "Width and height of the image as stored; only its header is read. Raises as `open_image`."
+    with _image(path, where) as image:
+        return image.size
+
+
+def read_input(
+    path,
+    fit: str,
+    size: int,  # of the network's input
+    borders: str,
+    where: str = "",
+) -> tuple[Image.Image, PixelMap]:
+    """The image as the network's input, and the map from pixels of the image as stored. Raises as `open_image`.
+
+    A JPEG much larger than the input is decoded at a half, a quarter or an eighth of its sides: its file has them.
+    """
+    with _image(path, where) as image:
+        width, height = image.size
+        image.draft(None, _least_sides(width, height, fit, size))
+        reduced = round(width / image.width)
+        return fit_image(image.convert("RGB"), fit, size, borders, reduced)
+
+
+def _least_sides(width, height, fit, size):
+    """The sides that a decoded image must have at least.
+
+    Trimmed borders leave no less than half of a side (`content_box`): nothing is ever enlarged for having been reduced.
+    """
+    if fit == "squish":
+        return SPARE * size, SPARE * size
+    scale = SPARE * size / (min if fit == "crop" else max)(width, height)
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+@contextmanager
+def _image(path, where):
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise UserError(f"{where}image {path} not found") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's several ways to refuse
+        why = "is cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
+        raise UserError(f"{where}image {path} {why} ({e}): replace it or remove its line") from None
+
+
+class InputCache:
+    """A file of fitted images, a record a row, written as they are first asked for.
+
+    A record holds the image file's size and time and a checksum of itself: one that is not yet written, torn, or of a
+    file that has changed since is made anew. Pickles as the file's name.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: int,
+        size: int,  # of the network's input
+        key: dict,  # what the records depend on beyond their image files
+    ):
+        self.path, self.rows, self.size, self.key = Path(path), rows, size, key
+        self.record = FACTS.size + size * size * 3
+        self._open()
+
+    def _open(self):
+        head = json.dumps({"format": FORMAT, "size": self.size, "rows": self.rows} | self.key).encode()
+        head = head.ljust(HEADER, b"\0")
+        with suppress(OSError):
+            self.file = open(self.path, "r+b", buffering=0)
+            if read_at(self.file, HEADER, 0) == head:
+                return
+            self.file.close()
+        with whole_file(self.path, "wb") as f:
+            f.write(head)
+            f.truncate(HEADER + self.rows * self.record)  # a hole: what is not written takes no room
+        self.file = open(self.path, "r+b", buffering=0)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "file"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    @property
+    def missing_bytes(self) -> int:
+        "How much the file may still grow."
+        stat = os.fstat(self.file.fileno())
+        return max(0, self.rows * self.record - getattr(stat, "st_blocks", 0) * 512)
+
+    def get(self, row: int, path) -> tuple[Image.Image, PixelMap] | None:
+        "The row's input and map, if they were kept and the image file at `path` is as it was."
+        data = read_at(self.file, self.record, HEADER + row * self.record)
+        if len(data) < self.record:
+            return None
+        crc, *to_input, length, time = FACTS.unpack_from(data)
+        if zlib.crc32(memoryview(data)[4:]) != crc or (length, time) != _stamp(path):
+            return None
+        side = (self.size, self.size)
+        return Image.frombuffer("RGB", side, memoryview(data)[FACTS.size :], "raw", "RGB", 0, 1), PixelMap(*to_input)
+
+    def put(self, row: int, stamp: tuple, image: Image.Image, to_input: PixelMap):
+        "Keep a row's input. Where the disk is full, it is not kept."
+        data = bytearray(FACTS.pack(0, *to_input, *stamp) + image.tobytes())
+        struct.pack_into("<I", data, 0, zlib.crc32(memoryview(data)[4:]))
+        with suppress(OSError):
+            write_at(self.file, data, HEADER + row * self.record)
+
+
+def _stamp(path) -> tuple[int, int]:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return (-1, -1)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def open_cache(folder: Path, rows: int, fit: str, size: int, borders: str, key: dict) -> InputCache:
+    """The cache of an image folder: beside it, or in the user's cache folder where that place cannot be written to.
+
+    Raises `UserError` where the disk has no room for all rows.
+    """
+    refused = None
+    for place in cache_places(folder.with_name(f"{folder.name}-{size}-{fit}-{borders}")):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            cache = InputCache(place, rows, size, {"fit": fit, "borders": borders} | key)
+        except OSError as e:
+            refused = e
+            continue
+        free = shutil.disk_usage(place.parent).free
+        if cache.missing_bytes > free:
+            raise UserError(
+                f"--cache: {place} may grow by {cache.missing_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+                "make room, or leave --cache away"
+            )
+        return cache
+    raise UserError(f"--cache: no place beside {folder} or in the cache folder can be written to: {refused}")
+
+
+class Inputs:
+    "Rows of image files as network inputs, from the cache where there is one."
+
+    def __init__(self, fit: str, size: int, borders: str, cache: InputCache | None = None):
+        self.fit, self.size, self.borders, self.cache = fit, size, borders, cache
+
+    def __call__(self, row: int, path, where: str = "") -> tuple[Image.Image, PixelMap]:
+        "The row's input, (size, size) RGB, and its map from pixels of the image as stored."
+        kept = self.cache and self.cache.get(row, path)
+        if kept:
+            return kept
+        stamp = _stamp(path)  # before it is read: a file that changes meanwhile does not match its record
+        found = read_input(path, self.fit, self.size, self.borders, where)
+        if self.cache:
+            self.cache.put(row, stamp, *found)
+        return found

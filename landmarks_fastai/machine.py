@@ -1,0 +1,100 @@
+"""What a run may use of the machine it is on, and how. None of it travels with a checkpoint.
+
+On a GPU: mixed precision, channels_last, pinned memory, TF32, `torch.compile`. Nobody has measured these here; on the CPU
+`benchmarks/README.md` has what the same choices gave.
+"""
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+
+from landmarks_fastai.errors import UserError
+
+AMP = ("auto", "off", "bf16", "fp16")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+@dataclass(frozen=True)
+class Machine:
+    "The defaults are the CPU's."
+
+    device: str = "cpu"  # or cuda
+    workers: int | None = None  # processes that decode images; None chooses by the cores
+    cache: bool = False  # keep fitted images on disk
+    amp: str = "auto"  # one of `AMP`; auto is the GPU's better one, and off on a CPU
+    channels_last: bool = True
+    pin_memory: bool = True  # beside a GPU; a CPU has nothing to copy to
+    tf32: bool = True  # on a GPU that has it
+    compile: bool = False
+
+    @property
+    def decoders(self) -> int:
+        """Processes that decode images: one a core beside a GPU; half the cores where the CPU trains too.
+
+        Eight at the most: past that a laptop's memory pays for nothing. None beside a CPU that has its images ready:
+        to read them takes less than to pass them on.
+        """
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.device == "cuda":
+            return min(8, cores)
+        return 0 if self.cache else min(8, cores // 2)
+
+    @property
+    def pins(self) -> bool:
+        return self.pin_memory and self.device == "cuda"
+
+    @property
+    def precision(self) -> str:
+        "What `amp` comes to: off, bf16 or fp16. bf16 needs no loss scaling; GPUs before Ampere do not compute in it."
+        if self.amp != "auto":
+            return self.amp
+        if self.device != "cuda":
+            return "off"
+        import torch
+
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+    @property
+    def memory_format(self):
+        import torch
+
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def prepare(self):
+        "Tell the process: once, before the first network is made. Raises `UserError` for what this machine cannot do."
+        if self.amp == "fp16" and self.device == "cpu":
+            raise UserError("--amp fp16 is for a GPU: take --amp bf16 on a CPU, or leave --amp away")
+        keep_freed_memory()
+        if self.compile:
+            _try_compiler(self.device)
+        if self.device == "cuda":
+            import torch
+
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = self.tf32
+
+
+def _try_compiler(device: str):
+    "Compile something small: a machine without a compiler is found out now, in one line."
+    import torch
+
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as e:  # torch._inductor's, the compiler's and the linker's own errors share no narrower base
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
+        raise UserError(f"--compile: this machine cannot compile ({why}): leave --compile away") from None
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc keep the memory that a step frees, for the next step; False where there is no glibc to tell.
+
+    glibc hands every large tensor's memory back to the kernel, which clears it, page by page, for the next one: on two
+    cores keeping it made training 9% faster (resnet18, 128 px), predicting a third (resnext50), at 5% more memory.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1))
