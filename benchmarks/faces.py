@@ -1,5 +1,6 @@
 "Folders of faces in the contest's layout, of any number and size, for what is timed: few are drawn, many are written."
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ DRAWN = 40  # faces; each file is another crop, size and quality of one of them
 SHORT, LONG = 74, 494  # of the photographs measured on; half of them are below 180 px
 
 
-def write_faces(folder: Path, side: str, n: int, points: int = 971, pixels: int = 0, asked: int = 30):
-    """Write `n` JPEGs and the side's CSV. Their sides: `pixels`, or as of the photographs that the score is measured on.
+def write_faces(folder: Path, side: str, n: int, points: int = 971, pixels: int = 0, asked: int = 30, links: int = 0):
+    """Write `n` JPEGs, or `links` of them and for the rest links to those, and the side's CSV.
 
-    The landmarks are scaled with their faces; a training side gets landmarks.csv, a test side test_points.csv.
+    Their sides: `pixels`, or as of the photographs that the score is measured on. The landmarks are scaled with their
+    faces; a training side gets landmarks.csv, a test side test_points.csv.
     """
     from landmarks_fastai.faces import draw_face
 
@@ -26,6 +28,10 @@ def write_faces(folder: Path, side: str, n: int, points: int = 971, pixels: int 
         side_px = pixels or int(np.clip(180 * np.exp(rng.normal(0, 0.4)), SHORT, LONG))
         scale = side_px / picture.width
         name = f"{i:032x}.jpg"
+        if links and i >= links:
+            os.link(images / f"{i % links:032x}.jpg", images / name)
+            rows.append("\t".join([name, *rows[i % links].split("\t")[1:]]))
+            continue
         sides = (side_px, max(1, round(picture.height * scale)))
         picture.resize(sides).save(images / name, quality=int(rng.integers(75, 95)))
         if side == "train":

@@ -155,7 +155,9 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     parser.add_argument("--size", type=int, default=128, help="of the input, in pixels (default: 128)")
     parser.add_argument("-N", type=int, default=320, help="images of an epoch, which is a turn (default: 320)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that are timed, behind one that is not (default: 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns that are timed, behind one that is not (default: 3)"
+    )
     parser.add_argument("--pixels", type=int, default=0, help="side of the images (default: 74 to 494, half below 180)")
     parser.add_argument("--workers", type=int, help="default: what the program chooses")
     parser.add_argument("--cache", action="store_true", help="as train.py's")
@@ -176,7 +178,9 @@ def main():
         for way in args.ways.split(","):
             found |= fresh(__file__, *words, "--child", way, "-d", args.d or folder)
     speeds = {k: statistics.median(found[k]) for k in ("ceiling", "learner", "contest") if k in found}
-    print(f"{args.arch}, {args.size} px, batches of {args.batch_size}, {found.get('workers', 0)} workers{', cache' * args.cache}\n")
+    print(
+        f"{args.arch}, {args.size} px, batches of {args.batch_size}, {found.get('workers', 0)} workers{', cache' * args.cache}\n"
+    )
     print_table(["way", "images/s", *(f"as a ratio to {k}" for k in speeds)],
                 [[way, speed, *(speed / other for other in speeds.values())] for way, speed in speeds.items()])  # fmt: skip
 

@@ -45,6 +45,12 @@ class Amp(MixedPrecision):
         super().__init__(precision)
         self.where, self.dtype = device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
+    def before_fit(self):
+        if self.where == "cuda":
+            super().before_fit()
+        else:  # fastai's own asks for CUDA, and warns
+            self.learn.scaler, self.scales = torch.amp.GradScaler("cpu", enabled=False), []
+
     def before_batch(self):
         self.autocast = torch.autocast(self.where, self.dtype)
         super().before_batch()

@@ -25,7 +25,7 @@ from landmarks_fastai.contest import (
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.files import whole_file
 from landmarks_fastai.images import Inputs
-from landmarks_fastai.machine import Machine
+from landmarks_fastai.machine import Machine, ahead
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.mirror import two_looks
 from landmarks_fastai.settings import INPUT, Settings
@@ -35,14 +35,14 @@ class FittedImages(Dataset):
     "Images as the network's uint8 input (3, size, size), each with its map."
 
     def __init__(self, folder: Path, names: list[str], settings: Settings, where=lambda row: ""):
-        self.folder, self.names, self.where = folder, np.array(names, dtype=np.str_), where
+        self.folder, self.names, self.where = folder, np.array([os.fsencode(name) for name in names]), where
         self.inputs = Inputs(**settings.of(INPUT))
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, row):
-        fitted, to_input = self.inputs(row, self.folder / str(self.names[row]), self.where(row))
+        fitted, to_input = self.inputs(row, self.folder / os.fsdecode(self.names[row]), self.where(row))
         return torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy()), torch.tensor(to_input)
 
 
@@ -65,16 +65,33 @@ def predict_batches(
 ):
     "Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the images' order."
     settings, device = checkpoint.settings, machine.device
-    model = checkpoint.model().to(device, memory_format=machine.memory_format)
+    model = fuse_norms(checkpoint.model(), settings.size).to(device, memory_format=machine.memory_format)
     if machine.compile:
         model.compile()
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
     loader = DataLoader(images, batch_size, num_workers=machine.decoders, pin_memory=machine.pins)
-    for pixels, maps in loader:
+    for pixels, maps in loader if machine.decoders else ahead(loader):
         inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
         with torch.inference_mode(), _precision(machine):
             unit = two_looks(model, inputs.contiguous(memory_format=machine.memory_format), pairs)
         yield points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
+
+
+def fuse_norms(model, size: int):
+    """The network with each batch norm folded into the convolution before it, where torch.fx can follow the network.
+
+    What comes out is compared with what came in: a network that fx misreads is left as it is.
+    """
+    from torch.fx.experimental.optimization import fuse
+
+    inputs = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            fused = fuse(model)
+            same = torch.allclose(fused(inputs), model(inputs), atol=1e-4)
+    except Exception:  # control flow that fx cannot trace raises whatever the network's own code then does
+        return model
+    return fused if same else model
 
 
 def _precision(machine: Machine):

@@ -127,3 +127,11 @@ def test_a_batch_of_maps_is_each_image_s_own_map():
     together = PixelMap.of_batch(torch.tensor(maps, dtype=torch.float64)).to_image(points)
     for one, own, p in zip(together, maps, points, strict=True):
         assert one.numpy() == pytest.approx(own.to_image(p.numpy()))
+
+
+@pytest.mark.parametrize("reduced", [1, 2, 4, 8])
+def test_a_map_from_a_smaller_image_leads_from_the_stored_one(reduced):
+    "A block of stored pixels is one pixel of the smaller image: its middle goes where that pixel's centre goes."
+    smaller = PixelMap(0.5, 0.7, 3.0, -2.0)
+    block = np.array([[5 * reduced + (reduced - 1) / 2, 9 * reduced + (reduced - 1) / 2]])
+    assert smaller.from_stored(reduced).to_input(block) == pytest.approx(smaller.to_input(np.array([[5.0, 9.0]])))

@@ -1,15 +1,17 @@
 "predict.py: the submission's form and rounding, every point of every image, and what does not fit."
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from landmarks_fastai import inference
 from landmarks_fastai.contest import read_submission, read_test_points, score
 from landmarks_fastai.machine import Machine
 
-from .conftest import N_POINTS, QUICK, edit_line
+from .conftest import N_POINTS, QUICK, ROOT, edit_line
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +178,62 @@ def test_memory_does_not_hold_the_points(trained, monkeypatch, drawn):
         == 6
     )
     assert 0 < most <= 2
+
+
+def test_norms_are_fused_and_the_points_stay():
+    from landmarks_fastai.models import build_model
+
+    torch.manual_seed(0)
+    model = build_model("resnet18", "linear", 5, 64)
+    with torch.no_grad():
+        for _ in range(3):  # running means that are not 0 and 1
+            model.train()(torch.randn(8, 3, 64, 64) * 2 + 1)
+    model.eval()
+    fused, inputs = inference.fuse_norms(model, 64), torch.randn(4, 3, 64, 64)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
+    with torch.no_grad():
+        assert fused(inputs).numpy() == pytest.approx(model(inputs).numpy(), abs=1e-4)
+
+
+def test_a_network_that_fx_cannot_follow_or_misreads_is_left_as_it_is():
+    class Asks(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :4] if x.sum() > 0 else x.flatten(1)[:, 4:8]
+
+    class Draws(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :4] * float(np.random.default_rng().uniform())
+
+    for model in (Asks().eval(), Draws().eval()):
+        assert inference.fuse_norms(model, 8) is model
+
+
+def test_memory_of_a_prediction_does_not_grow_with_the_folder(door, trained, drawn, tmp_path):
+    "Ten times the images, links to six files: the same peak within 10 MB, in fresh processes."
+    import os
+    import subprocess
+    import sys
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc")
+    names = read_test_points(drawn / "test" / "test_points.csv").names
+    peaks = []
+    for n in (400, 4000):
+        side = tmp_path / str(n) / "test"
+        (side / "images").mkdir(parents=True)
+        rows = ["file_name\tpoint_index_list"]
+        for i in range(n):
+            os.link(drawn / "test" / "images" / names[i % len(names)], side / "images" / f"{i}.jpg")
+            rows.append(f"{i}.jpg\t[1, 2, 3]")
+        (side / "test_points.csv").write_text("\n".join(rows) + "\n")
+        code = (
+            f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r});"
+            f"sys.argv = ['predict.py', '--no-tta', '--out', {str(trained)!r}, '-pm', 'm', '-d', {str(side.parent)!r}];"
+            f"runpy.run_path({str(ROOT / 'predict.py')!r}, run_name='__main__');"
+            "print(*[l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        peaks.append(1024 * int(done.stdout.split()[-1]))
+    assert np.load(trained / "m_points.npy", mmap_mode="r").nbytes > 2e6
+    assert peaks[1] - peaks[0] < 10e6

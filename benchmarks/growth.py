@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""How time and memory grow with the number of images: of a start, of a training epoch, of a prediction.
+
+    python benchmarks/growth.py
+    python benchmarks/growth.py --what start --sizes 20000,100000,393930
+    python benchmarks/growth.py --what prediction --sizes 10000,100000
+
+A start is what train.py does before it makes a network: `landmarks.csv` read and every image looked for; with a cache file
+("later") and without ("first"). An epoch and a prediction are of resnet18 at 32 px, where a network's own time hides little.
+Each figure is of a fresh process, imports not counted. The exponent is the slope of log(time) over log(size): 1 is linear. Of
+the memory the growth per 1,000 images is given: most of it is the network's and does not grow at all.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from faces import write_faces
+from measure import ROOT, exponent, fresh, peak_mb, print_table
+
+sys.path.insert(0, str(ROOT))
+SIZES = {"start": "2000,6000,18000", "epoch": "500,1500,4500", "prediction": "500,1500,4500"}
+DISTINCT = 40  # image files; the others are links to them
+
+
+def start(folder: Path):
+    from landmarks_fastai.contest import training_rows
+
+    before, begin = peak_mb(), time.perf_counter()
+    training_rows(folder)
+    return time.perf_counter() - begin, peak_mb() - before
+
+
+def epoch(folder: Path):
+    import torchvision  # noqa: F401
+
+    from landmarks_fastai.checkpoint import Run
+    from landmarks_fastai.machine import Machine
+    from landmarks_fastai.settings import Settings
+    from landmarks_fastai.stage import fit_stage
+    from landmarks_fastai.training import first_stage
+
+    settings = Settings(arch="resnet18", size=32, epochs=1, data=str(folder), mirror="none")
+    machine = Machine()
+    machine.prepare()
+    run = Run(folder, "g")
+    begin = time.perf_counter()
+    learn, settings = first_stage(settings, "none", machine, run)
+    learn.logger = lambda values: None
+    with learn.no_bar():
+        fit_stage(learn, settings, run)
+    return time.perf_counter() - begin, peak_mb()
+
+
+def prediction(folder: Path):
+    import torchvision  # noqa: F401
+
+    from landmarks_fastai.checkpoint import Run, read_checkpoint
+    from landmarks_fastai.inference import predict_test
+    from landmarks_fastai.machine import Machine
+
+    machine = Machine()
+    machine.prepare()
+    begin = time.perf_counter()
+    predict_test(read_checkpoint(folder / "b_best.pth"), folder, Run(folder, "g"), machine=machine)
+    return time.perf_counter() - begin, peak_mb()
+
+
+def write_weights(folder: Path, points: int):
+    from landmarks_fastai.checkpoint import Run, write_checkpoint
+    from landmarks_fastai.models import build_model
+    from landmarks_fastai.settings import Settings
+
+    settings = Settings(arch="resnet18", size=32, n_points=points, data=str(folder))
+    model = build_model(settings.arch, settings.head, points, settings.size)
+    write_checkpoint(Run(folder, "b"), model, settings, 0.0, 0.0, 0)
+
+
+def child(what: str, folder: Path):
+    import torch  # noqa: F401
+
+    import landmarks_fastai.inference
+    import landmarks_fastai.stage  # noqa: F401
+
+    seconds, mb = {"start": start, "epoch": epoch, "prediction": prediction}[what](folder)
+    print(json.dumps({"seconds": seconds, "mb": mb}))
+
+
+def measure(what: str, n: int, points: int) -> dict:
+    "Figures of each of the thing's rows in the table."
+    with tempfile.TemporaryDirectory() as folder:
+        side = "test" if what == "prediction" else "train"
+        write_faces(Path(folder), side, n, points=points, pixels=100, links=min(n, DISTINCT))
+        if what == "prediction":
+            write_weights(Path(folder), points)
+        found = {what: fresh(__file__, "--child", what, folder)}
+        if what == "start":
+            found = {"first start": found[what], "later start": fresh(__file__, "--child", what, folder)}
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=SIZES, help="default: all three")
+    parser.add_argument("--sizes", help=f"images, of --what (defaults: {SIZES})".replace("'", ""))
+    parser.add_argument("--points", type=int, default=971, help="default: 971")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        warnings.simplefilter("ignore")
+        return child(args.child[0], Path(args.child[1]))
+    rows = []
+    for what in [args.what] if args.what else SIZES:
+        sizes = [int(n) for n in (args.sizes if args.what and args.sizes else SIZES[what]).split(",")]
+        found = [measure(what, n, args.points) for n in sizes]
+        for row in found[0]:
+            seconds, mb = ([f[row][k] for f in found] for k in ("seconds", "mb"))
+            per_thousand = (mb[-1] - mb[0]) / (sizes[-1] - sizes[0]) * 1000
+            rows.append([row, _list(sizes), _list(seconds), exponent(sizes, seconds), _list(mb), per_thousand])
+    print_table(["what", "images", "seconds", "exponent", "peak MB", "MB more per 1,000 images"], rows)
+
+
+def _list(values) -> str:
+    return ", ".join(f"{v:.3g}" if isinstance(v, float) and v < 100 else f"{v:.0f}" for v in values)
+
+
+if __name__ == "__main__":
+    main()

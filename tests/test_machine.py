@@ -1,0 +1,169 @@
+"The machine's flags: what they come to on a CPU, that results stay what they were, and one line where they cannot be had."
+
+import json
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from landmarks_fastai import machine as room
+from landmarks_fastai.callbacks import Amp
+from landmarks_fastai.contest import training_rows
+from landmarks_fastai.data import make_dataloaders
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.machine import Machine, ahead, keep_freed_memory
+from landmarks_fastai.models import build_model
+from landmarks_fastai.settings import Settings
+from landmarks_fastai.training import make_learner
+
+from .conftest import N_POINTS, QUICK
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+def learner(drawn, **changes):
+    settings = Settings(arch="resnet18", size=32, batch_size=8, n_points=N_POINTS, aug=0.0, data=str(drawn))
+    machine = Machine(workers=0, **changes)
+    torch.manual_seed(0)
+    model = build_model("resnet18", "linear", N_POINTS, 32)
+    labels, folder = training_rows(drawn)
+    learn = make_learner(settings, make_dataloaders(settings, labels, folder, machine), model, drawn, machine)
+    learn.remove_cbs(learn.progress_cbs)
+    learn.logger = lambda values: None
+    return learn
+
+
+def watch(learn):
+    "The types that the last layer's products had."
+    types = []
+    learn.model[1][-1].register_forward_hook(lambda layer, inputs, out: types.append(out.dtype))
+    return types
+
+
+def test_bf16_computes_in_bf16_learns_alike_and_validates_outside_fit(drawn):
+    plain, mixed = learner(drawn), learner(drawn, amp="bf16")
+    types = watch(mixed)
+    with plain.no_bar(), mixed.no_bar():
+        for learn in (plain, mixed):
+            learn.fit(2, lr=1e-3)
+        assert set(types) == {torch.bfloat16}
+        assert all(p.dtype == torch.float32 for p in mixed.model.parameters())
+        # fastai's own callback fails here: its context is gone after fit
+        assert np.isfinite(mixed.validate()[0])
+    losses = [float(learn.recorder.values[-1][0]) for learn in (plain, mixed)]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_precision_by_machine():
+    assert Machine().precision == "off" and Machine(amp="bf16").precision == "bf16"
+    assert not learner_callbacks(Machine()) and learner_callbacks(Machine(amp="bf16")) == [Amp]
+
+
+def learner_callbacks(machine):
+    from landmarks_fastai.training import on_machine
+
+    return [type(cb) for cb in on_machine(machine) if isinstance(cb, Amp)]
+
+
+def test_memory_order_is_the_machine_s(drawn):
+    for on in (True, False):
+        learn = learner(drawn, channels_last=on)
+        with learn.no_bar():
+            learn.fit(1, lr=1e-4)
+        weight = learn.model[0].layer1[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == on
+
+
+def test_fp16_on_a_cpu_is_refused(door, drawn):
+    code, _, err = door(f"train.py {QUICK} --amp fp16 -n r -d", drawn)
+    assert code == 1 and err == "error: --amp fp16 is for a GPU: take --amp bf16 on a CPU, or leave --amp away\n"
+
+
+def test_a_machine_without_a_compiler_is_told_in_one_line(door, drawn, monkeypatch):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nin many lines")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    code, _, err = door(f"train.py {QUICK} --compile -n r -d", drawn)
+    assert code == 1 and err.count("\n") == 1 and "--compile" in err and "No working C++ compiler" in err
+
+
+def test_the_doors_take_the_flags_and_the_points_stay(door, drawn, tmp_path):
+    runs = tmp_path / "here" / "runs"
+    assert door(f"train.py {QUICK} --amp bf16 --no-tf32 --no-pin-memory -n m -d", drawn)[::2] == (0, "")
+    assert door("finetune.py -e 1 --workers 0 --amp bf16 -pm m -n n")[::2] == (0, "")
+    found = {}
+    for flags in ("", "--no-channels-last", "--amp bf16"):
+        assert door(f"predict.py --workers 0 {flags} -pm n")[::2] == (0, "")
+        found[flags] = np.load(runs / "n_points.npy")
+    assert found["--no-channels-last"] == pytest.approx(found[""], abs=0.01)
+    assert not np.array_equal(found["--amp bf16"], found[""]) and found["--amp bf16"] == pytest.approx(found[""], abs=5)
+    assert "amp" not in json.loads((runs / "n_best.json").read_text())["settings"]
+
+
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
+def test_compiled_networks_train_and_predict_the_same(door, drawn, tmp_path):
+    "Weights keep their names, so a compiled stage's checkpoint is anybody's; points equal to 0.01 px."
+    runs = tmp_path / "here" / "runs"
+    small = "--arch timm:test_resnet --weights none --size 32 -b 16 -e 1 --workers 0 --ema 0"
+    code, _, err = door(f"train.py {small} --compile -n c -d", drawn)
+    assert code == 0, err
+    names = set(torch.load(runs / "c_best.pth", weights_only=True))
+    assert not any("_orig_mod" in name for name in names)
+    found = []
+    for flags in ("", "--compile"):
+        code, _, err = door(f"predict.py --workers 0 {flags} -pm c")
+        assert code == 0, err
+        found.append(np.load(runs / "c_points.npy"))
+    assert found[1] == pytest.approx(found[0], abs=0.01)
+
+
+def test_freed_memory_is_kept_where_glibc_is():
+    assert keep_freed_memory() in (True, False)
+    import ctypes
+    import sys
+
+    assert keep_freed_memory() == (sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"))
+
+
+def test_ahead_keeps_the_order_and_works_ahead():
+    made = []
+
+    def items():
+        for i in range(6):
+            made.append((i, threading.get_ident()))
+            yield i
+
+    found = ahead(items())
+    assert next(found) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(made) >= 3 and made[0][1] != threading.get_ident()  # two more, by a thread, before they are asked for
+    assert list(found) == [1, 2, 3, 4, 5]
+
+
+def test_ahead_passes_errors_on_and_can_be_left():
+    def items():
+        yield 1
+        raise UserError("line 7: gone")
+
+    found = ahead(items())
+    assert next(found) == 1
+    with pytest.raises(UserError, match="line 7"):
+        next(found)
+    before = threading.active_count()
+    left = ahead(iter(range(10**9)))
+    assert next(left) == 0
+    left.close()
+    assert threading.active_count() == before
+
+
+def test_workers_on_this_machine(monkeypatch):
+    for cores, cpu, cuda in [(1, 0, 1), (2, 0, 2), (8, 4, 8), (64, 8, 8)]:
+        monkeypatch.setattr(room.os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
+        assert (Machine().decoders, Machine("cuda").decoders) == (cpu, cuda)
+        assert Machine(cache=True).decoders == 0 and Machine(workers=3).decoders == 3
