@@ -48,7 +48,7 @@ def test_bf16_computes_in_bf16_learns_alike_and_validates_outside_fit(drawn):
     types = watch(mixed)
     with plain.no_bar(), mixed.no_bar():
         for learn in (plain, mixed):
-            learn.fit(2, lr=1e-3)
+            learn.fit(2, lr=1e-5)  # small: at a rate that jumps, two runs of one precision differ as much
         assert set(types) == {torch.bfloat16}
         assert all(p.dtype == torch.float32 for p in mixed.model.parameters())
         # fastai's own callback fails here: its context is gone after fit
