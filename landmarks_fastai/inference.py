@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from landmarks_fastai.checkpoint import Checkpoint, Run
 from landmarks_fastai.contest import (
@@ -25,7 +25,7 @@ from landmarks_fastai.contest import (
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.files import whole_file
 from landmarks_fastai.images import Inputs
-from landmarks_fastai.machine import Machine, ahead
+from landmarks_fastai.machine import Machine, side_by_side
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.mirror import two_looks
 from landmarks_fastai.settings import INPUT, Settings
@@ -69,12 +69,20 @@ def predict_batches(
     if machine.compile:
         model.compile()
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
-    loader = DataLoader(images, batch_size, num_workers=machine.decoders, pin_memory=machine.pins)
-    for pixels, maps in loader if machine.decoders else ahead(loader):
+
+    def points_of(batch):
+        pixels, maps = batch
         inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
         with torch.inference_mode(), _precision(machine):
             unit = two_looks(model, inputs.contiguous(memory_format=machine.memory_format), pairs)
-        yield points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
+        return points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
+
+    if machine.decoders or device != "cpu" or machine.compile:
+        loader = DataLoader(images, batch_size, num_workers=machine.decoders, pin_memory=machine.pins)
+        yield from map(points_of, loader)
+    else:
+        rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
+        yield from side_by_side(lambda rows: points_of(default_collate([images[row] for row in rows])), rows)
 
 
 def fuse_norms(model, size: int):
