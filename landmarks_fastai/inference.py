@@ -77,7 +77,7 @@ def predict_batches(
             unit = two_looks(model, inputs.contiguous(memory_format=machine.memory_format), pairs)
         return points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
 
-    if machine.decoders or device != "cpu" or machine.compile:
+    if machine.workers or device != "cpu" or machine.compile:
         loader = DataLoader(images, batch_size, num_workers=machine.decoders, pin_memory=machine.pins)
         yield from map(points_of, loader)
     else:

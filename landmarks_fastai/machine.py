@@ -34,8 +34,9 @@ class Machine:
     def decoders(self) -> int:
         """Processes that decode images: one a core beside a GPU; half the cores where the CPU trains too.
 
-        Eight at the most: past that a laptop's memory pays for nothing. None beside a CPU that has its images ready:
-        to read them takes less than to pass them on.
+        Eight at the most: past that a laptop's memory pays for nothing. None on two cores, which training keeps busy: a
+        worker there costs more than it does, `benchmarks/throughput.py`. None beside a CPU that has its images ready: to
+        read them takes less than to pass them on.
         """
         if self.workers is not None:
             return self.workers
