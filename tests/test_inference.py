@@ -209,7 +209,10 @@ def test_a_network_that_fx_cannot_follow_or_misreads_is_left_as_it_is():
 
 
 def test_memory_of_a_prediction_does_not_grow_with_the_folder(door, trained, drawn, tmp_path):
-    "Ten times the images, links to six files: the same peak within 10 MB, in fresh processes."
+    """Ten times the images, links to six files: the same peak within 25 MB, in fresh processes.
+
+    Their inputs alone, kept, would be 44 MB more; what two batches at a time take differs by 10 MB from run to run.
+    """
     import os
     import subprocess
     import sys
@@ -236,4 +239,4 @@ def test_memory_of_a_prediction_does_not_grow_with_the_folder(door, trained, dra
         assert done.returncode == 0, done.stderr
         peaks.append(1024 * int(done.stdout.split()[-1]))
     assert np.load(trained / "m_points.npy", mmap_mode="r").nbytes > 2e6
-    assert peaks[1] - peaks[0] < 10e6
+    assert peaks[1] - peaks[0] < 25e6
