@@ -7,8 +7,9 @@ from landmarks_fastai import cli
 def main():
     args = cli.predict_arguments()
 
-    from landmarks_fastai.checkpoint import claim_output, find_checkpoint
+    from landmarks_fastai.checkpoint import find_checkpoint
     from landmarks_fastai.inference import predict_test
+    from landmarks_fastai.runs import claim_output
 
     machine = cli.machine(args)
     checkpoint = find_checkpoint(args.pretrained_model, args.out)

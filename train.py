@@ -2,28 +2,34 @@
 "The first stage: `python train.py -d DIR`; `python train.py` alone trains on drawn faces."
 
 from landmarks_fastai import cli
+from landmarks_fastai.runs import claimed_run
 
 
 def main():
     args = cli.train_arguments()
     drawn = args.data is None
     settings = cli.first_settings(args, drawn)
-
-    from landmarks_fastai.checkpoint import claimed_run
-    from landmarks_fastai.stage import find_rate, fit_stage, report
-    from landmarks_fastai.training import first_stage
-
-    machine = cli.machine(args)
     wanted = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
-    with claimed_run(args.out, args.name, wanted, args.overwrite) as run:
-        print(f"run {run.name}")
-        weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
-        if drawn:
-            settings = cli.drawn_faces(settings, args.out, weights)
-        learn, settings = first_stage(settings, weights, machine, run)
-        if args.lr == "find":
-            settings = find_rate(learn, settings, run)
-        best = fit_stage(learn, settings, run, started=cli.STARTED)
+    with claimed_run(args.out, args.name, wanted, args.record, args.overwrite, args.resume) as run:
+        print(f"run {run.name}", flush=True)
+
+        from landmarks_fastai.stage import find_rate, fit_stage, report
+        from landmarks_fastai.state import read_state
+        from landmarks_fastai.training import first_stage, resumed_stage
+
+        machine = cli.machine(args)
+        state = read_state(run)
+        if state:
+            print(cli.goes_on(state))
+            learn, settings = resumed_stage(state, machine, run)
+        else:
+            weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
+            if drawn:
+                settings = cli.drawn_faces(settings, args.out, weights)
+            learn, settings = first_stage(settings, weights, machine, run)
+            if args.lr == "find":
+                settings = find_rate(learn, settings, run)
+        best = fit_stage(learn, settings, run, started=cli.started(state), machine=machine, state=state)
         print(report(run, best, machine))
 
 

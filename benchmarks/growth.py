@@ -38,8 +38,8 @@ def start(folder: Path):
 def epoch(folder: Path):
     import torchvision  # noqa: F401
 
-    from landmarks_fastai.checkpoint import Run
     from landmarks_fastai.machine import Machine
+    from landmarks_fastai.runs import Run
     from landmarks_fastai.settings import Settings
     from landmarks_fastai.stage import fit_stage
     from landmarks_fastai.training import first_stage
@@ -59,9 +59,10 @@ def epoch(folder: Path):
 def prediction(folder: Path):
     import torchvision  # noqa: F401
 
-    from landmarks_fastai.checkpoint import Run, read_checkpoint
+    from landmarks_fastai.checkpoint import read_checkpoint
     from landmarks_fastai.inference import predict_test
     from landmarks_fastai.machine import Machine
+    from landmarks_fastai.runs import Run
 
     machine = Machine()
     machine.prepare()
@@ -71,8 +72,9 @@ def prediction(folder: Path):
 
 
 def write_weights(folder: Path, points: int):
-    from landmarks_fastai.checkpoint import Run, write_checkpoint
+    from landmarks_fastai.checkpoint import write_checkpoint
     from landmarks_fastai.models import build_model
+    from landmarks_fastai.runs import Run
     from landmarks_fastai.settings import Settings
 
     settings = Settings(arch="resnet18", size=32, n_points=points, data=str(folder))

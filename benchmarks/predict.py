@@ -28,8 +28,9 @@ sys.path.insert(0, str(ROOT))
 def write_weights(args, folder: Path):
     import torch
 
-    from landmarks_fastai.checkpoint import Run, write_checkpoint
+    from landmarks_fastai.checkpoint import write_checkpoint
     from landmarks_fastai.models import build_model
+    from landmarks_fastai.runs import Run
     from landmarks_fastai.settings import Settings
 
     torch.manual_seed(0)
@@ -92,9 +93,10 @@ def contest(args, folder: Path):
 def program(args, folder: Path):
     import torchvision  # noqa: F401
 
-    from landmarks_fastai.checkpoint import Run, read_checkpoint
+    from landmarks_fastai.checkpoint import read_checkpoint
     from landmarks_fastai.inference import predict_test
     from landmarks_fastai.machine import Machine
+    from landmarks_fastai.runs import Run
 
     start = time.perf_counter()
     machine = Machine(workers=args.workers, compile=args.compile)

@@ -40,9 +40,9 @@ class Augment(ItemTransform):
         self.pairs = None if pairs is None else torch.as_tensor(pairs)
         self.begin(0)
 
-    def begin(self, epoch: int):
-        "The next batch is the first of this epoch."
-        self.epoch, self.batch = epoch, 0
+    def begin(self, epoch: int, batch: int = 0):
+        "The next batch is that of this epoch."
+        self.epoch, self.batch = epoch, batch
 
     def encodes(self, item):
         images, points, *maps = item

@@ -4,19 +4,24 @@ import math
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
 from fastai.learner import Recorder, ValueMetric
+from fastai.torch_core import set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from landmarks_fastai.checkpoint import Run, write_checkpoint
+from landmarks_fastai.checkpoint import write_checkpoint
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.files import reason, whole_file
 from landmarks_fastai.metrics import stage_metrics
 from landmarks_fastai.mirror import two_looks
+from landmarks_fastai.runs import Run
 from landmarks_fastai.settings import Settings
 
 
@@ -65,11 +70,19 @@ class Compile(Callback):
         self.learn.model.compile()
 
 
-class OrderByEpoch(Callback):
-    "Tell the training loader its epoch: the order of the images is a function of (seed, epoch)."
+class DrawByStep(Callback):
+    """All that is random is a function of (seed, epoch, batch): a run that goes on needs no random states.
+
+    The training loader is told its place; dropout, and whatever else a network draws, is seeded at each step.
+    """
 
     def before_train(self):
-        self.dls.train.epoch = self.epoch
+        self.dls.train.epoch, self.dls.train.first = self.epoch, self.learn.first_batch
+
+    def before_batch(self):
+        if self.training:
+            place = np.random.SeedSequence([self.dls.train.seed, self.epoch, self.iter])
+            set_seed(int(place.generate_state(1)[0]))
 
 
 class PlateauLR(ReduceLROnPlateau):
@@ -114,6 +127,34 @@ class StepLR(Callback):
     def after_epoch(self):
         if (self.epoch + 1) % self.step_size == 0:
             self.opt.set_hyper("lr", [h["lr"] * self.gamma for h in self.opt.hypers])
+
+
+class History(CSVLogger):
+    "fastai's `CSVLogger`, whose file is whole at any moment, and which can go on from the lines of a stopped run."
+
+    def __init__(self, file: Path):
+        super().__init__(file.name)
+        self.whole, self.text = file, ""
+
+    def before_fit(self):
+        self.text = ",".join(self.recorder.metric_names) + "\n"
+        self.write()
+        self.old_logger, self.learn.logger = self.logger, self._write_line
+
+    def write(self):
+        try:
+            with whole_file(self.whole) as f:
+                f.write(self.text)
+        except OSError as e:
+            raise UserError(f"{self.whole} cannot be written ({reason(e)}): make room") from None
+
+    def _write_line(self, log):
+        self.text += ",".join(str(value) for value in log) + "\n"
+        self.write()
+        self.old_logger(log)
+
+    def after_fit(self):
+        self.learn.logger = self.old_logger
 
 
 class Average(Callback):

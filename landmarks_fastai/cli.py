@@ -10,9 +10,12 @@ import os
 import sys
 import time
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.machine import AMP
+from landmarks_fastai.interrupts import heed_sigterm
+from landmarks_fastai.machine import AMP, Machine
+from landmarks_fastai.runs import Record, Run, read_record, stopped_runs
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_RATE,
@@ -89,12 +92,22 @@ def _add_machine(parser, amp="auto"):
             continue
         group.add_argument(flag, action=argparse.BooleanOptionalAction if on else "store_true", default=on,
                            help=f"{about} (default: {'on' if on else 'off'})")  # fmt: skip
+    if amp == "auto":
+        group.add_argument("--save-every", type=_minutes, default=Machine.save_every, metavar="MIN",
+                           help="minutes from one writing of the run's state to the next; each epoch's end has its own "
+                           f"(default: {Machine.save_every:g})")  # fmt: skip
     group.add_argument("--out", default=OUT, metavar="DIR", help=f"folder that the run's files go to (default: {OUT})")
 
 
 def _rate(text: str):
     "A learning rate, or `find`."
     return text if text == "find" else float(text)
+
+
+def _minutes(text: str) -> float:
+    if not 0 <= float(text) < 1e6:  # False for NaN too
+        raise argparse.ArgumentTypeError(f"{text} is no number of minutes")
+    return float(text)
 
 
 def _workers(text: str) -> int:
@@ -108,6 +121,8 @@ def _add_name(group):
         "-n", "--name", help="name of the run, and so of its files (default: a free one made from its settings)"
     )
     group.add_argument("--overwrite", action="store_true", help="allow -n to name a run that is there already")
+    group.add_argument("--resume", action="store_true",
+                       help="go on with the run -n from where it was stopped, with the flags that it was started with")  # fmt: skip
 
 
 SWITCHES = [
@@ -142,7 +157,7 @@ def train_arguments(argv=None):
     _add_settings(parser, "training", TRAINING)
     _add_settings(parser, "what the images go through, and what is kept", IMAGES)
     _add_machine(parser)
-    return parser.parse_args(argv)
+    return _parse(parser, argv, "train.py")
 
 
 def finetune_arguments(argv=None):
@@ -152,7 +167,7 @@ def finetune_arguments(argv=None):
         "Network, head, input, split, optimiser, schedule and data are the checkpoint's where no flag says otherwise.\n"
         "The stage ends with the best of its own epochs and of the model that it was given.",
     )
-    _add_checkpoint(parser)
+    _add_checkpoint(parser, required=False)
     own = {
         "epochs": FINETUNE_EPOCHS,
         "lr": f"{FINETUNE_RATE} of the rate that the stage before began with",
@@ -166,7 +181,76 @@ def finetune_arguments(argv=None):
     _add_name(training)
     _add_settings(parser, "must agree with the checkpoint", NETWORK + SPLIT, its)
     _add_machine(parser)
-    return parser.parse_args(argv)
+    args = _parse(parser, argv, "finetune.py")
+    if args.pretrained_model is None:
+        parser.error("the following arguments are required: -pm/--pretrained-model (or --resume and -n)")
+    return args
+
+
+def _parse(parser, argv, door: str):
+    "What was typed, and the record of it; with --resume what the run was started with."
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(words)
+    args.record = Record(door, tuple(words), os.getcwd())
+    return _as_started(parser, args) if args.resume else args
+
+
+def _as_started(parser, args):
+    """The flags that the run was started with, or those typed, where nothing of the run is there.
+
+    Raises `UserError` for a flag that says otherwise than the run's start did.
+    """
+    if not args.name or args.overwrite:
+        there = stopped_runs(args.out)
+        raise UserError(
+            f"--resume goes with -n NAME, and not with --overwrite; stopped runs in {args.out}: {there or 'none'}"
+        )
+    run = Run(args.out, args.name)
+    record = read_record(run)
+    if record.ended if record else run.file("best.pth").exists():  # without a record: by an earlier version
+        print(f"run {run.name} is finished, nothing is left to resume; its best is {run.file('best.pth')}")
+        run.file("state.safetensors").unlink(missing_ok=True)
+        sys.exit(0)
+    if record is None:
+        there = (
+            ""
+            if run.taken or "data" in given(args) or getattr(args, "pretrained_model", None)
+            else stopped_runs(args.out)
+        )
+        if there:
+            raise UserError(f"-n {args.name}: nothing of that run is in {args.out}; stopped runs there: {there}")
+        return args
+    if record.door != args.record.door:
+        raise UserError(
+            f"-n {args.name} was started by {record.door}: {Run(args.out, args.name, record).resume_command}"
+        )
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+            then = parser.parse_args(record.words)
+    except SystemExit:
+        raise UserError(f"{run.file('run.json')} holds flags that are none: start over with --overwrite") from None
+    _stand_in(then, record)
+    _stand_in(args, args.record)
+    for name, value in vars(args).items():
+        own = name in ("name", "out", "resume", "overwrite", "record", "pretrained_model")
+        if not own and value != parser.get_default(name) and value != getattr(then, name):
+            flag = FLAGS.get(name, ("--" + name.replace("_", "-"),))[0]
+            raise UserError(
+                f"{flag} {value}: --resume goes on with the flags that the run was started with "
+                f"({flag} was {getattr(then, name)}): leave {flag} away, or start over with --overwrite"
+            )
+    then.name, then.out, then.resume, then.overwrite, then.record = args.name, args.out, True, False, args.record
+    return then
+
+
+def _stand_in(args, record: Record):
+    "Make what the flags name relative to the folder that they were typed in absolute."
+    if args.data is not None:
+        args.data = os.path.join(record.folder, args.data)
+    if getattr(args, "weights", None) not in (None, "imagenet", "none"):
+        args.weights = os.path.join(record.folder, args.weights)
+    if record.given:
+        args.pretrained_model = record.given
 
 
 def predict_arguments(argv=None):
@@ -190,8 +274,8 @@ def predict_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def _add_checkpoint(parser):
-    parser.add_argument("-pm", "--pretrained-model", required=True, metavar="FILE",
+def _add_checkpoint(parser, required=True):
+    parser.add_argument("-pm", "--pretrained-model", required=required, metavar="FILE",
                         help="checkpoint: a path, or a name in the output folder, like NAME_best.pth")  # fmt: skip
 
 
@@ -283,8 +367,6 @@ def machine(args):
     "The `Machine` that was asked for, made ready. Without a GPU, --gpu is the CPU, with a line that says so."
     import torch
 
-    from landmarks_fastai.machine import Machine
-
     if args.gpu and not torch.cuda.is_available():
         print("warning: --gpu was given, no GPU was found: going on with the CPU", file=sys.stderr)
     device = "cuda" if args.gpu and torch.cuda.is_available() else "cpu"
@@ -292,6 +374,16 @@ def machine(args):
     found = Machine(device, **{k: v for k, v in vars(args).items() if k in names})
     found.prepare()
     return found
+
+
+def started(state) -> float:
+    "When the stage's minutes began to count: those that it trained before it was stopped are gone."
+    return STARTED - (state.facts["seconds"] if state else 0.0)
+
+
+def goes_on(state) -> str:
+    epoch, batch = state.place
+    return f"going on at epoch {epoch}, batch {batch}"
 
 
 def run_door(main):
@@ -302,6 +394,7 @@ def run_door(main):
     if hasattr(sys.stdout, "reconfigure"):  # a name in Cyrillic must not stop a run in a terminal of another encoding
         sys.stdout.reconfigure(errors="replace")
         sys.stderr.reconfigure(errors="replace")
+    heed_sigterm()
     try:
         main()
     except UserError as e:
@@ -309,4 +402,4 @@ def run_door(main):
         sys.exit(1)
     except KeyboardInterrupt as e:
         print(f"stopped: {e}" if str(e) else "stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(e, "code", 130))

@@ -78,12 +78,14 @@ class PointsToInput(ItemTransform):
 class LandmarkDL(TfmdDL):
     """A `TfmdDL` whose order is a function of (seed, epoch), and which draws points so that they can be judged.
 
+    An epoch may begin at a batch other than its first: where a run was stopped.
+
     A process that is spawned, not forked (Windows, macOS), gets its loader pickled. fastai's own transforms do not
     pickle (`PointBlock` wraps a function in a closure), so what is sent is the recipe, and the loader is made anew.
     """
 
     def __init__(self, dataset, seed: int = 0, epoch: int = 0, recipe: tuple = (), side: int = 0, **kwargs):
-        self.seed, self.epoch, self.recipe, self.side = seed, epoch, recipe, side
+        self.seed, self.epoch, self.first, self.recipe, self.side = seed, epoch, 0, recipe, side
         super().__init__(dataset, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
@@ -98,7 +100,7 @@ class LandmarkDL(TfmdDL):
         super().before_iter()
         for tfm in self.after_batch.fs:
             if isinstance(tfm, Augment):
-                tfm.begin(self.epoch)
+                tfm.begin(self.epoch, self.first)
 
     def __iter__(self):
         "As fastai's, but that a pinned batch is copied to the GPU while that computes: fastai's waits for the copy."
@@ -127,6 +129,9 @@ class LandmarkDL(TfmdDL):
         points = torch.from_numpy(np.stack([get_points(row) for row in rows]))
         points = input_to_unit(PixelMap.of_batch(maps).to_input(points), pixels.shape[1])
         return TensorImage(pixels.permute(0, 3, 1, 2)), TensorPoint(points), TensorMap(maps)
+
+    def get_idxs(self):
+        return super().get_idxs()[self.first * self.bs :]
 
     def shuffle_fn(self, idxs):
         return np.random.default_rng([self.seed, self.epoch]).permutation(np.asarray(idxs)).tolist()

@@ -6,12 +6,15 @@ class UserError(Exception):
 
     It names the file, the row where there is one, what was found and what to do.
     A data loader's worker sends an error home as `Caught UserError in … Original Traceback …`;
-    `line` is the text without that wrapping.
+    `line` is the text without that wrapping, and `way_on` behind it: what goes on with the run once that is done.
     """
+
+    way_on = ""
 
     @property
     def line(self) -> str:
         text = str(self)
         if "Original Traceback" in text:
             text = text.rsplit(f"{type(self).__name__}: ", 1)[-1]
-        return text.replace("\n", " ").strip()
+        text = text.replace("\n", " ").strip()
+        return f"{text}; {self.way_on}" if self.way_on else text

@@ -1,27 +1,103 @@
-"Files that are whole or not there."
+"Files that are whole or not there, and a lock that one process holds."
 
 import hashlib
 import os
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path, mode: str = "w"):
-    """Open a temporary sibling of `path` that takes its name when the block ends well, and goes away when it does not.
+def whole_path(path: Path):
+    """The name of a temporary sibling of `path`: what the block writes there takes its name when the block ends well.
 
     Synced before it is renamed; named after the process, so that two that write one file at once do not mix.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(temporary, mode, **text) as f:
-            yield f
-            f.flush()
+        yield temporary
+        with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: Path, mode: str = "w"):
+    "As `whole_path`, opened to write."
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    with whole_path(path) as temporary, open(temporary, mode, **text) as f:
+        yield f
+
+
+def _rename(temporary: Path, path: Path, tries: int = 20):
+    "Rename over `path`. On Windows another program (a virus scanner, a viewer) may hold it open for a moment."
+    for left in reversed(range(tries)):
+        try:
+            os.replace(temporary, path)
+            break
+        except PermissionError:
+            if os.name != "nt" or not left:
+                raise
+            time.sleep(0.1)
+    if hasattr(os, "O_DIRECTORY"):  # so that the new name outlives a power cut; Windows cannot sync a folder
+        with suppress(OSError):  # nor can some network folders
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@contextmanager
+def take_lock(path: Path):
+    """Yield whether this process got the lock of that name, for the time of the block; the file goes with it.
+
+    It is the process's own: a POSIX record lock is not handed down to a forked worker, as `flock`'s is, so that a killed
+    run's orphaned workers do not keep it.
+    """
+    f = open(path, "ab+", buffering=0)
+    held = _lock(f) and _is(path, f)  # it may have been removed since it was opened
+    try:
+        yield held
+    finally:
+        if held and os.name != "nt":
+            path.unlink(missing_ok=True)  # before it is let go: who waits for it must not lock a removed file
+        f.close()
+        if held and os.name == "nt":  # where an open file cannot be removed
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _lock(f) -> bool:
+    try:
+        import fcntl
+
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        import msvcrt
+
+        try:
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+    except OSError:
+        return False
+    return True
+
+
+def _is(path: Path, f) -> bool:
+    "Whether the open file still has that name."
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
+    except OSError:
+        return False
+
+
+def reason(error) -> str:
+    "What went wrong, in one line."
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def read_at(f, length: int, place: int) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from landmarks_fastai.checkpoint import Checkpoint, Run
+from landmarks_fastai.checkpoint import Checkpoint
 from landmarks_fastai.contest import (
     TestPoints,
     check_files,
@@ -28,6 +28,7 @@ from landmarks_fastai.images import Inputs
 from landmarks_fastai.machine import Machine, side_by_side
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.mirror import two_looks
+from landmarks_fastai.runs import Run
 from landmarks_fastai.settings import INPUT, Settings
 
 

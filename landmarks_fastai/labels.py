@@ -60,6 +60,11 @@ class Labels:
     def __len__(self):
         return self._rows
 
+    @property
+    def identity(self) -> dict:
+        "What tells these labels from others, wherever the file lies."
+        return {"rows": len(self), "points": self.n_points, **{k: self.key[k] for k in ("size", "digest")}}
+
     def points(self, row: int) -> np.ndarray:
         "The row's landmarks, float32 (n_points, 2), in pixels of the image as stored."
         return self._read(0, self._dtype, 2 * self.n_points, row, row + 1)[0].astype(np.float32).reshape(-1, 2)

@@ -29,6 +29,7 @@ class Machine:
     pin_memory: bool = True  # beside a GPU; a CPU has nothing to copy to
     tf32: bool = True  # on a GPU that has it
     compile: bool = False
+    save_every: float = 5.0  # minutes from one writing of a stage's state to the next; each epoch's end has its own
 
     @property
     def decoders(self) -> int:

@@ -7,22 +7,24 @@ landmarks have a mirror map, NAME_mirror.json and, of the stage that learned it,
 
 import shlex
 import time
-from pathlib import Path
+from contextlib import contextmanager
 
 import numpy as np
-from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import SuggestionMethod
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.learner import Learner
 
 from landmarks_fastai import callbacks, drawing
-from landmarks_fastai.checkpoint import Checkpoint, Run, read_checkpoint, write_checkpoint
+from landmarks_fastai.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.keep import Keep
 from landmarks_fastai.losses import loss_function
 from landmarks_fastai.machine import Machine
-from landmarks_fastai.settings import INPUT, OUT, Settings
+from landmarks_fastai.runs import Run
+from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.state import State
 from landmarks_fastai.training import load_best, make_learner, rates, scheduler
 
 RESULTS_SHOWN = 6  # faces in NAME_results.png
@@ -94,32 +96,42 @@ def fit_stage(
     loaded: tuple[float, float] | None = None,  # its score and NME, as `score_loaded` found them
     started: float | None = None,  # `time.monotonic` when the minutes began to count
     machine: Machine = Machine(),  # noqa: B008
+    state: State | None = None,  # of the stopped run that goes on
 ) -> Checkpoint:
-    """Fit, load the best again, draw it.
+    """Fit, load the best again, draw it. The state of a run that was claimed is kept while it trains.
 
     The best is that of the stage's epochs and of the given model: a stage never ends with worse than it was given.
     Raises `UserError` where no epoch gave a finite score and nothing was given.
     """
-    learn.dls.train.show_batch(max_n=BATCH_SHOWN)
-    drawing.save_figure(run.file("batch.png"))
+    started = started or time.monotonic()
+    if not state:
+        learn.dls.train.show_batch(max_n=BATCH_SHOWN)
+        drawing.save_figure(run.file("batch.png"))
     own, watch = learn.metrics, callbacks.StopOnNaN()
     looks = extra_looks(learn, settings)
     save = callbacks.SaveBest(run, settings, loaded[0] if loaded else None, looks)
-    cbs = [watch, save, CSVLogger(run.file("history.csv").name), *scheduler(settings), *learn.progress_cbs]
+    history = callbacks.History(run.file("history.csv"))
+    cbs = [watch, save, history, *scheduler(settings), *learn.progress_cbs]
     if settings.patience:
         learn.metrics = [*learn.metrics, save.column]
         cbs.append(EarlyStoppingCallback("kept", np.less, patience=settings.patience))
-    _fit(learn, settings, cbs, started)
+    if state and state.place[0] >= settings.epochs and not settings.minutes:  # stopped behind its last epoch
+        save.best, save.saved = state.facts["remembered"]["save_best"].values()
+    else:
+        with _kept(learn, settings, run, history, loaded, started, machine, state) as keep:
+            _fit(learn, settings, [*cbs, *keep], started)
     learn.remove_cbs([callbacks.Average, callbacks.Looks])
     learn.metrics = own
     where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
+    try_this = "try a lower -lr" + (", or --amp off" if machine.precision != "off" else "")
     if not save.saved:
         if given is None:
-            raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; try a lower -lr")
+            run.file("state.safetensors").unlink(missing_ok=True)  # it would come to the same end
+            raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
         kept = settings.replace(**given.settings.of(INPUT))
         write_checkpoint(run, given.model(), kept, *loaded, -1)
     if where:
-        print(f"warning: {where}; the best before it is kept; try a lower -lr")
+        print(f"warning: {where}; the best before it is kept; {try_this}")
     best = read_checkpoint(run.file("best.pth"))
     learn = at_input_of(learn, settings, best, machine)
     load_best(learn, best.path)
@@ -144,11 +156,24 @@ def extra_looks(learn: Learner, settings: Settings) -> list:
     return looks
 
 
+@contextmanager
+def _kept(learn, settings, run, history, loaded, started, machine, state):
+    "The callbacks that keep the stage's state, for the time of a fit; none for a run that nobody claimed."
+    if not run.record:
+        yield []
+        return
+    labels = learn.dls.train.recipe[1]
+    facts = {"settings": settings.to_dict(), "loaded": loaded, "labels": labels.identity}
+    keep = Keep(run, facts, history, 60 * machine.save_every, state, time.monotonic() - started)
+    with keep.heeding_signals():
+        yield [keep]
+
+
 def _fit(learn, settings, cbs, started):
     epochs = settings.epochs
     if settings.minutes:
         second_look = 2.5 if settings.pairs and not settings.tta else 0.0
-        deadline = (started or time.monotonic()) + 60 * settings.minutes - PICTURES
+        deadline = started + 60 * settings.minutes - PICTURES
         clock = callbacks.EndInTime(deadline, second_look)
         cbs, epochs = [*cbs, clock, callbacks.StopInTime(clock)], FOREVER
     if settings.sched == "onecycle":
@@ -160,9 +185,8 @@ def _fit(learn, settings, cbs, started):
 def report(run: Run, best: Checkpoint, machine: Machine) -> str:
     "What a stage says last."
     when = f"epoch {best.epoch}" if best.epoch >= 0 else "the loaded model, which no epoch beat"
-    out = "" if run.out == Path(OUT) else f" --out {shlex.quote(str(run.out))}"
     gpu = " --gpu" if machine.device == "cuda" else ""
-    pm = f"-pm {shlex.quote(run.file('best.pth').name)}{out}{gpu}"
+    pm = f"-pm {shlex.quote(run.file('best.pth').name)}{run.out_flag}{gpu}"
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (
         f"run {run.name}: score {best.score:.6g}, nme {best.nme:.4g}{held} ({when})\n"

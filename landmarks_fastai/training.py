@@ -14,16 +14,19 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params, set_seed
 
 from landmarks_fastai import callbacks, drawing
-from landmarks_fastai.checkpoint import Checkpoint, Run
+from landmarks_fastai.checkpoint import Checkpoint
 from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders, mean_shape, some_shapes
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.keep import StageLearner
 from landmarks_fastai.losses import loss_function
 from landmarks_fastai.machine import Machine
 from landmarks_fastai.metrics import stage_metrics
 from landmarks_fastai.mirror import NoMirror, learn_mirror, write_pairs
 from landmarks_fastai.models import build_model, input_stats, load_weights, start_at
+from landmarks_fastai.runs import Run
 from landmarks_fastai.settings import Settings
+from landmarks_fastai.state import State
 
 
 def optimiser(settings: Settings):
@@ -78,7 +81,7 @@ def make_learner(
     machine: Machine = Machine(),  # noqa: B008
 ) -> Learner:
     "A Learner on the contest's score; `learn.show_results` draws truth beside prediction."
-    learn = Learner(
+    learn = StageLearner(
         dls,
         model,
         loss_func=loss_function(settings),
@@ -88,7 +91,7 @@ def make_learner(
         wd_bn_bias=True,
         train_bn=False,
         splitter=body_and_head,
-        cbs=[callbacks.CarryMaps(), callbacks.OrderByEpoch(), *on_machine(machine)],
+        cbs=[callbacks.CarryMaps(), callbacks.DrawByStep(), *on_machine(machine)],
         path=Path(out),
         model_dir=".",
     )
@@ -126,6 +129,22 @@ def first_stage(
     if settings.start == "mean":
         start_at(model, mean_shape(settings, labels, folder))
     return make_learner(settings, dls, model, run.out, machine), settings
+
+
+def resumed_stage(state: State, machine: Machine, run: Run) -> tuple[Learner, Settings]:
+    "A Learner for a stopped stage, and the settings it had: its weights are put back when its fit begins again."
+    settings = state.settings
+    labels, folder = training_rows(settings.data)
+    if labels.identity != state.facts["labels"]:
+        raise UserError(
+            f"{labels.csv} has changed since the run {run.name} was stopped: put it back, or start over with --overwrite"
+        )
+    dls = make_dataloaders(settings, labels, folder, machine)
+    set_seed(settings.seed, reproducible=machine.device == "cpu")
+    model = build_model(settings.arch, settings.head, settings.n_points, settings.size, settings.targets)
+    learn = make_learner(settings, dls, model, run.out, machine)
+    learn.begin = state.place
+    return learn, settings
 
 
 def with_mirror(settings: Settings, labels, run: Run) -> Settings:

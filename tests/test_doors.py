@@ -178,13 +178,6 @@ def test_checkpoints_that_are_nowhere(door, name):
     check_refused(door("predict.py -pm", name), "not found, neither as a path nor in runs; there are: none")
 
 
-def test_two_runs_that_want_one_name_get_two(tmp_path):
-    from landmarks_fastai.checkpoint import claim_run
-
-    names = [claim_run(tmp_path, None, "r").name for _ in range(3)]
-    assert names == ["r", "r_2", "r_3"]
-
-
 def test_a_run_that_is_overwritten_keeps_its_checkpoint_until_there_is_another(door, data, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert door(f"train.py {QUICK} -n r -d", data)[0] == 0
@@ -234,9 +227,9 @@ def test_a_run_that_ends_badly_leaves_its_name_free(door, data):
 def test_imports_run_one_way():
     "The order of thought of the house: a room imports only rooms that stand before it."
     order = [
-        "errors", "files", "settings", "geometry", "machine", "images", "rows", "labels", "contest", "face_template",
+        "errors", "files", "interrupts", "settings", "runs", "geometry", "machine", "images", "rows", "labels", "contest", "face_template",
         "texture", "faces", "sample", "mirror", "metrics", "drawing",
-        "augment", "data", "losses", "models", "checkpoint", "callbacks", "training", "stage", "inference", "cli",
+        "augment", "data", "losses", "models", "checkpoint", "callbacks", "state", "keep", "training", "stage", "inference", "cli",
     ]  # fmt: skip
     rooms = {
         p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "landmarks_fastai").glob("*.py") if p.stem != "__init__"

@@ -154,7 +154,8 @@ def test_memory_does_not_hold_the_points(trained, monkeypatch, drawn):
     import weakref
 
     from landmarks_fastai import inference
-    from landmarks_fastai.checkpoint import Run, find_checkpoint
+    from landmarks_fastai.checkpoint import find_checkpoint
+    from landmarks_fastai.runs import Run
 
     seen, most = [], 0
 

@@ -137,7 +137,16 @@ def test_the_checkpoint_is_plain_tensors_and_a_json(door, drawn, tmp_path):
     assert all(isinstance(t, torch.Tensor) for t in tensors(runs / "s_best.pth").values())
     facts = json.loads((runs / "s_best.json").read_text(encoding="utf-8"))
     assert facts["settings"]["n_points"] == N_POINTS and facts["settings"]["size"] == 32
-    files = ["batch.png", "best.json", "best.pth", "history.csv", "mirror.json", "mirror.png", "results.png"]
+    files = [
+        "batch.png",
+        "best.json",
+        "best.pth",
+        "history.csv",
+        "mirror.json",
+        "mirror.png",
+        "results.png",
+        "run.json",
+    ]
     assert sorted(p.name for p in runs.iterdir()) == [f"s_{f}" for f in files]
 
 
@@ -157,7 +166,7 @@ def learn(drawn, tmp_path):
 
 def test_the_library_s_doors(learn, tmp_path):
     "A Learner of fastai: a person in a notebook may validate, load, and show results."
-    from landmarks_fastai.checkpoint import Run
+    from landmarks_fastai.runs import Run
     from landmarks_fastai.training import load_best
 
     run = Run(tmp_path, "lib")

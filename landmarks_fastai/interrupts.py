@@ -1,0 +1,57 @@
+"Ctrl-C and SIGTERM: a step that is under way is done before they are heeded, a second one is heeded at once."
+
+import signal
+import threading
+from contextlib import contextmanager, suppress
+
+
+class Stopped(KeyboardInterrupt):
+    "The user, or the machine, stopped the program; the text says what is kept. `code` is the exit code."
+
+    def __init__(self, text: str = "", code: int = 130):
+        super().__init__(text)
+        self.code = code
+
+
+class Asked:
+    "Which signal came first; None: none did."
+
+    number: int | None = None
+
+    def __call__(self, number, frame):
+        if self.number is not None:
+            raise Stopped(code=128 + number)
+        self.number = number
+        # The signal may have reached the data loader's workers too. torch would then raise in the middle of a step.
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    @property
+    def code(self) -> int:
+        return 128 + self.number
+
+
+@contextmanager
+def signals_remembered():
+    "For a while, `Asked` takes Ctrl-C and SIGTERM. Only a program's main thread can have that: elsewhere it stays empty."
+    asked = Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    old = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            with suppress(TypeError):  # None: a handler that was not set from Python
+                signal.signal(number, handler)
+
+
+def heed_sigterm():
+    "Let SIGTERM end the program as Ctrl-C does, with its own exit code."
+
+    def stop(number, frame):
+        raise Stopped(code=128 + number)
+
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,249 @@
+"A stage that is stopped and goes on: equal to one that was never stopped, to the last bit."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pandas as pd
+import pytest
+import torch
+
+from landmarks_fastai.files import take_lock
+from landmarks_fastai.keep import Keep
+
+from .conftest import QUICK, ROOT
+from .test_doors import check_refused
+
+SHORT = f"{QUICK} --arch mobilenetv3_small_050 -e 3 -b 4"  # an epoch: 8 batches of training, 2 of validation
+STOPPED = "stopped: the state is saved; go on with: python {} --resume -n {}\n"
+
+
+@contextmanager
+def stopping_at(step, number=signal.SIGINT):
+    "Send this process a signal when a stage has gone through so many batches; None: never."
+    after_batch, count = Keep.after_batch, [0]
+
+    def counted(self):
+        count[0] += 1
+        if count[0] == step:
+            os.kill(os.getpid(), number)
+        after_batch(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Keep, "after_batch", counted)
+        yield
+
+
+def history(runs, name):
+    return pd.read_csv(runs / f"{name}_history.csv", dtype=str).drop(columns="time")
+
+
+def check_equal(runs, a, b):
+    "Weights of the best, every figure of every epoch to its last digit, and what the checkpoint says of itself."
+    assert history(runs, a).equals(history(runs, b))
+    one, other = (torch.load(runs / f"{n}_best.pth", weights_only=True) for n in (a, b))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert (runs / f"{a}_best.json").read_bytes() == (runs / f"{b}_best.json").read_bytes()
+
+
+KINDS = {
+    "plateau, dropout, average": ("--head 16,drop0.5 -lr 0.02", [3, 7, 12]),
+    "one cycle, momentum": ("--opt sgd -lr 1e-4 --sched onecycle", [5]),
+    "gradients over batches, patience": ("--accumulate 3 --patience 2 --sched step --step-size 1", [4, 11]),
+    "adaptive loss, half precision, two looks": ("--loss adaptive --amp bf16 --tta", [6]),
+    "head alone, no average": ("--freeze --ema 0 --aug 0", [9]),
+    "a worker": ("--workers 1", [17]),
+}
+
+
+@pytest.mark.parametrize("flags,steps", KINDS.values(), ids=KINDS)
+def test_a_stage_that_went_on_is_one_that_was_never_stopped(door, drawn, tmp_path, flags, steps):
+    runs = tmp_path / "here" / "runs"
+    assert door(f"train.py {SHORT} {flags} -n whole -d", drawn)[0] == 0
+    with stopping_at(steps[0]):
+        code, _, err = door(f"train.py {SHORT} {flags} -n parts -d", drawn)
+    for step in [*steps[1:], None]:
+        assert code == 130 and err == STOPPED.format("train.py", "parts")
+        with stopping_at(step):
+            code, out, err = door("train.py --resume -n parts")
+        assert "going on at epoch" in out
+    assert (code, err) == (0, "")
+    check_equal(runs, "whole", "parts")
+    assert not (runs / "parts_state.safetensors").exists() and not list(runs.glob("*.tmp"))
+    code, out, err = door("train.py --resume -n parts")
+    assert (code, err) == (0, "") and "is finished, nothing is left to resume" in out
+
+
+def test_a_later_stage_goes_on_and_ends_with_no_worse_than_it_was_given(door, drawn, tmp_path):
+    runs = tmp_path / "here" / "runs"
+    assert door(f"train.py {SHORT} -n one -d", drawn)[0] == 0
+    for flags in ("-e 2", "-e 2 -lr 0.3"):  # the second: no epoch beats what was loaded
+        assert door(f"finetune.py {flags} --workers 0 --overwrite -n whole -pm one")[0] == 0
+        with stopping_at(5, signal.SIGTERM):
+            code, _, err = door(f"finetune.py {flags} --workers 0 --overwrite -n parts -pm one")
+        assert code == 143 and err == STOPPED.format("finetune.py", "parts")
+        check_refused(
+            door("train.py --resume -n parts"), "started by finetune.py", "python finetune.py --resume -n parts"
+        )
+        assert door("finetune.py --resume -n parts")[0] == 0
+        check_equal(runs, "whole", "parts")
+
+
+def test_what_a_later_stage_was_given_may_not_change_under_it(door, drawn, tmp_path):
+    runs = tmp_path / "here" / "runs"
+    assert door(f"train.py {SHORT} -n one -d", drawn)[0] == 0
+    with stopping_at(5):
+        assert door("finetune.py -e 2 --workers 0 -n two -pm one")[0] == 130
+    assert door(f"train.py {SHORT} --seed 8 -n one --overwrite -d", drawn)[0] == 0
+    before = (runs / "two_state.safetensors").read_bytes()
+    check_refused(door("finetune.py --resume -n two"), "one_best.pth has changed since two was started from it")
+    assert (runs / "two_state.safetensors").read_bytes() == before
+
+
+def test_a_stopped_run_s_name_is_taken(door, drawn, tmp_path):
+    runs = tmp_path / "here" / "runs"
+    with stopping_at(5):
+        assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
+    state = (runs / "r_state.safetensors").read_bytes()
+    check_refused(
+        door(f"train.py {SHORT} -n r -d", drawn), "already has a run", "--resume -n r goes on with it", "--overwrite"
+    )
+    # a mistake in what overwrites it costs nothing
+    check_refused(
+        door(f"train.py {SHORT} -n r --overwrite --arch alexnet --weights gone.pth -d", drawn), "gone.pth not found"
+    )
+    assert (runs / "r_state.safetensors").read_bytes() == state
+    check_refused(door("train.py --resume"), "--resume goes with -n NAME", "stopped runs in runs: r")
+    check_refused(door("train.py --resume -n typo"), "nothing of that run", "stopped runs there: r")
+    check_refused(door("train.py --resume -n r -e 5"), "-e 5", "was started with (-e was 3)", "leave -e away")
+    code, out, err = door(f"train.py {SHORT} --resume -n r -d", drawn)  # the same flags may stand there
+    assert (code, err) == (0, "") and "going on at epoch" in out
+
+
+def test_a_run_that_saved_nothing_yet_starts_over_with_its_flags(door, drawn, tmp_path, monkeypatch):
+    from landmarks_fastai import stage
+
+    runs, fit = tmp_path / "here" / "runs", stage._fit
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_fit", stopped)
+    code, _, err = door(f"train.py {SHORT} --seed 4 -n r -d", drawn)
+    assert code == 130 and err == "stopped: nothing was saved yet; go on with: python train.py --resume -n r\n"
+    monkeypatch.setattr(stage, "_fit", fit)
+    assert [p.name for p in runs.iterdir()] == ["r_run.json"]
+    code, out, _ = door("train.py --resume -n r")
+    assert code == 0 and "going on" not in out
+    assert door(f"train.py {SHORT} --seed 4 -n whole -d", drawn)[0] == 0
+    check_equal(runs, "whole", "r")
+    assert door(f"train.py {SHORT} --seed 4 --resume -n new -d", drawn)[0] == 0  # nothing of it is there: it starts
+    check_equal(runs, "whole", "new")
+
+
+def test_from_another_folder(door, drawn, tmp_path, monkeypatch):
+    with stopping_at(5):
+        code, _, err = door(f"train.py {SHORT} -n 'a b' --out 'my runs' -d", os.path.relpath(drawn, tmp_path / "here"))
+    assert code == 130 and err.endswith("python train.py --resume -n 'a b' --out 'my runs'\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert door("train.py --resume -n 'a b' --out '../here/my runs'")[0] == 0
+
+
+def test_labels_may_not_change_under_a_stopped_run(door, data, tmp_path):
+    from .conftest import edit_line
+
+    with stopping_at(5):
+        assert door(f"train.py {SHORT} -n r -d", data)[0] == 130
+    edit_line(data / "train" / "landmarks.csv", 9, lambda x: x.rsplit("\t", 1)[0] + "\t3")
+    check_refused(door("train.py --resume -n r"), "landmarks.csv has changed since the run r was stopped")
+
+
+def payload():
+    "A pickle that makes a folder when it is read."
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, ("owned",)
+
+    import pickle
+
+    return pickle.dumps(Payload())
+
+
+def damage(facts):
+    from safetensors.torch import save
+
+    return save({"model.x": torch.zeros(1)}, {"facts": json.dumps(facts)})
+
+
+@pytest.mark.parametrize(
+    "kind", ["payload", "cut", "empty", "facts of another kind", "no tensors", "torch's own format", "its record"]
+)
+def test_a_state_that_is_none_is_refused_and_never_run(door, drawn, tmp_path, kind):
+    runs = tmp_path / "here" / "runs"
+    with stopping_at(5):
+        assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
+    path, record = runs / "r_state.safetensors", json.loads((runs / "r_run.json").read_text())
+    whole = path.read_bytes()
+    facts = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]["facts"]
+    bad = {
+        "payload": payload,
+        "cut": lambda: whole[:-9],
+        "empty": lambda: b"",
+        "facts of another kind": lambda: damage({"format": 1, "id": record["id"], "settings": "x"}),
+        "no tensors": lambda: damage(json.loads(facts)),
+        "torch's own format": lambda: torch.save({"a": torch.zeros(1)}, path) or path.read_bytes(),
+        "its record": lambda: whole,
+    }[kind]()
+    path.write_bytes(bad)
+    if kind == "its record":
+        (runs / "r_run.json").write_text(json.dumps(record | {"words": ["--no-such-flag"]}))
+    check_refused(door("train.py --resume -n r"), "start over with --overwrite")
+    assert not (tmp_path / "here" / "owned").exists() and path.read_bytes() == bad
+
+
+def test_two_processes_of_one_name(door, drawn, tmp_path):
+    "The lock is another process's; what that process forked does not hold it once it is dead."
+    runs = tmp_path / "here" / "runs"
+    runs.mkdir()
+    code = (
+        "import os, sys, time; from pathlib import Path; from landmarks_fastai.files import take_lock\n"
+        "with take_lock(Path(sys.argv[1])) as held:\n"
+        "    child = os.fork()\n"
+        "    if child: print(held, child, flush=True)\n"
+        "    time.sleep(60)"
+    )
+    lock = runs / "r_run.lock"
+    holder = subprocess.Popen([sys.executable, "-c", code, lock], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    held, child = holder.stdout.readline().split()
+    try:
+        assert held == "True"
+        check_refused(door(f"train.py {SHORT} -n r -d", drawn), "another process is running it")
+        check_refused(door("train.py --resume -n r -d", drawn), "another process is running it")
+        with take_lock(runs / "other.lock") as other:
+            assert other
+    finally:
+        holder.kill()
+        holder.wait()
+    with take_lock(lock) as mine:  # though the child, a copy of the dead process, lives
+        assert mine
+    os.kill(int(child), signal.SIGKILL)
+    assert not lock.exists()
+
+
+def test_ctrl_c_while_nothing_is_trained_yet_ends_at_once(tmp_path, drawn):
+    "A real process, and its exit code."
+    command = [sys.executable, ROOT / "train.py", *QUICK.split(), "-n", "r", "-d", drawn]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "run r\n"  # it has its name, torch is not imported yet
+        time.sleep(0.1)
+        process.send_signal(number)
+        _, err = process.communicate()
+        assert process.returncode == code, err
+        assert err == "stopped: nothing was saved yet; go on with: python train.py --resume -n r\n"
