@@ -17,8 +17,7 @@ from fastai.torch_core import set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from landmarks_fastai.checkpoint import write_checkpoint
-from landmarks_fastai.errors import UserError
-from landmarks_fastai.files import reason, whole_file
+from landmarks_fastai.files import whole_file
 from landmarks_fastai.metrics import stage_metrics
 from landmarks_fastai.mirror import two_looks
 from landmarks_fastai.runs import Run
@@ -142,11 +141,8 @@ class History(CSVLogger):
         self.old_logger, self.learn.logger = self.logger, self._write_line
 
     def write(self):
-        try:
-            with whole_file(self.whole) as f:
-                f.write(self.text)
-        except OSError as e:
-            raise UserError(f"{self.whole} cannot be written ({reason(e)}): make room") from None
+        with whole_file(self.whole) as f:
+            f.write(self.text)
 
     def _write_line(self, log):
         self.text += ",".join(str(value) for value in log) + "\n"

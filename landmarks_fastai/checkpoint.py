@@ -4,6 +4,7 @@ The `.pth` is the plain state dict that `learn.load` reads. Predicting and the n
 the images, and nothing else. torch is imported where it is needed: a later stage claims its name before.
 """
 
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -65,18 +66,14 @@ def write_checkpoint(run: Run, model, settings: Settings, score: float, nme: flo
 
     facts = {"format": FORMAT, "settings": settings.to_dict(), "score": score, "nme": nme, "epoch": epoch}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    try:
-        # both are written before either takes its name: what can fail has failed by then
-        with whole_file(run.file("best.json")) as j, whole_file(run.file("best.pth"), "wb") as p:
-            json.dump(facts, j, indent=1)
-            torch.save(tensors, p)
-            for f in (j, p):
-                f.flush()
-                os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:  # torch's zip writer raises RuntimeError where the disk is full
-        raise UserError(
-            f"{run.file('best.pth')} cannot be written ({reason(e)}): make room, or choose another --out"
-        ) from None
+    # both are written before either takes its name: what can fail has failed by then
+    with whole_file(run.file("best.json")) as j, whole_file(run.file("best.pth"), "wb") as p:
+        json.dump(facts, j, indent=1)
+        torch.save(tensors, zipped := io.BytesIO())  # into a file, torch would hide that the disk is full
+        p.write(zipped.getbuffer())
+        for f in (j, p):
+            f.flush()
+            os.fsync(f.fileno())
 
 
 def read_checkpoint(path) -> Checkpoint:

@@ -1,11 +1,13 @@
 "Pictures for the eye: landmarks on images, drawn so that a person can judge them."
 
 import math
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from landmarks_fastai.files import whole_file
 from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.metrics import mean_squared_error, points_in_image
 
@@ -104,5 +106,9 @@ def save_figure(path: Path):
     "Write matplotlib's current figure to `path` and close it."
     from matplotlib import pyplot as plt
 
-    plt.savefig(path)
-    plt.close()
+    try:
+        plt.savefig(picture := BytesIO(), format=path.suffix[1:])
+    finally:
+        plt.close()
+    with whole_file(path, "wb") as f:
+        f.write(picture.getbuffer())

@@ -1,10 +1,24 @@
 "Files that are whole or not there, and a lock that one process holds."
 
+import errno
 import hashlib
 import os
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from landmarks_fastai.errors import UserError
+
+# the disk is full, the quota is used up, the file too large, the disk read-only, closed or broken
+REFUSALS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
+    if hasattr(errno, name)
+}
+
+
+class NotWritten(UserError, OSError):
+    "A file that the system refuses to take: a line for the user, and an `OSError` for whoever has another place for it."
 
 
 @contextmanager
@@ -12,6 +26,7 @@ def whole_path(path: Path):
     """The name of a temporary sibling of `path`: what the block writes there takes its name when the block ends well.
 
     Synced before it is renamed; named after the process, so that two that write one file at once do not mix.
+    Raises `NotWritten`, which is a `UserError`, where there is no room.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -19,8 +34,15 @@ def whole_path(path: Path):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         _rename(temporary, path)
+    except OSError as e:
+        if e.errno not in REFUSALS:
+            raise
+        raise NotWritten(
+            f"{path} cannot be written ({reason(e)}): make room, or choose another place with --out"
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from landmarks_fastai.contest import (
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.files import whole_file
 from landmarks_fastai.images import Inputs
-from landmarks_fastai.machine import Machine, side_by_side
+from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory, side_by_side
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.mirror import two_looks
 from landmarks_fastai.runs import Run
@@ -74,11 +74,26 @@ def predict_batches(
     def points_of(batch):
         pixels, maps = batch
         inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
-        with torch.inference_mode(), _precision(machine):
+        with torch.inference_mode(), machine.autocast():
             unit = two_looks(model, inputs.contiguous(memory_format=machine.memory_format), pairs)
         return points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
 
-    if machine.workers or device != "cpu" or machine.compile:
+    def one_step(n):
+        points_of((torch.zeros(n, 3, settings.size, settings.size, dtype=torch.uint8), torch.ones(n, 4)))
+
+    try:
+        yield from batches_of_points(points_of, images, machine, batch_size)
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        fits = batch_that_fits(e, one_step, batch_size)
+        way = f"-b {fits} fits (tried here)" if fits else "no smaller one fits"
+        raise UserError(f"-b {batch_size}: not enough memory for such a batch: {way}") from None
+
+
+def batches_of_points(points_of, images, machine, batch_size):
+    "`points_of` each batch of the images, in order."
+    if machine.workers or machine.device != "cpu" or machine.compile:
         loader = DataLoader(images, batch_size, num_workers=machine.decoders, pin_memory=machine.pins)
         yield from map(points_of, loader)
     else:
@@ -101,11 +116,6 @@ def fuse_norms(model, size: int):
     except Exception:  # control flow that fx cannot trace raises whatever the network's own code then does
         return model
     return fused if same else model
-
-
-def _precision(machine: Machine):
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(machine.device, dtypes.get(machine.precision), enabled=machine.precision in dtypes)
 
 
 def predict_test(

@@ -7,6 +7,7 @@ On a GPU: mixed precision, channels_last, pinned memory, TF32, `torch.compile`. 
 import ctypes
 import os
 import sys
+import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,6 +62,13 @@ class Machine:
 
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
+    def autocast(self):
+        "The context in which a network computes."
+        import torch
+
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return torch.autocast(self.device, dtypes.get(self.precision), enabled=self.precision in dtypes)
+
     @property
     def memory_format(self):
         import torch
@@ -104,6 +112,34 @@ def keep_freed_memory() -> bool:
     # one arena for all threads: the others' are of 64 MB, and what is larger goes the old way
     options = [(M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_ARENA_MAX, 1)]
     return bool(mallopt) and all(mallopt(option, value) for option, value in options)
+
+
+def out_of_memory(error: Exception) -> bool:
+    "Whether that is what went wrong. Of a CPU's memory torch and oneDNN say it in a RuntimeError's text."
+    import torch
+
+    said = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
+
+
+def batch_that_fits(error: Exception, step, n: int) -> int:
+    "What of n/2, n/4, … `step` is computed with, by trying, after `error`, which `out_of_memory` knows; 0: none of them."
+    import torch
+
+    while n := n // 2:
+        traceback.clear_frames(error.__traceback__)  # they hold what was computed so far
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            step(n)
+            return n
+        except ValueError:  # a norm, which wants more than one image
+            return 0
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+            error = e
+    return 0
 
 
 def side_by_side(func, items):

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from fastai.callback.schedule import SuggestionMethod
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.learner import Learner
@@ -21,7 +22,7 @@ from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.keep import Keep
 from landmarks_fastai.losses import loss_function
-from landmarks_fastai.machine import Machine
+from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory
 from landmarks_fastai.runs import Run
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.state import State
@@ -58,7 +59,7 @@ def score_loaded(learn: Learner, given: Checkpoint, settings: Settings, machine:
 def score_now(learn: Learner, size: int, pairs=()) -> tuple[float, float]:
     "Score and NME of the Learner's network on its validation rows, by two looks where there are pairs."
     looks = callbacks.Looks("looks", size, lambda: learn.model, pairs)
-    with callbacks.no_bars(learn):
+    with callbacks.no_bars(learn), within_memory(learn):
         learn.validate(cbs=looks)
     return looks.score, looks.nme
 
@@ -71,7 +72,7 @@ def find_rate(learn: Learner, settings: Settings, run: Run) -> Settings:
     at 64 px, where `Minimum` says 0.005 and the best of a sweep is 0.002.
     """
     shares = np.array([1.0, settings.head_rate])
-    with callbacks.no_bars(learn):
+    with callbacks.no_bars(learn), within_memory(learn):
         try:
             found = learn.lr_find(1e-5 * shares, 0.1 * shares, show_plot=False, suggest_funcs=SuggestionMethod.Minimum)
         except IndexError:  # of fewer than 15 steps it has nothing left to look at
@@ -118,7 +119,8 @@ def fit_stage(
     if state and state.place[0] >= settings.epochs and not settings.minutes:  # stopped behind its last epoch
         save.best, save.saved = state.facts["remembered"]["save_best"].values()
     else:
-        with _kept(learn, settings, run, history, loaded, started, machine, state) as keep:
+        kept = _kept(learn, settings, run, history, loaded, started, machine, state)
+        with within_memory(learn), kept as keep:
             _fit(learn, settings, [*cbs, *keep], started)
     learn.remove_cbs([callbacks.Average, callbacks.Looks])
     learn.metrics = own
@@ -154,6 +156,35 @@ def extra_looks(learn: Learner, settings: Settings) -> list:
     learn.add_cbs(looks)
     learn.metrics = [*learn.metrics, *(look.column for look in looks)]
     return looks
+
+
+@contextmanager
+def within_memory(learn: Learner):
+    "Where the memory is too small for a batch, say so in one line, with the size that was tried and fits."
+    settings, _, _, machine = learn.dls.train.recipe
+
+    def one_step(n):
+        learn.model.train()
+        learn.opt.zero_grad()
+        images = torch.zeros(n, 3, settings.size, settings.size, device=learn.dls.device)
+        with machine.autocast():
+            pred = learn.model(images.contiguous(memory_format=machine.memory_format))
+            loss = learn.loss_func(pred, torch.zeros(n, settings.n_points, 2, device=learn.dls.device))
+        loss.backward()
+        learn.opt.step()
+
+    try:
+        yield
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        learn._end_cleanup()
+        learn.loss_grad = None
+        size, fits = settings.batch_size, batch_that_fits(e, one_step, settings.batch_size)
+        way = "no smaller one fits: try a smaller --size or another --arch"
+        if fits:
+            way = f"-b {fits} fits (tried here); with --accumulate {-(-size * settings.accumulate // fits)} it makes the same steps"
+        raise UserError(f"-b {size}: not enough memory for such a batch: {way}") from None
 
 
 @contextmanager

@@ -121,13 +121,13 @@ def write_state(run: Run, state: State):
     "Write the state whole: to a temporary file that is synced and renamed. Raises `UserError` where the disk is full."
     path, facts = run.file("state.safetensors"), {"format": FORMAT, "id": run.record.id} | state.facts
     tensors = {k: t.detach().cpu().contiguous() for k, t in state.tensors.items()}
-    try:
-        with whole_path(path) as temporary:
+    with whole_path(path) as temporary:
+        try:
             save_file(tensors, temporary, {"facts": json.dumps(facts)})
-    except (OSError, SafetensorError) as e:
-        raise UserError(
-            f"{path} cannot be written ({reason(e)}): make room (it takes {_megabytes(tensors)} MB, twice while it is written)"
-        ) from None
+        except SafetensorError as e:
+            raise UserError(
+                f"{path} cannot be written ({reason(e)}): make room (it takes {_megabytes(tensors)} MB, twice while it is written)"
+            ) from None
 
 
 def _megabytes(tensors) -> int:

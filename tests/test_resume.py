@@ -113,9 +113,7 @@ def test_a_stopped_run_s_name_is_taken(door, drawn, tmp_path):
         door(f"train.py {SHORT} -n r -d", drawn), "already has a run", "--resume -n r goes on with it", "--overwrite"
     )
     # a mistake in what overwrites it costs nothing
-    check_refused(
-        door(f"train.py {SHORT} -n r --overwrite --arch alexnet --weights gone.pth -d", drawn), "gone.pth not found"
-    )
+    check_refused(door(f"train.py {SHORT} -n r --overwrite --weights gone.pth -d", drawn), "gone.pth not found")
     assert (runs / "r_state.safetensors").read_bytes() == state
     check_refused(door("train.py --resume"), "--resume goes with -n NAME", "stopped runs in runs: r")
     check_refused(door("train.py --resume -n typo"), "nothing of that run", "stopped runs there: r")

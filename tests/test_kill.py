@@ -1,0 +1,105 @@
+"""Real runs, killed with SIGKILL at random moments and resumed. Slow: `python -m pytest -m slow`.
+
+Moments within the writing of a state or a checkpoint are among them: every fourth kill waits for the temporary file.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from .conftest import QUICK, ROOT
+from .test_resume import check_equal
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+STATES = "--save-every 0"  # a state at every batch
+FIRST = f"train.py {QUICK} --arch mobilenetv3_small_050 --head 16,drop0.5 -b 4 -e 3 {STATES} -n one -d"
+STAGES = {  # the second one's worker outlives the process for a while
+    "one": FIRST,
+    "two": f"finetune.py -e 3 --workers 1 {STATES} -n two -pm one",
+    "three": f"finetune.py -e 3 --workers 0 {STATES} -n three -pm two",
+}
+
+
+def start(folder, line, *more):
+    script, *words = line.split()
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *words, *map(str, more)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process):
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    return out
+
+
+def wait_for_states(process, path, count: int):
+    "Until the process has written its state so many times more, or has ended."
+    last = None
+    while count and process.poll() is None:
+        now = path.stat().st_ino if path.exists() else None
+        count, last = count - (now not in (None, last)), now
+        time.sleep(0.002)
+
+
+def kill_in_writing(process, runs, name):
+    "Kill the process as soon as it writes a state or a checkpoint."
+    while process.poll() is None and not any(
+        p.name.startswith((f"{name}_state", f"{name}_best")) for p in runs.glob("*.tmp")
+    ):
+        pass
+    process.kill()
+    process.wait()
+    assert any(runs.glob("*.tmp"))  # it was left half-done
+
+
+@pytest.fixture(scope="module")
+def whole(drawn, tmp_path_factory):
+    "The output folder of the stages, never stopped."
+    folder = tmp_path_factory.mktemp("whole")
+    for name, line in STAGES.items():
+        finish(start(folder, line, *([drawn] if name == "one" else [])))
+    return folder / "runs"
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_a_killed_run_goes_on_to_the_same_weights(whole, drawn, tmp_path, kill):
+    """Every fifth kill falls into the start-up, every fourth of the others into the writing of a file, the others anywhere;
+    some runs are killed twice.
+    """
+    rng, name = random.Random(kill), list(STAGES)[kill % len(STAGES)]
+    here = tmp_path / "runs"
+    here.mkdir()
+    for path in whole.iterdir():  # the stages before, and this one under another name to compare with
+        shutil.copy(path, here / path.name.replace(name, "whole") if path.name.startswith(f"{name}_") else here)
+    line, more = STAGES[name], [drawn] if name == "one" else []
+    door = line.split()[0]
+    for again in range(1 + (kill % 7 == 2)):
+        process = start(tmp_path, f"{door} --resume -n {name}") if again else start(tmp_path, line, *more)
+        if kill % 5 == 4:
+            time.sleep(rng.uniform(0.3, 4))
+        else:
+            wait_for_states(process, here / f"{name}_state.safetensors", rng.randrange(1, 24 // (1 + again)))
+        if kill % 4 == 3 and kill % 5 != 4:
+            kill_in_writing(process, here, name)
+        else:
+            time.sleep(rng.uniform(0, 0.2))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    out = finish(start(tmp_path, f"{door} --resume -n {name}"))
+    print(f"kill {kill}: {name}: {[x for x in out.splitlines() if 'going on' in x or 'finished' in x]}")
+    check_equal(here, "whole", name)
+    assert not list(here.glob("*.tmp")) and not list(here.glob("*.lock"))

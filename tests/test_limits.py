@@ -1,0 +1,100 @@
+"Where the machine has no more to give: memory and room on the disk."
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from .conftest import QUICK, ROOT
+from .test_doors import check_refused
+from .test_resume import SHORT, check_equal
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are set as Linux has them")
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    "Every network runs out of memory where a batch has more than five images, with the error that a GPU gives."
+    from landmarks_fastai import inference, models, training
+
+    build = models.build_model
+
+    def refuse(module, inputs):
+        if len(inputs[0]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def built(*args):
+        model = build(*args)
+        model.register_forward_pre_hook(refuse)
+        return model
+
+    monkeypatch.setattr(inference, "fuse_norms", lambda model, size: model)  # which leaves hooks behind
+    for room in (models, training):
+        monkeypatch.setattr(room, "build_model", built)
+
+
+def test_too_little_memory_says_what_batch_fits(door, drawn, tmp_path, small_memory):
+    result = door(f"train.py {SHORT} -b 16 --accumulate 2 -n r -d", drawn)
+    check_refused(
+        result, "-b 16: not enough memory", "-b 4 fits (tried here); with --accumulate 8 it makes the same steps"
+    )
+    assert not list((tmp_path / "here" / "runs").iterdir())
+    assert door(f"train.py {SHORT} -b 4 --accumulate 8 -n r -d", drawn)[0] == 0
+    check_refused(door("predict.py --workers 0 -b 6 -pm r"), "-b 6: not enough memory", "-b 3 fits")
+    check_refused(door("finetune.py --workers 0 -b 8 -n s -pm r"), "-b 8: not enough memory", "-b 4 fits")
+    assert not list((tmp_path / "here" / "runs").glob("s_*"))
+
+
+FULL = """
+set -e
+mkdir -p runs && mount -t tmpfs -o size={size}m none runs
+set +e
+{python} {root}/train.py {flags} -n parts -d {data} 2> err.txt
+echo $? > code.txt
+ls -l runs > left.txt
+mount -o remount,size=500m runs
+{python} {root}/train.py --resume -n parts > resumed.txt 2>&1
+echo $? >> code.txt
+mkdir out && cp -r runs/* out/
+"""
+
+
+def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, door):
+    "A file system that holds one state and not two: the first stays whole, and the run goes on from it."
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    flags = f"{SHORT} --save-every 0"
+    script = FULL.format(size=24, python=sys.executable, root=ROOT, flags=flags, data=drawn)
+    subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, check=True)
+    err, codes = (tmp_path / "err.txt").read_text(), (tmp_path / "code.txt").read_text().split()
+    check_refused(
+        (int(codes[0]), "", err), "parts_state.safetensors cannot be written", "No space left on device", "make room"
+    )
+    assert "then go on with: python train.py --resume -n parts" in err
+    left = (tmp_path / "left.txt").read_text()
+    assert "parts_state.safetensors\n" in left and ".tmp" not in left
+    assert codes[1] == "0" and "going on at epoch 0, batch 1" in (tmp_path / "resumed.txt").read_text()
+    runs = tmp_path / "here" / "runs"
+    assert door(f"train.py {SHORT} -n whole -d", drawn)[0] == 0
+    for path in (tmp_path / "out").iterdir():
+        shutil.copy(path, runs)
+    check_equal(runs, "whole", "parts")
+
+
+@pytest.mark.parametrize("bytes_left", [1 << 10, 1 << 14, 1 << 17, 1 << 20])
+def test_no_file_can_grow_is_said_in_one_line(door, drawn, tmp_path, bytes_left):
+    "As a quota does; whichever file is the first that does not fit."
+    import resource
+
+    assert door(f"train.py {QUICK} -n other -d", drawn)[0] == 0  # parses the labels, draws the fonts
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, limit[1]))
+    try:
+        result = door(f"train.py {QUICK} -n r -d", drawn)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    check_refused(result, "cannot be written", "File too large")
+    assert not [p for p in os.listdir(tmp_path / "here" / "runs") if p.startswith("r_")]
