@@ -9,6 +9,7 @@ from pathlib import Path
 
 from landmarks_fastai.errors import UserError
 
+ON_WINDOWS = os.name == "nt"
 # the disk is full, the quota is used up, the file too large, the disk read-only, closed or broken
 REFUSALS = {
     getattr(errno, name)
@@ -60,7 +61,7 @@ def _rename(temporary: Path, path: Path, tries: int = 20):
             os.replace(temporary, path)
             break
         except PermissionError:
-            if os.name != "nt" or not left:
+            if not ON_WINDOWS or not left:
                 raise
             time.sleep(0.1)
     if hasattr(os, "O_DIRECTORY"):  # so that the new name outlives a power cut; Windows cannot sync a folder
@@ -84,10 +85,10 @@ def take_lock(path: Path):
     try:
         yield held
     finally:
-        if held and os.name != "nt":
+        if held and not ON_WINDOWS:
             path.unlink(missing_ok=True)  # before it is let go: who waits for it must not lock a removed file
         f.close()
-        if held and os.name == "nt":  # where an open file cannot be removed
+        if held and ON_WINDOWS:  # where an open file cannot be removed
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 

@@ -44,7 +44,9 @@ def test_too_little_memory_says_what_batch_fits(door, drawn, tmp_path, small_mem
     assert not list((tmp_path / "here" / "runs").iterdir())
     assert door(f"train.py {SHORT} -b 4 --accumulate 8 -n r -d", drawn)[0] == 0
     check_refused(door("predict.py --workers 0 -b 6 -pm r"), "-b 6: not enough memory", "-b 3 fits")
-    check_refused(door("finetune.py --workers 0 -b 8 -n s -pm r"), "-b 8: not enough memory", "-b 4 fits")
+    check_refused(
+        door("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), "-b 8: not enough memory", "-b 4 fits"
+    )
     assert not list((tmp_path / "here" / "runs").glob("s_*"))
 
 
