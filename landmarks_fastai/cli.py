@@ -246,9 +246,9 @@ def _as_started(parser, args):
 def _stand_in(args, record: Record):
     "Make what the flags name relative to the folder that they were typed in absolute."
     if args.data is not None:
-        args.data = os.path.join(record.folder, args.data)
+        args.data = os.path.abspath(os.path.join(record.folder, args.data))
     if getattr(args, "weights", None) not in (None, "imagenet", "none"):
-        args.weights = os.path.join(record.folder, args.weights)
+        args.weights = os.path.abspath(os.path.join(record.folder, args.weights))
     if record.given:
         args.pretrained_model = record.given
 

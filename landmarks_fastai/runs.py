@@ -217,7 +217,8 @@ def _cleared_up(run, before: Record | None, overwrite: bool):
         kept = "the state is saved" if _stamp(state) else "nothing was saved yet"
         raise Stopped(f"{kept}; go on with: {run.resume_command}", getattr(e, "code", 130)) from None
     except UserError as e:
-        if _stamp(state) and (not overwrite or _stamp(state) != saved[1]):
+        goes_on = _stamp(state) and (not overwrite or _stamp(state) != saved[1])
+        if goes_on and "--overwrite" not in str(e):
             e.way_on = f"then go on with: {run.resume_command}"
         raise
     finally:
