@@ -37,6 +37,18 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, monkeypatch, row):
     assert os.listdir(tmp_path) == ["test_points.csv"]
 
 
+def test_indices_of_any_size_and_sign_stay_whole_numbers(tmp_path):
+    for index in (-1, 127, 128, -129, 32768, 2**31, 2**32, 10**18 - 1):
+        found = contest.read_test_points(ask(tmp_path, f"a.jpg\t[-1, {index}]")).indices
+        assert found.dtype.kind in "iu" and found.tolist() == [[-1, index]]
+
+
+def test_a_list_that_does_not_end_is_refused_at_once(tmp_path):
+    "In one pass: a search that tries every way to share out a million spaces takes hours."
+    with pytest.raises(UserError, match="line 2: .* is no list"):
+        contest.read_test_points(ask(tmp_path, "a.jpg\t[1" + " " * 1_000_000 + "x"))
+
+
 def test_an_index_out_of_range_is_named_with_its_line(tmp_path):
     asked = contest.read_test_points(ask(tmp_path, "a.jpg\t[1, 67]", "b.jpg\t[68, 2]"))
     asked.check_range(69)
@@ -121,6 +133,7 @@ def test_score_by_hand(scored, capsys):
     [
         ("", "no submission"),
         ("file_name,x,y\n", "no submission"),
+        ("\na.jpg,5,6,1,2\n", "no submission"),  # the first line is blank: which is the header cannot be told
         ("HEAD\na.jpg,5,6,1,2\n", "1 rows for 2"),
         ("HEAD\nb.jpg,5,6,1,2\na.jpg,5,6,1,2\n", "row 1"),
         ("HEAD\na.jpg,5,6,1,2\nb.jpg,5,6,1\n", "line 3"),
