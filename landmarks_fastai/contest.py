@@ -15,7 +15,7 @@ import numpy as np
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.labels import Labels, read_labels
 
-LIST = re.compile(r"\[\s*-?\d{1,18}(?:\s*,\s*-?\d{1,18})*\s*,?\s*\]")
+LIST = re.compile(r"\[\s*-?\d{1,18}(?:\s*,\s*-?\d{1,18})*(?:\s*,)?\s*\]")  # each space fits one place: no long search
 
 
 def data_folder(data) -> Path:
@@ -150,9 +150,9 @@ def read_test_points(
 
 
 def _small(numbers) -> np.ndarray:
-    "The integers in the fewest bytes that hold them."
+    "The integers in the fewest bytes that hold them and a sign."
     numbers = np.asarray(numbers)
-    return numbers.astype(np.result_type(np.min_scalar_type(numbers.min()), np.min_scalar_type(numbers.max())))
+    return numbers.astype(np.min_scalar_type(min(numbers.min(), -1 - numbers.max())))
 
 
 def _lines(csv: Path):
@@ -195,6 +195,8 @@ def read_submission(csv) -> tuple[list[str], np.ndarray]:
         if number == 1:
             width = len(fields)
             continue
+        if width is None:  # the first line is blank
+            break
         try:
             values = np.array(fields[1:], np.float64)
         except ValueError:

@@ -81,7 +81,8 @@ def _parse_piece(piece: bytes, n_values: int):
         return None
     starts = [0, *(ends[:-1, -1] + 1).tolist()]
     names = [piece[a:b] for a, b in zip(starts, ends[:, 0].tolist(), strict=True)]
-    if not all(names) or not _is_utf8(b"".join(names)):
+    text = b"\n".join(names)  # the newlines keep half a letter of one name from being whole with the next
+    if not all(names) or b"\r" in text or not _is_utf8(text):
         return None
     values = _whole_numbers(data, ends, b"-" in piece)
     return None if values is None else (np.array(names), values)
@@ -158,6 +159,12 @@ def _check_fields(csv: Path, first_line: int, block: bytes, n_values: int):
             f"{csv} line {lines[row]}: {tabs[row] + 1} fields found, {n_values + 1} expected "
             f"(file_name and {n_values // 2} points): mend or remove the line"
         )
+    returns = np.flatnonzero(data == 13)
+    stray = returns[data[returns + 1] != 10]
+    if stray.size:  # pandas ends a line at each
+        raise UserError(
+            f"{csv} line {lines[np.searchsorted(ends, stray[0])]}: a carriage return inside the line: remove it"
+        )
     if blank.any():
         block = b"".join(block[s : e + 1] for s, e, b in zip(starts, ends, blank, strict=True) if not b)
     return block, lines[~blank]
@@ -170,7 +177,8 @@ def _parse_block(csv: Path, block: bytes, lines: np.ndarray):
     # Quotes mean nothing in the contest's files; na_filter off makes an empty field an error, not a NaN.
     kwargs = dict(sep="\t", header=None, quoting=3, na_filter=False, low_memory=False, dtype={0: str})
     try:
-        frame = pd.read_csv(BytesIO(block), **kwargs)
+        # The newline, a blank line that pandas passes over, keeps it from dropping a first name's byte order mark.
+        frame = pd.read_csv(BytesIO(b"\n" + block), **kwargs)
     except UnicodeDecodeError:
         row = next(i for i, b in enumerate(block.splitlines()) if not _is_utf8(b))
         raise UserError(f"{csv} line {lines[row]}: not UTF-8 text") from None

@@ -27,7 +27,7 @@ def test_lists_are_parsed(tmp_path):
     [
         "a.jpg", "a.jpg\t", "a.jpg\t[]", "a.jpg\t[1, 2", "a.jpg\t[1; 2]", "a.jpg\t[1, 2.5]", "\t[1, 2]",
         "a.jpg\t[1, 9999999999999999999999]", "a.jpg\t[1, 2, 3]", "a.jpg\t__import__('os').system('touch evaluated')",
-        "a.jpg\t[x for x in (1, 2)]", "a.jpg\t[1, 2]; 3",
+        "a.jpg\t[x for x in (1, 2)]", "a.jpg\t[1, 2]; 3", "a.jpg\tb\t[1, 2]", "a.jpg\tX[1, 2]X", "a.jpg\t[1, 2]X",
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_with_its_line(tmp_path, monkeypatch, row):
@@ -37,10 +37,23 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, monkeypatch, row):
     assert os.listdir(tmp_path) == ["test_points.csv"]
 
 
+def test_indices_of_any_size_and_sign_stay_whole_numbers(tmp_path):
+    for index in (-1, 127, 128, -129, 32768, 2**31, 2**32, 10**18 - 1):
+        found = contest.read_test_points(ask(tmp_path, f"a.jpg\t[-1, {index}]")).indices
+        assert found.dtype.kind in "iu" and found.tolist() == [[-1, index]]
+        assert found.itemsize == next(n for n in (1, 2, 4, 8) if -(2 ** (8 * n - 1)) <= index < 2 ** (8 * n - 1))
+
+
+def test_a_list_that_does_not_end_is_refused_at_once(tmp_path):
+    "In one pass: a search that tries every way to share out a million spaces takes hours."
+    with pytest.raises(UserError, match="line 2: .* is no list"):
+        contest.read_test_points(ask(tmp_path, "a.jpg\t[1" + " " * 1_000_000 + "x"))
+
+
 def test_an_index_out_of_range_is_named_with_its_line(tmp_path):
     asked = contest.read_test_points(ask(tmp_path, "a.jpg\t[1, 67]", "b.jpg\t[68, 2]"))
     asked.check_range(69)
-    with pytest.raises(UserError, match=r"line 3: point index 68 .* 68 points \(0 to 67\)"):
+    with pytest.raises(UserError, match=r"test_points.csv line 3: point index 68 .* 68 points \(0 to 67\)"):
         asked.check_range(68)
     with pytest.raises(UserError, match="line 2: point index -7 asked for"):
         contest.read_test_points(ask(tmp_path, "a.jpg\t[1, -7]")).check_range(68)
@@ -54,7 +67,18 @@ def test_a_file_without_its_header_line_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../out.jpg", "/etc/passwd", "C:\\x.jpg", "a/../../out.jpg", "..\\out.jpg", "link.jpg"]
+    "name",
+    [
+        "../out.jpg",
+        "/etc/passwd",
+        "C:\\x.jpg",
+        "C:x.jpg",
+        "\\x.jpg",
+        "a/../../out.jpg",
+        "..\\out.jpg",
+        "link.jpg",
+        "a\0.jpg",
+    ],
 )
 def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path, name):
     images = tmp_path / "images"
@@ -76,6 +100,52 @@ def test_the_image_folder_itself_may_be_a_link_and_missing_images_are_counted(tm
     contest.check_files(tmp_path / "x.csv", images, [(2, "a.jpg"), (3, "deeper/b.jpg"), (4, "c.jpg")])
     with pytest.raises(UserError, match=r"x.csv line 3: image gone.jpg not found .*\(2 images are missing in all\)"):
         contest.check_files(tmp_path / "x.csv", images, [(2, "a.jpg"), (3, "gone.jpg"), (4, "gone2.jpg")])
+
+
+def test_one_missing_image_is_not_counted_and_no_other_folder_is_asked(tmp_path, monkeypatch):
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    images.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "gone.jpg").touch()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(UserError, match=r"line 2: image gone.jpg not found in .*images: add it or remove the line$"):
+        contest.check_files(tmp_path / "x.csv", images, [(2, "gone.jpg")])
+    with pytest.raises(UserError, match="nowhere: no such folder; x.csv names images in it"):
+        contest.check_files(tmp_path / "x.csv", tmp_path / "nowhere", [(2, "gone.jpg")])
+
+
+def test_the_data_folder_and_its_training_side(tmp_path, monkeypatch):
+    for name in ("nowhere", "file", "nu\0l"):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="-d wants the folder that holds train/ and test/"):
+            contest.data_folder(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert contest.data_folder("") == contest.data_folder(None) == contest.data_folder(".")
+    with pytest.raises(UserError, match="train.landmarks.csv not found; -d wants"):
+        contest.training_rows(tmp_path)
+    (tmp_path / "train" / "images").mkdir(parents=True)
+    (tmp_path / "train" / "landmarks.csv").write_text("file_name\tx\ty\na.jpg\t1\t2\n")
+    with pytest.raises(UserError, match="landmarks.csv line 2: image a.jpg not found"):
+        contest.training_rows(tmp_path)
+    (tmp_path / "train" / "images" / "a.jpg").touch()
+    labels, images = contest.training_rows(tmp_path)
+    assert len(labels) == 1 and images == tmp_path / "train" / "images"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "letters.csv").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "empty.csv").write_text(HEADER)
+    for name, message in [("no", "no not found"), (".", "cannot be read"), ("letters.csv", "letters.csv: not UTF-8")]:
+        for read in (contest.read_test_points, contest.read_submission):
+            with pytest.raises(UserError, match=message):
+                read(tmp_path / name)
+    with pytest.raises(UserError, match="empty.csv has no rows"):
+        contest.read_test_points(tmp_path / "empty.csv")
+
+
+def test_no_submission_is_written_of_what_is_no_number():
+    with pytest.raises(UserError, match="prediction for a.jpg is NaN or infinite"):
+        contest.submission_line("a.jpg", np.array([[1.0, np.nan]]))
 
 
 def test_rounding():
@@ -121,9 +191,12 @@ def test_score_by_hand(scored, capsys):
     [
         ("", "no submission"),
         ("file_name,x,y\n", "no submission"),
+        ("\na.jpg,5,6,1,2\n", "no submission"),  # the first line is blank: which is the header cannot be told
         ("HEAD\na.jpg,5,6,1,2\n", "1 rows for 2"),
         ("HEAD\nb.jpg,5,6,1,2\na.jpg,5,6,1,2\n", "row 1"),
-        ("HEAD\na.jpg,5,6,1,2\nb.jpg,5,6,1\n", "line 3"),
+        ("HEAD\na.jpg,5,6,1,2\nb.jpg,5,6,1\n", "line 3: a file name and 4 finite numbers"),
+        ("file_name,x,y,z\na.jpg,5,6,1\n", "no submission"),
+        ("file_name\na.jpg\n", "no submission"),
         ("HEAD\na.jpg,5,6,1,nan\nb.jpg,5,6,1,2\n", "line 2"),
         ("HEAD\na.jpg,5,6,1,x\nb.jpg,5,6,1,2\n", "line 2"),
         ("file_name,x,y\na.jpg,5,6\nb.jpg,5,6\n", "1 points a row found, 2 asked"),
@@ -134,3 +207,16 @@ def test_a_bad_submission_is_not_scored(scored, capsys, text, message):
     assert contest.main(["score", *map(str, scored)]) == 1
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_an_image_that_the_truth_lacks_is_named(scored):
+    submission, asked, truth = scored
+    truth.write_text("".join(truth.read_text().splitlines(True)[:2]))
+    with pytest.raises(UserError, match=r"landmarks.csv: no row for a.jpg \(1 images are absent in all\)"):
+        contest.score(submission, asked, truth)
+
+
+def test_the_scorer_asks_for_its_command(capsys):
+    with pytest.raises(SystemExit):
+        contest.main([])
+    assert "required: command" in capsys.readouterr().err

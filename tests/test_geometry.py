@@ -85,6 +85,18 @@ def test_a_dark_image_is_not_taken_for_a_border():
     assert content_box(Image.fromarray(stripe)) == (0, 0, 160, 120)
 
 
+def test_what_is_dark_and_what_is_a_border_end_where_they_say():
+    "A border is as light as 12 of 255, not 13; what it leaves is half of a side, not less."
+    for lightness, box in [(12, (20, 30, 60, 90)), (13, (0, 0, 80, 120))]:
+        pixels = np.full((120, 80), lightness, np.uint8)
+        pixels[30:90, 20:60] = 200
+        assert content_box(Image.fromarray(pixels)) == box
+    for narrower in [(slice(30, 89), slice(20, 60)), (slice(30, 90), slice(21, 60))]:
+        pixels = np.zeros((120, 80), np.uint8)
+        pixels[narrower] = 200
+        assert content_box(Image.fromarray(pixels)) == (0, 0, 80, 120)
+
+
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("margins", [(0, 0, 0, 0), (30, 0, 0, 0), (11, 9, 24, 3)])
 def test_trimmed_a_dot_still_lies_where_its_point_is_mapped(fit, margins):
@@ -97,7 +109,9 @@ def test_trimmed_a_dot_still_lies_where_its_point_is_mapped(fit, margins):
     picture, bare = (Image.fromarray((pixels + p).round().astype(np.uint8)).convert("RGB") for p in (spot, 0))
     fitted, to_input = fit_image(picture, fit, size, "trim")
     ground, same = fit_image(bare, fit, size, "trim")
-    assert to_input == same and (np.asarray(ground)[32, 32:] > 30).sum() > 60  # the content fills the input
+    content = pixel_map(width - left - right, height - top - bottom, fit, size)  # as if the borders had never been
+    corners = np.array([[0, 0], [99, 77]])
+    assert to_input == same and to_input.to_input(corners + [left, top]) == pytest.approx(content.to_input(corners))
     found = centroid(np.asarray(fitted)[..., 0].astype(float) - np.asarray(ground)[..., 0])
     assert found == pytest.approx(to_input.to_input(point), abs=0.05)
     assert to_input.to_image(to_input.to_input(point)) == pytest.approx(point, abs=1e-6)

@@ -109,6 +109,7 @@ BAD = {
     ),
     "NUL": ("b.jpg\0\t1\t2\t3\t4\t5\t6", "line 3"),
     "control": ("b.jpg\t1\t2\t3\x074\t5\t6\t7", "line 3: point 1's x is"),
+    "carriage return": ("b\r.jpg\t1\t2\t3\t4\t5\t6", "line 3: a carriage return inside the line"),
     "minus alone": ("b.jpg\t1\t-\t3\t4\t5\t6", "line 3: point 0's y is '-', a number expected"),
     "just too large": ("b.jpg\t1\t-32768\t3\t4\t5\t6", "line 3: point 0's y is -32768, a number between"),
     "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e+30"),
@@ -136,6 +137,20 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
     csv.write_bytes((HEADER + "\n" + ROW.format("a") + "\n").encode() + b"\xff\xfe.jpg\t1\t2\t3\t4\t5\t6\n")
     with pytest.raises(UserError, match="line 3: not UTF-8"):
         read_labels(csv)
+
+
+def test_halves_of_a_letter_in_two_names_do_not_make_one(tmp_path):
+    csv = tmp_path / "l.csv"
+    row = b"\t1\t2\t3\t4\t5\t6\n"
+    csv.write_bytes(HEADER.encode() + b"\na\xc3" + row + b"\xa9.jpg" + row)
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        read_labels(csv)
+
+
+@pytest.mark.parametrize("number", ["1", "1.5"])
+def test_a_byte_order_mark_within_the_file_is_its_name_s(tmp_path, number):
+    csv = write(tmp_path / "l.csv", f"\ufeffa.jpg\t{number}\t2\t3\t4\t5\t6")
+    assert read_labels(csv).name(0) == "\ufeffa.jpg"
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,9 @@ def test_points_in_image_undoes_the_map():
 
 def test_nme_of_a_point_alone_is_its_distance():
     assert nme_diagonal(torch.tensor([[[4.0, 6.0]]]), torch.tensor([[[1.0, 2.0]]])).tolist() == [5.0]
+
+
+def test_nme_measures_each_image_by_its_own_box_however_small():
+    truth = torch.tensor([[[0.0, 0.0], [0.3, 0.4]], [[100.0, 100.0], [106.0, 108.0]], [[5.0, 5.0], [5.0, 5.0]]])
+    pred = truth + torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]], [[0.0, 7.0]]])
+    assert nme_diagonal(pred, truth).tolist() == pytest.approx([5 / 0.5, 2 / 10, 7])

@@ -1,0 +1,107 @@
+"""A coverage-guided search for input that a parser answers with anything but its result or a `UserError`.
+
+`python tests/fuzz.py labels` feeds `landmarks.csv`, `python tests/fuzz.py points` `test_points.csv`; what follows goes
+to libFuzzer. See README.md beside this file.
+"""
+
+import os
+import sys
+import tempfile
+from concurrent import futures
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import pandas  # noqa: F401 - imported late by the reader: not to be counted as its work
+
+atheris.enabled_hooks.add("RegEx")
+with atheris.instrument_imports(include=["landmarks_fastai.rows", "landmarks_fastai.contest"]):
+    from landmarks_fastai import contest, rows
+from landmarks_fastai.errors import UserError  # noqa: E402
+
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+HEADER = {"labels": b"n\tx\ty\n", "points": b"n\tlist\n"}
+SEEDS = {
+    "labels": [b"a\t1\t2\nb\t-3\t4\n", b"a\t1.5\t2e1\n\nb\t3\t4\r\n", "я\t+1\t 2\n".encode(), b"\n\xef\xbb\xbfa\t1\t2"],
+    "points": [b"a\t[1, 2]\nb\t[3,4,]\n", b'a\t"[-7]"\r\n\r\nb\t[ 8 ]', "я\t[742, 385]\n".encode()],
+}
+
+
+class AtOnce(futures.Executor):
+    "Threads would cost more than the work, and their coverage comes too late."
+
+    def __init__(self, *args):
+        pass
+
+    def submit(self, do, *args):
+        done = futures.Future()
+        done.set_result(do(*args))
+        return done
+
+
+def lines_of(data: bytes) -> int:
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").count(b"\n") + 1
+
+
+def check_labels(csv: Path, data: bytes):
+    "The rows are what their lines say: in order, as many numbers as columns, names without what ends them."
+    last = 1
+    for lines, names, values in rows.read_rows(csv):
+        assert len(lines) == len(names) == len(values) and values.shape[1] >= 1 and values.shape[2:] == (2,)
+        assert lines[0] > last and (np.diff(lines) > 0).all()
+        assert (abs(values.astype(np.float64)) <= rows.LIMIT).all()
+        last = lines[-1]
+        for line, name in zip(lines, names, strict=True):
+            assert name.decode("utf-8") and not set(name) & set(b"\t\r\n\0")
+            assert data.split(b"\n")[line - 1].split(b"\t")[0] == name
+    assert last <= lines_of(data)
+
+
+def check_points(csv: Path, data: bytes):
+    "A row of whole numbers for each name, and no more rows than lines."
+    asked = contest.read_test_points(csv)
+    assert asked.indices.dtype.kind in "iu" and asked.indices.ndim == 2
+    assert len(asked) == len(asked.lines) == len(asked.indices) < lines_of(data)
+    assert (np.diff(asked.lines.astype(np.int64)) > 0).all() and all(asked.names)
+
+
+def feed(target: str, csv: Path, data: bytes):
+    "One execution: the first byte says whether a right header stands above the rest."
+    data = HEADER[target] + data[1:] if data[:1] < b"\xf0" else data[1:]
+    with open(csv, "wb") as f:
+        f.write(data)
+    try:
+        {"labels": check_labels, "points": check_points}[target](csv, data)
+    except UserError:
+        pass
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1] not in HEADER:
+        sys.exit("usage: python tests/fuzz.py labels|points [libFuzzer's options and corpus folders]")
+    target = sys.argv.pop(1)
+    with tempfile.TemporaryDirectory(prefix="fuzz", dir=MEMORY) as work:
+        child = os.fork()  # libFuzzer ends its process without a word to Python
+        if not child:
+            search(target, Path(work))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.exit(code)
+
+
+def search(target: str, work: Path):
+    "Feed `target` until libFuzzer has had enough; does not return."
+    csv, corpus = work / f"{target}.csv", work / "seeds"
+    corpus.mkdir()
+    for k, seed in enumerate(SEEDS[target]):
+        (corpus / str(k)).write_bytes(b"-" + seed)
+    rows.ThreadPoolExecutor = AtOnce
+    rows.BLOCK = rows.PIECE = 48  # so that small files are cut too
+    atheris.Setup([*sys.argv, str(corpus)], lambda data: feed(target, csv, data))
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""What must hold for every input, tried on many that nobody thought of: the parsers, the maps, the submission.
+
+`EXAMPLES=20000 python -m pytest tests/test_properties.py` searches longer than the few hundred of every day.
+"""
+
+import builtins
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from landmarks_fastai import contest, rows
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import PixelMap, fit_image, input_to_unit, pixel_map, unit_to_input
+from landmarks_fastai.labels import read_labels
+from landmarks_fastai.settings import FITS
+
+# the same examples every time: a failure in CI is one here
+search = settings(max_examples=int(os.environ.get("EXAMPLES", 300)), deadline=None, derandomize=True, database=None)
+
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # thousands of small files, each of them synced
+
+# A legal file name: UTF-8 text without TAB, line ends and NUL. Commas, quotes and spaces are as good as letters.
+ODD = st.sampled_from(" ,\"'\ufeff\x0b\x0c\x1c\x1d\x1e\x85\u2028\xa0#;\\[]0-.я😀")
+LETTER = st.characters(exclude_categories=["Cs"], exclude_characters="\t\n\r\0")
+NAME = st.text(ODD | LETTER, min_size=1, max_size=12)
+
+
+def folder():
+    return tempfile.TemporaryDirectory(dir=MEMORY, ignore_cleanup_errors=True)
+
+
+def read_bytes(data: bytes, reader, name="a.csv"):
+    "What `reader` makes of a file that holds `data`; a `UserError` is its text, without the folder."
+    with folder() as there:
+        csv = Path(there) / name
+        csv.write_bytes(data)
+        try:
+            return reader(csv)
+        except UserError as e:
+            return str(e).replace(there, "")
+
+
+# --- landmarks.csv -----------------------------------------------------------------------------------------------
+
+
+def label_rows(csv):
+    "(lines, names, points as float32) of a landmarks.csv."
+    labels = read_labels(csv)
+    lines, names = zip(*labels.lines_and_names(), strict=True)
+    points = np.stack([labels.points(i) for i in range(len(labels))])
+    assert [labels.line(i) for i in range(len(labels))] == list(lines)
+    assert [labels.name(i) for i in range(len(labels))] == list(names)
+    assert points.shape == (len(labels), labels.n_points, 2) and points.dtype == np.float32
+    return list(lines), list(names), points
+
+
+@st.composite
+def whole(draw, forms=("{}", "{}", "{}", "+{}", " {}", "{} ", "0{}", "{}.0", "{}e0")):
+    "A whole number and a text of it."
+    value = draw(st.integers(-9, 99) | st.integers(-rows.LIMIT, rows.LIMIT))
+    form = draw(st.sampled_from(forms)) if value >= 0 else "{}"
+    return form.format(value), np.float32(value)
+
+
+@st.composite
+def decimal(draw):
+    "A number with decimals and a text of it."
+    value = draw(st.floats(-rows.LIMIT, rows.LIMIT, width=32))
+    return draw(st.sampled_from([repr(float(value)), str(np.float32(value)), f"{value:.9e}"])), np.float32(value)
+
+
+PLAIN = whole(forms=("{}",))
+COLUMN = st.text(LETTER, max_size=6).filter(lambda text: not rows._is_number(text.encode()))
+
+
+@st.composite
+def tables(draw):
+    "(bytes of a right landmarks.csv, line numbers, names, points)"
+    n = draw(st.integers(1, 4))
+    number = draw(st.sampled_from([PLAIN, PLAIN, whole(), PLAIN | decimal()]))
+    names, cells, lines, text = [], [], [], []
+    header = draw(st.lists(COLUMN, min_size=2 * n + 1, max_size=2 * n + 1))
+    assume("".join(header).encode().strip())
+    for _ in range(draw(st.integers(1, 6))):
+        text += [""] * draw(st.sampled_from([0, 0, 0, 1, 2]))
+        row = draw(st.lists(number, min_size=2 * n, max_size=2 * n))
+        names.append(draw(NAME))
+        cells.append([value for _, value in row])
+        lines.append(len(text) + 2)
+        text.append("\t".join([names[-1], *(t for t, _ in row)]))
+    end = draw(st.sampled_from(["\n", "\r\n"]))
+    last = draw(st.sampled_from([end, end * 2, ""]))
+    data = (end.join(["\t".join(header), *text]) + last).encode()
+    return data, lines, names, np.array(cells, np.float32).reshape(len(names), n, 2)
+
+
+@st.composite
+def cuts(draw):
+    "How the reader cuts a file: the bytes of a block and of a piece."
+    return draw(st.sampled_from([(1 << 23, 1 << 20), (1 << 23, 1), (40, 1 << 20), (100, 30), (1, 1)]))
+
+
+def read_cut(data, cut, slow=False):
+    "As `read_bytes`, of a landmarks.csv, cut as asked, with or without the fast way."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "BLOCK", cut[0])
+        patch.setattr(rows, "PIECE", cut[1])
+        if slow:
+            patch.setattr(rows, "_parse_piece", lambda piece, n_values: None)
+        return read_bytes(data, label_rows)
+
+
+def same(one, other):
+    "Equal rows, or equal errors."
+    if isinstance(one, str) or isinstance(other, str):
+        return isinstance(one, str) and isinstance(other, str) and one == other
+    return one[:2] == other[:2] and np.array_equal(one[2], other[2])
+
+
+@search
+@given(tables(), cuts(), st.booleans())
+def test_every_table_reads_back_equal(table, cut, slow):
+    data, lines, names, points = table
+    found = read_cut(data, cut, slow)
+    assert same(found, (lines, names, points))
+
+
+PIECES = [
+    b"\t",
+    b"\n",
+    b"\r",
+    b"\r\n",
+    b"\0",
+    b"-",
+    b"+",
+    b".",
+    b"e",
+    b" ",
+    b'"',
+    b"0",
+    b"9",
+    b"99999",
+    b"nan",
+    b"inf",
+    b"True",
+]
+PIECES += [b"\xff", b"\xef\xbb\xbf", "я".encode(), b"\x07", b"\x0b", b"1e400", b"0x1", b"1_0", b"18446744073709551615"]
+PIECES += [b"-9223372036854775808", b"NA", b"", b"#", b",", b"1j", b"2020-01-01"]
+
+
+@st.composite
+def mutated(draw, right):
+    "A right file with a few of its bytes changed, doubled or gone."
+    data = draw(right)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = draw(st.sampled_from([start, start, start + 1, start + 1, start + 3, start + 20]))
+        data = data[:start] + draw(st.sampled_from(PIECES) | st.binary(max_size=3)) + data[end:]
+    return data
+
+
+def check_both_ways(data, cut):
+    "Rows or a `UserError`, the same by numpy and by pandas; the rows of a file are no more than its lines."
+    fast, slow = read_cut(data, cut), read_cut(data, cut, slow=True)
+    assert same(fast, slow), (fast, slow)
+    if not isinstance(fast, str):
+        lines, names, points = fast
+        assert all(name and not set(name) & set("\t\n\r\0") for name in names)
+        assert np.isfinite(points).all() and abs(points).max() <= rows.LIMIT
+        assert lines == sorted(set(lines)) and 2 <= lines[0] and lines[-1] <= data.count(b"\n") + 1
+
+
+@search
+@given(mutated(tables().map(lambda table: table[0])), cuts())
+def test_a_changed_table_is_read_the_same_both_ways_or_refused(data, cut):
+    check_both_ways(data, cut)
+
+
+@search
+@example(b"\xc3\t1\t2\n\xa9\t1\t2\n", (1 << 23, 1 << 20))  # two halves of a letter, whole in neither name
+@example(b"\xef\xbb\xbfa\t1\t2\n", (1 << 23, 1 << 20))  # a byte order mark that belongs to a name
+@example(b"a\rb\t1\t2\n", (1 << 23, 1 << 20))
+@given(st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=30).map(b"".join), cuts())
+def test_any_bytes_are_read_the_same_both_ways_or_refused(data, cut):
+    check_both_ways(b"n\tx\ty\n" + data, cut)
+    read_bytes(data, label_rows)
+
+
+# --- test_points.csv and the submission --------------------------------------------------------------------------
+
+
+def asked_rows(csv):
+    asked = contest.read_test_points(csv)
+    assert asked.indices.dtype.kind in "iu" and asked.indices.shape == (len(asked), asked.indices.size // len(asked))
+    return asked.lines.tolist(), asked.names, asked.indices.tolist()
+
+
+SPACE = st.sampled_from(["", "", " ", "  "])
+
+
+@st.composite
+def questions(draw):
+    "(bytes of a right test_points.csv, line numbers, names, indices)"
+    n = draw(st.integers(1, 4))
+    lines, names, indices, text = [], [], [], ["file_name\tpoint_index_list"]
+    for _ in range(draw(st.integers(1, 5))):
+        text += [""] * draw(st.sampled_from([0, 0, 1]))
+        numbers = draw(st.lists(st.integers(-10, 2000) | st.integers(1 - 10**18, 10**18 - 1), min_size=n, max_size=n))
+        inside = ",".join(draw(SPACE) + str(number) + draw(SPACE) for number in numbers)
+        quote = draw(st.sampled_from(["", "", '"']))
+        names.append(draw(NAME))
+        indices.append(numbers)
+        text.append(f"{names[-1]}\t{quote}[{inside}{draw(st.sampled_from(['', ',']))}]{quote}{draw(SPACE)}")
+        lines.append(len(text))
+    end, mark = draw(st.sampled_from(["\n", "\r\n", "\r"])), draw(st.sampled_from(["", "\ufeff"]))
+    return (mark + end.join(text) + draw(st.sampled_from(["", end]))).encode(), lines, names, indices
+
+
+@search
+@given(questions())
+def test_every_list_of_points_reads_back_equal(question):
+    data, *expected = question
+    assert read_bytes(data, asked_rows) == tuple(expected)
+
+
+CODE = st.sampled_from([
+    "[__import__('builtins').__dict__.update(evaluated=1)]", "[1, setattr(__import__('builtins'), 'evaluated', 1)]",
+    "[*range(3)]", "[1 + 1]", "(1, 2)", "{1: 2}", "[[1]]", "[1e3]", "[0x1]", "[1_0]", "[True]", "[None]", "[٣, 四]", "[--1]",
+])  # fmt: skip
+
+
+@search
+@given(CODE | st.text(st.sampled_from("[], -0123456789.\"'()ex_\t\n\r"), max_size=30) | st.text(max_size=30))
+def test_any_list_is_integers_or_refused_and_never_evaluated(text):
+    found = read_bytes(
+        f"file_name\tpoint_index_list\na.jpg\t[1]\nb.jpg\t{text}\n".encode("utf-8", "replace"), asked_rows
+    )
+    assert isinstance(found, str) or all(type(index) is int for row in found[2] for index in row)
+    assert not hasattr(builtins, "evaluated")
+
+
+@search
+@given(mutated(questions().map(lambda question: question[0])) | st.binary(max_size=60))
+def test_any_bytes_are_lists_of_points_or_refused(data):
+    found = read_bytes(data, asked_rows)
+    assert isinstance(found, str) or all(name and "\t" not in name for name in found[1])
+
+
+@st.composite
+def answers(draw):
+    "(names, points (rows, asked, 2)) of a submission, as large or small as a float goes."
+    shape = draw(st.integers(1, 4)), draw(st.integers(1, 4)), 2
+    width = draw(st.sampled_from([32, 64]))
+    number = st.floats(-1e4, 1e4, width=width) | st.floats(allow_nan=False, allow_infinity=False, width=width)
+    size = int(np.prod(shape))
+    points = np.array(draw(st.lists(number, min_size=size, max_size=size)), f"float{width}").reshape(shape)
+    return draw(st.lists(NAME, min_size=shape[0], max_size=shape[0])), points
+
+
+@search
+@given(answers(), st.sampled_from(["nearest", "floor", "none"]))
+def test_what_is_submitted_reads_back_equal(answer, rounding):
+    names, points = answer
+    rounded = contest.round_points(points, rounding)
+    text = contest.submission_header(points.shape[1]) + "".join(map(contest.submission_line, names, rounded))
+    found_names, found = read_bytes(text.encode(), contest.read_submission)
+    assert found_names == names and np.array_equal(found.astype(points.dtype), rounded)
+    exact = points.astype(np.longdouble)
+    if rounding == "none":
+        assert np.array_equal(rounded, points)
+    else:
+        assert (rounded == np.trunc(rounded)).all()
+        low, high = {"nearest": (-0.5, 0.5), "floor": (0, 1)}[rounding]
+        assert ((low <= exact - rounded) & (exact - rounded <= high)).all()
+
+
+RIGHT = answers().map(
+    lambda answer: (
+        contest.submission_header(answer[1].shape[1]) + "".join(map(contest.submission_line, *answer))
+    ).encode()
+)
+
+
+@search
+@given(mutated(RIGHT) | st.binary(max_size=60))
+def test_any_bytes_are_a_submission_or_refused(data):
+    found = read_bytes(data, contest.read_submission)
+    assert isinstance(found, str) or (np.isfinite(found[1]).all() and len(found[0]) == len(found[1]))
+
+
+# --- geometry ----------------------------------------------------------------------------------------------------
+
+SIDE = st.integers(1, 20000)
+REDUCED = st.sampled_from([1, 2, 4, 8])
+NUMPY_OR_TORCH = st.sampled_from([np.asarray, torch.from_numpy])
+
+
+@search
+@given(SIDE, SIDE, st.sampled_from(FITS), st.integers(1, 1024), REDUCED, NUMPY_OR_TORCH, st.randoms())
+def test_every_map_leads_there_and_back(width, height, fit, size, reduced, kind, random):
+    stored = np.array([[random.uniform(-0.5, side * reduced - 0.5) for side in (width, height)] for _ in range(9)])
+    there = pixel_map(width, height, fit, size).from_stored(reduced)
+    points = kind(stored)
+    seen = there.to_input(points)
+    assert type(seen) is type(points) and seen.shape == points.shape
+    unit = input_to_unit(seen, size)
+    assert np.abs(np.asarray(unit_to_input(unit, size) - seen)).max() < 1e-3
+    assert np.abs(np.asarray(there.to_image(unit_to_input(unit, size))) - stored).max() < 1e-3
+    together = PixelMap.of_batch(torch.tensor([there, there], dtype=torch.float64)).to_image(
+        torch.from_numpy(np.asarray(seen)).expand(2, -1, -1)
+    )
+    assert np.abs(together.numpy() - stored).max() < 1e-3
+
+
+@search
+@given(SIDE, SIDE, st.sampled_from(FITS), st.integers(1, 1024), REDUCED)
+def test_what_each_fit_promises_holds_for_every_size(width, height, fit, size, reduced):
+    "In edges: unit coordinates are -1 and 1 where the picture's edges, or those of its short or long side, come to lie."
+    stored = np.array([[0.0, 0.0], [width * reduced, height * reduced]]) - 0.5
+    unit = input_to_unit(pixel_map(width, height, fit, size).from_stored(reduced).to_input(stored), size)
+    long = 0 if width >= height else 1
+    fills = {"squish": [0, 1], "pad": [long], "crop": [1 - long]}[fit]
+    assert unit[:, fills] == pytest.approx(np.array([[-1.0], [1.0]]).repeat(len(fills), 1), abs=1e-6)
+    if fit != "squish":
+        margin = 1e-9 + (2 / max(width, height) if fit == "pad" else 0)  # pad's margins are whole pixels
+        assert abs(unit[0] + unit[1]).max() <= margin  # the middle stays the middle
+        assert (unit[1, 0] - unit[0, 0]) / (unit[1, 1] - unit[0, 1]) == pytest.approx(width / height)
+
+
+@search
+@given(st.integers(1, 120), st.integers(1, 120), st.sampled_from(FITS), st.integers(1, 100), REDUCED, st.booleans())
+def test_every_fitted_pixel_shows_the_place_that_it_is_mapped_to(width, height, fit, size, reduced, down):
+    "Two ramps, each pixel as light as its x and its y: the input's pixels must be as light as their place in the image."
+    y, x = np.mgrid[: height * reduced, : width * reduced].astype(np.float32)
+    v, u = np.mgrid[:size, :size]
+    ramps = [Image.fromarray(ramp).reduce(reduced) for ramp in (x, y)]
+    (seen_x, there), (seen_y, same_map) = (fit_image(ramp, fit, size, "keep", reduced) for ramp in ramps)
+    assert there == same_map == pixel_map(width, height, fit, size).from_stored(reduced)
+    place = there.to_image(np.stack([u, v], -1).reshape(-1, 2).astype(float))
+    seen = np.stack([np.asarray(seen_x), np.asarray(seen_y)], -1).reshape(-1, 2)
+    reach = reduced * 1.5 + np.array(
+        [max(1 / there.scale_x, reduced), max(1 / there.scale_y, reduced)]
+    )  # of the filter
+    sides = np.array([width, height]) * reduced
+    inside = ((place >= reach) & (place <= sides - 1 - reach)).all(1)
+    assert np.abs(seen - place)[inside].max(initial=0) < 0.1 * reduced
