@@ -1,5 +1,10 @@
 "The one kind of error whose text is written for the person who runs the program."
 
+from itertools import islice
+from typing import NamedTuple
+
+SHOWN = 20  # problems that are printed; the others are written to a list
+
 
 class UserError(Exception):
     """A user's mistake, or their data's: the text is the one line that they read.
@@ -14,4 +19,56 @@ class UserError(Exception):
         text = str(self)
         if "Original Traceback" in text:
             text = text.rsplit(f"{type(self).__name__}: ", 1)[-1]
-        return text.replace("\n", " ").strip()
+        return one_line(text)
+
+    @property
+    def lines(self) -> list[str]:
+        "What is printed, each with `error: ` before it."
+        return [self.line]
+
+
+class MissingImage(UserError):
+    "An image file that is not there: one that vanishes while a stage runs costs that image, not the run."
+
+
+class Problem(NamedTuple):
+    "What is wrong with one row of a CSV."
+
+    csv: object  # its path
+    line: int
+    file_name: str
+    text: str  # what was found and what to do
+
+    def __str__(self):
+        return one_line(f"{self.csv} line {self.line}: {self.text}")
+
+
+class BadData(UserError):
+    "All that is wrong with a file's rows; `problems` are the lines that are printed."
+
+    def __init__(
+        self,
+        found,  # the `Problem`s, in the file's order
+        count: int,  # how many they are
+        advice: str = "",  # a way out beside mending them
+        listing="",  # where all of them were written down, if they were
+    ):
+        self.problems = [str(problem) for problem in islice(found, SHOWN)]
+        if count == 1:
+            self.problems[0] += f", or {advice}" if advice else ""
+        elif count:
+            if count > SHOWN:
+                self.problems.append(
+                    f"… and {count - SHOWN} more" + (f"; all are listed in {listing}" if listing else "")
+                )
+            self.problems.append(f"{count} rows are bad: mend them" + (f", or {advice}" if advice else ""))
+        super().__init__("\n".join(self.problems))
+
+    @property
+    def lines(self):
+        return self.problems
+
+
+def one_line(text: str) -> str:
+    "The text without line ends and what else moves a terminal's cursor: a file name may hold anything."
+    return "".join(c if c.isprintable() else " " for c in text).strip()
