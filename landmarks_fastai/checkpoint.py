@@ -29,6 +29,7 @@ class Run:
     PICTURED = ("results.png", "batch.png", "mirror.json", "mirror.png", "lr.png")
     STAGE = ("best.pth", "best.json", "history.csv", *PICTURED)
     PREDICTED = ("submit.csv", "points.npy", "points.json")
+    LISTING = "bad.csv"  # rows that were left out, or that stopped it: is kept then, and takes no name
     CLAIM = "history.csv"  # made by `claim_run`, so that of two processes that want a name one gets it
 
     def __init__(self, out, name: str):

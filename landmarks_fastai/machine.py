@@ -105,6 +105,17 @@ def keep_freed_memory() -> bool:
     return bool(mallopt) and all(mallopt(option, value) for option, value in options)
 
 
+def bar(items, total: int, comment: str = ""):
+    "The items, with a progress bar in a terminal."
+    if not sys.stdout.isatty():
+        return items
+    from fastprogress.fastprogress import progress_bar
+
+    shown = progress_bar(items, total=total)
+    shown.comment = comment
+    return shown
+
+
 def side_by_side(func, items):
     """`func` of each item, in order; each core computes one item by itself, and few are ahead of what was taken.
 

@@ -17,7 +17,6 @@ from fastai.learner import Learner
 
 from landmarks_fastai import callbacks, drawing
 from landmarks_fastai.checkpoint import Checkpoint, Run, read_checkpoint, write_checkpoint
-from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.losses import loss_function
@@ -36,7 +35,7 @@ def at_input_of(learn: Learner, settings: Settings, before: Checkpoint, machine:
     there = settings.replace(**before.settings.of(INPUT))
     if there == settings:
         return learn
-    labels, folder = training_rows(settings.data)
+    _, labels, folder, _ = learn.dls.train.recipe  # the rows that were found at the start
     dls = make_dataloaders(there, labels, folder, machine)
     return make_learner(there, dls, before.model(), learn.path, machine)
 
