@@ -115,7 +115,7 @@ def is_deep(image: Image.Image) -> bool:
 def is_turned(image: Image.Image) -> bool:
     "Whether EXIF asks for the image to be turned before it is shown."
     with suppress(*REFUSALS):
-        return ("exif" in image.info or image.format == "TIFF") and image.getexif().get(ORIENTATION, 1) not in (0, 1)
+        return image.info.get("turned") or ("exif" in image.info or image.format == "TIFF") and image.getexif().get(ORIENTATION, 1) not in (0, 1)
     return False
 
 
@@ -134,6 +134,7 @@ def opened(path, where: str = ""):
     try:
         with Image.open(path) as image:
             if image.format == "TIFF" and is_turned(image):
+                image.info["turned"] = True
                 image.getexif()[ORIENTATION] = 1  # of all formats, Pillow turns this one by itself
                 image._size = image._tile_size
             yield image
