@@ -55,8 +55,7 @@ def training_rows(
     elif listing:
         Path(listing).unlink(missing_ok=True)  # of a start before
     if len(rows) and stops:
-        advice = "leave them out with --on-bad skip" if len(rows) < len(labels) else ""
-        raise BadData(problems(), len(rows), advice, listing)
+        raise BadData(problems(), len(rows), "--on-bad skip" if len(rows) < len(labels) else "", listing)
     if len(rows):
         print(f"{len(rows)} of {len(labels)} rows are bad and left out" + (f": {listing}" if listing else ""))
     labels.left_out, labels.listing = rows, listing

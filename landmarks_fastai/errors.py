@@ -50,18 +50,18 @@ class BadData(UserError):
         self,
         found,  # the `Problem`s, in the file's order
         count: int,  # how many they are
-        advice: str = "",  # a way out beside mending them
+        way_out: str = "",  # a flag that leaves them out
         listing="",  # where all of them were written down, if they were
     ):
         self.problems = [str(problem) for problem in islice(found, SHOWN)]
-        if count == 1:
-            self.problems[0] += f", or {advice}" if advice else ""
-        elif count:
-            if count > SHOWN:
-                self.problems.append(
-                    f"… and {count - SHOWN} more" + (f"; all are listed in {listing}" if listing else "")
-                )
-            self.problems.append(f"{count} rows are bad: mend them" + (f", or {advice}" if advice else ""))
+        if count > SHOWN:
+            self.problems.append(f"… and {count - SHOWN} more" + (f"; all are listed in {listing}" if listing else ""))
+        if count > 1:
+            self.problems.append(
+                f"{count} rows are bad: mend them" + f", or leave them out with {way_out}" * bool(way_out)
+            )
+        elif way_out:
+            self.problems[0] += f", or leave it out with {way_out}"
         super().__init__("\n".join(self.problems))
 
     @property

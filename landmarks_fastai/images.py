@@ -115,7 +115,11 @@ def is_deep(image: Image.Image) -> bool:
 def is_turned(image: Image.Image) -> bool:
     "Whether EXIF asks for the image to be turned before it is shown."
     with suppress(*REFUSALS):
-        return image.info.get("turned") or ("exif" in image.info or image.format == "TIFF") and image.getexif().get(ORIENTATION, 1) not in (0, 1)
+        return (
+            image.info.get("turned")
+            or ("exif" in image.info or image.format == "TIFF")
+            and image.getexif().get(ORIENTATION, 1) not in (0, 1)
+        )
     return False
 
 
