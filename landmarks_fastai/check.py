@@ -1,10 +1,12 @@
 """Is every row's image there, and whole? Told before training, of all rows at once.
 
-The first check opens each image's header and reads its end, in 45 us on one core; decoding takes 170. What it found
-good is kept beside the CSV's cache with each file's size and time: a later start looks at those, and opens what has changed.
+The first check opens each image's header and reads its end: 65 us on one core, where decoding takes 170 (3,000 drawn
+faces; two threads wait for each other, at 99 to one's 35 in Pillow). What it found good is kept beside the CSV's cache
+with each file's size and time: a later start looks at those, at 5 us a row, and opens what has changed.
 """
 
 import csv
+import errno
 import json
 import os
 import re
@@ -82,7 +84,7 @@ def check_images(
     fresh = (stamps[:, 0] >= 0) if kept is None else (stamps[:, 0] >= 0) & (stamps != kept).any(1)
     details, notes = {}, {}
     blocks = np.unique(np.flatnonzero(fresh) // BLOCK)
-    for block in progress(blocks, len(blocks), "of the images' check"):
+    for block in progress(blocks, len(blocks), "images are checked") if len(blocks) else ():
         rows = block * BLOCK + np.flatnonzero(fresh[block * BLOCK : (block + 1) * BLOCK])
         _check_block(table, folder, rows, points, faults, details, notes)
     if kept is None:
@@ -125,7 +127,7 @@ def _look_at(folder, prefix, name):
     except (FileNotFoundError, NotADirectoryError):
         return MISSING, None
     except (OSError, ValueError) as e:
-        return (MISSING if getattr(e, "errno", None) == 36 else CLOSED), None
+        return (MISSING if getattr(e, "errno", 0) == errno.ENAMETOOLONG else CLOSED), None
     return (0, found) if stat.S_ISREG(found.st_mode) else (NO_FILE, None)
 
 
@@ -145,7 +147,7 @@ def _check_block(table, folder, rows, points, faults, details, notes):
     sizes = {}
     for row in rows.tolist():
         try:
-            sizes[row], kinds = look_inside(folder / table.name(row))
+            sizes[row], kinds = look_inside(os.path.join(folder, table.name(row)))
         except UserError as e:
             faults[row] = DAMAGED
             if len(details) < KEPT:
@@ -209,8 +211,8 @@ def _note_twins(table, names):
     again = np.sort(order[1:][np.diff(names[order]) == 0])
     first = int(again[0])
     print(
-        f"note: {table.csv}: {len(again)} rows name an image that an earlier row names, "
-        f"the first in line {table.line(first)} ({table.name(first)})"
+        f"note: images named in more than one row: {len(again)}; "
+        f"the first: {table.csv} line {table.line(first)}, {table.name(first)}"
     )
 
 

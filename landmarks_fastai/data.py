@@ -153,7 +153,7 @@ class LandmarkDL(TfmdDL):
             try:
                 found[place] = get_image(row)
             except UserError as e:
-                if missed is None or not (skip or isinstance(e, MissingImage)):
+                if missed is None or not self.recipe or not (skip or isinstance(e, MissingImage)):
                     raise
                 missed.append((int(row), e.line))
         return list(found.values()), [rows[place] for place in found]

@@ -151,7 +151,8 @@ def opened(path, where: str = ""):
 
 def _reason(error, path) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "of a format that Pillow does not know" if os.stat(path).st_size else "it has no bytes"
+        empty = os.path.isfile(path) and not os.path.getsize(path)
+        return "it has no bytes" if empty else "of a format that Pillow does not know"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 

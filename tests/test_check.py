@@ -146,7 +146,7 @@ def test_what_is_odd_is_noted_once_in_a_line_a_kind(data, capsys):
     lines = capsys.readouterr().out.splitlines()
     csv = data / "train" / "landmarks.csv"
     for said in (
-        f"note: {csv}: 1 rows name an image that an earlier row names, the first in line 11 ({names(data)[1]})",
+        f"note: images named in more than one row: 1; the first: {csv} line 11, {names(data)[1]}",
         f"note: 1 image is animated or of several pages, the first picture is used; the first: {csv} line 10, d.gif",
         f"note: 1 image is CMYK, made RGB; the first: {csv} line 5, {names(data)[3]}",
         f"note: 1 image is of 16 bits, made RGB of 8; the first: {csv} line 9, c.png",
