@@ -14,7 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.interrupts import heed_sigterm
-from landmarks_fastai.machine import AMP, Machine
+from landmarks_fastai.machine import AMP, Machine, bar  # noqa: F401 (the doors' `cli.bar`)
 from landmarks_fastai.runs import Record, Run, read_record, stopped_runs
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
@@ -149,7 +149,9 @@ def train_arguments(argv=None):
     )
     parser.add_argument("--recipe", choices=RECIPES, default="best",
                         help="best: the defaults below; seed: the published entry, every later addition off (default: best)")  # fmt: skip
-    data = _add_settings(parser, "data", ["data", "valid_pct", "valid_random", "all_rows"], {"data": "drawn faces"})
+    data = _add_settings(
+        parser, "data", ["data", "on_bad", "valid_pct", "valid_random", "all_rows"], {"data": "drawn faces"}
+    )
     _add_name(data)
     network = _add_settings(parser, "network", ["arch", "head", "start", "targets", "freeze", *INPUT])
     network.add_argument("--weights", metavar="W", help="what the body starts from: imagenet, none, or a .safetensors or .pth file "
@@ -176,7 +178,7 @@ def finetune_arguments(argv=None):
         "freeze": "off",
     }
     its = {f.name: own.get(f.name, "the checkpoint's") for f in dataclasses.fields(Settings)}
-    training = _add_settings(parser, "training", [*TRAINING, "data", "freeze", "all_rows"], its)
+    training = _add_settings(parser, "training", [*TRAINING, "data", "on_bad", "freeze", "all_rows"], its)
     _add_settings(parser, "what the images go through, and what is kept", [*INPUT, *IMAGES], its)
     _add_name(training)
     _add_settings(parser, "must agree with the checkpoint", NETWORK + SPLIT, its)
@@ -336,13 +338,6 @@ def drawn_faces(settings: Settings, out, weights: str) -> Settings:
     return settings.replace(data=os.path.abspath(folder))
 
 
-def bar(batches, total: int):
-    "The batches, with a progress bar in a terminal."
-    from fastprogress.fastprogress import progress_bar
-
-    return progress_bar(batches, total=total) if sys.stdout.isatty() else batches
-
-
 def predict_settings(args, checkpoint: Settings) -> Settings:
     "The checkpoint's settings, with the data and batch size that were typed."
     typed = given(args)
@@ -398,7 +393,8 @@ def run_door(main):
     try:
         main()
     except UserError as e:
-        print(f"error: {e.line}", file=sys.stderr)
+        for line in e.lines:
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as e:
         print(f"stopped: {e}" if str(e) else "stopped", file=sys.stderr)

@@ -3,17 +3,18 @@
 `python -m landmarks_fastai.contest score SUBMISSION TEST_POINTS TRUTH` prints the contest's score.
 """
 
-import itertools
 import os
 import re
 import sys
 from array import array
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 
-from landmarks_fastai.errors import UserError
-from landmarks_fastai.labels import Labels, read_labels
+from landmarks_fastai.check import check_images, write_listing
+from landmarks_fastai.errors import SHOWN, BadData, UserError
+from landmarks_fastai.labels import Labels, identity, open_labels, read_labels
+from landmarks_fastai.machine import bar
 
 LIST = re.compile(r"\[\s*-?\d{1,18}(?:\s*,\s*-?\d{1,18})*(?:\s*,)?\s*\]")  # each space fits one place: no long search
 
@@ -30,60 +31,35 @@ def data_folder(data) -> Path:
     return folder
 
 
-def training_rows(data) -> tuple[Labels, Path]:
-    "The labels and the image folder of the training side, with every row's file known to be there."
+def training_rows(
+    data,
+    on_bad: str = "stop",  # or skip: bad rows are left out
+    listing=None,  # file that bad rows are listed in
+    progress=bar,
+) -> tuple[Labels, Path]:
+    """The labels and the image folder of the training side, every row of them checked.
+
+    Raises `BadData` with all that is wrong, or, with skip, prints how much it is; `labels.left_out` has the rows then.
+    """
     side = data_folder(data) / "train"
     if not os.path.isfile(side / "landmarks.csv"):  # False, not an error, where a folder is closed
         raise UserError(f"{side / 'landmarks.csv'} not found; -d wants the folder that holds train/ and test/")
-    labels = read_labels(side / "landmarks.csv")
-    check_files(labels.csv, side / "images", labels.lines_and_names())
+    labels = open_labels(side / "landmarks.csv")
+    faults = labels.faults()
+    found = check_images(labels, side / "images", labels.some_points, list(faults), progress)
+    rows = np.union1d(found.rows, list(faults)).astype(np.int64)
+    problems = lambda: (labels.problem(r, faults[r]) if r in faults else found.problem(r) for r in rows.tolist())  # noqa: E731
+    stops = on_bad == "stop" or len(rows) == len(labels)
+    if listing and len(rows) > (SHOWN if stops else 0):
+        write_listing(listing, problems())
+    elif listing:
+        Path(listing).unlink(missing_ok=True)  # of a start before
+    if len(rows) and stops:
+        raise BadData(problems(), len(rows), "--on-bad skip" if len(rows) < len(labels) else "", listing)
+    if len(rows):
+        print(f"{len(rows)} of {len(labels)} rows are bad and left out" + (f": {listing}" if listing else ""))
+    labels.left_out, labels.listing = rows, listing
     return labels, side / "images"
-
-
-def check_files(
-    csv: Path,  # the file that names the images
-    folder: Path,  # that they must lie in; it may be a link itself
-    rows,  # (line, file name) pairs
-):
-    "Raise `UserError` for the first name that leaves the folder or is absent, and for a folder that cannot be read."
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {csv.name} names images in it")
-    try:
-        with os.scandir(folder) as entries:
-            # a link may lead out of the folder: it is looked at by itself
-            there = np.sort(np.fromiter((hash(e.name) for e in entries if not e.is_symlink()), np.int64))
-    except OSError as e:
-        raise UserError(f"{folder} cannot be read ({e.strerror})") from None
-    first, count = None, 0
-    for line, name in _not_among(rows, there):
-        _check_inside(csv, line, folder, name)
-        if not (folder / name).is_file():
-            first, count = first or (line, name), count + 1
-    if first:
-        more = f" ({count} images are missing in all)" if count > 1 else ""
-        raise UserError(
-            f"{csv} line {first[0]}: image {first[1]} not found in {folder}{more}: add it or remove the line"
-        )
-
-
-def _not_among(rows, there: np.ndarray):
-    "The rows whose name's hash is not in the sorted array: of 400,000 names 3 MB, where a dict of them takes 140."
-    rows = iter(rows)
-    while block := list(itertools.islice(rows, 4096)):
-        hashes = np.fromiter((hash(name) for _, name in block), np.int64, len(block))
-        places = np.searchsorted(there, hashes)
-        found = np.append(there, 0)[places] == hashes
-        yield from (block[k] for k in np.flatnonzero(~found | (places == len(there))))
-
-
-def _check_inside(csv, line, folder, name):
-    "A file name may not lead out of the image folder: not by `..`, a root, a drive, or a link inside the folder."
-    windows, posix = PureWindowsPath(name), PurePosixPath(name)
-    leaves = windows.drive or windows.root or posix.is_absolute() or ".." in windows.parts or "\0" in name
-    if not leaves:
-        leaves = not (folder / name).resolve().is_relative_to(folder.resolve())
-    if leaves:
-        raise UserError(f"{csv} line {line}: file name {name!r} leaves the image folder {folder}: it was not opened")
 
 
 class TestPoints:
@@ -96,9 +72,19 @@ class TestPoints:
 
     def __init__(self, csv: Path, names: list[str], indices: np.ndarray, lines: np.ndarray):
         self.csv, self.names, self.indices, self.lines = csv, names, indices, lines
+        self.key = identity(csv)
 
     def __len__(self):
         return len(self.names)
+
+    def name(self, row: int) -> str:
+        return self.names[row]
+
+    def line(self, row: int) -> int:
+        return int(self.lines[row])
+
+    def lines_and_names(self):
+        return zip(self.lines.tolist(), self.names, strict=True)
 
     def check_range(self, n_points: int):
         "Raise `UserError` for the first index that a network of `n_points` points has no answer to."
@@ -254,7 +240,8 @@ def main(argv=None) -> int:
     try:
         print(score(args.submission, args.test_points, args.truth))
     except UserError as e:
-        print(f"error: {e.line}", file=sys.stderr)
+        for line in e.lines:
+            print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 

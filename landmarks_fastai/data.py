@@ -6,6 +6,8 @@ validation alike.
 A batch is (images, points, maps): the maps carry the metric back to pixels of the images as stored.
 """
 
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,16 @@ from fasttransform import ItemTransform
 
 from landmarks_fastai import drawing
 from landmarks_fastai.augment import Augment
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.check import append_listing
+from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
 from landmarks_fastai.images import Inputs, image_size, open_cache
 from landmarks_fastai.labels import Labels
 from landmarks_fastai.machine import Machine
 from landmarks_fastai.mirror import ROWS
 from landmarks_fastai.settings import INPUT, Settings
+
+UNMOUNTED = 4  # images in a row that are gone, in batches that lack most of theirs
 
 
 class TensorMap(TensorBase):
@@ -107,8 +112,13 @@ class LandmarkDL(TfmdDL):
         self.randomize()
         self.before_iter()
         self._DataLoader__idxs = self.get_idxs()
-        for batch in _loaders[self.fake_l.num_workers == 0](self.fake_l):
+        misses = Misses(self.recipe[1] if self.recipe else None)
+        for *batch, size, missed in _loaders[self.fake_l.num_workers == 0](self.fake_l):
+            misses.count(size, missed, bool(batch))
+            if not batch:
+                continue
             yield self.after_batch(to_device(tuple(batch), self.device, non_blocking=self.pin_memory))
+        misses.end()
         self.after_iter()
 
     def create_batches(self, samples):
@@ -118,17 +128,37 @@ class LandmarkDL(TfmdDL):
         say what a batch is, a test holds this to them.
         """
         for chosen in self.chunkify(samples):
-            yield self.whole_batch([self.items[i] for i in chosen])
+            rows, missed = [self.items[i] for i in chosen], []
+            yield *self.whole_batch(rows, missed), len(rows), missed
 
-    def whole_batch(self, rows):
-        "(images uint8 (batch, 3, size, size), points in unit coordinates, maps) of rows of the labels."
+    def whole_batch(self, rows, missed=None):
+        """(images uint8 (batch, 3, size, size), points in unit coordinates, maps) of rows of the labels.
+
+        Without those whose images are gone, or, with `--on-bad skip`, cannot be decoded: (row, why) goes to `missed`.
+        Nothing where none is left. Of a training batch's last image there are two: a batch norm takes no less.
+        """
         get_image, get_points = (tl.tfms.fs[0] for tl in self.dataset.tls)
-        images = [get_image(row) for row in rows]
+        images, rows = self._images(get_image, rows, missed)
+        if not images:
+            return ()
+        if missed and len(images) == 1 and self.drop_last:
+            images, rows = images * 2, rows * 2
         maps = torch.tensor([image.to_input for image in images])
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
         points = torch.from_numpy(np.stack([get_points(row) for row in rows]))
         points = input_to_unit(PixelMap.of_batch(maps).to_input(points), pixels.shape[1])
         return TensorImage(pixels.permute(0, 3, 1, 2)), TensorPoint(points), TensorMap(maps)
+
+    def _images(self, get_image, rows, missed):
+        found, skip = {}, self.recipe and self.recipe[0].on_bad == "skip"
+        for place, row in enumerate(rows):
+            try:
+                found[place] = get_image(row)
+            except UserError as e:
+                if missed is None or not self.recipe or not (skip or isinstance(e, MissingImage)):
+                    raise
+                missed.append((int(row), e.line))
+        return list(found.values()), [rows[place] for place in found]
 
     def get_idxs(self):
         return super().get_idxs()[self.first * self.bs :]
@@ -150,6 +180,38 @@ class LandmarkDL(TfmdDL):
         return (images * normalise.std + normalise.mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
+class Misses:
+    "The rows that a pass over the images goes on without: each is told once a run, and listed."
+
+    def __init__(self, labels: Labels | None):
+        self.labels, self.in_a_row, self.nothing = labels, 0, True
+
+    def count(self, size: int, missed, left: bool):
+        "Raises `UserError` where most images of a batch, or of some small ones, are gone: a folder is, not an image."
+        self.in_a_row = self.in_a_row + len(missed) if 2 * len(missed) > size else 0
+        if self.in_a_row >= UNMOUNTED:
+            raise UserError(f"{missed[0][1]}; so are {len(missed)} of a batch of {size}: is the folder still there?")
+        self.nothing &= not left
+        for row, why in missed:
+            if row not in self.labels.lost:
+                self.labels.lost.add(row)
+                self.tell(row, why)
+
+    def end(self):
+        if self.nothing and self.in_a_row:
+            raise UserError(
+                f"{self.labels.csv}: no image of its rows to validate on is left: is the folder still there?"
+            )
+
+    def tell(self, row, why):
+        print(f"warning: {why}: the run goes on without it", file=sys.stderr, flush=True)
+        if self.labels.listing:
+            with suppress(OSError):  # a full disk must not end a run over a list
+                append_listing(
+                    self.labels.listing, self.labels.problem(row, why.removeprefix(where_of(self.labels, row)))
+                )
+
+
 def _loader_again(recipe, side, batches, idxs):
     "In a spawned worker: the loader that `recipe` made, in the order that the main process drew."
     dl = make_dataloaders(*recipe)[side].new(**batches, num_workers=0)
@@ -157,22 +219,35 @@ def _loader_again(recipe, side, batches, idxs):
     return dl
 
 
-def split_rows(n: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(n: int, settings: Settings, left_out=()) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and to validate on: the last `valid_pct` of the file, as the seed's, or as many at random.
 
-    With `all_rows` the same rows are validated on, and trained on as well.
+    With `all_rows` the same rows are validated on, and trained on as well. Rows that are left out are taken out of the
+    split of all: one that becomes bad between two stages moves no other from one side to the other.
     """
     n_train = int(n * (1 - settings.valid_pct) + 1e-9)
     rows = np.arange(n)
     if settings.valid_random:
         rows = np.random.default_rng(settings.split_seed).permutation(n)
     train, valid = rows[:n_train], rows[n_train:]
-    return np.arange(n) if settings.all_rows else np.sort(train), np.sort(valid)
+    train = np.arange(n) if settings.all_rows else train
+    return np.setdiff1d(train, left_out), np.setdiff1d(valid, left_out)
+
+
+def rows_of(labels: Labels, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    "`split_rows` of the labels. Raises `UserError` where a side has none."
+    train, valid = split_rows(len(labels), settings, labels.left_out)
+    n = f"{labels.csv}: {len(labels)} rows" + (f", {len(labels.left_out)} of them bad," if len(labels.left_out) else "")
+    if not len(train):
+        raise UserError(f"{n} leave none to train on: lower --valid-pct or add rows")
+    if not len(valid):
+        raise UserError(f"{n} leave none to validate on: mend them or raise --valid-pct")
+    return train, valid
 
 
 def some_shapes(settings: Settings, labels: Labels, at_most: int = ROWS) -> np.ndarray:
     "Landmarks (rows, n_points, 2) of training rows, evenly spaced, in pixels of the images as stored."
-    rows, _ = split_rows(len(labels), settings)
+    rows, _ = rows_of(labels, settings)
     return np.stack([labels.points(row) for row in rows[:: max(1, -(-len(rows) // at_most))]])
 
 
@@ -182,14 +257,18 @@ def mean_shape(settings: Settings, labels: Labels, folder: Path, at_most: int = 
     Taken from at most 2,000 rows, evenly spaced: a mean of more moves by less than a hundredth of a face. Only the
     images' headers are read, so black borders count as image here: it is where training starts, not where it ends.
     """
-    rows, _ = split_rows(len(labels), settings)
+    rows, _ = rows_of(labels, settings)
     rows = rows[:: max(1, -(-len(rows) // at_most))]
-    total = np.zeros((labels.n_points, 2))
+    total, n = np.zeros((labels.n_points, 2)), 0
     for row in rows:
-        width, height = image_size(folder / labels.name(row), where_of(labels, row))
+        try:
+            width, height = image_size(folder / labels.name(row), where_of(labels, row))
+        except MissingImage:  # it will be missed again, and told, when it is trained on
+            continue
+        n += 1
         to_input = pixel_map(width, height, settings.fit, settings.size)
         total += input_to_unit(to_input.to_input(labels.points(row).astype(np.float64)), settings.size)
-    return total / len(rows)
+    return total / max(1, n)
 
 
 def make_dataloaders(
@@ -202,9 +281,7 @@ def make_dataloaders(
 
     Raises `UserError` where the rows are too few for a batch: a short last training batch is dropped.
     """
-    train, valid = split_rows(len(labels), settings)
-    if not len(train):
-        raise UserError(f"{labels.csv}: {len(labels)} rows leave none to train on: lower --valid-pct or add rows")
+    train, valid = rows_of(labels, settings)
     if len(train) < settings.batch_size:
         raise UserError(
             f"{labels.csv}: {len(train)} training rows make no batch of {settings.batch_size}: use -b {len(train)}"

@@ -2,22 +2,35 @@
 
 import json
 import os
+import re
 import shutil
 import struct
+import warnings
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.files import cache_places, read_at, whole_file, write_at
 from landmarks_fastai.geometry import PixelMap, fit_image
 
 SPARE = 2  # decoded sides are at least this many times the input's: Pillow's own gap for thumbnails
 FORMAT = 1  # of the cache file
 HEADER = 4096  # bytes of it
+ORIENTATION = 0x0112  # EXIF's tag
+# What Pillow's decoders make of damaged files is not only an OSError.
+REFUSALS = (
+    OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, LookupError, TypeError, struct.error,
+    zlib.error, ArithmeticError, MemoryError, RuntimeError,
+)  # fmt: skip
+EIGHT_BITS = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 FACTS = struct.Struct("<I4dqq")  # checksum; the map; the image file's size and time
+
+# What Pillow refuses is an error of ours; what it only wonders at (a large image, odd metadata) is nothing to act upon.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_image(path, where: str = "") -> Image.Image:
@@ -25,13 +38,13 @@ def open_image(path, where: str = "") -> Image.Image:
 
     Raises `UserError` naming the file, and `where` it was named, for one that is missing, damaged or cut short.
     """
-    with _image(path, where) as image:
-        return image.convert("RGB")
+    with opened(path, where) as image:
+        return to_rgb(image)
 
 
 def image_size(path, where: str = "") -> tuple[int, int]:
     "Width and height of the image as stored; only its header is read. Raises as `open_image`."
-    with _image(path, where) as image:
+    with opened(path, where) as image:
         return image.size
 
 
@@ -46,11 +59,11 @@ def read_input(
 
     A JPEG much larger than the input is decoded at a half, a quarter or an eighth of its sides: its file has them.
     """
-    with _image(path, where) as image:
+    with opened(path, where) as image:
         width, height = image.size
         image.draft(None, _least_sides(width, height, fit, size))
         reduced = round(width / image.width)
-        return fit_image(image.convert("RGB"), fit, size, borders, reduced)
+        return fit_image(to_rgb(image), fit, size, borders, reduced)
 
 
 def _least_sides(width, height, fit, size):
@@ -64,16 +77,83 @@ def _least_sides(width, height, fit, size):
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an opened image: what is transparent is black, 16 bits lose their lower 8, of an animation the first frame.
+
+    Black, because a cut-out's surroundings are then trimmed as an image's black borders are.
+    """
+    check_mode(image)
+    if is_deep(image) and image.mode[0] == "I":
+        grey = np.asarray(image)
+        light = (grey >> 8).astype(np.uint8)
+        light[grey == image.info.get("transparency", -1)] = 0
+        return Image.fromarray(light).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if is_deep(image) and isinstance(image.info.get("transparency"), tuple):
+        image.info["transparency"] = tuple(v >> 8 for v in image.info["transparency"])
+    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA")).convert("RGB")
+
+
+def check_mode(image: Image.Image):
+    "Refuse pixels that no rule makes 8-bit RGB: 32-bit numbers, whose white nobody knows, and Lab."
+    if image.mode not in EIGHT_BITS and not is_deep(image):
+        raise ValueError(
+            f"its pixels are of Pillow's mode {image.mode}, which has no certain RGB: save it as 8-bit RGB"
+        )
+    if not all(image.size):
+        raise ValueError(f"it is {image.width} x {image.height} pixels large")
+
+
+def is_deep(image: Image.Image) -> bool:
+    "Whether an opened image, not yet decoded, has 16 bits a channel. Pillow gives PGM's as mode I, which is a TIFF's 32."
+    if image.mode == "I" and image.format == "PPM":
+        return True
+    return image.mode.startswith("I;16") or any(re.search(r";16[BLN]?(?!\w)", str(tile.args)) for tile in image.tile)
+
+
+def is_turned(image: Image.Image) -> bool:
+    "Whether EXIF asks for the image to be turned before it is shown."
+    with suppress(*REFUSALS):
+        return (
+            image.info.get("turned")
+            or ("exif" in image.info or image.format == "TIFF")
+            and image.getexif().get(ORIENTATION, 1) not in (0, 1)
+        )
+    return False
+
+
+def image_end(image: Image.Image, n: int = 64) -> bytes:
+    "The last bytes of an opened image's file."
+    place = image.fp.tell()
+    image.fp.seek(max(0, image.fp.seek(0, os.SEEK_END) - n))
+    end = image.fp.read(n)
+    image.fp.seek(place)
+    return end
+
+
 @contextmanager
-def _image(path, where):
+def opened(path, where: str = ""):
+    "Pillow's image of a file, not yet decoded. Its refusals, then and in the block, are `UserError`s."
     try:
         with Image.open(path) as image:
+            if image.format == "TIFF" and is_turned(image):
+                image.info["turned"] = True
+                image.getexif()[ORIENTATION] = 1  # of all formats, Pillow turns this one by itself
+                image._size = image._tile_size
             yield image
     except FileNotFoundError:
-        raise UserError(f"{where}image {path} not found") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow's several ways to refuse
+        raise MissingImage(f"{where}image {path} not found") from None
+    except REFUSALS as e:
         why = "is cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
-        raise UserError(f"{where}image {path} {why} ({e}): replace it or remove its line") from None
+        raise UserError(f"{where}image {path} {why} ({_reason(e, path)}): replace it or remove its line") from None
+
+
+def _reason(error, path) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        empty = os.path.isfile(path) and not os.path.getsize(path)
+        return "it has no bytes" if empty else "of a format that Pillow does not know"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class InputCache:

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from landmarks_fastai.check import check_images
 from landmarks_fastai.checkpoint import Checkpoint
 from landmarks_fastai.contest import (
     TestPoints,
-    check_files,
     data_folder,
     read_test_points,
     round_points,
     submission_header,
     submission_line,
 )
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.files import whole_file
 from landmarks_fastai.images import Inputs
 from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory, side_by_side
@@ -139,7 +139,9 @@ def predict_test(
     asked = read_test_points(side / "test_points.csv")
     n_points = checkpoint.settings.n_points
     asked.check_range(n_points)
-    check_files(asked.csv, side / "images", zip(asked.lines, asked.names, strict=True))
+    found = check_images(asked, side / "images")
+    if len(found.rows):
+        raise BadData(map(found.problem, found.rows.tolist()), len(found.rows))
     images = FittedImages(side / "images", asked.names, checkpoint.settings, LineOf(asked))
     pairs = checkpoint.settings.pairs if second_look else ()
     batches = predict_batches(checkpoint, images, machine, batch_size, pairs)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import BadData, Problem, UserError
 from landmarks_fastai.files import cache_places, read_at, whole_file
-from landmarks_fastai.rows import read_rows
+from landmarks_fastai.rows import KEPT, read_rows
 
-FORMAT = 1  # of the cache file: another number in a file makes it stale
+FORMAT = 2  # of the cache file: another number in a file makes it stale
 HEADER = 4096  # bytes kept for the header, so that the numbers behind it start on a page
 
 
@@ -39,6 +39,9 @@ class Labels:
         key: dict,  # the identity of the CSV that the cache file must have been made of
     ):
         self.csv, self.cache, self.key = Path(csv), Path(cache), key
+        self.left_out = np.zeros(0, np.int64)  # rows that are neither trained on nor validated on
+        self.listing = None  # file that they are listed in
+        self.lost = set()  # rows whose images a stage went on without
         self._open()
 
     def _open(self):
@@ -49,9 +52,10 @@ class Labels:
             raise StaleCache(f"{self.cache} is no cache of {self.csv} as it was")
         self._rows, self.n_points = head["rows"], head["n_points"]
         self._dtype, self._width, self._blank_lines = np.dtype(head["dtype"]), head["name_width"], head["blank_lines"]
+        self._faulty, self._texts = head["faulty"], head["texts"]
 
     def __getstate__(self):
-        return {"csv": self.csv, "cache": self.cache, "key": self.key}
+        return {k: v for k, v in self.__dict__.items() if k[0] != "_"}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -67,7 +71,11 @@ class Labels:
 
     def points(self, row: int) -> np.ndarray:
         "The row's landmarks, float32 (n_points, 2), in pixels of the image as stored."
-        return self._read(0, self._dtype, 2 * self.n_points, row, row + 1)[0].astype(np.float32).reshape(-1, 2)
+        return self.some_points(row, row + 1)[0].astype(np.float32)
+
+    def some_points(self, start: int, stop: int) -> np.ndarray:
+        "The landmarks of rows `start` to `stop`, (rows, n_points, 2), as they are kept: int16 or float32."
+        return self._read(0, self._dtype, 2 * self.n_points, start, stop).reshape(stop - start, -1, 2)
 
     def name(self, row: int) -> str:
         "The row's file name."
@@ -83,6 +91,16 @@ class Labels:
             stop = min(start + 4096, len(self))
             for line, name in zip(self._lines(start, stop).tolist(), self._names(start, stop).tolist(), strict=True):
                 yield line, name.decode("utf-8")
+
+    def faults(self) -> dict[int, str]:
+        "What is wrong with the CSV's text, by row; of more than a thousand rows the others' texts say no more than that."
+        place = HEADER + self._points_bytes + self._rows * (self._width + (8 if self._blank_lines else 0))
+        rows = np.frombuffer(read_at(self._file, 8 * self._faulty, place), np.int64).tolist()
+        texts = json.loads(read_at(self._file, self._texts, place + 8 * self._faulty))
+        return dict.fromkeys(rows, "malformed, like others: mend or remove the line") | dict(texts)
+
+    def problem(self, row: int, text: str) -> Problem:
+        return Problem(self.csv, self.line(row), self.name(row), text)
 
     def _names(self, start, stop):
         return self._read(self._points_bytes, np.dtype(f"S{self._width}"), 1, start, stop)[:, 0]
@@ -115,11 +133,19 @@ def read_labels(
 ) -> Labels:
     """Open the labels of `csv`, parsing it first where no cache file matches it as it now is.
 
-    Raises `UserError` for a file that is missing, empty, changes while it is read, or has a row with
-    the wrong number of fields, a field that is no number, or a value that does not fit.
+    Raises `UserError` for a file that is missing, empty, or changes while it is read, and `BadData` where rows have
+    the wrong number of fields, a field that is no number, a value that does not fit, or all points in one place.
     """
+    labels = open_labels(csv)
+    if faults := labels.faults():
+        raise BadData((labels.problem(row, text) for row, text in faults.items()), len(faults))
+    return labels
+
+
+def open_labels(csv) -> Labels:
+    "As `read_labels`, but that faulty rows are left to the caller: `labels.faults()` has them."
     csv = Path(csv)
-    key = _identity(csv)
+    key = identity(csv)
     for cache in cache_places(csv):
         with suppress(OSError, StaleCache):
             return Labels(csv, cache, key)
@@ -134,7 +160,7 @@ def read_labels(
     raise UserError(f"{csv}: no room for its cache file, neither beside it nor in the cache folder: {refused}")
 
 
-def _identity(csv: Path) -> dict:
+def identity(csv: Path) -> dict:
     "What must be equal for a cache file to still be the CSV's: its stat and a digest of its two ends."
     try:
         with open(csv, "rb") as f:
@@ -168,7 +194,7 @@ def _write_cache(csv: Path, cache: Path, key: dict):
     cache.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(cache, "w+b") as f:
         head = _parse_into(f, csv)
-        if _identity(csv) != key:
+        if identity(csv) != key:
             raise UserError(f"{csv} changed while it was read: wait until it is written, then start again")
         f.seek(0, os.SEEK_END)
         head |= {"key": key, "bytes": f.tell()}
@@ -179,14 +205,18 @@ def _write_cache(csv: Path, cache: Path, key: dict):
 def _parse_into(out, csv: Path) -> dict:
     "Write the numbers, then the names, of `csv` behind the header's place in `out`; return the header's facts."
     out.write(bytes(HEADER))
-    dtype, names, lines = np.dtype(np.int16), [], []
-    for some_lines, some_names, values in read_rows(csv):
+    dtype, names, lines, faulty, texts, row = np.dtype(np.int16), [], [], [np.zeros(0, np.int64)], {}, 0
+    for some_lines, some_names, values, (rows, some_texts) in read_rows(csv):
         if values.dtype.kind == "f" and dtype.kind == "i":  # the first decimals: what is there becomes float32
             dtype = np.dtype(np.float32)
             _widen(out, sum(map(len, names)) * values[0].size)
         out.write(np.ascontiguousarray(values, dtype).data)
         names.append(some_names)
         lines.append(some_lines)
+        faulty.append(row + rows)
+        if len(texts) < KEPT:
+            texts |= {row + k: text for k, text in some_texts.items()}
+        row += len(some_names)
     if not names:
         raise UserError(f"{csv} has a header but no rows: one line per image is needed")
     names, lines = np.concatenate(names), np.concatenate(lines)
@@ -194,9 +224,13 @@ def _parse_into(out, csv: Path) -> dict:
     out.write(names.data)
     if blank_lines:
         out.write(lines.astype(np.int64).data)
+    faulty = np.concatenate(faulty)
+    out.write(faulty.data)
+    texts = json.dumps(sorted(texts.items())[:KEPT]).encode()
+    out.write(texts)
     return {
         "rows": len(names), "n_points": values.shape[1], "dtype": dtype.name,
-        "name_width": names.dtype.itemsize, "blank_lines": blank_lines,
+        "name_width": names.dtype.itemsize, "blank_lines": blank_lines, "faulty": len(faulty), "texts": len(texts),
     }  # fmt: skip
 
 

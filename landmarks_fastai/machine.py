@@ -142,6 +142,17 @@ def batch_that_fits(error: Exception, step, n: int) -> int:
     return 0
 
 
+def bar(items, total: int, comment: str = ""):
+    "The items, with a progress bar in a terminal."
+    if not sys.stdout.isatty():
+        return items
+    from fastprogress.fastprogress import progress_bar
+
+    shown = progress_bar(items, total=total)
+    shown.comment = comment
+    return shown
+
+
 def side_by_side(func, items):
     """`func` of each item, in order; each core computes one item by itself, and few are ahead of what was taken.
 

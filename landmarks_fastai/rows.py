@@ -1,4 +1,4 @@
-"""The text of a `landmarks.csv`: blocks of rows become names and numbers, or an error that names the line.
+"""The text of a `landmarks.csv`: blocks of rows become names and numbers, and what is wrong with them by the line.
 
 Whole numbers, which is what the contest's file holds, are read by a few passes of numpy over the bytes. What those do
 not take (decimals, signs, spaces, mistakes) pandas parses, block by block, and says what is wrong with it.
@@ -18,13 +18,17 @@ BLOCK = 8 << 20  # bytes of CSV parsed at a time: bounds the memory, large enoug
 PIECE = 1 << 20  # bytes that one thread takes of a block: what numpy makes of them stays in a core's cache
 LIMIT = 32767  # of a coordinate, in pixels: what int16 holds
 DIGITS = 5  # of the longest whole number within it
-TAB, NEWLINE, MINUS, ZERO = b"\t\n-0"
+TAB, NEWLINE, RETURN, MINUS, ZERO = b"\t\n\r-0"
+KEPT = 1000  # texts of faults: of a file that is wrong from end to end they say enough
+LONGEST = 1000  # bytes of a file name: each row's takes as much room as the longest
 
 
 def read_rows(csv: Path):
-    """Yield (line numbers, names as an S-array, numbers (rows, n_points, 2)) of the CSV's pieces.
+    """Yield (line numbers, names as an S-array, numbers (rows, n_points, 2), faults) of the CSV's pieces.
 
-    The numbers are int16, or float64 in a block with decimals. Raises `UserError` for the first line that is wrong.
+    The numbers are int16, or float64 in a block with decimals. The faults are what is wrong with single rows, whose
+    numbers are 0 where they are none: (indices of the rows, {index: text}), with few of the texts where there are many.
+    Raises `UserError` for a file that is wrong as a whole.
     """
     with open(csv, "rb") as f, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
         n_values = 2 * _read_columns(csv, f.readline())
@@ -32,12 +36,34 @@ def read_rows(csv: Path):
         for block, found in _one_ahead((block, _parse_whole(block, n_values, threads)) for block in _blocks(f)):
             pieces = [piece.result() for piece in found]
             if not all(pieces):
-                yield from _parse_slowly(csv, line, block, n_values)
+                yield from _parse_slowly(line, block, n_values)
                 line += block.count(b"\n")
                 continue
             for names, values in pieces:
-                yield line + np.arange(len(names)), names, values.reshape(len(names), -1, 2)
+                values = values.reshape(len(names), -1, 2)
+                faults = Faults()
+                _check_equal(values, faults)
+                yield line + np.arange(len(names)), names, values, faults.found
                 line += len(names)
+
+
+class Faults:
+    "What is wrong with rows of a block: each row's first fault, the texts of `KEPT` of them."
+
+    def __init__(self):
+        self.rows, self.texts = [], {}
+
+    def add(self, rows, text):
+        "`text` is called with a row, and with its place in `rows`."
+        self.rows.append(np.asarray(rows, np.int64))
+        for k, row in enumerate(self.rows[-1][:KEPT].tolist()):
+            if row not in self.texts and len(self.texts) < KEPT:
+                self.texts[row] = text(row, k)
+
+    @property
+    def found(self):
+        rows = np.unique(np.concatenate([*self.rows, np.zeros(0, np.int64)]))
+        return rows, self.texts
 
 
 def _one_ahead(items):
@@ -82,7 +108,7 @@ def _parse_piece(piece: bytes, n_values: int):
     starts = [0, *(ends[:-1, -1] + 1).tolist()]
     names = [piece[a:b] for a, b in zip(starts, ends[:, 0].tolist(), strict=True)]
     text = b"\n".join(names)  # the newlines keep half a letter of one name from being whole with the next
-    if not all(names) or b"\r" in text or not _is_utf8(text):
+    if not all(names) or max(map(len, names)) > LONGEST or b"\r" in text or not _is_utf8(text):
         return None
     values = _whole_numbers(data, ends, b"-" in piece)
     return None if values is None else (np.array(names), values)
@@ -119,19 +145,68 @@ def _whole_numbers(data, ends, signs: bool):
     return (np.where(negative, -values, values) if signs else values)[:, 1:].astype(np.int16)
 
 
-def _parse_slowly(csv: Path, first_line: int, block: bytes, n_values: int):
-    "As `read_rows`, of one block: by pandas, with an error for what is wrong."
-    block, lines = _check_fields(csv, first_line, block, n_values)
-    if lines.size:
-        names, values = _parse_block(csv, block, lines)
-        _check_values(csv, values, lines)
-        yield lines, names, values if values.dtype.kind == "f" else values.astype(np.int16)
+def _parse_slowly(first_line: int, block: bytes, n_values: int):
+    "As `read_rows`, of one block: by pandas, with what is wrong with its rows."
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == NEWLINE)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    rows = np.flatnonzero(~((ends == starts) | ((ends == starts + 1) & (data[starts] == RETURN))))  # not blank
+    if not len(rows):
+        return
+    tabs = np.diff(np.searchsorted(np.flatnonzero(data == TAB), ends), prepend=0)[rows]
+    texts, faults = [block[a:b].removesuffix(b"\r") for a, b in zip(starts[rows], ends[rows], strict=True)], Faults()
+    whole = _check_lines(texts, tabs, n_values, faults)
+    values = np.zeros((len(rows), n_values // 2, 2), np.int16)
+    if whole.any():
+        parsed = _parse_rows(b"\n".join(texts[i] for i in np.flatnonzero(whole)), np.flatnonzero(whole), faults)
+        values = values.astype(parsed.dtype)
+        values[whole] = parsed
+    if bad := faults.found[0].tolist():
+        values[bad] = 0
+    if (values == np.rint(values)).all():
+        values = values.astype(np.int16)
+    _check_equal(values, faults, without=np.array(bad, np.int64))
+    names = np.array([_name(text) for text in texts])
+    yield first_line + rows, names, values, faults.found
+
+
+def _name(text: bytes) -> bytes:
+    "The file name of a row, as much of it as is one."
+    name = text.split(b"\t", 1)[0].replace(b"\0", b"")
+    return name if len(name) <= LONGEST and _is_utf8(name) else b""
+
+
+def _check_lines(texts, tabs, n_values, faults):
+    "Which rows have the right number of fields, a file name, and are text."
+    whole = np.ones(len(texts), bool)
+    for wrong, text in (
+        ([not _is_utf8(t) for t in texts], lambda row, k: "not UTF-8 text: mend or remove the line"),
+        ([b"\0" in t for t in texts], lambda row, k: "holds a NUL byte: mend or remove the line"),
+        ([b"\r" in t for t in texts], lambda row, k: "holds a carriage return within the line: mend or remove it"),
+        (
+            tabs != n_values,
+            lambda row, k: (
+                f"{tabs[row] + 1} fields found, {n_values + 1} expected "
+                f"(file_name and {n_values // 2} points, TAB-separated): mend or remove the line"
+            ),
+        ),
+        ([t.startswith(b"\t") for t in texts], lambda row, k: "the file name is empty: mend or remove the line"),
+        (
+            [t.find(b"\t") > LONGEST for t in texts],
+            lambda row, k: f"the file name has more than {LONGEST} bytes: mend or remove the line",
+        ),
+    ):
+        faults.add(np.flatnonzero(wrong & whole), text)
+        whole &= ~np.asarray(wrong, bool)
+    return whole
 
 
 def _read_columns(csv: Path, header: bytes) -> int:
     "The number of points that the header line names."
     if not header.strip():
         raise UserError(f"{csv} is empty: a header line and one line per image are needed")
+    if b"\0" in header or not _is_utf8(header):
+        raise UserError(f"{csv} line 1: not UTF-8 text: save the file as UTF-8")
     n_fields = header.count(b"\t") + 1
     if any(_is_number(field) for field in header.split(b"\t")[1:]):
         raise UserError(
@@ -144,52 +219,58 @@ def _read_columns(csv: Path, header: bytes) -> int:
     return n_fields // 2
 
 
-def _check_fields(csv: Path, first_line: int, block: bytes, n_values: int):
-    "Refuse a row with too few or too many fields; drop blank lines. Returns (block, line number of each row)."
-    data = np.frombuffer(block, np.uint8)
-    ends = np.flatnonzero(data == 10)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lines = first_line + np.arange(len(ends))
-    blank = (ends == starts) | ((ends == starts + 1) & (data[starts] == 13))
-    tabs = np.diff(np.searchsorted(np.flatnonzero(data == 9), ends), prepend=0)
-    wrong = np.flatnonzero((tabs != n_values) & ~blank)
-    if wrong.size:
-        row = wrong[0]
-        raise UserError(
-            f"{csv} line {lines[row]}: {tabs[row] + 1} fields found, {n_values + 1} expected "
-            f"(file_name and {n_values // 2} points): mend or remove the line"
-        )
-    returns = np.flatnonzero(data == 13)
-    stray = returns[data[returns + 1] != 10]
-    if stray.size:  # pandas ends a line at each
-        raise UserError(
-            f"{csv} line {lines[np.searchsorted(ends, stray[0])]}: a carriage return inside the line: remove it"
-        )
-    if blank.any():
-        block = b"".join(block[s : e + 1] for s, e, b in zip(starts, ends, blank, strict=True) if not b)
-    return block, lines[~blank]
-
-
-def _parse_block(csv: Path, block: bytes, lines: np.ndarray):
-    "Parse whole rows: (names as an S-array, numbers as (rows, n_points, 2) of int64 or float64)."
+def _parse_rows(block: bytes, rows: np.ndarray, faults: Faults) -> np.ndarray:
+    "The numbers of whole rows, (rows, n_points, 2) of int64 or float64; what is no number, or does not fit, is a fault."
     import pandas as pd  # 0.2 s of import that a start with a cache file does not need
 
     # Quotes mean nothing in the contest's files; na_filter off makes an empty field an error, not a NaN.
     kwargs = dict(sep="\t", header=None, quoting=3, na_filter=False, low_memory=False, dtype={0: str})
-    try:
-        # The newline, a blank line that pandas passes over, keeps it from dropping a first name's byte order mark.
-        frame = pd.read_csv(BytesIO(b"\n" + block), **kwargs)
-    except UnicodeDecodeError:
-        row = next(i for i, b in enumerate(block.splitlines()) if not _is_utf8(b))
-        raise UserError(f"{csv} line {lines[row]}: not UTF-8 text") from None
-    columns = frame.iloc[:, 1:]
-    if not all(t.kind in "iuf" for t in columns.dtypes.unique()):
-        _refuse_text(csv, columns, lines)
-    encoded = [name.encode("utf-8") for name in frame[0]]
-    for line, name in zip(lines, encoded, strict=True):
-        if not name or b"\0" in name:
-            raise UserError(f"{csv} line {line}: the file name is empty or holds a NUL")
-    return np.array(encoded), columns.to_numpy().reshape(len(frame), -1, 2)
+    frame = pd.read_csv(BytesIO(block), skip_blank_lines=False, **kwargs).iloc[:, 1:]
+    texts = frame.select_dtypes(exclude="number").astype(str)
+    if len(texts.columns):
+        numbers = texts.apply(pd.to_numeric, errors="coerce")  # whole numbers beyond 64 bits become 1e19
+        wrong = numbers.isna().to_numpy()
+        first = wrong.argmax(1)
+
+        def text(row, k):
+            return f"{_field(texts.columns[first[at[k]]] - 1)} is {texts.iat[at[k], first[at[k]]][:40]!r}, a number expected"
+
+        at = np.flatnonzero(wrong.any(1))
+        faults.add(rows[at], text)
+        frame = frame.copy()
+        frame[texts.columns] = numbers
+    values = frame.to_numpy(np.float64 if any(t.kind == "f" for t in frame.dtypes) else None)
+    beyond = ~((values >= -LIMIT) & (values <= LIMIT))  # True for NaN too
+    where = np.flatnonzero(beyond.any(1))
+    column = beyond.argmax(1)
+    faults.add(
+        rows[where],
+        lambda row, k: (
+            f"{_field(column[where[k]])} is {values[where[k], column[where[k]]]}, "
+            f"a number between -{LIMIT} and {LIMIT} expected"
+        ),
+    )
+    return values.reshape(len(rows), -1, 2)
+
+
+def _field(k: int) -> str:
+    return f"point {k // 2}'s {'xy'[k % 2]}"
+
+
+def _check_equal(values, faults, without=()):
+    "A row whose points all lie in one place is a slip of whoever made it: zeros, or a face that was not found."
+    n = values.shape[1]
+    if n < 2:
+        return
+    rows = np.flatnonzero((values[:, 0] == values[:, 1]).all(1))  # almost none: the others are not looked at
+    rows = np.setdiff1d(rows[(values[rows] == values[rows, :1]).all((1, 2))], without)
+    if len(rows):
+        faults.add(
+            rows,
+            lambda row, k: (
+                f"all {n} points are ({values[row, 0, 0]:g}, {values[row, 0, 1]:g}): mend or remove the line"
+            ),
+        )
 
 
 def _is_number(field: bytes) -> bool:
@@ -206,30 +287,3 @@ def _is_utf8(line: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _refuse_text(csv: Path, columns, lines: np.ndarray):
-    "Name the first field, in the file's order, that is no number."
-    import pandas as pd
-
-    texts = columns.select_dtypes(exclude="number").astype(str)
-    bad = texts.apply(pd.to_numeric, errors="coerce").isna().to_numpy()
-    if not bad.any():  # whole numbers beyond 64 bits: pandas keeps them as text
-        bad = texts.apply(lambda c: c.str.len() > 18).to_numpy()
-    row, k = np.argwhere(bad)[0]
-    field = texts.columns[k] - 1
-    raise UserError(
-        f"{csv} line {lines[row]}: point {field // 2}'s {'xy'[field % 2]} is {texts.iat[row, k][:40]!r}, a number expected"
-    )
-
-
-def _check_values(csv: Path, values: np.ndarray, lines: np.ndarray):
-    "Refuse what int16 cannot hold, in a file with decimals too: whether a row is right hangs on that row alone."
-    fits = (values >= -LIMIT) & (values <= LIMIT)  # False for NaN too
-    if fits.all():
-        return
-    row, point, axis = np.argwhere(~fits)[0]
-    raise UserError(
-        f"{csv} line {lines[row]}: point {point}'s {'xy'[axis]} is {values[row, point, axis]}, "
-        f"a number between -{LIMIT} and {LIMIT} expected"
-    )

@@ -43,6 +43,7 @@ class Run:
     PICTURED = ("results.png", "batch.png", "mirror.json", "mirror.png", "lr.png")
     STAGE = ("best.pth", "best.json", "history.csv", "state.safetensors", *PICTURED)
     PREDICTED = ("submit.csv", "points.npy", "points.json")
+    LISTING = "bad.csv"  # rows that were left out, or that stopped it: is kept then, and takes no name
 
     def __init__(self, out, name: str, record: Record | None = None):
         self.out, self.name, self.record = Path(out), name, record

@@ -13,6 +13,7 @@ STARTS = ("mean", "random")
 TARGETS = ("unit", "pixels")
 LOSSES = ("l1", "smooth_l1", "mse", "wing", "adaptive")  # losses.py says what each is
 MIRRORS = ("auto", "none")
+ON_BAD = ("stop", "skip")
 SCHEDULES = ("plateau", "step", "onecycle", "none")
 ROUNDINGS = ("nearest", "floor", "none")
 
@@ -48,6 +49,9 @@ class Settings:
     mean: tuple = _setting((0.485, 0.456, 0.406), "per-channel mean that the body expects of its input, in 0..1")
     std: tuple = _setting((0.229, 0.224, 0.225), "per-channel standard deviation, likewise")
     data: str = _setting("", "folder with train/ (images/ and landmarks.csv) and test/")
+    on_bad: str = _setting(
+        "stop", "rows with bad labels or images: list them and stop, or leave them out (skip)", choices=ON_BAD
+    )
     valid_pct: float = _setting(0.2, "share of the rows held out for validation", low=1e-6, high=0.999999)
     valid_random: bool = _setting(False, "draw the validation rows at random, not the last ones of the file")
     all_rows: bool = _setting(
@@ -106,11 +110,16 @@ class Settings:
     def from_dict(cls, facts: dict) -> "Settings":
         "Raises `UserError` where a setting is missing, unknown or of the wrong kind: the file is not trusted."
         names = {f.name for f in dataclasses.fields(cls)}
+        if isinstance(facts, dict):
+            facts = {k: getattr(cls, k) for k in NEWER} | facts
         if not isinstance(facts, dict) or set(facts) != names:
             odd = sorted(set(facts) ^ names) if isinstance(facts, dict) else ["settings"]
             raise UserError(f"setting missing or unknown: {', '.join(odd)}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
 
+
+# What checkpoints lack that were written before there was a choice.
+NEWER = ("on_bad",)
 
 # What a checkpoint decides: its weights have no other meaning.
 NETWORK = ("arch", "head", "targets")

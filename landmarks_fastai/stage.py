@@ -17,7 +17,6 @@ from fastai.learner import Learner
 
 from landmarks_fastai import callbacks, drawing
 from landmarks_fastai.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.keep import Keep
@@ -39,7 +38,7 @@ def at_input_of(learn: Learner, settings: Settings, before: Checkpoint, machine:
     there = settings.replace(**before.settings.of(INPUT))
     if there == settings:
         return learn
-    labels, folder = training_rows(settings.data)
+    _, labels, folder, _ = learn.dls.train.recipe  # the rows that were found at the start
     dls = make_dataloaders(there, labels, folder, machine)
     return make_learner(there, dls, before.model(), learn.path, machine)
 
@@ -195,6 +194,7 @@ def _kept(learn, settings, run, history, loaded, started, machine, state):
         return
     labels = learn.dls.train.recipe[1]
     facts = {"settings": settings.to_dict(), "loaded": loaded, "labels": labels.identity}
+    facts["left_out"] = labels.left_out.tolist()
     keep = Keep(run, facts, history, 60 * machine.save_every, state, time.monotonic() - started)
     with keep.heeding_signals():
         yield [keep]

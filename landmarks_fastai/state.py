@@ -170,4 +170,6 @@ def _check(state: State):
         raise ValueError("a value is no number")
     if len(remembered) != sum(map(len, facts["remembered"].values())):
         raise ValueError("an unknown value")
+    if not all(type(row) is int for row in facts["left_out"]):
+        raise ValueError("left_out holds what is no row")
     Settings.from_dict(facts["settings"])

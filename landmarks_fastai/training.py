@@ -119,7 +119,7 @@ def first_stage(
     "A Learner with a fresh head on the data that the settings name, and the settings made whole."
     mean, std = input_stats(settings.arch)
     settings = settings.replace(mean=mean, std=std, split_seed=settings.seed)
-    labels, folder = training_rows(settings.data)
+    labels, folder = training_rows(settings.data, settings.on_bad, run.file(run.LISTING))
     settings = with_mirror(settings.replace(n_points=labels.n_points), labels, run)
     dls = make_dataloaders(settings, labels, folder, machine)
     set_seed(settings.seed, reproducible=machine.device == "cpu")
@@ -134,7 +134,8 @@ def first_stage(
 def resumed_stage(state: State, machine: Machine, run: Run) -> tuple[Learner, Settings]:
     "A Learner for a stopped stage, and the settings it had: its weights are put back when its fit begins again."
     settings = state.settings
-    labels, folder = training_rows(settings.data)
+    labels, folder = training_rows(settings.data, settings.on_bad, run.file(run.LISTING))
+    labels.left_out = np.array(state.facts["left_out"], np.int64)  # an image that was lost meanwhile costs that image
     if labels.identity != state.facts["labels"]:
         raise UserError(
             f"{labels.csv} has changed since the run {run.name} was stopped: put it back, or start over with --overwrite"
@@ -192,7 +193,7 @@ def later_stage(
     run: Run,
 ) -> tuple[Learner, Settings]:
     "A Learner that has loaded the best of the stage before, and the settings made whole."
-    labels, folder = training_rows(settings.data)
+    labels, folder = training_rows(settings.data, settings.on_bad, run.file(run.LISTING))
     if labels.n_points != settings.n_points:
         raise UserError(
             f"{labels.csv} has {labels.n_points} points, {checkpoint.path} was trained on {settings.n_points}"

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from landmarks_fastai import contest
 from landmarks_fastai.errors import UserError
@@ -66,54 +67,6 @@ def test_a_file_without_its_header_line_is_refused(tmp_path):
         contest.read_test_points(csv)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../out.jpg",
-        "/etc/passwd",
-        "C:\\x.jpg",
-        "C:x.jpg",
-        "\\x.jpg",
-        "a/../../out.jpg",
-        "..\\out.jpg",
-        "link.jpg",
-        "a\0.jpg",
-    ],
-)
-def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path, name):
-    images = tmp_path / "images"
-    images.mkdir()
-    (tmp_path / "out.jpg").touch()
-    (images / "link.jpg").symlink_to(tmp_path / "out.jpg")
-    with pytest.raises(UserError, match="x.csv line 2: file name .* leaves the image folder"):
-        contest.check_files(tmp_path / "x.csv", images, [(2, name)])
-
-
-def test_the_image_folder_itself_may_be_a_link_and_missing_images_are_counted(tmp_path):
-    real = tmp_path / "real"
-    (real / "deeper").mkdir(parents=True)
-    (real / "a.jpg").touch()
-    (real / "deeper" / "b.jpg").touch()
-    (real / "c.jpg").symlink_to("a.jpg")  # stays inside
-    images = tmp_path / "images"
-    images.symlink_to(real)
-    contest.check_files(tmp_path / "x.csv", images, [(2, "a.jpg"), (3, "deeper/b.jpg"), (4, "c.jpg")])
-    with pytest.raises(UserError, match=r"x.csv line 3: image gone.jpg not found .*\(2 images are missing in all\)"):
-        contest.check_files(tmp_path / "x.csv", images, [(2, "a.jpg"), (3, "gone.jpg"), (4, "gone2.jpg")])
-
-
-def test_one_missing_image_is_not_counted_and_no_other_folder_is_asked(tmp_path, monkeypatch):
-    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
-    images.mkdir()
-    elsewhere.mkdir()
-    (elsewhere / "gone.jpg").touch()
-    monkeypatch.chdir(elsewhere)
-    with pytest.raises(UserError, match=r"line 2: image gone.jpg not found in .*images: add it or remove the line$"):
-        contest.check_files(tmp_path / "x.csv", images, [(2, "gone.jpg")])
-    with pytest.raises(UserError, match="nowhere: no such folder; x.csv names images in it"):
-        contest.check_files(tmp_path / "x.csv", tmp_path / "nowhere", [(2, "gone.jpg")])
-
-
 def test_the_data_folder_and_its_training_side(tmp_path, monkeypatch):
     for name in ("nowhere", "file", "nu\0l"):
         (tmp_path / "file").touch()
@@ -127,7 +80,7 @@ def test_the_data_folder_and_its_training_side(tmp_path, monkeypatch):
     (tmp_path / "train" / "landmarks.csv").write_text("file_name\tx\ty\na.jpg\t1\t2\n")
     with pytest.raises(UserError, match="landmarks.csv line 2: image a.jpg not found"):
         contest.training_rows(tmp_path)
-    (tmp_path / "train" / "images" / "a.jpg").touch()
+    Image.new("RGB", (9, 9)).save(tmp_path / "train" / "images" / "a.jpg")
     labels, images = contest.training_rows(tmp_path)
     assert len(labels) == 1 and images == tmp_path / "train" / "images"
 

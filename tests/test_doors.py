@@ -227,7 +227,8 @@ def test_a_run_that_ends_badly_leaves_its_name_free(door, data):
 def test_imports_run_one_way():
     "The order of thought of the house: a room imports only rooms that stand before it."
     order = [
-        "errors", "files", "interrupts", "settings", "runs", "geometry", "machine", "images", "rows", "labels", "contest", "face_template",
+        "errors", "files", "interrupts", "settings", "runs", "geometry", "machine", "images", "rows", "labels", "check", "contest",
+        "face_template",
         "texture", "faces", "sample", "mirror", "metrics", "drawing",
         "augment", "data", "losses", "models", "checkpoint", "callbacks", "state", "keep", "training", "stage", "inference", "cli",
     ]  # fmt: skip

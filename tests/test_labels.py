@@ -121,8 +121,11 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, row, message):
     csv = write(tmp_path / "l.csv", ROW.format("a"), row, ROW.format("c"))
     with pytest.raises(UserError) as e:
         read_labels(csv)
-    assert str(csv) in str(e.value) and message in str(e.value)
-    assert os.listdir(tmp_path) == ["l.csv"]  # nothing half-written
+    assert str(csv) in str(e.value) and message in str(e.value) and len(e.value.problems) == 1
+    assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]  # nothing half-written
+    with pytest.raises(UserError) as again:  # from the cache
+        read_labels(csv)
+    assert str(again.value) == str(e.value)
 
 
 def test_a_bad_row_far_down_has_the_right_line(tmp_path, monkeypatch):

@@ -1,0 +1,424 @@
+"""Bad input of every kind that we could think of, through the doors: what each gets.
+
+A case is how to break a folder of drawn faces (or the output folder), the line that is typed, and what must be in the
+one line that is read (or in each of several). No traceback, nothing half-written, and what stood there stays as it was.
+"""
+
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from .conftest import N_POINTS, QUICK, csv_lines, edit_line
+from .test_check import png
+
+TRAIN = f"train.py {QUICK} -n r --out OUT -d DATA"
+FINETUNE = "finetune.py --workers 0 -e 1 -n r --out OUT -d DATA -pm m"
+PREDICT = "predict.py --workers 0 --out OUT -d DATA -pm m"
+FIELDS = f"{2 * N_POINTS + 1} expected"
+
+
+def labels_of(data):
+    return data / "train" / "landmarks.csv"
+
+
+def asked_of(data):
+    return data / "test" / "test_points.csv"
+
+
+def labels(change, line=9):
+    "Change a line of landmarks.csv."
+    return lambda data, out: edit_line(labels_of(data), line, change)
+
+
+def value(text, k=3):
+    "Put a text in the place of a coordinate."
+
+    def change(line):
+        fields = line.split("\t")
+        fields[k] = text
+        return "\t".join(fields)
+
+    return labels(change)
+
+
+def named(name):
+    return labels(lambda line: name + "\t" + line.split("\t", 1)[1])
+
+
+def whole_csv(change, of=labels_of):
+    "Change the bytes of a whole file."
+    return lambda data, out: of(data).write_bytes(change(of(data).read_bytes()))
+
+
+def image_path(data, line=9, side="train"):
+    csv = labels_of(data) if side == "train" else asked_of(data)
+    return data / side / "images" / csv_lines(csv)[line - 1].split("\t")[0]
+
+
+def image(change, side="train", line=9):
+    "Change the bytes of the image of a line, or put another there."
+
+    def harm(data, out):
+        path = image_path(data, line, side)
+        content = change(path.read_bytes())
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+
+    return harm
+
+
+def encoded(mode, kind, **kwargs):
+    file = io.BytesIO()
+    Image.new(mode, (40, 40)).save(file, kind, **kwargs)
+    return file.getvalue()
+
+
+def at_place(make, side="train", line=9):
+    "Put something that is no file in an image's place."
+
+    def harm(data, out):
+        path = image_path(data, line, side)
+        path.unlink()
+        make(path)
+
+    return harm
+
+
+def asked(change, line=4):
+    return lambda data, out: edit_line(asked_of(data), line, change)
+
+
+def list_is(text):
+    return asked(lambda line: line.split("\t")[0] + "\t" + text)
+
+
+def facts(change):
+    "Change what the checkpoint's .json says."
+
+    def harm(data, out):
+        path = out / "m_best.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return harm
+
+
+def setting(**changes):
+    return facts(lambda f: f | {"settings": f["settings"] | changes})
+
+
+def tensors(change):
+    def harm(data, out):
+        path = out / "m_best.pth"
+        torch.save(change(torch.load(path, weights_only=True)), path)
+
+    return harm
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("was_run",)
+
+
+def bare(data, out):
+    pass
+
+
+def no_more_than(n, data, out):
+    edit = csv_lines(labels_of(data))[: 1 + n]
+    labels_of(data).write_text("\n".join(edit) + "\n")
+
+
+def truncate(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+TIFF_OF_FLOATS, TIFF_OF_INTS, LAB = (encoded(mode, "TIFF") for mode in ("F", "I", "LAB"))
+HUGE = png(20000, 20000, 8, 2, b"")
+GIF_CUT = encoded("P", "GIF")[:-20]
+WEBP_CUT = encoded("RGB", "WEBP")[:-10]
+BMP_CUT = encoded("RGB", "BMP")[:-1000]
+
+CASES = {
+    # landmarks.csv, its rows
+    "a NaN": (value("nan"), TRAIN, ["line 9: point 1's x is 'nan', a number expected"]),
+    "an upper-case NaN": (value("NaN"), TRAIN, ["line 9: point 1's x is 'NaN'"]),
+    "infinity": (value("inf"), TRAIN, ["line 9: point 1's x is inf, a number between -32767 and 32767 expected"]),
+    "minus infinity": (value("-Infinity"), TRAIN, ["line 9: point 1's x is -inf"]),
+    "an empty field": (value(""), TRAIN, ["line 9: point 1's x is '', a number expected"]),
+    "a word": (value("left eye", 4), TRAIN, ["line 9: point 1's y is 'left eye'"]),
+    "hexadecimal": (value("0x1F"), TRAIN, ["line 9: point 1's x is '0x1F'"]),
+    "a decimal comma": (value("12,5"), TRAIN, ["line 9: point 1's x is '12,5'"]),
+    "thousands set apart": (value("1_000"), TRAIN, ["line 9: point 1's x is '1_000'"]),
+    "a truth value": (value("True"), TRAIN, ["line 9: point 1's x is 'True'"]),
+    "a quoted number": (value('"12"'), TRAIN, ["line 9: point 1's x is '\"12\"'"]),
+    "a minus alone": (value("-"), TRAIN, ["line 9: point 1's x is '-'"]),
+    "beyond what is kept": (value("32768"), TRAIN, ["line 9: point 1's x is 32768"]),
+    "beyond 64 bits": (value("9" * 30), TRAIN, ["line 9: point 1's x is 1e+30"]),
+    "a huge decimal": (value("1e300"), TRAIN, ["line 9: point 1's x is 1e+300"]),
+    "code": (value("__import__('os').mkdir('was_run')"), TRAIN, ["line 9: point 1's x is \"__import__("]),
+    "too few fields": (labels(lambda x: x.rsplit("\t", 1)[0]), TRAIN, ["line 9", f"{2 * N_POINTS} fields", FIELDS]),
+    "too many fields": (labels(lambda x: x + "\t1"), TRAIN, ["line 9", f"{2 * N_POINTS + 2} fields", FIELDS]),
+    "a TAB at the end": (labels(lambda x: x + "\t"), TRAIN, ["line 9", FIELDS]),
+    "a name alone": (labels(lambda x: x.split("\t")[0]), TRAIN, ["line 9: 1 fields found"]),
+    "a row with commas": (labels(lambda x: x.replace("\t", ",")), TRAIN, ["line 9: 1 fields found", "TAB-separated"]),
+    "a row with spaces": (labels(lambda x: x.replace("\t", "  ")), TRAIN, ["line 9: 1 fields found"]),
+    "a row of spaces": (labels(lambda x: "   "), TRAIN, ["line 9: 1 fields found"]),
+    "a header amid the rows": (
+        lambda data, out: edit_line(labels_of(data), 9, lambda x: csv_lines(labels_of(data))[0]),
+        TRAIN,
+        ["line 9: point 0's x is 'Point_M0_X'"],
+    ),
+    "no name": (labels(lambda x: "\t" + x.split("\t", 1)[1]), TRAIN, ["line 9: the file name is empty"]),
+    "a long name": (named("x" * 2000), TRAIN, ["line 9: the file name has more than 1000 bytes"]),
+    "a name that no disk takes": (named("x" * 300), TRAIN, ["line 9: image xxx", "not found"]),
+    "all points zero": (
+        labels(lambda x: x.split("\t")[0] + "\t0" * (2 * N_POINTS)), TRAIN, [f"line 9: all {N_POINTS} points are (0, 0)"],
+    ),
+    "all points equal": (
+        labels(lambda x: x.split("\t")[0] + "\t7.5\t-2" * N_POINTS), TRAIN, ["line 9: all 68 points are (7.5, -2)"],
+    ),
+    "a point far outside": (value("9000"), TRAIN, ["line 9: point 1 (9000, ", "lies more than an image's side outside"]),
+    "a point far to the left": (value("-9000"), TRAIN, ["line 9: point 1 (-9000, ", "outside the"]),
+    "a NUL": (whole_csv(lambda b: _line(b, 9, lambda x: x + b"\0")), TRAIN, ["line 9: holds a NUL byte"]),
+    "no UTF-8": (whole_csv(lambda b: _line(b, 9, lambda x: b"\xff" + x)), TRAIN, ["line 9: not UTF-8 text"]),
+    "a carriage return": (
+        whole_csv(lambda b: _line(b, 9, lambda x: x.replace(b"\t", b"\r\t", 3))), TRAIN, ["line 9: holds a carriage return"],
+    ),
+    "a line cut short": (whole_csv(lambda b: b[: len(b) - 30]), TRAIN, ["line 41", FIELDS]),
+    # landmarks.csv as a whole
+    "an empty file": (whole_csv(lambda b: b""), TRAIN, ["landmarks.csv is empty"]),
+    "an empty line first": (whole_csv(lambda b: b"\n" + b), TRAIN, ["landmarks.csv is empty"]),
+    "a header alone": (whole_csv(lambda b: b.split(b"\n")[0] + b"\n"), TRAIN, ["has a header but no rows"]),
+    "no header": (whole_csv(lambda b: b.split(b"\n", 1)[1]), TRAIN, ["line 1 holds numbers: a header line"]),
+    "commas throughout": (whole_csv(lambda b: b.replace(b"\t", b",")), TRAIN, ["line 1: 1 TAB-separated columns"]),
+    "an odd column": (whole_csv(lambda b: b.replace(b"\n", b"\t1\n").replace(b"\t1\n", b"\tx\n", 1)), TRAIN,
+                      ["line 1: 138 TAB-separated columns found"]),
+    "UTF-16": (whole_csv(lambda b: b.decode().encode("utf-16")), TRAIN, ["line 1: not UTF-8 text"]),
+    "UTF-16 without a mark": (whole_csv(lambda b: b.decode().encode("utf-16-le")), TRAIN, ["line 1: not UTF-8 text"]),
+    "line ends of old Macs": (whole_csv(lambda b: b.replace(b"\n", b"\r")), TRAIN, ["line 1 holds numbers"]),
+    "a picture for a CSV": (whole_csv(lambda b: encoded("RGB", "JPEG")), TRAIN, ["line 1: not UTF-8 text"]),
+    "a folder for a CSV": (
+        lambda data, out: (labels_of(data).unlink(), labels_of(data).mkdir()), TRAIN, ["landmarks.csv not found"],
+    ),
+    # images
+    "a missing image": (at_place(lambda path: None), TRAIN, ["line 9: image", "not found in", "--on-bad skip"]),
+    "a folder in its place": (at_place(Path.mkdir), TRAIN, ["line 9: image", "is a folder or no plain file"]),
+    "a pipe in its place": (at_place(os.mkfifo), TRAIN, ["line 9: image", "is a folder or no plain file"]),
+    "a link to nowhere": (at_place(lambda path: path.symlink_to("gone.jpg")), TRAIN, ["line 9: image", "not found"]),
+    "a link out of the folder": (
+        at_place(lambda path: path.symlink_to(labels_of(path.parent.parent.parent))), TRAIN, ["line 9", "leaves the image"],
+    ),
+    "a link in a circle": (at_place(lambda path: path.symlink_to(path)), TRAIN, ["line 9: file name", "leaves the image"]),
+    "no bytes": (image(lambda b: b""), TRAIN, ["line 9: image", "cannot be read as an image (it has no bytes)"]),
+    "one byte": (image(lambda b: b[:1]), TRAIN, ["line 9: image", "cannot be read as an image (of a format that Pillow"]),
+    "a JPEG's start": (image(lambda b: b[:200]), TRAIN, ["line 9: image", ".jpg"]),
+    "half a JPEG": (image(lambda b: b[: len(b) // 2]), TRAIN, ["line 9: image", "is cut short"]),
+    "a JPEG without its last bytes": (image(lambda b: b[:-64]), TRAIN, ["line 9: image", "is cut short"]),
+    "text": (image(lambda b: b"<html>404 Not Found</html>"), TRAIN, ["line 9: image", "of a format that Pillow does not"]),
+    "zeros": (image(lambda b: bytes(len(b))), TRAIN, ["line 9: image", "of a format that Pillow does not know"]),
+    "half a PNG": (image(lambda b: (lambda p: p[: len(p) // 2])(_as(b, "PNG"))), TRAIN, ["line 9: image", "cut short"]),
+    "a PNG with a hole": (
+        image(lambda b: (lambda p: p[:5000] + bytes(99) + p[5099:])(_as(b, "PNG"))), TRAIN, ["line 9: image", "cannot be"],
+    ),
+    "a PNG of no width": (image(lambda b: png(0, 9, 8, 2, b"")), TRAIN, ["line 9: image", "cannot be read"]),
+    "a PNG without pixels": (image(lambda b: png(400, 400, 8, 2, b"")), TRAIN, ["line 9: image", ".jpg"]),
+    "a decompression bomb": (image(lambda b: HUGE), TRAIN, ["line 9: image", "400000000 pixels"]),
+    "half a GIF": (image(lambda b: GIF_CUT), TRAIN, ["line 9: image", ".jpg"]),
+    "half a WebP": (image(lambda b: WEBP_CUT), TRAIN, ["line 9: image", ".jpg"]),
+    "half a BMP": (image(lambda b: BMP_CUT), TRAIN, ["line 9: image", "cut short"]),
+    "32-bit floats": (image(lambda b: TIFF_OF_FLOATS), TRAIN, ["line 9: image", "mode F", "save it as 8-bit RGB"]),
+    "32-bit integers": (image(lambda b: TIFF_OF_INTS), TRAIN, ["line 9: image", "mode I", "save it as 8-bit RGB"]),
+    "Lab colours": (image(lambda b: LAB), TRAIN, ["line 9: image", "mode LAB", "save it as 8-bit RGB"]),
+    # names
+    "a name that climbs": (named("../../x.jpg"), TRAIN, ["line 9: file name '../../x.jpg' leaves the image folder"]),
+    "a name from the root": (named("/etc/passwd"), TRAIN, ["line 9: file name '/etc/passwd' leaves the image folder"]),
+    "a name of Windows that climbs": (named("..\\x.jpg"), TRAIN, ["line 9", "leaves the image folder"]),
+    "a drive": (named("C:x.jpg"), TRAIN, ["line 9: file name 'C:x.jpg' leaves the image folder"]),
+    "a share": (named("\\\\host\\x.jpg"), TRAIN, ["line 9", "leaves the image folder"]),
+    "the folder itself": (named("."), TRAIN, ["line 9: image", "is a folder"]),
+    "a name that is not a number": (named("nan"), TRAIN, ["line 9: image nan not found"]),
+    "a name that moves the cursor": (named("\x1b[2Jx.jpg"), TRAIN, ["line 9: image  [2Jx.jpg not found"]),
+    # folders and flags
+    "no data folder": (lambda data, out: shutil.rmtree(data), TRAIN, ["no such folder", "train/ and test/"]),
+    "a file for a data folder": (
+        lambda data, out: (shutil.rmtree(data), data.write_text("")), TRAIN, ["no such folder", "train/ and test/"],
+    ),
+    "no train side": (lambda data, out: shutil.rmtree(data / "train"), TRAIN, ["landmarks.csv not found"]),
+    "no image folder": (
+        lambda data, out: shutil.rmtree(data / "train" / "images"), TRAIN, ["images: no such folder"],
+    ),
+    "a file for an image folder": (
+        lambda data, out: (shutil.rmtree(data / "train" / "images"), (data / "train" / "images").touch()),
+        TRAIN,
+        ["images: no such folder"],
+    ),
+    "an output folder that is a file": (
+        bare, TRAIN.replace("OUT", "OUT/m_best.json"), ["m_best.json cannot be written to", "--out"],
+    ),
+    "a name with a folder": (bare, TRAIN.replace("-n r", "-n a/b"), ["-n 'a/b' is no plain file name"]),
+    "a name that is taken": (bare, TRAIN.replace("-n r", "-n m"), ["-n m: ", "already has a run of that name"]),
+    "fewer rows than a batch": (lambda d, o: no_more_than(5, d, o), TRAIN, ["4 training rows make no batch of 8: use -b 4"]),
+    "one row": (lambda d, o: no_more_than(1, d, o), TRAIN, ["1 rows leave none to train on"]),
+    "nothing to train on": (bare, TRAIN + " --valid-pct 0.999", ["40 rows leave none to train on", "--valid-pct"]),
+    "a rate of NaN": (bare, TRAIN + " -lr nan", ["lr is nan"]),
+    "weights that are no tensors": (
+        lambda data, out: (data / "w.pth").write_bytes(b"x"), TRAIN.replace("none", "DATA/w.pth"), ["w.pth"],
+    ),
+    # test_points.csv
+    "no test side": (lambda data, out: shutil.rmtree(data / "test"), PREDICT, ["test_points.csv not found"]),
+    "an empty test_points.csv": (whole_csv(lambda b: b"", asked_of), PREDICT, ["has no rows"]),
+    "no header of it": (whole_csv(lambda b: b.split(b"\n", 1)[1], asked_of), PREDICT, ["line 1 holds a row"]),
+    "code in a list": (list_is("__import__('os').mkdir('was_run')"), PREDICT, ["line 4", "is no list of point indices"]),
+    "a list comprehension": (list_is("[x for x in [1]]"), PREDICT, ["line 4", "is no list of point indices"]),
+    "an index too large": (list_is(f"[0, 1, 2, 3, 4, 5, {N_POINTS}]"), PREDICT, ["line 4: point index 68", "(0 to 67)"]),
+    "a negative index": (list_is("[0, 1, 2, 3, 4, 5, -1]"), PREDICT, ["line 4: point index -1"]),
+    "an index with a point": (list_is("[0, 1, 2, 3, 4, 5, 6.0]"), PREDICT, ["line 4", "is no list"]),
+    "an index beyond 64 bits": (list_is(f"[0, {'9' * 30}]"), PREDICT, ["line 4", "is no list"]),
+    "fewer indices": (list_is("[0, 1]"), PREDICT, ["line 4: 2 indices found, 7 as in the rows before"]),
+    "an empty list": (list_is("[]"), PREDICT, ["line 4: '[]' is no list"]),
+    "no list": (asked(lambda x: x.split("\t")[0]), PREDICT, ["line 4: a file name, a TAB and a list"]),
+    "test_points.csv in UTF-16": (
+        whole_csv(lambda b: b.decode().encode("utf-16"), asked_of), PREDICT, ["test_points.csv: not UTF-8"],
+    ),
+    "a test name that climbs": (
+        asked(lambda x: "../x.jpg\t" + x.split("\t")[1]), PREDICT, ["line 4: file name '../x.jpg' leaves"],
+    ),
+    "a missing test image": (at_place(lambda path: None, "test", 4), PREDICT, ["line 4: image", "not found"]),
+    "half a test image": (image(lambda b: b[: len(b) // 2], "test", 4), PREDICT, ["line 4: image", "is cut short"]),
+    # checkpoints
+    "no .json": (lambda data, out: (out / "m_best.json").unlink(), PREDICT, ["m_best.json not found"]),
+    "a .json of nothing": (lambda data, out: (out / "m_best.json").write_text(""), FINETUNE, ["m_best.json cannot be read"]),
+    "a .json of garbage": (lambda data, out: truncate(out / "m_best.json"), FINETUNE, ["m_best.json cannot be read"]),
+    "a deep .json": (lambda data, out: (out / "m_best.json").write_text("[" * 10**5), PREDICT, ["m_best.json cannot be read"]),
+    "a list for a .json": (facts(lambda f: []), PREDICT, ["m_best.json is no checkpoint's .json"]),
+    "a score of NaN": (facts(lambda f: f | {"score": float("nan")}), PREDICT, ["score, nme and epoch must be finite"]),
+    "no settings": (facts(lambda f: f | {"settings": None}), PREDICT, ["setting missing or unknown"]),
+    "an unknown setting": (setting(surprise=1), PREDICT, ["setting missing or unknown: surprise"]),
+    "a setting of the wrong kind": (setting(size="large"), FINETUNE, ["size is 'large': int expected"]),
+    "an unknown way with bad rows": (setting(on_bad="ignore"), FINETUNE, ["on_bad is 'ignore': one of stop, skip"]),
+    "another network": (setting(arch="resnet18"), PREDICT, ["m_best.pth is not the network that its .json tells of"]),
+    "no such network": (setting(arch="resnet19"), PREDICT, ["resnet19"]),
+    "another number of points": (setting(n_points=5, pairs=[]), PREDICT, ["5 points"]),
+    "a .pth cut short": (lambda data, out: truncate(out / "m_best.pth"), PREDICT, ["m_best.pth"]),
+    "a .pth of nothing": (lambda data, out: (out / "m_best.pth").write_bytes(b""), FINETUNE, ["m_best.pth"]),
+    "a .pth that runs": (tensors(lambda t: t | {"p": Payload()}), PREDICT, ["m_best.pth is no file of tensors (it holds more"]),
+    "weights of NaN": (tensors(lambda t: {k: v * np.nan for k, v in t.items()}), PREDICT, ["holds NaN or infinite weights"]),
+    "a number for a tensor": (tensors(lambda t: t | {"p": 1}), PREDICT, ["m_best.pth is no file of tensors"]),
+    "no checkpoint": (bare, PREDICT.replace("-pm m", "-pm gone"), ["-pm gone not found", "m_best.pth"]),
+    "a network that contradicts": (bare, PREDICT + " --arch resnet34", ["--arch resnet34 contradicts the checkpoint"]),
+    "a later stage on bad data": (value("nan"), FINETUNE, ["line 9: point 1's x is 'nan'", "--on-bad skip"]),
+}  # fmt: skip
+
+
+def _line(content, number, change):
+    lines = content.split(b"\n")
+    lines[number - 1] = change(lines[number - 1])
+    return b"\n".join(lines)
+
+
+def _as(content, kind):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(content)).save(file, kind)
+    return file.getvalue()
+
+
+def contents(folder):
+    "Every file's bytes, but of the caches, which are whole or not there."
+    files = [p for p in Path(folder).rglob("*") if p.is_file() and p.suffix != ".cache"]
+    return {p: p.read_bytes() for p in files} | {p: None for p in Path(folder).rglob("*") if not p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def trained(drawn, tmp_path_factory):
+    "A small checkpoint."
+    import train
+
+    out = tmp_path_factory.mktemp("trained")
+    line = QUICK.replace("resnet18", "squeezenet1_1").split()
+    before, sys.argv = sys.argv, ["train.py", *line, "-n", "m", "--out", str(out), "-d", str(drawn)]
+    try:
+        train.main()
+    finally:
+        sys.argv = before
+    return out
+
+
+def test_there_are_sixty_kinds_at_least():
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_bad_input_gets_its_line(door, data, trained, tmp_path, kind):
+    harm, line, parts = CASES[kind]
+    out = Path(shutil.copytree(trained, tmp_path / "out"))
+    harm(data, out)
+    before = contents(data) | contents(out)
+    code, _, err = door(line.replace("OUT", str(out)).replace("DATA", str(data)))
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert part in err, err
+    assert "Traceback" not in err and contents(data) | contents(out) == before
+    assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "here").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--on-bad ignore", "--workers -1", "--opt lion", "-b many", "--amp fp8", "--size", "--no-such-flag", "stray"],
+)
+def test_flags_that_do_not_parse_get_the_usage(door, data, tmp_path, line):
+    code, _, err = door(f"train.py -d {data} {line}")
+    assert code == 2 and "usage:" in err and "error:" in err and "Traceback" not in err
+    assert not list((tmp_path / "here").rglob("*"))
+
+
+LEGAL = {
+    "a mark before the header": whole_csv(lambda b: b"\xef\xbb\xbf" + b),
+    "Windows' line ends": whole_csv(lambda b: b.replace(b"\n", b"\r\n")),
+    "both line ends": whole_csv(lambda b: b.replace(b"\n", b"\r\n", 5)),
+    "blank lines": whole_csv(lambda b: b.replace(b"\n", b"\n\n")),
+    "no end of the last line": whole_csv(lambda b: b.rstrip(b"\n")),
+    "a header with one name for all": whole_csv(
+        lambda b: b"\t".join([b"x"] * (2 * N_POINTS + 1)) + b"\n" + b.split(b"\n", 1)[1]
+    ),
+    "decimals and spaces": value(" 12.5 "),
+    "a JPEG with bytes behind its end": image(lambda b: b + b"\0" * 999),
+    "a PNG under a JPEG's name": image(lambda b: _as(b, "PNG")),
+    "a row twice": lambda data, out: edit_line(labels_of(data), 9, lambda x: csv_lines(labels_of(data))[7]),
+}
+
+
+@pytest.mark.parametrize("kind", LEGAL)
+def test_what_is_legal_passes(data, kind):
+    from landmarks_fastai.contest import training_rows
+
+    LEGAL[kind](data, None)
+    labels, _ = training_rows(data)
+    assert len(labels) == 40 and not len(labels.left_out)
+
+
+def test_a_file_that_may_not_be_read_is_named(data, monkeypatch):
+    "Root, who runs the tests in many containers, is refused by no mode bits."
+    from landmarks_fastai import check
+    from landmarks_fastai.contest import training_rows
+    from landmarks_fastai.errors import BadData
+
+    closed = str(image_path(data))
+    real = check.opened
+
+    def opened(path, where=""):
+        if str(path) == closed:
+            raise check.UserError(f"image {path} cannot be read as an image (Permission denied): replace it")
+        return real(path, where)
+
+    monkeypatch.setattr(check, "opened", opened)
+    with pytest.raises(BadData, match="line 9: image .*Permission denied"):
+        training_rows(data)
