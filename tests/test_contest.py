@@ -112,6 +112,14 @@ def test_one_missing_image_is_not_counted_and_no_other_folder_is_asked(tmp_path,
         contest.check_files(tmp_path / "x.csv", images, [(2, "gone.jpg")])
     with pytest.raises(UserError, match="nowhere: no such folder; x.csv names images in it"):
         contest.check_files(tmp_path / "x.csv", tmp_path / "nowhere", [(2, "gone.jpg")])
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"images cannot be read \(Permission denied\)"):
+        contest.check_files(tmp_path / "x.csv", images, [(2, "gone.jpg")])
+
+
+def closed(folder):
+    "A folder without its read bit: root, who runs the tests in many containers, is refused by no mode bits."
+    raise PermissionError(13, "Permission denied")
 
 
 def test_the_data_folder_and_its_training_side(tmp_path, monkeypatch):
