@@ -326,7 +326,7 @@ def delete_in_epoch(monkeypatch, epoch, paths):
     "Real files, deleted while a stage runs."
     from landmarks_fastai import callbacks
 
-    real = callbacks.OrderByEpoch.before_train
+    real = callbacks.DrawByStep.before_train
 
     def before_train(self):
         if self.epoch == epoch:
@@ -334,7 +334,7 @@ def delete_in_epoch(monkeypatch, epoch, paths):
                 path.unlink(missing_ok=True)
         real(self)
 
-    monkeypatch.setattr(callbacks.OrderByEpoch, "before_train", before_train)
+    monkeypatch.setattr(callbacks.DrawByStep, "before_train", before_train)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -128,6 +128,7 @@ def same(one, other):
 @given(tables(), cuts(), st.booleans())
 def test_every_table_reads_back_equal(table, cut, slow):
     data, lines, names, points = table
+    assume(points.shape[1] == 1 or (points != points[:, :1]).any((1, 2)).all())  # all points in one place are a fault
     found = read_cut(data, cut, slow)
     assert same(found, (lines, names, points))
 
