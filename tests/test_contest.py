@@ -77,6 +77,9 @@ def test_the_data_folder_and_its_training_side(tmp_path, monkeypatch):
         (tmp_path / "file").touch()
         with pytest.raises(UserError, match="-d wants the folder that holds train/ and test/"):
             contest.data_folder(tmp_path / name)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be read .*Permission denied"):
+        patch.setattr(os, "listdir", closed)
+        contest.data_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert contest.data_folder("") == contest.data_folder(None) == contest.data_folder(".")
     with pytest.raises(UserError, match="train.landmarks.csv not found; -d wants"):
