@@ -5,7 +5,7 @@
     python benchmarks/growth.py --what start --sizes 20000,100000,393930
     python benchmarks/growth.py --what prediction --sizes 10000,100000
 
-A start is what train.py does before it makes a network: `landmarks.csv` read and every image looked for; with a cache file
+A start is what train.py does before it makes a network: `landmarks.csv` read and every image checked; with the cache files
 ("later") and without ("first"). An epoch and a prediction are of resnet18 at 32 px, where a network's own time hides little.
 Each figure is of a fresh process, imports not counted. The exponent is the slope of log(time) over log(size): 1 is linear. Of
 the memory the growth per 1,000 images is given: most of it is the network's and does not grow at all.
