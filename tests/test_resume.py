@@ -152,6 +152,29 @@ def test_from_another_folder(door, drawn, tmp_path, monkeypatch):
     assert door("train.py --resume -n 'a b' --out '../here/my runs'")[0] == 0
 
 
+def test_an_image_that_is_lost_while_the_run_is_stopped_costs_that_image(door, data, tmp_path):
+    with stopping_at(5):
+        assert door(f"train.py {SHORT} -n r -d", data)[0] == 130
+    image = sorted((data / "train" / "images").iterdir())[3]
+    image.unlink()
+    code, out, err = door("train.py --resume -n r")
+    assert code == 0 and f"image {image.name} not found: the run goes on without it" in err
+    assert err.count("\n") == 1 and image.name in (tmp_path / "here" / "runs" / "r_bad.csv").read_text()
+
+
+def test_rows_that_were_left_out_stay_so(door, data, tmp_path):
+    "The image is mended while the run is stopped: the order of the epochs is still that of the rows it began with."
+    runs, image = tmp_path / "here" / "runs", sorted((data / "train" / "images").iterdir())[3]
+    whole = image.read_bytes()
+    image.write_bytes(b"")
+    assert door(f"train.py {SHORT} --on-bad skip -n whole -d", data)[0] == 0
+    with stopping_at(5):
+        assert door(f"train.py {SHORT} --on-bad skip -n parts -d", data)[0] == 130
+    image.write_bytes(whole)
+    assert door("train.py --resume -n parts")[0] == 0
+    check_equal(runs, "whole", "parts")
+
+
 def test_labels_may_not_change_under_a_stopped_run(door, data, tmp_path):
     from .conftest import edit_line
 
