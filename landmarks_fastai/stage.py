@@ -135,6 +135,7 @@ def fit_stage(
         print(f"warning: {where}; the best before it is kept; {try_this}")
     best = read_checkpoint(run.file("best.pth"))
     learn = at_input_of(learn, settings, best, machine)
+    best.tensors(learn.model)  # refuses, in one line, a file that another put there since
     load_best(learn, best.path)
     learn.show_results(max_n=RESULTS_SHOWN)
     drawing.save_figure(run.file("results.png"))

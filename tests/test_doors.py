@@ -165,6 +165,19 @@ def test_flags_that_cannot_be(door, drawn, line, part):
     )
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_would_run_code_are_refused(door, drawn, tmp_path, suffix):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, ("owned",)
+
+    weights = tmp_path / f"stranger{suffix}"
+    torch.save({"conv1.weight": Payload()}, weights)
+    weights.with_suffix(".json").write_text("{}")
+    check_refused(door(f"train.py {QUICK} --weights {weights} -n r -d", drawn), weights.name, "is no file of tensors")
+    assert not (tmp_path / "here" / "owned").exists()
+
+
 @pytest.mark.parametrize(
     "line", ["train.py --workers -1", "train.py --opt lion", "predict.py", "finetune.py --round up"]
 )

@@ -228,6 +228,22 @@ def test_a_state_that_is_none_is_refused_and_never_run(door, drawn, tmp_path, ki
     assert not (tmp_path / "here" / "owned").exists() and path.read_bytes() == bad
 
 
+def test_a_checkpoint_that_was_put_in_a_stopped_run_s_place_is_not_run(door, drawn, tmp_path, monkeypatch):
+    from landmarks_fastai import stage
+
+    runs, draw = tmp_path / "here" / "runs", stage.load_best
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "load_best", stopped)  # behind its last epoch, before its pictures
+    assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
+    monkeypatch.setattr(stage, "load_best", draw)
+    (runs / "r_best.pth").write_bytes(payload())
+    check_refused(door("train.py --resume -n r"), "r_best.pth is no file of tensors", "may run code")
+    assert not (tmp_path / "here" / "owned").exists()
+
+
 def test_two_processes_of_one_name(door, drawn, tmp_path):
     "The lock is another process's; what that process forked does not hold it once it is dead."
     runs = tmp_path / "here" / "runs"
