@@ -26,7 +26,8 @@ def test_every_flag_of_the_table_exists_and_its_default_is_the_program_s(capsys)
 
 def test_the_command_lines_of_the_three_stages_parse():
     lines = re.findall(r"^python (train|finetune|predict)\.py +(.+)$", TEXT, re.M)
-    assert [script for script, _ in lines] == ["train", "finetune", "finetune", "predict"]
+    assert [script for script, _ in lines] == ["train", "finetune", "finetune", "predict", "train"]
+    assert cli.train_arguments(shlex.split(lines.pop()[1], comments=True)).resume
     for script, line in lines:
         args = getattr(cli, f"{script}_arguments")(shlex.split(line))
         assert args.data == ""

@@ -293,7 +293,7 @@ def test_an_overwritten_run_leaves_no_picture_of_the_one_before(door, drawn, tmp
     assert (runs / "o_lr.png").exists() and (runs / "o_mirror.json").exists()
     assert door(f"train.py {QUICK} --mirror none --overwrite -n o -d", drawn)[0] == 0
     assert sorted(p.name for p in runs.glob("o_*")) == [
-        "o_batch.png", "o_best.json", "o_best.pth", "o_history.csv", "o_results.png",
+        "o_batch.png", "o_best.json", "o_best.pth", "o_history.csv", "o_results.png", "o_run.json",
     ]  # fmt: skip
 
 

@@ -158,7 +158,7 @@ def test_an_image_that_is_lost_while_the_run_is_stopped_costs_that_image(door, d
     image = sorted((data / "train" / "images").iterdir())[3]
     image.unlink()
     code, out, err = door("train.py --resume -n r")
-    assert code == 0 and f"image {image.name} not found: the run goes on without it" in err
+    assert code == 0 and f"{image.name} not found: the run goes on without it" in err
     assert err.count("\n") == 1 and image.name in (tmp_path / "here" / "runs" / "r_bad.csv").read_text()
 
 
