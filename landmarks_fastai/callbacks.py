@@ -332,6 +332,11 @@ class ProgressTable(ProgressCallback):
 
     name = "progress"  # fastai's own parts look for it by this name
 
+    def before_fit(self):
+        super().before_fit()
+        if getattr(self, "mbar", False):
+            self.mbar.update(0)  # a bar whose first value is another, in a run that goes on, has no start to count from
+
     def _write_stats(self, log):
         if getattr(self, "mbar", False):
             self.mbar.write([_cell(v) for v in log], table=True)

@@ -78,6 +78,15 @@ def test_a_stage_that_went_on_is_one_that_was_never_stopped(door, drawn, tmp_pat
     assert (code, err) == (0, "") and "is finished, nothing is left to resume" in out
 
 
+def test_in_a_terminal_with_its_bars(door, drawn, tmp_path, monkeypatch):
+    for step, code in ((13, 130), (None, 0)):
+        with stopping_at(step):
+            line = f"train.py {SHORT} -n r -d {drawn}" if step else "train.py --resume -n r"
+            monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+            found, out, err = door(line)
+        assert found == code and "Traceback" not in err and "train_loss" in out
+
+
 def test_a_later_stage_goes_on_and_ends_with_no_worse_than_it_was_given(door, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert door(f"train.py {SHORT} -n one -d", drawn)[0] == 0
