@@ -397,5 +397,7 @@ def run_door(main):
             print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as e:
+        if sys.stdout.isatty():
+            print()  # below the bar
         print(f"stopped: {e}" if str(e) else "stopped", file=sys.stderr)
         sys.exit(getattr(e, "code", 130))

@@ -209,7 +209,8 @@ def _held(out, name, wanted):
 @contextmanager
 def _cleared_up(run, before: Record | None, overwrite: bool):
     best, state = run.file("best.pth"), run.file("state.safetensors")
-    saved, old = (_stamp(best), _stamp(state)), {s: _stamp(run.file(s)) for s in Run.PICTURED}
+    saved = _stamp(best), _stamp(state)
+    old = {s: _stamp(run.file(s)) for s in Run.PICTURED if overwrite}  # a run that goes on keeps its pictures
     interrupted = False
     try:
         yield
