@@ -259,8 +259,9 @@ class EndInTime(Callback):
         self,
         deadline: float,  # seconds of `time.monotonic`
         after: float = 0.0,  # how long the work behind the fit takes, in validations
+        spent: float = 0.0,  # seconds that a run which goes on has trained before
     ):
-        self.deadline, self.after = deadline, after
+        self.deadline, self.after, self.spent = deadline, after, spent
 
     def before_fit(self):
         self.start, self.steps, self.validation, self.cut = time.monotonic(), 0, 0.0, False
@@ -274,7 +275,7 @@ class EndInTime(Callback):
 
     def before_batch(self):
         if self.training:
-            passed = time.monotonic() - self.start
+            passed = self.spent + time.monotonic() - self.start
             self.learn.pct_train = min(1.0, passed / max(1e-9, passed + max(0.0, self.left)))
 
     def after_batch(self):

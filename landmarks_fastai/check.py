@@ -32,7 +32,7 @@ PLAIN = re.compile(r"[^/\\:]+")  # a name of a file in the folder itself, on eve
 
 LEAVES, MISSING, NO_FILE, CLOSED, DAMAGED = range(1, 6)
 TEXTS = {
-    LEAVES: "file name {name!r} leaves the image folder {folder}: it was not opened",
+    LEAVES: "file name {name!r} leaves the image folder {folder}, itself or as a link: it was not opened; remove the line",
     MISSING: "image {name} not found in {folder}: add it or remove the line",
     NO_FILE: "image {path} is a folder or no plain file: replace it or remove the line",
     CLOSED: "image {path} cannot be looked at: mind its permissions, or remove the line",
@@ -233,8 +233,12 @@ def write_listing(path, problems):
 
 
 def append_listing(path, problem: Problem):
-    "One more row of a list that may not be there yet."
+    "One more row of a list that may not be there yet; once."
     there = os.path.exists(path)
+    if there:
+        with open(path, encoding="utf-8", newline="") as f:
+            if str(problem.line) in {row[0] for row in csv.reader(f) if row}:
+                return
     with open(path, "a", encoding="utf-8", newline="") as f:
         rows = csv.writer(f, lineterminator="\n")
         if not there:

@@ -11,11 +11,12 @@ import sys
 import time
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.interrupts import heed_sigterm
 from landmarks_fastai.machine import AMP, Machine, bar  # noqa: F401 (the doors' `cli.bar`)
-from landmarks_fastai.runs import Record, Run, read_record, stopped_runs
+from landmarks_fastai.runs import Record, Run, check_name, read_record, stopped_runs
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_RATE,
@@ -207,6 +208,7 @@ def _as_started(parser, args):
         raise UserError(
             f"--resume goes with -n NAME, and not with --overwrite; stopped runs in {args.out}: {there or 'none'}"
         )
+    check_name(args.name, args.out)
     run = Run(args.out, args.name)
     record = read_record(run)
     if record.ended if record else run.file("best.pth").exists():  # without a record: by an earlier version
@@ -214,13 +216,12 @@ def _as_started(parser, args):
         run.file("state.safetensors").unlink(missing_ok=True)
         sys.exit(0)
     if record is None:
-        there = (
-            ""
-            if run.taken or "data" in given(args) or getattr(args, "pretrained_model", None)
-            else stopped_runs(args.out)
-        )
-        if there:
-            raise UserError(f"-n {args.name}: nothing of that run is in {args.out}; stopped runs there: {there}")
+        others = any(Path(args.out).glob("*_run.json"))
+        if others and "data" not in given(args) and not getattr(args, "pretrained_model", None):
+            there = stopped_runs(args.out) or "none"
+            raise UserError(
+                f"-n {args.name}: nothing of that run is in {args.out}, stopped runs there: {there}; to start it, give -d too"
+            )
         return args
     if record.door != args.record.door:
         raise UserError(
@@ -231,18 +232,32 @@ def _as_started(parser, args):
             then = parser.parse_args(record.words)
     except SystemExit:
         raise UserError(f"{run.file('run.json')} holds flags that are none: start over with --overwrite") from None
+    _check_typed(parser, args, then, record)
     _stand_in(then, record)
-    _stand_in(args, args.record)
-    for name, value in vars(args).items():
-        own = name in ("name", "out", "resume", "overwrite", "record", "pretrained_model")
-        if not own and value != parser.get_default(name) and value != getattr(then, name):
-            flag = FLAGS.get(name, ("--" + name.replace("_", "-"),))[0]
-            raise UserError(
-                f"{flag} {value}: --resume goes on with the flags that the run was started with "
-                f"({flag} was {getattr(then, name)}): leave {flag} away, or start over with --overwrite"
-            )
     then.name, then.out, then.resume, then.overwrite, then.record = args.name, args.out, True, False, args.record
     return then
+
+
+def _check_typed(parser, args, then, record):
+    "Raise `UserError` for a flag that was typed and says otherwise than the run's start."
+    before = argparse.Namespace(**vars(then))
+    _stand_in(before, record)
+    _stand_in(args, args.record)
+    typed = parser.parse_args(args.record.words, argparse.Namespace(**dict.fromkeys(vars(then), before)))
+    for name in vars(then):
+        value, was = getattr(args, name), getattr(before, name)
+        same = value == was or getattr(typed, name) is before
+        if name == "pretrained_model" and not same:
+            places = [
+                os.path.join(folder, value + end) for folder in ("", args.out) for end in ("", ".pth", "_best.pth")
+            ]
+            same = any(os.path.realpath(place) == os.path.realpath(was) for place in places)
+        if name not in ("name", "out", "resume", "overwrite") and not same:
+            flag = FLAGS.get(name, ("-pm" if name == "pretrained_model" else "--" + name.replace("_", "-"),))[0]
+            raise UserError(
+                f"{flag} {value}: --resume goes on with the flags that the run was started with "
+                f"({flag} was {was}): leave {flag} away, or start over with --overwrite"
+            )
 
 
 def _stand_in(args, record: Record):

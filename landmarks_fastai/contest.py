@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from landmarks_fastai.check import check_images, write_listing
+from landmarks_fastai.check import LEAVES, check_images, write_listing
 from landmarks_fastai.errors import SHOWN, BadData, UserError
 from landmarks_fastai.labels import Labels, identity, open_labels, read_labels
 from landmarks_fastai.machine import bar
@@ -36,6 +36,7 @@ def training_rows(
     on_bad: str = "stop",  # or skip: bad rows are left out
     listing=None,  # file that bad rows are listed in
     progress=bar,
+    left_out=None,  # rows that a stopped run began without: it goes on without those, whatever is wrong now
 ) -> tuple[Labels, Path]:
     """The labels and the image folder of the training side, every row of them checked.
 
@@ -49,6 +50,12 @@ def training_rows(
     found = check_images(labels, side / "images", labels.some_points, list(faults), progress)
     rows = np.union1d(found.rows, list(faults)).astype(np.int64)
     problems = lambda: (labels.problem(r, faults[r]) if r in faults else found.problem(r) for r in rows.tolist())  # noqa: E731
+    if left_out is not None:
+        leaving = [r for r in found.rows.tolist() if found.faults[r] == LEAVES and r not in left_out]
+        if leaving:
+            raise BadData(map(found.problem, leaving), len(leaving))
+        labels.left_out, labels.listing = left_out, listing
+        return labels, side / "images"
     stops = on_bad == "stop" or len(rows) == len(labels)
     if listing and len(rows) > (SHOWN if stops else 0):
         write_listing(listing, problems())

@@ -150,15 +150,31 @@ class LandmarkDL(TfmdDL):
         return TensorImage(pixels.permute(0, 3, 1, 2)), TensorPoint(points), TensorMap(maps)
 
     def _images(self, get_image, rows, missed):
-        found, skip = {}, self.recipe and self.recipe[0].on_bad == "skip"
+        found = {}
         for place, row in enumerate(rows):
             try:
                 found[place] = get_image(row)
             except UserError as e:
-                if missed is None or not self.recipe or not (skip or isinstance(e, MissingImage)):
+                if missed is None or not self._may_miss(e):
                     raise
                 missed.append((int(row), e.line))
         return list(found.values()), [rows[place] for place in found]
+
+    def create_item(self, s):
+        "An item; of None, by which fastai learns what an item is, the first one whose image is there."
+        if s is not None:
+            return super().create_item(s)
+        for k in range(len(self.dataset)):
+            try:
+                return super().create_item(k)
+            except UserError as e:
+                if not self._may_miss(e) or k + 1 == len(self.dataset):
+                    raise
+
+    def _may_miss(self, error) -> bool:
+        "Whether the run goes on without an image."
+        skip = self.recipe and self.recipe[0].on_bad == "skip"
+        return bool(self.recipe) and (skip or isinstance(error, MissingImage))
 
     def get_idxs(self):
         return super().get_idxs()[self.first * self.bs :]

@@ -36,7 +36,7 @@ def whole_path(path: Path):
             os.fsync(f.fileno())
         _rename(temporary, path)
     except OSError as e:
-        if e.errno not in REFUSALS:
+        if e.errno not in REFUSALS and str(e.filename) != str(temporary):
             raise
         raise NotWritten(
             f"{path} cannot be written ({reason(e)}): make room, or choose another place with --out"
@@ -80,7 +80,10 @@ def take_lock(path: Path):
     It is the process's own: a POSIX record lock is not handed down to a forked worker, as `flock`'s is, so that a killed
     run's orphaned workers do not keep it.
     """
-    f = open(path, "ab+", buffering=0)
+    try:
+        f = open(path, "ab+", buffering=0)
+    except OSError as e:
+        raise UserError(f"{path} cannot be opened ({reason(e)}): move it away") from None
     held = _lock(f) and _is(path, f)  # it may have been removed since it was opened
     try:
         yield held
@@ -105,8 +108,8 @@ def _lock(f) -> bool:
             msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError:
             return False
-    except OSError:
-        return False
+    except OSError as e:  # a file system without locks: go on without
+        return e.errno not in (errno.EACCES, errno.EAGAIN)
     return True
 
 

@@ -66,8 +66,8 @@ class Labels:
 
     @property
     def identity(self) -> dict:
-        "What tells these labels from others, wherever the file lies."
-        return {"rows": len(self), "points": self.n_points, **{k: self.key[k] for k in ("size", "digest")}}
+        "What tells these labels from others, wherever the file lies. (The digest is of its two ends.)"
+        return {"rows": len(self), "points": self.n_points, **{k: self.key[k] for k in ("size", "mtime", "digest")}}
 
     def points(self, row: int) -> np.ndarray:
         "The row's landmarks, float32 (n_points, 2), in pixels of the image as stored."

@@ -128,7 +128,7 @@ def claimed_run(
     """
     out = _writable(out)
     if name is not None:
-        _check_name(name, out)
+        check_name(name, out)
     with _held(out, name, wanted) as run:
         before = read_record(run)
         if before and not before.ended and resume:
@@ -144,6 +144,7 @@ def claimed_run(
             )
         if not overwrite and not _saved(run):
             run.discard()
+        _check_files(run)
         run.sweep()
         write_record(run, replace(record, digest=_digest(record.given)))
         with _cleared_up(run, before, overwrite):
@@ -163,7 +164,14 @@ def _taken(run, before):
     return f"-n {run.name}: {run.out} already has a run of that name: {way}"
 
 
-def _check_name(name, out):
+def _check_files(run):
+    for suffix in (*Run.STAGE, "run.json"):
+        if run.file(suffix).is_dir():
+            raise UserError(f"{run.file(suffix)} is a folder, the run's file cannot be written: move it away")
+
+
+def check_name(name, out):
+    "Raise `UserError` for a name that is no plain file name, and so may leave the output folder."
     plain = name and name not in (".", "..") and not re.search(r'[/\\:*?"<>|\x00-\x1f]', name)
     if not plain or len(os.fsencode(name)) > MAX_NAME:
         raise UserError(
@@ -210,23 +218,27 @@ def _held(out, name, wanted):
 def _cleared_up(run, before: Record | None, overwrite: bool):
     best, state = run.file("best.pth"), run.file("state.safetensors")
     saved = _stamp(best), _stamp(state)
+    small = {s: run.file(s).read_bytes() for s in _SMALL if overwrite and run.file(s).is_file()}
     old = {s: _stamp(run.file(s)) for s in Run.PICTURED if overwrite}  # a run that goes on keeps its pictures
     interrupted = False
     try:
         yield
     except KeyboardInterrupt as e:
         interrupted = True
-        kept = "the state is saved" if _stamp(state) else "nothing was saved yet"
-        raise Stopped(f"{kept}; go on with: {run.resume_command}", getattr(e, "code", 130)) from None
+        kept = f"{'the state is saved' if _stamp(state) else 'nothing was saved yet'}; go on with: {run.resume_command}"
+        if overwrite and (_stamp(best), _stamp(state)) == saved:
+            kept = "nothing was saved yet; the run that was to be overwritten stands as it stood"
+        raise Stopped(kept, getattr(e, "code", 130)) from None
     except UserError as e:
-        goes_on = _stamp(state) and (not overwrite or _stamp(state) != saved[1])
+        now = (_stamp(best), _stamp(state))
+        goes_on = now != (None, None) and (not overwrite or now != saved)
         if goes_on and "--overwrite" not in str(e):
             e.way_on = f"then go on with: {run.resume_command}"
         raise
     finally:
         now = (_stamp(best), _stamp(state))
         if overwrite and now == saved:  # nothing came of it: what stood there stands
-            _restore(run, before)
+            _restore(run, before, small)
         elif now == (None, None):
             run.discard()
             if not interrupted:
@@ -237,7 +249,15 @@ def _cleared_up(run, before: Record | None, overwrite: bool):
                 run.file(suffix).unlink(missing_ok=True)
 
 
-def _restore(run, before):
+_SMALL = ("history.csv", *Run.PICTURED)  # what a stage writes before it has anything to save
+
+
+def _restore(run, before, small):
+    for suffix in _SMALL:
+        run.file(suffix).unlink(missing_ok=True)
+    for suffix, content in small.items():
+        with suppress(UserError), whole_file(run.file(suffix), "wb") as f:
+            f.write(content)
     if before:
         with suppress(UserError):
             write_record(run, before)

@@ -24,7 +24,7 @@ from landmarks_fastai.losses import loss_function
 from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory
 from landmarks_fastai.runs import Run
 from landmarks_fastai.settings import INPUT, Settings
-from landmarks_fastai.state import State
+from landmarks_fastai.state import State, discard_state
 from landmarks_fastai.training import load_best, make_learner, rates, scheduler
 
 RESULTS_SHOWN = 6  # faces in NAME_results.png
@@ -120,14 +120,14 @@ def fit_stage(
     else:
         kept = _kept(learn, settings, run, history, loaded, started, machine, state)
         with within_memory(learn), kept as keep:
-            _fit(learn, settings, [*cbs, *keep], started)
+            _fit(learn, settings, [*cbs, *keep], started, state)
     learn.remove_cbs([callbacks.Average, callbacks.Looks])
     learn.metrics = own
     where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
     try_this = "try a lower -lr" + (", or --amp off" if machine.precision != "off" else "")
     if not save.saved:
         if given is None:
-            run.file("state.safetensors").unlink(missing_ok=True)  # it would come to the same end
+            discard_state(run)  # it would come to the same end
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
         kept = settings.replace(**given.settings.of(INPUT))
         write_checkpoint(run, given.model(), kept, *loaded, -1)
@@ -201,12 +201,12 @@ def _kept(learn, settings, run, history, loaded, started, machine, state):
         yield [keep]
 
 
-def _fit(learn, settings, cbs, started):
+def _fit(learn, settings, cbs, started, state):
     epochs = settings.epochs
     if settings.minutes:
         second_look = 2.5 if settings.pairs and not settings.tta else 0.0
         deadline = started + 60 * settings.minutes - PICTURES
-        clock = callbacks.EndInTime(deadline, second_look)
+        clock = callbacks.EndInTime(deadline, second_look, state.facts["seconds"] if state else 0.0)
         cbs, epochs = [*cbs, clock, callbacks.StopInTime(clock)], FOREVER
     if settings.sched == "onecycle":
         learn.fit_one_cycle(epochs, lr_max=rates(settings), wd=settings.wd, cbs=cbs)

@@ -130,6 +130,17 @@ def write_state(run: Run, state: State):
             ) from None
 
 
+def discard_state(run: Run):
+    "Remove the run's state, but not one of the run that it overwrites."
+    try:
+        with safe_open(path := run.file("state.safetensors"), "pt") as f:
+            own = json.loads((f.metadata() or {})["facts"])["id"] == run.record.id
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
+        return
+    if own:
+        path.unlink(missing_ok=True)
+
+
 def _megabytes(tensors) -> int:
     return math.ceil(sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6)
 

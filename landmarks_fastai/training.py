@@ -134,9 +134,9 @@ def first_stage(
 def resumed_stage(state: State, machine: Machine, run: Run) -> tuple[Learner, Settings]:
     "A Learner for a stopped stage, and the settings it had: its weights are put back when its fit begins again."
     settings = state.settings
-    # An image that was lost since costs that image, as it would have in the run: the rows stay those it began with.
-    labels, folder = training_rows(settings.data, "skip", run.file(run.LISTING))
-    labels.left_out = np.array(state.facts["left_out"], np.int64)
+    # an image that was lost since costs that image, as it would have in the run
+    left_out = np.array(state.facts["left_out"], np.int64)
+    labels, folder = training_rows(settings.data, listing=run.file(run.LISTING), left_out=left_out)
     if labels.identity != state.facts["labels"]:
         raise UserError(
             f"{labels.csv} has changed since the run {run.name} was stopped: put it back, or start over with --overwrite"

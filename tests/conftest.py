@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def door(tmp_path, monkeypatch, capsys):
             cli.run_door(importlib.import_module(words[0].removesuffix(".py")).main)
         except SystemExit as e:
             code = e.code
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a door takes it for its process
         out, err = capsys.readouterr()
         return code, out, err
 

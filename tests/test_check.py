@@ -224,6 +224,19 @@ def test_skip_leaves_bad_rows_out_and_moves_no_other(door, data, tmp_path):
     assert code == 1 and err.count("\n") == 4
 
 
+def test_what_is_listed(data, tmp_path):
+    "All that is left out; of what stops a run only what is more than the terminal shows."
+    listing = tmp_path / "bad.csv"
+    (data / "train" / "images" / names(data)[0]).unlink()
+    training_rows(data, "skip", listing)
+    assert pd.read_csv(listing).line.tolist() == [2]
+    for name in names(data)[1:SHOWN]:
+        (data / "train" / "images" / name).unlink()
+    with pytest.raises(BadData):
+        training_rows(data, "stop", listing)
+    assert not listing.exists()  # nor is that of a start before
+
+
 def test_skipping_too_much_is_said(door, data):
     for k, name in enumerate(names(data)):
         if k >= 32:

@@ -1,5 +1,6 @@
 "Files that are whole or not there, and the lock; what Windows does otherwise, as far as Linux can tell."
 
+import errno
 import os
 import sys
 import types
@@ -37,6 +38,25 @@ def test_a_full_disk_is_an_error_for_the_user_and_one_of_the_system():
 def test_other_errors_of_the_block_are_left_alone(tmp_path):
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "x"):
         open(tmp_path / "gone")
+
+
+def test_a_folder_in_a_file_s_place_is_said(tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(NotWritten, match="x cannot be written .Is a directory"), whole_file(tmp_path / "x") as f:
+        f.write("1")
+    with pytest.raises(UserError, match="x cannot be opened .Is a directory"), take_lock(tmp_path / "x"):
+        pass
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on_without(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with take_lock(tmp_path / "l") as held:
+        assert held
 
 
 @pytest.fixture
