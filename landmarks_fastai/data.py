@@ -20,6 +20,7 @@ from fastai.torch_core import TensorBase, to_device
 from fastai.vision.core import PILImage, TensorImage, TensorPoint
 from fastai.vision.data import ImageBlock, PointBlock
 from fasttransform import ItemTransform
+from PIL import Image
 
 from landmarks_fastai import drawing
 from landmarks_fastai.augment import Augment
@@ -49,10 +50,16 @@ class RowImage:
 
     def __init__(self, labels: Labels, folder: Path, inputs: Inputs):
         self.labels, self.folder, self.inputs = labels, folder, inputs
+        self.for_types = True  # fastai looks at the first row to learn what an item is: its image may be gone
 
     def __call__(self, row: int) -> PILImage:
         path = self.folder / self.labels.name(row)
-        image, to_input = self.inputs(row, path, where_of(self.labels, row))
+        try:
+            image, to_input = self.inputs(row, path, where_of(self.labels, row))
+        except UserError:
+            if not self.for_types:
+                raise
+            image, to_input = Image.new("RGB", (self.inputs.size, self.inputs.size)), PixelMap(1.0, 1.0, 0.0, 0.0)
         image = PILImage.create(image)
         image.to_input = to_input
         return image
@@ -159,17 +166,6 @@ class LandmarkDL(TfmdDL):
                     raise
                 missed.append((int(row), e.line))
         return list(found.values()), [rows[place] for place in found]
-
-    def create_item(self, s):
-        "An item; of None, by which fastai learns what an item is, the first one whose image is there."
-        if s is not None:
-            return super().create_item(s)
-        for k in range(len(self.dataset)):
-            try:
-                return super().create_item(k)
-            except UserError as e:
-                if not self._may_miss(e) or k + 1 == len(self.dataset):
-                    raise
 
     def _may_miss(self, error) -> bool:
         "Whether the run goes on without an image."
@@ -313,13 +309,13 @@ def make_dataloaders(
         blocks=(ImageBlock, PointBlock),
         dl_type=LandmarkDL,
         get_items=lambda labels: range(len(labels)),
-        get_x=RowImage(labels, folder, inputs),
+        get_x=(get_image := RowImage(labels, folder, inputs)),
         get_y=RowPoints(labels),
         splitter=lambda rows: (train.tolist(), valid.tolist()),
         item_tfms=PointsToInput(),
         batch_tfms=[*changes, Normalize.from_stats(settings.mean, settings.std, cuda=False)],
     )
-    return block.dataloaders(
+    dls = block.dataloaders(
         labels,
         bs=settings.batch_size,
         seed=settings.seed,
@@ -329,3 +325,5 @@ def make_dataloaders(
         device=torch.device(machine.device),
         pin_memory=machine.pins,
     )
+    get_image.for_types = False
+    return dls
