@@ -317,7 +317,8 @@ def test_the_folder_itself_may_be_a_link_and_so_may_an_image_within_it(data, tmp
     edit_line(data / "train" / "landmarks.csv", 5, lambda line: "deeper/x.jpg\t" + line.split("\t", 1)[1])
     os.rename(images, tmp_path / "real")
     images.symlink_to(tmp_path / "real")
-    training_rows(data)
+    labels, folder = training_rows(data)
+    assert not len(labels.left_out) and folder == images and labels.name(3) == "deeper/x.jpg"
 
 
 @pytest.mark.parametrize(
