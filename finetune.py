@@ -26,14 +26,14 @@ def main():
         state = read_state(run)
         if state:
             print(cli.goes_on(state))
-            learn, settings = resumed_stage(state, machine, run)
+            learn = resumed_stage(state, state.settings, machine, run)
             loaded = tuple(state.facts["loaded"])
         else:
-            learn, settings = later_stage(given, settings, machine, run)
-            loaded = score_loaded(learn, given, settings, machine)
+            learn = later_stage(given, settings, machine, run)
+            loaded = score_loaded(learn, given)
             if args.lr == "find":
-                settings = find_rate(learn, settings, run)
-        best = fit_stage(learn, settings, run, given, loaded, cli.started(state), machine, state)
+                find_rate(learn, run)
+        best = fit_stage(learn, run, given, loaded, cli.started(state), state)
         print(report(run, best, machine))
 
 

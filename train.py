@@ -21,15 +21,15 @@ def main():
         state = read_state(run)
         if state:
             print(cli.goes_on(state))
-            learn, settings = resumed_stage(state, machine, run)
+            learn = resumed_stage(state, state.settings, machine, run)
         else:
             weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
             if drawn:
                 settings = cli.drawn_faces(settings, args.out, weights)
-            learn, settings = first_stage(settings, weights, machine, run)
+            learn = first_stage(settings, weights, machine, run)
             if args.lr == "find":
-                settings = find_rate(learn, settings, run)
-        best = fit_stage(learn, settings, run, started=cli.started(state), machine=machine, state=state)
+                find_rate(learn, run)
+        best = fit_stage(learn, run, started=cli.started(state), state=state)
         print(report(run, best, machine))
 
 

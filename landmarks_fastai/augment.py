@@ -49,9 +49,12 @@ class Augment(ItemTransform):
         rng = np.random.default_rng([self.seed, self.epoch, self.batch])
         self.batch += 1
         matrix, mirrored = self.draw_warp(rng, len(images))
+        back = invert(matrix).to(
+            images.device
+        )  # on the CPU: on a GPU, an inverse that checks itself waits for the step
         matrix, mirrored = matrix.to(images.device), mirrored.to(images.device)
         colours = [c.to(images.device) for c in self.draw_colour(rng, len(images))]
-        moved = warp_images(images.as_subclass(torch.Tensor), matrix)
+        moved = warp_images(images.as_subclass(torch.Tensor), back)
         if self.strength:
             moved = recolour(moved, *colours)
         renamed = warp_points(rename(points.as_subclass(torch.Tensor), mirrored, self.pairs), matrix)
@@ -89,10 +92,18 @@ def rename(points, mirrored, pairs):
     return torch.where(mirrored[:, None, None], points[:, pairs.to(points.device)], points)
 
 
-def warp_images(images, matrix):
-    "Images (batch, 3, h, w) through the same matrices. What lies outside is reflected in: no black corners."
-    inverse = torch.linalg.inv(matrix[:, :, :2])
-    back = torch.cat([inverse, -inverse @ matrix[:, :, 2:]], 2)  # grid_sample asks where a pixel comes from
+def invert(matrix):
+    "Matrices (batch, 2, 3) that undo others: a, b, c, d become d, -b, -c, a over the determinant."
+    (a, b, _), (c, d, _) = (row.unbind(1) for row in matrix.unbind(1))
+    inverse = torch.stack([torch.stack([d, -b], 1), torch.stack([-c, a], 1)], 1) / (a * d - b * c)[:, None, None]
+    return torch.cat([inverse, -inverse @ matrix[:, :, 2:]], 2)
+
+
+def warp_images(images, back):
+    """Images (batch, 3, h, w) warped; `back` are the inverse matrices: `grid_sample` asks where a pixel comes from.
+
+    What lies outside is reflected in: no black corners.
+    """
     grid = F.affine_grid(back, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

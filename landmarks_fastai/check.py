@@ -232,22 +232,23 @@ def write_listing(path, problems):
         rows.writerows((p.line, p.file_name, p.text) for p in problems)
 
 
-def append_listing(path, problem: Problem):
-    "One more row of a list that may not be there yet; once."
+def append_listing(path, problem: Problem) -> bool:
+    "One more row of a list that may not be there yet; False where it has that row already."
     there = os.path.exists(path)
     if there:
         with open(path, encoding="utf-8", newline="") as f:
             if str(problem.line) in {row[0] for row in csv.reader(f) if row}:
-                return
+                return False
     with open(path, "a", encoding="utf-8", newline="") as f:
         rows = csv.writer(f, lineterminator="\n")
         if not there:
             rows.writerow(["line", "file_name", "problem"])
         rows.writerow((problem.line, problem.file_name, problem.text))
+    return True
 
 
 def _places(table):
-    return cache_places(table.csv.with_name(f"{table.csv.name}-images"))
+    return cache_places(table.csv.with_name(f"{table.csv.name}-images")) if table.csv.is_file() else []
 
 
 def _read_kept(table) -> np.ndarray | None:

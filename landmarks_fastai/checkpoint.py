@@ -18,6 +18,10 @@ from landmarks_fastai.settings import Settings
 FORMAT = 3  # of the .json; 1 had no augmentation, mirror map, loss or average, 2 kept black borders
 
 
+def checkpoint_metadata(settings):
+    return {}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     "What `NAME_best.json` says of `NAME_best.pth`."

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from landmarks_fastai.check import LEAVES, check_images, write_listing
-from landmarks_fastai.errors import SHOWN, BadData, UserError
-from landmarks_fastai.labels import Labels, identity, open_labels, read_labels
-from landmarks_fastai.machine import bar
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.labels import identity, read_labels
 
 LIST = re.compile(r"\[\s*-?\d{1,18}(?:\s*,\s*-?\d{1,18})*(?:\s*,)?\s*\]")  # each space fits one place: no long search
 
@@ -29,44 +27,6 @@ def data_folder(data) -> Path:
     except (OSError, ValueError) as e:
         raise UserError(f"{folder} cannot be read ({e}); -d wants the folder that holds train/ and test/") from None
     return folder
-
-
-def training_rows(
-    data,
-    on_bad: str = "stop",  # or skip: bad rows are left out
-    listing=None,  # file that bad rows are listed in
-    progress=bar,
-    left_out=None,  # rows that a stopped run began without: it goes on without those, whatever is wrong now
-) -> tuple[Labels, Path]:
-    """The labels and the image folder of the training side, every row of them checked.
-
-    Raises `BadData` with all that is wrong, or, with skip, prints how much it is; `labels.left_out` has the rows then.
-    """
-    side = data_folder(data) / "train"
-    if not os.path.isfile(side / "landmarks.csv"):  # False, not an error, where a folder is closed
-        raise UserError(f"{side / 'landmarks.csv'} not found; -d wants the folder that holds train/ and test/")
-    labels = open_labels(side / "landmarks.csv")
-    faults = labels.faults()
-    found = check_images(labels, side / "images", labels.some_points, list(faults), progress)
-    rows = np.union1d(found.rows, list(faults)).astype(np.int64)
-    problems = lambda: (labels.problem(r, faults[r]) if r in faults else found.problem(r) for r in rows.tolist())  # noqa: E731
-    if left_out is not None:
-        leaving = [r for r in found.rows.tolist() if found.faults[r] == LEAVES and r not in left_out]
-        if leaving:
-            raise BadData(map(found.problem, leaving), len(leaving))
-        labels.left_out, labels.listing = left_out, listing
-        return labels, side / "images"
-    stops = on_bad == "stop" or len(rows) == len(labels)
-    if listing and len(rows) > (SHOWN if stops else 0):
-        write_listing(listing, problems())
-    elif listing:
-        Path(listing).unlink(missing_ok=True)  # of a start before
-    if len(rows) and stops:
-        raise BadData(problems(), len(rows), "--on-bad skip" if len(rows) < len(labels) else "", listing)
-    if len(rows):
-        print(f"{len(rows)} of {len(labels)} rows are bad and left out" + (f": {listing}" if listing else ""))
-    labels.left_out, labels.listing = rows, listing
-    return labels, side / "images"
 
 
 class TestPoints:

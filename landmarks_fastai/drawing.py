@@ -16,10 +16,10 @@ PANEL = 3.2  # inches; at 120 dots an inch a 128 px input is shown three times e
 
 
 def draw_batch(
-    batch,  # (images, points, maps) as `data.make_dataloaders` gives them
+    batch,  # (images, points, maps) as `LandmarkDL` gives them
     picture,  # normalised images -> pixels to show
     max_n: int,
-    out=None,  # predicted unit coordinates (batch, 2n), or in a list; None draws the truth alone
+    out=None,  # predicted unit coordinates (batch, n, 2), or in a list; None draws the truth alone
 ):
     "Draw truth, or truth beside prediction, of the first `max_n` items; the figure is matplotlib's current one."
     from matplotlib import pyplot as plt
@@ -29,25 +29,45 @@ def draw_batch(
     size = images.shape[-1]
     sides, titles = [(points, TRUTH)], ["truth"] * len(images)
     if out is not None:
-        predicted = (
-            (out[0] if isinstance(out, (list, tuple)) else out)[:max_n].reshape(points.shape).as_subclass(torch.Tensor)
-        )
+        predicted = (out[0] if isinstance(out, (list, tuple)) else out)[:max_n].as_subclass(torch.Tensor)
         sides.append((predicted, PREDICTION))
         scores = mean_squared_error(points_in_image(predicted, maps, size), points_in_image(points, maps, size))
         titles = [f"score {s:.4g}" for s in scores]
-    columns = min(len(images), max(1, round(math.sqrt(2 * len(images) / len(sides)))))
-    rows = math.ceil(len(images) / columns)
-    figure, axes = plt.subplots(
-        rows, columns * len(sides), figsize=(PANEL * columns * len(sides), (PANEL + 0.3) * rows), dpi=120, squeeze=False
-    )
-    for ax in axes.flat:
-        ax.set_axis_off()
+    axes = _grid(len(images), len(sides))
     for i in range(len(images)):
         for s, (unit, colour) in enumerate(sides):
-            ax = axes[i // columns, i % columns * len(sides) + s]
+            ax = axes[i][s]
             draw_points(ax, shown[i], unit_to_input(unit[i].cpu(), size).numpy(), colour)
             ax.set_title(titles[i] if s == len(sides) - 1 else "truth", fontsize=9)
-    figure.tight_layout(pad=0.4)
+    plt.tight_layout(pad=0.4)
+
+
+def draw_losses(
+    images: list,  # (h, w, 3) uint8, network inputs
+    points: list,  # pairs of true and predicted points (n, 2), pixels of the input
+    losses: list[float],
+):
+    "Truth and prediction on each input, its loss in the title; the figure is matplotlib's current one."
+    from matplotlib import pyplot as plt
+
+    for (ax,), image, (truth, predicted), loss in zip(_grid(len(images), 1), images, points, losses, strict=True):
+        draw_points(ax, image, truth, TRUTH)
+        draw_points(ax, image, predicted, PREDICTION)
+        ax.set_title(f"loss {loss:.4g}", fontsize=9)
+    plt.tight_layout(pad=0.4)
+
+
+def _grid(n: int, sides: int) -> list:
+    "Axes of n items, each with so many beside one another: a list of lists."
+    from matplotlib import pyplot as plt
+
+    columns = min(n, max(1, round(math.sqrt(2 * n / sides))))
+    rows = math.ceil(n / columns)
+    size = (PANEL * columns * sides, (PANEL + 0.3) * rows)
+    _, axes = plt.subplots(rows, columns * sides, figsize=size, dpi=120, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return axes.reshape(-1, sides)[:n].tolist()
 
 
 def draw_mirror(

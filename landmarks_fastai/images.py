@@ -262,7 +262,11 @@ class Inputs:
         if kept:
             return kept
         stamp = _stamp(path)  # before it is read: a file that changes meanwhile does not match its record
-        found = read_input(path, self.fit, self.size, self.borders, where)
+        found = self.read(path, where)
         if self.cache:
             self.cache.put(row, stamp, *found)
         return found
+
+    def read(self, path, where: str = "") -> tuple[Image.Image, PixelMap]:
+        "Any image file's input and map."
+        return read_input(path, self.fit, self.size, self.borders, where)

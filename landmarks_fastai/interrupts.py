@@ -4,6 +4,9 @@ import signal
 import threading
 from contextlib import contextmanager, suppress
 
+# Ctrl-C, a scheduler's or the system's stop, a terminal that was closed
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class Stopped(KeyboardInterrupt):
     "The user, or the machine, stopped the program; the text says what is kept. `code` is the exit code."
@@ -38,7 +41,8 @@ def signals_remembered():
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    old = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # as `nohup` sets SIGHUP
+    old = {number: signal.signal(number, asked) for number in heeded}
     try:
         yield asked
     finally:
@@ -54,4 +58,6 @@ def heed_sigterm():
         raise Stopped(code=128 + number)
 
     with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, stop)
+        for number in STOPPING[1:]:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` sets SIGHUP
+                signal.signal(number, stop)

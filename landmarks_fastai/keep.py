@@ -3,39 +3,12 @@
 import time
 from contextlib import contextmanager
 
-from fastai.callback.core import Callback, CancelEpochException
-from fastai.learner import Learner
+from fastai.callback.core import Callback
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.interrupts import Stopped, signals_remembered
 from landmarks_fastai.runs import Run
 from landmarks_fastai.state import State, gather, put_back, write_state
-
-
-class StageLearner(Learner):
-    """fastai's `Learner`, whose fit may begin in the middle of an epoch.
-
-    fastai's own `fit(start_epoch=)` goes through the events of the epochs that it skips, and every tracker counts them.
-    """
-
-    begin = (0, 0)  # epoch, and the batch of it
-
-    @property
-    def first_batch(self) -> int:
-        "Of this epoch's training."
-        return self.begin[1] if self.epoch == self.begin[0] else 0
-
-    def _do_fit(self):
-        for epoch in range(self.begin[0], self.n_epoch):
-            self.epoch = epoch
-            self._with_events(self._do_epoch, "epoch", CancelEpochException)
-
-    def all_batches(self):
-        self.n_iter = len(self.dl)
-        first = self.first_batch if self.training else 0
-        if first < self.n_iter:
-            for i, batch in enumerate(self.dl, first):
-                self.one_batch(i, batch)
 
 
 class Keep(Callback):
@@ -56,7 +29,7 @@ class Keep(Callback):
         spent: float = 0.0,  # seconds that the stage's clock has run before this fit
     ):
         self.to, self.own, self.history, self.every, self.state = run, facts, history, every, state
-        self.spent, self.at_rest, self.asked = spent, False, None
+        self.spent, self.asked = spent, None
 
     def before_fit(self):
         self.began = self.written = time.monotonic()
@@ -78,14 +51,9 @@ class Keep(Callback):
                     f"{path} does not fit the run ({type(e).__name__}): start over with --overwrite, and the same flags"
                 ) from None
             self.state = None
-        self.at_rest = True
-
-    def before_batch(self):
-        self.at_rest = False
 
     def after_batch(self):
         self.batch += self.training
-        self.at_rest = True
         if self.asked and self.asked.number:
             self.stop()
         elif self.training and time.monotonic() - self.written >= self.every:
@@ -117,8 +85,8 @@ class Keep(Callback):
             try:
                 yield
             except Exception:
-                if self.asked.number and self.at_rest:  # the signal killed the workers that decode images
-                    self.stop()
+                if self.asked.number:  # it killed a worker that was just starting: what was written last stands
+                    raise Stopped(code=self.asked.code) from None
                 raise
             if self.asked.number:
                 raise Stopped(code=self.asked.code)

@@ -39,9 +39,6 @@ class Labels:
         key: dict,  # the identity of the CSV that the cache file must have been made of
     ):
         self.csv, self.cache, self.key = Path(csv), Path(cache), key
-        self.left_out = np.zeros(0, np.int64)  # rows that are neither trained on nor validated on
-        self.listing = None  # file that they are listed in
-        self.lost = set()  # rows whose images a stage went on without
         self._open()
 
     def _open(self):

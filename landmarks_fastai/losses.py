@@ -17,14 +17,16 @@ WING_WIDTH, WING_CURVE = 10 / 256, 2 / 256  # of the input's side: Feng et al. 2
 
 
 class PointLoss(nn.Module):
-    "Mean over all coordinates of `func(error)`; predictions and truth in unit coordinates, errors in input pixels."
+    "`func(error)` of all coordinates; predictions and truth in unit coordinates, errors in input pixels."
 
     def __init__(self, func, size: int):
         super().__init__()
         self.of_error, self.half = func, size / 2  # not `func`: `BaseLoss` takes over the attributes of what it wraps
+        self.reduction = "mean"  # or none: fastai's `Interpretation` asks for the loss of each image
 
     def forward(self, pred, truth):
-        return self.of_error((pred - truth) * self.half).mean()
+        each = self.of_error((pred - truth) * self.half)
+        return each if self.reduction == "none" else each.mean()
 
 
 def wing(error, width: float, curve: float):

@@ -10,12 +10,12 @@ from landmarks_fastai.geometry import PixelMap, unit_to_input
 
 
 def points_in_image(
-    unit,  # (batch, n, 2) or (batch, 2n) unit coordinates
+    unit,  # (batch, n, 2) unit coordinates
     maps,  # (batch, 4): each image's PixelMap
     size: int,  # of the network's input
 ):
     "The points (batch, n, 2), float64, in pixels of the images as stored."
-    points = unit_to_input(_plain(unit).reshape(len(unit), -1, 2), size)
+    points = unit_to_input(_plain(unit), size)
     return PixelMap.of_batch(_plain(maps)).to_image(points)
 
 

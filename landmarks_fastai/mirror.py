@@ -145,13 +145,13 @@ def write_pairs(path: Path, pairs):
 
 
 def two_looks(
-    model,  # images -> unit coordinates
+    model,  # images -> unit coordinates (batch, n_points, 2)
     images,  # (batch, 3, h, w), normalised
     pairs=(),  # of the mirror map; empty: one look
 ):
     "Unit coordinates (batch, n_points, 2): the mean of what the model says of the images and of their mirror images."
-    first = model(images).reshape(len(images), -1, 2)
+    first = model(images)
     if not len(pairs):
         return first
-    second = model(images.flip(-1)).reshape(len(images), -1, 2)[:, torch.as_tensor(pairs, device=images.device)]
+    second = model(images.flip(-1))[:, torch.as_tensor(pairs, device=images.device)]
     return (first + second * torch.tensor([-1.0, 1.0], device=images.device)) / 2

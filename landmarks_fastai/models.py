@@ -33,7 +33,7 @@ def build_model(
     layers = make_head(head, feature_count(body, arch, size), n_points)
     if targets == "pixels":
         layers.append(PixelsToUnit(size))
-    return nn.Sequential(body, layers)
+    return nn.Sequential(body, layers.append(nn.Unflatten(1, (n_points, 2))))
 
 
 def make_body(arch: str, size: int) -> nn.Module:
@@ -172,8 +172,9 @@ def start_at(model: nn.Sequential, shape):
     """
     last = [layer for layer in model[1] if isinstance(layer, nn.Linear)][-1]
     shape = torch.as_tensor(shape)
-    if isinstance(model[1][-1], PixelsToUnit):
-        shape = unit_to_input(shape, model[1][-1].size)
+    for layer in model[1]:
+        if isinstance(layer, PixelsToUnit):
+            shape = unit_to_input(shape, layer.size)
     with torch.no_grad():
         last.bias.copy_(shape.reshape(-1))
         last.weight.mul_(0.1)

@@ -48,6 +48,10 @@ class Run:
     def __init__(self, out, name: str, record: Record | None = None):
         self.out, self.name, self.record = Path(out), name, record
 
+    @property
+    def folder(self) -> Path:
+        return self.out
+
     def file(self, suffix: str) -> Path:
         return self.out / f"{self.name}_{suffix}"
 

@@ -121,6 +121,9 @@ class Settings:
 # What checkpoints lack that were written before there was a choice.
 NEWER = ("on_bad",)
 
+# What the DataLoaders decide; a Learner takes it from them.
+DATA = ("size", "fit", "n_points", "pairs", "data", "on_bad", "valid_pct", "valid_random", "all_rows", "aug", "mirror",
+        "batch_size", "split_seed")  # fmt: skip
 # What a checkpoint decides: its weights have no other meaning.
 NETWORK = ("arch", "head", "targets")
 # What it decides for a prediction, and a later stage may change: it is scored at both.

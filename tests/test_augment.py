@@ -7,9 +7,8 @@ from fastai.vision.augment import Flip
 from fastai.vision.core import TensorImage, TensorPoint
 from PIL import Image
 
-from landmarks_fastai.augment import Augment, warp_images, warp_points
-from landmarks_fastai.contest import training_rows
-from landmarks_fastai.data import make_dataloaders
+from landmarks_fastai.augment import Augment, invert, warp_images, warp_points
+from landmarks_fastai.block import landmark_dataloaders
 from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.machine import Machine
 from landmarks_fastai.sample import mirror_pairs
@@ -62,9 +61,8 @@ def test_the_dot_through_the_whole_dataloader(tmp_path):
         Image.fromarray(np.rint(light).astype(np.uint8)).convert("RGB").save(tmp_path / "train" / "images" / f"{i}.png")
         rows.append(f"{i}.png\t{x:.0f}\t{y:.0f}")
     (tmp_path / "train" / "landmarks.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    labels, folder = training_rows(tmp_path)
     settings = Settings(size=80, batch_size=16, n_points=1, pairs=(0,), aug=1.5)
-    images, points, _ = make_dataloaders(settings, labels, folder, Machine(workers=0)).train.one_batch()
+    images, points, _ = landmark_dataloaders(tmp_path, settings, machine=Machine(workers=0)).train.one_batch()
     expected = unit_to_input(points[:, 0].as_subclass(torch.Tensor), 80)
     assert centres(images, expected).numpy() == pytest.approx(expected.numpy(), abs=0.1)
 
@@ -78,8 +76,7 @@ def sides(points, pairs):
 
 def test_fastai_s_flip_ruins_the_labels_and_ours_does_not(drawn):
     "In every drawn face one eye's points lie left of the other's. After `Flip` the names say the opposite."
-    labels, folder = training_rows(drawn)
-    dls = make_dataloaders(Settings(size=48, aug=0.0), labels, folder, Machine(workers=0))
+    dls = landmark_dataloaders(drawn, size=48, aug=0.0, machine=Machine(workers=0))
     images, points, maps = dls.valid.one_batch()
     pairs = torch.from_numpy(mirror_pairs(N_POINTS))
     before = sides(points, pairs)
@@ -104,11 +101,10 @@ def test_fastai_s_flip_ruins_the_labels_and_ours_does_not(drawn):
 
 
 def test_a_batch_s_changes_are_a_function_of_seed_epoch_and_batch(drawn):
-    labels, folder = training_rows(drawn)
     settings = Settings(size=32, batch_size=8, n_points=N_POINTS, pairs=tuple(mirror_pairs(N_POINTS).tolist()))
 
     def epoch(seed, number):
-        train = make_dataloaders(settings.replace(seed=seed), labels, folder, Machine(workers=0)).train
+        train = landmark_dataloaders(drawn, settings, seed=seed, machine=Machine(workers=0)).train
         train.epoch = number
         return [torch.cat([p.as_subclass(torch.Tensor).flatten(1) for p in b[:2]], 1) for b in train]
 
@@ -121,15 +117,14 @@ def test_a_batch_s_changes_are_a_function_of_seed_epoch_and_batch(drawn):
 
 
 def test_validation_sees_the_images_as_they_are(drawn):
-    labels, folder = training_rows(drawn)
-    of = lambda aug: make_dataloaders(Settings(size=32, aug=aug), labels, folder, Machine(workers=0)).valid.one_batch()  # noqa: E731
+    of = lambda aug: landmark_dataloaders(drawn, size=32, aug=aug, machine=Machine(workers=0)).valid.one_batch()  # noqa: E731
     assert all(torch.equal(a, b) for a, b in zip(of(0.0), of(2.0), strict=True))
 
 
 def test_no_black_corners():
     "What a turned or shifted picture lacks is reflected in."
     matrix, _ = Augment(2.0).draw_warp(np.random.default_rng(0), 32)
-    assert warp_images(torch.ones(32, 3, 40, 40), matrix).min() > 0.999
+    assert warp_images(torch.ones(32, 3, 40, 40), invert(matrix)).min() > 0.999
 
 
 def test_points_follow_the_matrix():

@@ -398,18 +398,18 @@ LEGAL = {
 
 @pytest.mark.parametrize("kind", LEGAL)
 def test_what_is_legal_passes(data, kind):
-    from landmarks_fastai.contest import training_rows
+    from landmarks_fastai.items import labelled_images
 
     LEGAL[kind](data, None)
-    labels, _ = training_rows(data)
-    assert len(labels) == 40 and not len(labels.left_out)
+    items = labelled_images(data)
+    assert len(items) == 40 and not len(items.left_out)
 
 
 def test_a_file_that_may_not_be_read_is_named(data, monkeypatch):
     "Root, who runs the tests in many containers, is refused by no mode bits."
     from landmarks_fastai import check
-    from landmarks_fastai.contest import training_rows
     from landmarks_fastai.errors import BadData
+    from landmarks_fastai.items import labelled_images
 
     closed = str(image_path(data))
     real = check.opened
@@ -421,4 +421,4 @@ def test_a_file_that_may_not_be_read_is_named(data, monkeypatch):
 
     monkeypatch.setattr(check, "opened", opened)
     with pytest.raises(BadData, match="line 9: image .*Permission denied"):
-        training_rows(data)
+        labelled_images(data)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from landmarks_fastai.callbacks import PlateauLR, StepLR, StopOnNaN
+from landmarks_fastai.learner import body_and_head, optimiser
 from landmarks_fastai.settings import OPTIMISERS, Settings
-from landmarks_fastai.training import body_and_head, optimiser
 
 
 def learner(scores, opt="adamw", lr=3e-4):

@@ -14,11 +14,11 @@ from PIL import Image
 
 from landmarks_fastai import check, contest
 from landmarks_fastai.checkpoint import read_checkpoint
-from landmarks_fastai.contest import training_rows
-from landmarks_fastai.data import split_rows
 from landmarks_fastai.errors import SHOWN, BadData, UserError
 from landmarks_fastai.images import open_image, read_input
+from landmarks_fastai.items import labelled_images
 from landmarks_fastai.settings import Settings
+from landmarks_fastai.split import split_rows
 
 from .conftest import N_TRAIN, QUICK, csv_lines, edit_line
 
@@ -142,7 +142,7 @@ def test_what_is_odd_is_noted_once_in_a_line_a_kind(data, capsys):
     in_row(data, 7, Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "c.png")
     in_row(data, 8, image, "d.gif", save_all=True, append_images=[image.rotate(90)])
     in_row(data, 9, image, names(data)[1])  # a second row of this image
-    training_rows(data)
+    labelled_images(data)
     lines = capsys.readouterr().out.splitlines()
     csv = data / "train" / "landmarks.csv"
     for said in (
@@ -156,7 +156,7 @@ def test_what_is_odd_is_noted_once_in_a_line_a_kind(data, capsys):
     ):
         assert any(line.startswith(said) for line in lines), said
     assert len(lines) == 8
-    training_rows(data)
+    labelled_images(data)
     assert capsys.readouterr().out == ""  # told at the first check
 
 
@@ -193,7 +193,7 @@ def test_of_many_problems_twenty_are_told_and_all_listed(door, data, tmp_path):
         [str(5 + k), name] for k, name in enumerate(gone)
     ]
     with pytest.raises(BadData) as e:
-        training_rows(data)
+        labelled_images(data)
     assert "…" in e.value.problems[SHOWN] and "listed" not in e.value.problems[SHOWN]
     for name in gone:
         shutil.copy(data / "train" / "images" / names(data)[0], data / "train" / "images" / name)
@@ -211,10 +211,10 @@ def test_skip_leaves_bad_rows_out_and_moves_no_other(door, data, tmp_path):
     listed = pd.read_csv(tmp_path / "here" / "runs" / "r_bad.csv")
     assert listed.line.tolist() == [2, 12, 37] and listed.file_name[1] == 'a, "b".jpg'
     assert "not found" in listed.problem[0] and "2 fields found" in listed.problem[1]
-    labels, _ = training_rows(data, "skip")
-    assert labels.left_out.tolist() == [0, 10, 35]
+    items = labelled_images(data, on_bad="skip")
+    assert items.left_out.tolist() == [0, 10, 35]
     for settings in (Settings(), Settings(valid_random=True, split_seed=3), Settings(all_rows=True)):
-        for side, whole in zip(split_rows(40, settings, labels.left_out), split_rows(40, settings), strict=True):
+        for side, whole in zip(split_rows(40, settings, items.left_out), split_rows(40, settings), strict=True):
             assert side.tolist() == [r for r in whole.tolist() if r not in (0, 10, 35)]
     settings = read_checkpoint(tmp_path / "here" / "runs" / "r_best.pth").settings
     assert settings.on_bad == "skip"
@@ -228,12 +228,12 @@ def test_what_is_listed(data, tmp_path):
     "All that is left out; of what stops a run only what is more than the terminal shows."
     listing = tmp_path / "bad.csv"
     (data / "train" / "images" / names(data)[0]).unlink()
-    training_rows(data, "skip", listing)
+    labelled_images(data, on_bad="skip", listing=listing)
     assert pd.read_csv(listing).line.tolist() == [2]
     for name in names(data)[1:SHOWN]:
         (data / "train" / "images" / name).unlink()
     with pytest.raises(BadData):
-        training_rows(data, "stop", listing)
+        labelled_images(data, listing=listing)
     assert not listing.exists()  # nor is that of a start before
 
 
@@ -264,15 +264,15 @@ def swap(path, content):
 
 def test_what_was_found_good_is_not_opened_again_until_it_changes(data):
     images = data / "train" / "images"
-    training_rows(data)
+    labelled_images(data)
     swap(images / names(data)[4], b"no image")
-    training_rows(data)  # its size and time are as they were
+    labelled_images(data)  # its size and time are as they were
     os.utime(images / names(data)[4])
     with pytest.raises(BadData, match="line 6: image .* cannot be read"):
-        training_rows(data)
+        labelled_images(data)
     swap(images / names(data)[4], (images / names(data)[5]).read_bytes())
     (images / names(data)[4]).write_bytes((images / names(data)[5]).read_bytes())
-    training_rows(data)
+    labelled_images(data)
 
 
 def test_what_was_found_bad_is_opened_at_each_start(data):
@@ -281,31 +281,31 @@ def test_what_was_found_bad_is_opened_at_each_start(data):
     whole = path.read_bytes()
     swap(path, b"no image")
     with pytest.raises(BadData):
-        training_rows(data)
+        labelled_images(data)
     swap(path, whole)
-    training_rows(data)
+    labelled_images(data)
 
 
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-3], lambda b: b"", lambda b: b"\0" * 500, lambda b: b[:-8] + b"8 bytes!"]
 )
 def test_a_torn_or_foreign_result_is_not_believed(data, damage):
-    training_rows(data)
+    labelled_images(data)
     kept = data / "train" / "landmarks.csv-images.cache"
     kept.write_bytes(damage(kept.read_bytes()))
     swap(data / "train" / "images" / names(data)[4], b"no image")
     with pytest.raises(BadData):
-        training_rows(data)
+        labelled_images(data)
 
 
 def test_a_jpeg_with_bytes_behind_its_end_is_no_alarm_and_one_cut_short_is(data):
     path = data / "train" / "images" / names(data)[4]
     whole = path.read_bytes()
     path.write_bytes(whole + b"x" * 300)
-    training_rows(data)
+    labelled_images(data)
     path.write_bytes(whole[:-100])
     with pytest.raises(BadData, match="line 6: image .* is cut short"):
-        training_rows(data)
+        labelled_images(data)
 
 
 def test_the_folder_itself_may_be_a_link_and_so_may_an_image_within_it(data, tmp_path):
@@ -317,8 +317,8 @@ def test_the_folder_itself_may_be_a_link_and_so_may_an_image_within_it(data, tmp
     edit_line(data / "train" / "landmarks.csv", 5, lambda line: "deeper/x.jpg\t" + line.split("\t", 1)[1])
     os.rename(images, tmp_path / "real")
     images.symlink_to(tmp_path / "real")
-    labels, folder = training_rows(data)
-    assert not len(labels.left_out) and folder == images and labels.name(3) == "deeper/x.jpg"
+    items = labelled_images(data)
+    assert not len(items.left_out) and items.folder == images and items.labels.name(3) == "deeper/x.jpg"
 
 
 @pytest.mark.parametrize(
@@ -426,6 +426,6 @@ def test_far_outside_is_an_image_s_side(data):
             with pytest.raises(
                 UserError, match=rf"line 6: point 67 \({x}, {y}\) lies more than an image's side outside"
             ):
-                training_rows(data)
+                labelled_images(data)
         else:
-            training_rows(data)
+            labelled_images(data)

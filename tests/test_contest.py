@@ -8,6 +8,7 @@ from PIL import Image
 
 from landmarks_fastai import contest
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.items import labelled_images
 
 HEADER = "file_name\tpoint_index_list\n"
 
@@ -83,14 +84,14 @@ def test_the_data_folder_and_its_training_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert contest.data_folder("") == contest.data_folder(None) == contest.data_folder(".")
     with pytest.raises(UserError, match="train.landmarks.csv not found; -d wants"):
-        contest.training_rows(tmp_path)
+        labelled_images(tmp_path)
     (tmp_path / "train" / "images").mkdir(parents=True)
     (tmp_path / "train" / "landmarks.csv").write_text("file_name\tx\ty\na.jpg\t1\t2\n")
     with pytest.raises(UserError, match="landmarks.csv line 2: image a.jpg not found"):
-        contest.training_rows(tmp_path)
+        labelled_images(tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "train" / "images" / "a.jpg")
-    labels, images = contest.training_rows(tmp_path)
-    assert len(labels) == 1 and images == tmp_path / "train" / "images"
+    items = labelled_images(tmp_path)
+    assert len(items) == 1 and items[0].path == tmp_path / "train" / "images" / "a.jpg"
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

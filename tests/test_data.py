@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from fastai.vision.core import PILImage
 from PIL import Image
 
-from landmarks_fastai.contest import training_rows
-from landmarks_fastai.data import PointsToInput, RowImage, make_dataloaders, mean_shape, split_rows
+from landmarks_fastai.block import landmark_dataloaders
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.geometry import pixel_map, unit_to_input
-from landmarks_fastai.images import Inputs, open_image
+from landmarks_fastai.geometry import unit_to_input
+from landmarks_fastai.images import open_image
+from landmarks_fastai.items import labelled_images
+from landmarks_fastai.learner import mean_shape
 from landmarks_fastai.machine import Machine
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.settings import FITS, Settings
+from landmarks_fastai.split import split_rows
 
 from .conftest import N_POINTS, N_TRAIN
 
@@ -21,8 +22,8 @@ SETTINGS = Settings(size=48, batch_size=8)
 
 
 def loaders(folder, workers=0, **changes):
-    labels, images = training_rows(folder)
-    return labels, make_dataloaders(SETTINGS.replace(**changes), labels, images, Machine(workers=workers))
+    items = labelled_images(folder)
+    return items, landmark_dataloaders(items, SETTINGS, machine=Machine(workers=workers), **changes)
 
 
 def every(dl):
@@ -32,20 +33,19 @@ def every(dl):
 
 @pytest.mark.parametrize("fit", FITS)
 def test_a_batch_s_points_go_back_to_the_file_s(drawn, fit):
-    labels, dls = loaders(drawn, fit=fit)
+    items, dls = loaders(drawn, fit=fit)
     images, points, maps = every(dls.valid)
     rows = split_rows(N_TRAIN, SETTINGS)[1]
     assert images.shape == (8, 3, 48, 48) and points.shape == (8, N_POINTS, 2) and len(rows) == 8
     found = points_in_image(points, maps, 48)
-    assert found.numpy() == pytest.approx(np.stack([labels.points(r) for r in rows]), abs=1e-3)
+    assert found.numpy() == pytest.approx(np.stack([items[int(r)].points for r in rows]), abs=1e-3)
 
 
 def test_training_and_validation_see_an_image_alike(drawn):
     "fastai's Resize would crop at random in training: here the same row gives the same pixels on either side."
-    labels, folder = training_rows(drawn)
-    dls = make_dataloaders(SETTINGS, labels, folder, Machine(workers=0))
-    items = [dl.after_item(tuple(tl.tfms(3) for tl in dl.dataset.tls)) for dl in dls]
-    for a, b in zip(*items, strict=True):
+    items, dls = loaders(drawn)
+    both = [dl.after_item(tuple(tl.tfms(items[3]) for tl in dl.dataset.tls)) for dl in dls]
+    for a, b in zip(*both, strict=True):
         assert torch.equal(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor))
 
 
@@ -64,23 +64,11 @@ def test_a_dot_is_where_the_target_says_through_the_whole_pipeline(tmp_path, fit
     (tmp_path / "train" / "landmarks.csv").write_text("\n".join(rows) + "\n")
     _, dls = loaders(tmp_path, fit=fit, size=size, valid_pct=0.5, batch_size=5)
     images, points, _ = every(dls.valid)
-    grey = (
-        (images * torch.tensor(SETTINGS.std).view(3, 1, 1) + torch.tensor(SETTINGS.mean).view(3, 1, 1)).mean(1).double()
-    )
+    grey = images.mean(1).double()
     across, down = torch.arange(size).double(), torch.arange(size).double()[:, None]
     mass = grey.sum((1, 2))
     found = torch.stack([(grey * across).sum((1, 2)) / mass, (grey * down).sum((1, 2)) / mass], 1)
     assert found.numpy() == pytest.approx(unit_to_input(points[:, 0].double(), size).numpy(), abs=0.05)
-
-
-@pytest.mark.parametrize("fit", FITS)
-def test_a_batch_made_at_once_is_the_batch_of_its_items(drawn, fit):
-    "`whole_batch` passes fastai's pipelines by: it must be what they would have made, type and all."
-    for dl in loaders(drawn, fit=fit, borders="trim")[1]:
-        items = dl.do_batch([dl.do_item(i) for i in range(8)])
-        for a, b in zip(dl.whole_batch(list(dl.items[:8])), items, strict=True):
-            assert type(a) is type(b) and a.dtype == b.dtype
-            assert a.as_subclass(torch.Tensor).numpy() == pytest.approx(b.as_subclass(torch.Tensor).numpy(), abs=5e-7)
 
 
 def test_points_outside_the_crop_stay_valid_targets(tmp_path):
@@ -170,19 +158,7 @@ def test_too_few_rows(drawn):
 
 
 def test_mean_shape_is_the_mean_of_the_targets(drawn):
-    labels, folder = training_rows(drawn)
-    points = every(loaders(drawn, aug=0.0)[1].train)[1]
+    items, dls = loaders(drawn, aug=0.0, mirror="none")
+    points = every(dls.train)[1]
     # an image that is decoded at half its size is half a stored pixel off where its sides are odd
-    assert mean_shape(SETTINGS, labels, folder) == pytest.approx(points.mean(0).numpy(), abs=2e-3)
-
-
-def test_an_image_keeps_its_type_through_the_fit(drawn):
-    labels, folder = training_rows(drawn)
-    name = labels.name(0)
-    image = RowImage(labels, folder, Inputs("crop", 32, "keep"))(0)
-    assert isinstance(image, PILImage)
-    image, points, to_input = PointsToInput()((image, labels.points(0)))
-    assert image.size == (32, 32) and tuple(to_input.tolist()) == pytest.approx(
-        pixel_map(*Image.open(folder / name).size, "crop", 32)
-    )
-    assert points.shape == (N_POINTS, 2)
+    assert mean_shape(dls.train.items, SETTINGS) == pytest.approx(points.mean(0).numpy(), abs=2e-3)

@@ -5,15 +5,10 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from landmarks_fastai.contest import training_rows
-from landmarks_fastai.data import make_dataloaders
+from landmarks_fastai.block import landmark_dataloaders
 from landmarks_fastai.drawing import PREDICTION, TRUTH, draw_points, save_figure
+from landmarks_fastai.learner import landmark_learner
 from landmarks_fastai.machine import Machine
-from landmarks_fastai.models import build_model
-from landmarks_fastai.settings import Settings
-from landmarks_fastai.training import make_learner
-
-from .conftest import N_POINTS
 
 
 def rgb(colour):
@@ -45,10 +40,9 @@ def test_a_dot_is_drawn_at_its_pixel_s_centre(point):
 
 @pytest.fixture
 def learn(drawn, tmp_path):
-    labels, folder = training_rows(drawn)
-    settings = Settings(arch="resnet18", size=64, batch_size=8, n_points=N_POINTS)
-    dls = make_dataloaders(settings, labels, folder, Machine(workers=0))
-    return make_learner(settings, dls, build_model("resnet18", "linear", N_POINTS, 64), tmp_path)
+    machine = Machine(workers=0)
+    dls = landmark_dataloaders(drawn, size=64, batch_size=8, machine=machine)
+    return landmark_learner(dls, "resnet18", "none", start="random", machine=machine, path=tmp_path)
 
 
 def test_show_results_draws_truth_beside_prediction_with_the_score_above(learn, tmp_path):
@@ -82,7 +76,6 @@ def test_show_batch_draws_the_truth_on_pixels_that_look_like_the_file_s(learn):
     from landmarks_fastai.geometry import fit_image
     from landmarks_fastai.images import open_image
 
-    labels, folder, row = learn.dls.valid.recipe[1], learn.dls.valid.recipe[2], 32
-    expected = np.asarray(fit_image(open_image(folder / labels.name(row)), "crop", 64)[0]) / 255
+    expected = np.asarray(fit_image(open_image(learn.dls.valid.items[0].path), "crop", 64)[0]) / 255
     assert np.abs(shown - expected).max() < 1e-3
     assert torch.is_tensor(learn.dls.valid.one_batch()[0])

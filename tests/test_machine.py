@@ -10,28 +10,21 @@ import pytest
 import torch
 
 from landmarks_fastai import machine as room
+from landmarks_fastai.block import landmark_dataloaders
 from landmarks_fastai.callbacks import Amp
-from landmarks_fastai.contest import training_rows
-from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.learner import landmark_learner
 from landmarks_fastai.machine import Machine, keep_freed_memory, side_by_side
-from landmarks_fastai.models import build_model
-from landmarks_fastai.settings import Settings
-from landmarks_fastai.training import make_learner
 
-from .conftest import N_POINTS, QUICK
+from .conftest import QUICK
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 def learner(drawn, **changes):
-    settings = Settings(arch="resnet18", size=32, batch_size=8, n_points=N_POINTS, aug=0.0, data=str(drawn))
     machine = Machine(workers=0, **changes)
-    torch.manual_seed(0)
-    model = build_model("resnet18", "linear", N_POINTS, 32)
-    labels, folder = training_rows(drawn)
-    learn = make_learner(settings, make_dataloaders(settings, labels, folder, machine), model, drawn, machine)
-    learn.remove_cbs(learn.progress_cbs)
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, aug=0.0, machine=machine)
+    learn = landmark_learner(dls, "resnet18", "none", start="random", machine=machine, path=drawn)
     learn.logger = lambda values: None
     return learn
 
@@ -39,7 +32,7 @@ def learner(drawn, **changes):
 def watch(learn):
     "The types that the last layer's products had."
     types = []
-    learn.model[1][-1].register_forward_hook(lambda layer, inputs, out: types.append(out.dtype))
+    learn.model[1][0].register_forward_hook(lambda layer, inputs, out: types.append(out.dtype))
     return types
 
 

@@ -12,10 +12,10 @@ from fastai.callback.training import GradientAccumulation
 from PIL import Image
 from torch import nn
 
-from landmarks_fastai.callbacks import Average, EndInTime, StopInTime
+from landmarks_fastai.block import landmark_dataloaders
+from landmarks_fastai.callbacks import Average, TimeLimit
 from landmarks_fastai.checkpoint import read_checkpoint
-from landmarks_fastai.contest import training_rows
-from landmarks_fastai.data import make_dataloaders
+from landmarks_fastai.items import labelled_images
 from landmarks_fastai.machine import Machine
 from landmarks_fastai.mirror import two_looks
 from landmarks_fastai.models import build_model, start_at
@@ -103,9 +103,9 @@ def test_two_looks_in_validation_and_prediction(door, drawn, tmp_path):
     assert code == 0 and list(table.columns[6:8]) == ["looks", "ema"]
     assert kept.score == pytest.approx(table[["looks", "ema"]].min().min(), rel=1e-5)
     runs = tmp_path / "here" / "runs"
-    labels, folder = training_rows(drawn)
-    images = FittedImages(folder, [labels.name(r) for r in range(32, N_TRAIN)], kept.settings)
-    truth = np.stack([labels.points(r) for r in range(32, N_TRAIN)]).astype(float)
+    items = labelled_images(drawn)[np.arange(32, N_TRAIN)]
+    images = FittedImages(items.folder, [item.path.name for item in items.sample(99)], kept.settings)
+    truth = np.stack([item.points for item in items.sample(99)]).astype(float)
     twice = np.concatenate(list(predict_batches(kept, images, Machine(workers=0), pairs=kept.settings.pairs)))
     assert ((twice - truth) ** 2).mean() == pytest.approx(kept.score, rel=1e-4)
     # predict.py looks twice where it can, and once when asked to
@@ -173,15 +173,14 @@ def test_lr_find_is_printed_drawn_and_used(door, drawn, tmp_path):
 
 
 def test_body_and_head_have_their_own_rates(drawn, tmp_path):
-    from landmarks_fastai.training import make_learner, rates
+    from landmarks_fastai.learner import landmark_learner
 
-    settings = Settings(arch="resnet18", size=32, batch_size=8, n_points=N_POINTS, lr=1e-3, head_rate=0.25)
-    labels, folder = training_rows(drawn)
-    dls = make_dataloaders(settings, labels, folder, Machine(workers=0))
-    learn = make_learner(settings, dls, build_model("resnet18", "linear", N_POINTS, 32), tmp_path)
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(1, lr=rates(settings))
-    assert [g["lr"] for g in learn.opt.opt.param_groups] == [1e-3, 2.5e-4]
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, machine=Machine(workers=0))
+    learn = landmark_learner(dls, "resnet18", "none", lr=1e-3, head_rate=0.25, path=tmp_path)
+    for lr, expected in ((None, 1e-3), (2e-3, 2e-3)):
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, lr)
+        assert [g["lr"] for g in learn.opt.opt.param_groups] == [expected, expected / 4]
 
 
 def test_onecycle_is_fastai_s(door, drawn, tmp_path):
@@ -210,7 +209,7 @@ def test_minutes_end_in_time(door, drawn, tmp_path, sched, monkeypatch):
 
 def test_the_clock_leaves_time_for_the_validation():
     learn = learner([1] * 1000)
-    clock = EndInTime(time.monotonic() + 1.0)
+    clock = TimeLimit(time.monotonic() + 1.0)
 
     class Slow(Callback):
         def before_validate(self):
@@ -220,7 +219,7 @@ def test_the_clock_leaves_time_for_the_validation():
             time.sleep(0.01)
 
     start = time.monotonic()
-    learn.fit(1000, cbs=[clock, StopInTime(clock), Slow()])
+    learn.fit(1000, cbs=[clock, Slow()])
     assert 0.4 < time.monotonic() - start < 1.3
 
 
@@ -314,9 +313,7 @@ def test_a_checkpoint_of_an_earlier_version_is_named_as_such(door, drawn, tmp_pa
 def test_all_rows_are_trained_on_and_the_score_says_so(door, drawn, tmp_path):
     code, out, _ = door(f"train.py {QUICK} --all-rows -n a -d", drawn)
     assert code == 0 and "on rows that were trained on" in out
-    labels, folder = training_rows(drawn)
-    settings = Settings(size=32, batch_size=8, all_rows=True)
-    dls = make_dataloaders(settings, labels, folder, Machine(workers=0))
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, all_rows=True, machine=Machine(workers=0))
     assert len(dls.train_ds) == N_TRAIN and len(dls.valid_ds) == 8
     door("finetune.py -e 1 --workers 0 -n a2 -pm a")
     assert best(tmp_path, "a2").settings.all_rows

@@ -8,14 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from landmarks_fastai.block import landmark_dataloaders
 from landmarks_fastai.checkpoint import read_checkpoint
-from landmarks_fastai.contest import training_rows
-from landmarks_fastai.data import make_dataloaders, split_rows
+from landmarks_fastai.items import labelled_images
+from landmarks_fastai.learner import landmark_learner
 from landmarks_fastai.machine import Machine
-from landmarks_fastai.models import build_model
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.split import split_rows
 from landmarks_fastai.stage import fit_stage
-from landmarks_fastai.training import make_learner
 
 from .conftest import N_POINTS, QUICK
 
@@ -123,11 +122,11 @@ def test_the_score_is_the_contest_s_on_the_validation_rows(door, drawn, tmp_path
 
     assert door(f"train.py {QUICK} --fit squish -n s -d", drawn)[0] == 0
     best = read_checkpoint(tmp_path / "here" / "runs" / "s_best.pth")
-    labels, folder = training_rows(drawn)
-    rows = split_rows(len(labels), best.settings)[1]
-    images = FittedImages(folder, [labels.name(r) for r in rows], best.settings)
+    items = labelled_images(drawn)
+    items = items[split_rows(len(items), best.settings)[1]]
+    images = FittedImages(items.folder, [item.path.name for item in items.sample(99)], best.settings)
     points = np.concatenate(list(predict_batches(best, images, Machine(workers=0))))
-    truth = np.stack([labels.points(r) for r in rows])
+    truth = np.stack([item.points for item in items.sample(99)])
     assert np.mean((points.astype(np.float64) - truth) ** 2) == pytest.approx(best.score, rel=1e-4)
 
 
@@ -158,23 +157,18 @@ def test_a_rate_that_ruins_everything_says_so_and_saves_nothing(door, drawn, tmp
 
 @pytest.fixture
 def learn(drawn, tmp_path):
-    settings = Settings(arch="resnet18", size=32, batch_size=8, n_points=N_POINTS, epochs=1, data=str(drawn))
-    labels, folder = training_rows(drawn)
-    dls = make_dataloaders(settings, labels, folder, Machine(workers=0))
-    return make_learner(settings, dls, build_model("resnet18", "linear", N_POINTS, 32), tmp_path)
+    machine = Machine(workers=0)
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, epochs=1, machine=machine)
+    return landmark_learner(dls, "resnet18", "none", machine=machine, path=tmp_path)
 
 
 def test_the_library_s_doors(learn, tmp_path):
     "A Learner of fastai: a person in a notebook may validate, load, and show results."
+    from landmarks_fastai.learner import load_best
     from landmarks_fastai.runs import Run
-    from landmarks_fastai.training import load_best
 
     run = Run(tmp_path, "lib")
-    best = fit_stage(learn, read_settings(learn), run)
+    best = fit_stage(learn, run)
     assert learn.validate()[1] == pytest.approx(best.score, rel=1e-5)  # the best is loaded, average or not
     load_best(learn, best.path)
     assert learn.validate()[1] == pytest.approx(best.score, rel=1e-5)
-
-
-def read_settings(learn):
-    return learn.dls.train.recipe[0]
