@@ -1,12 +1,5 @@
-"""The DataBlock: labelled images become items of (network input, unit points, map), and the public calls that build it.
+"The DataBlock of landmarks, and the DataLoaders that it makes of a folder or a DataFrame."
 
-`OpenInput` and `StoredPoints` are the getters in front of fastai's `ImageBlock` and `PointBlock`. `PointsToUnit`, the
-first item transform, takes the points from pixels of the image as stored to unit coordinates, and hands on the image's
-map: a `PixelMap`, by which metrics and predictions go back to the image as stored.
-"""
-
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,120 +7,22 @@ import pandas as pd
 import torch
 from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders
-from fastai.data.load import SkipItemException
-from fastai.torch_core import TensorBase
-from fastai.vision.core import PILImage, PointScaler, TensorPoint
+from fastai.vision.core import PointScaler
 from fastai.vision.data import ImageBlock, PointBlock
 from fastcore.foundation import L
-from fasttransform import ItemTransform, Transform
-from PIL import Image
 
 from landmarks_fastai.augment import Augment
-from landmarks_fastai.check import append_listing
-from landmarks_fastai.errors import MissingImage, UserError
-from landmarks_fastai.geometry import PixelMap, fit_image, input_to_unit, unit_to_input
-from landmarks_fastai.images import Inputs, open_cache, to_rgb
-from landmarks_fastai.items import LabelledImage, LabelledImages, labelled_images
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.images import Inputs, open_cache
+from landmarks_fastai.items import LabelledImages, labelled_images
 from landmarks_fastai.loader import LandmarkDL
 from landmarks_fastai.machine import Machine, bar
 from landmarks_fastai.mirror import NoMirror, learn_mirror
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.split import RowSplitter
+from landmarks_fastai.transforms import OpenInput, PointsToUnit, StoredPoints
 
 FLIP_ROWS = 2000  # shapes that a flip map is learned from
-
-
-class TensorMap(TensorBase):
-    "A `PixelMap` as four numbers, so that it collates with the item it belongs to."
-
-
-class OpenInput(Transform):
-    """The `get_x`: an item -> its image as the network's input, a `PILImage` with its map in `to_input`.
-
-    Takes a `LabelledImage`, and at prediction a path, a PIL image or an array (h, w, 3) uint8. The image of a
-    `LabelledImage` that cannot be used comes blank, with its `error`: fastai opens the first item to learn what items
-    are, where nothing can be skipped. `PointsToUnit` skips or raises.
-    """
-
-    input_types = (LabelledImage, str, Path, Image.Image, np.ndarray)
-
-    def __init__(self, inputs: Inputs):
-        super().__init__()
-        self.inputs = inputs
-
-    def encodes(self, item):
-        error = None
-        if isinstance(item, LabelledImage):
-            try:
-                image, to_input = self.inputs(item.row, item.path, item.where)
-            except UserError as e:
-                image, to_input = Image.new("RGB", (self.inputs.size, self.inputs.size)), PixelMap(1.0, 1.0, 0.0, 0.0)
-                error = item, e
-        elif isinstance(item, (str, Path)):
-            image, to_input = self.inputs.read(item)
-        else:
-            image = to_rgb(item if isinstance(item, Image.Image) else Image.fromarray(item))
-            image, to_input = fit_image(image, self.inputs.fit, self.inputs.size)
-        image = PILImage.create(image)
-        image.to_input, image.error = to_input, error
-        return image
-
-
-class StoredPoints(Transform):
-    "The `get_y`: the item's points, in pixels of the image as stored."
-
-    input_types = (LabelledImage,)
-
-    def encodes(self, item: LabelledImage):
-        return item.points
-
-
-class PointsToUnit(ItemTransform):
-    """(input, points in pixels of the image as stored) -> (input, points in unit coordinates, map); without points likewise.
-
-    It stands before the item transforms that a user adds: those see points in unit coordinates, as fastai's own do.
-    An image that cannot be used is told and skipped, by fastai's `SkipItemException`, where `on_bad` allows it.
-    """
-
-    order = -10
-
-    def __init__(self, size: int, on_bad: str = "stop"):
-        super().__init__()
-        self.size, self.on_bad, self.told = size, on_bad, set()
-
-    def setups(self, dl):
-        if len(dl.dataset):  # what `get_c(dls)` gives: numbers of a prediction
-            self.c = dl.dataset.tls[1][0].numel()
-
-    def encodes(self, item):
-        image, *points = item
-        if image.error:
-            self.skip_or_raise(*image.error)
-        to_input = image.to_input
-        points = [p.as_subclass(torch.Tensor) for p in points]  # fastai's types make each of the next operations slower
-        points = [TensorPoint(input_to_unit(to_input.to_input(p), self.size)) for p in points]
-        return image, *points, TensorMap(torch.tensor(to_input))
-
-    def decodes(self, item):
-        image, *rest = item
-        return image, *(TensorPoint(unit_to_input(p, self.size)) for p in rest if isinstance(p, TensorPoint))
-
-    def skip_or_raise(self, item: LabelledImage, error: UserError):
-        if self.on_bad != "skip" and not isinstance(error, MissingImage):
-            raise error
-        if item.row not in self.told:
-            self.told.add(item.row)
-            tell_lost(item, error.line)
-        raise SkipItemException(error.line)
-
-
-def tell_lost(item: LabelledImage, why: str):
-    "Warn that training goes on without an image, and list it; once a run, whichever of its processes finds it."
-    if listing := item.images.listing:
-        with suppress(OSError):  # a full disk must not end a run over a list
-            if not append_listing(listing, item.problem(why)):
-                return
-    print(f"warning: {why}: the run goes on without it", file=sys.stderr, flush=True)
 
 
 def landmark_block(

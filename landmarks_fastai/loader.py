@@ -18,8 +18,7 @@ from landmarks_fastai.augment import Augment
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.interrupts import STOPPING
 from landmarks_fastai.settings import Settings
-
-UNMOUNTED = 4  # lost images in a row, in batches that lose most of theirs: then the folder is gone, not an image
+from landmarks_fastai.transforms import PointsToUnit
 
 
 class BatchMaker:
@@ -32,7 +31,6 @@ class BatchMaker:
     def __init__(self, dl: "LandmarkDL"):
         self.dl = copy.copy(dl)
         self.dl.__dict__.update(fake_l=None, after_batch=None, _device=None, loader=None)
-        self.lost = 0
 
     def __getitem__(self, rows: list[int]):
         """The batch of the rows, past all item transforms; None where every image is lost.
@@ -43,18 +41,12 @@ class BatchMaker:
         """
         found = [self.dl.do_item(row) for row in rows]
         items = [item for item in found if item is not None]
-        self.count_lost(len(rows) - len(items), len(rows))
+        for tfm in self.dl.after_item.fs:
+            if isinstance(tfm, PointsToUnit):
+                tfm.lost.end_batch(len(rows))
         if len(items) == 1 < len(rows) and self.dl.drop_last:
             items = items * 2
         return self.dl.do_batch(items) if items else None
-
-    def count_lost(self, lost: int, size: int):
-        "Raise `UserError` where most images of a batch, or of some small ones, are gone."
-        self.lost = self.lost + lost if 2 * lost > size else 0
-        if self.lost >= UNMOUNTED:
-            raise UserError(
-                f"{self.dl.items.labels.csv}: {lost} images of a batch of {size} cannot be read: is {self.dl.items.folder} still there?"
-            )
 
 
 def start_worker(number: int):

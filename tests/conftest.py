@@ -33,7 +33,7 @@ def data(drawn, tmp_path):
 
 
 @pytest.fixture
-def door(tmp_path, monkeypatch, capsys):
+def door(tmp_path, monkeypatch, capfd):
     "Type a line like `train.py -d data` in an empty folder: (exit code, stdout, stderr)."
     here = tmp_path / "here"
     here.mkdir(exist_ok=True)
@@ -53,7 +53,7 @@ def door(tmp_path, monkeypatch, capsys):
             code = e.code
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a door takes it for its process
-        out, err = capsys.readouterr()
+        out, err = capfd.readouterr()
         return code, out, err
 
     return run

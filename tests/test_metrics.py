@@ -20,9 +20,7 @@ def batch(*images):
         )
         for k in (2, 3)
     )
-    return SimpleNamespace(
-        pred=pred.reshape(len(images), -1), yb=(truth,), maps=torch.tensor(maps, dtype=torch.float64)
-    )
+    return SimpleNamespace(pred=pred, yb=(truth,), maps=torch.tensor(maps, dtype=torch.float64))
 
 
 WIDE = (400, 200, [[0, 0], [30, 40]], [[1, 0], [30, 42]])  # errors 1 0 0 2: score 5/4
