@@ -46,30 +46,22 @@ from measure import ROOT, fresh, peak_mb, print_table
 sys.path.insert(0, str(ROOT))
 
 
-def settings_of(args, folder):
-    from landmarks_fastai.settings import Settings
-
-    return Settings(arch=args.arch, batch_size=args.batch_size, size=args.size, data=str(folder), valid_pct=1e-6)
-
-
 def make_learner(args, folder):
+    from landmarks_fastai import landmark_dataloaders, landmark_learner
     from landmarks_fastai.callbacks import Average
-    from landmarks_fastai.contest import training_rows
-    from landmarks_fastai.data import make_dataloaders
     from landmarks_fastai.face_template import mirror_pairs
     from landmarks_fastai.machine import Machine
-    from landmarks_fastai.models import build_model
-    from landmarks_fastai.training import make_learner
 
     machine = Machine(workers=args.workers, cache=args.cache, amp=args.amp, compile=args.compile)
     machine.prepare()
-    labels, images = training_rows(folder)
-    settings = settings_of(args, folder).replace(n_points=labels.n_points)
-    settings = settings.replace(pairs=tuple(mirror_pairs(labels.n_points).tolist()))  # any table costs the same
-    model = build_model(settings.arch, settings.head, settings.n_points, settings.size)
-    learn = make_learner(settings, make_dataloaders(settings, labels, images, machine), model, folder, machine)
-    learn.add_cb(Average(settings.ema))
-    learn.remove_cbs(learn.progress_cbs)
+    n_points = 971
+    pairs = tuple(mirror_pairs(n_points).tolist())  # any table costs the same
+    dls = landmark_dataloaders(
+        folder, batch_size=args.batch_size, size=args.size, valid_pct=1e-6, n_points=n_points, pairs=pairs, machine=machine
+    )
+    learn = landmark_learner(dls, args.arch, "none", sched="none", machine=machine, path=folder)
+    learn.add_cb(Average(learn.settings.ema))
+    learn.remove_cb(learn.progress)
     return learn, machine
 
 
