@@ -1,13 +1,14 @@
 """One stage of training: score what was loaded, fit, keep the best, draw it, say what comes next.
 
-A stage keeps the best epoch by the contest's score on the validation rows, and leaves in the output folder
-NAME_best.pth, NAME_best.json, NAME_history.csv, NAME_results.png, NAME_batch.png (what it trained on), and, where the
-landmarks have a mirror map, NAME_mirror.json and, of the stage that learned it, NAME_mirror.png.
+A stage keeps the best epoch by the contest's score on the validation rows, and leaves in the run's folder best.pth,
+history.csv, results.png, batch.png (what it trained on), and, where the landmarks have a mirror map, mirror.json and,
+of the stage that learned it, mirror.png.
 """
 
 import shlex
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.keep import Keep
 from landmarks_fastai.losses import loss_function
 from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory
-from landmarks_fastai.runs import Run
+from landmarks_fastai.runs import Run, write_record
 from landmarks_fastai.settings import INPUT, Settings
-from landmarks_fastai.state import State, discard_state
+from landmarks_fastai.state import State
 from landmarks_fastai.training import load_best, make_learner, rates, scheduler
 
-RESULTS_SHOWN = 6  # faces in NAME_results.png
-BATCH_SHOWN = 8  # and in NAME_batch.png
+RESULTS_SHOWN = 6  # faces in results.png
+BATCH_SHOWN = 8  # and in batch.png
 FOREVER = 10_000  # epochs of a stage that ends by the clock
 PICTURES = 5  # seconds that the pictures at a stage's end take
 
@@ -47,7 +48,8 @@ def score_loaded(learn: Learner, given: Checkpoint, settings: Settings, machine:
     "Score and NME of what was loaded, on the validation rows as they are now, as the input that it was trained with."
     own = at_input_of(learn, settings, given, machine)
     score, nme = score_now(own, given.settings.size, settings.pairs if settings.tta else ())
-    print(f"loaded: score {score:.6g} on the validation rows; its stage reported {given.score:.6g}", flush=True)
+    reported = "" if given.score is None else f"; its stage reported {given.score:.6g}"
+    print(f"loaded: score {score:.6g} on the validation rows{reported}", flush=True)
     if own is not learn:
         here, _ = score_now(learn, settings.size, settings.pairs if settings.tta else ())
         was, now = (f"{s.size} px, {s.fit}, borders {s.borders}" for s in (given.settings, settings))
@@ -64,7 +66,7 @@ def score_now(learn: Learner, size: int, pairs=()) -> tuple[float, float]:
 
 
 def find_rate(learn: Learner, settings: Settings, run: Run) -> Settings:
-    """The settings with the rate that fastai's `lr_find` suggests for the body; printed, and drawn to NAME_lr.png.
+    """The settings with the rate that fastai's `lr_find` suggests for the body; printed, and drawn to lr.png.
 
     Its `Minimum`: a tenth of the rate at which the loss was lowest. Where a network starts at the mean shape, a hundred
     steps lower the loss by a tenth only, and `Valley`, fastai's default, ends where it is flat: at 0.014 on 2,175 photographs
@@ -84,7 +86,7 @@ def find_rate(learn: Learner, settings: Settings, run: Run) -> Settings:
     rate = float(f"{found.minimum / settings.head_rate:.2g}")
     drawing.draw_rates(np.array(learn.recorder.lrs) / settings.head_rate, np.array(learn.recorder.losses), rate)
     drawing.save_figure(run.file("lr.png"))
-    print(f"rate found: {rate:g}; look at {run.file('lr.png')}", flush=True)
+    print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
     return settings.replace(lr=rate)
 
 
@@ -105,12 +107,14 @@ def fit_stage(
     """
     started = started or time.monotonic()
     if not state:
+        if run.record:  # what --resume goes on with
+            write_record(run, replace(run.record, settings=settings.to_dict()))
         learn.dls.train.show_batch(max_n=BATCH_SHOWN)
         drawing.save_figure(run.file("batch.png"))
     own, watch = learn.metrics, callbacks.StopOnNaN()
     looks = extra_looks(learn, settings)
     save = callbacks.SaveBest(run, settings, loaded[0] if loaded else None, looks)
-    history = callbacks.History(run.file("history.csv"))
+    history = callbacks.History(run)
     cbs = [watch, save, history, *scheduler(settings), *learn.progress_cbs]
     if settings.patience:
         learn.metrics = [*learn.metrics, save.column]
@@ -127,7 +131,7 @@ def fit_stage(
     try_this = "try a lower -lr" + (", or --amp off" if machine.precision != "off" else "")
     if not save.saved:
         if given is None:
-            discard_state(run)  # it would come to the same end
+            run.file("state.safetensors").unlink(missing_ok=True)  # it would come to the same end
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
         kept = settings.replace(**given.settings.of(INPUT))
         write_checkpoint(run, given.model(), kept, *loaded, -1)
@@ -194,8 +198,7 @@ def _kept(learn, settings, run, history, loaded, started, machine, state):
         yield []
         return
     labels = learn.dls.train.recipe[1]
-    facts = {"settings": settings.to_dict(), "loaded": loaded, "labels": labels.identity}
-    facts["left_out"] = labels.left_out.tolist()
+    facts = {"loaded": loaded, "labels": labels.identity, "left_out": labels.left_out.tolist()}
     keep = Keep(run, facts, history, 60 * machine.save_every, state, time.monotonic() - started)
     with keep.heeding_signals():
         yield [keep]
@@ -218,7 +221,7 @@ def report(run: Run, best: Checkpoint, machine: Machine) -> str:
     "What a stage says last."
     when = f"epoch {best.epoch}" if best.epoch >= 0 else "the loaded model, which no epoch beat"
     gpu = " --gpu" if machine.device == "cuda" else ""
-    pm = f"-pm {shlex.quote(run.file('best.pth').name)}{run.out_flag}{gpu}"
+    pm = f"-pm {shlex.quote(run.name)}{run.out_flag}{gpu}"
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (
         f"run {run.name}: score {best.score:.6g}, nme {best.nme:.4g}{held} ({when})\n"

@@ -14,7 +14,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params, set_seed
 
 from landmarks_fastai import callbacks, drawing
-from landmarks_fastai.checkpoint import Checkpoint
+from landmarks_fastai.checkpoint import Checkpoint, checkpoint_metadata
 from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders, mean_shape, some_shapes
 from landmarks_fastai.errors import UserError
@@ -81,6 +81,7 @@ def make_learner(
     machine: Machine = Machine(),  # noqa: B008
 ) -> Learner:
     "A Learner on the contest's score; `learn.show_results` draws truth beside prediction."
+    model.metadata = checkpoint_metadata(settings)  # so that predict.py can use what `learn.save` writes
     learn = StageLearner(
         dls,
         model,
@@ -119,7 +120,7 @@ def first_stage(
     "A Learner with a fresh head on the data that the settings name, and the settings made whole."
     mean, std = input_stats(settings.arch)
     settings = settings.replace(mean=mean, std=std, split_seed=settings.seed)
-    labels, folder = training_rows(settings.data, settings.on_bad, run.file(run.LISTING))
+    labels, folder = training_rows(settings.data, settings.on_bad, run.listing)
     settings = with_mirror(settings.replace(n_points=labels.n_points), labels, run)
     dls = make_dataloaders(settings, labels, folder, machine)
     set_seed(settings.seed, reproducible=machine.device == "cpu")
@@ -133,10 +134,10 @@ def first_stage(
 
 def resumed_stage(state: State, machine: Machine, run: Run) -> tuple[Learner, Settings]:
     "A Learner for a stopped stage, and the settings it had: its weights are put back when its fit begins again."
-    settings = state.settings
+    settings = run.settings
     # an image that was lost since costs that image, as it would have in the run
     left_out = np.array(state.facts["left_out"], np.int64)
-    labels, folder = training_rows(settings.data, listing=run.file(run.LISTING), left_out=left_out)
+    labels, folder = training_rows(settings.data, listing=run.listing, left_out=left_out)
     if labels.identity != state.facts["labels"]:
         raise UserError(
             f"{labels.csv} has changed since the run {run.name} was stopped: put it back, or start over with --overwrite"
@@ -166,7 +167,7 @@ def with_mirror(settings: Settings, labels, run: Run) -> Settings:
         own = int((found.pairs == np.arange(len(found.pairs))).sum())
         print(
             f"mirror map learned: {(len(found.pairs) - own) // 2} pairs, {own} points on the axis, "
-            f"{found.miss:.3f} of the radius off; look at {run.file('mirror.png')}"
+            f"{found.miss:.3f} of the radius off; look at {run.folder / 'mirror.png'}"
         )
         settings = settings.replace(pairs=tuple(found.pairs.tolist()))
     write_pairs(run.file("mirror.json"), settings.pairs)
@@ -194,7 +195,7 @@ def later_stage(
     run: Run,
 ) -> tuple[Learner, Settings]:
     "A Learner that has loaded the best of the stage before, and the settings made whole."
-    labels, folder = training_rows(settings.data, settings.on_bad, run.file(run.LISTING))
+    labels, folder = training_rows(settings.data, settings.on_bad, run.listing)
     if labels.n_points != settings.n_points:
         raise UserError(
             f"{labels.csv} has {labels.n_points} points, {checkpoint.path} was trained on {settings.n_points}"
