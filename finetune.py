@@ -1,32 +1,31 @@
 #!/usr/bin/env python
-"A later stage: `python finetune.py -pm NAME_best.pth` trains on from a checkpoint at a tenth of its rate."
-
-import dataclasses
-import os
+"A later stage: `python finetune.py -pm NAME` trains on from the checkpoint of a run at a tenth of its rate."
 
 from landmarks_fastai import cli
-from landmarks_fastai.checkpoint import find_checkpoint
-from landmarks_fastai.runs import claimed_run
+from landmarks_fastai.resume import record_of
+from landmarks_fastai.runs import claimed_run, find_checkpoint_file, run_name
+from landmarks_fastai.settings import FINETUNE_EPOCHS
 
 
 def main():
     args = cli.finetune_arguments()
-    given = find_checkpoint(args.pretrained_model, args.out)
-    settings = cli.next_settings(args, given.settings)
-    record = dataclasses.replace(args.record, given=os.path.abspath(given.path))
-    wanted = f"{given.name}+{settings.epochs}"
-    with claimed_run(args.out, args.name, wanted, record, args.overwrite, args.resume) as run:
-        print(f"run {run.name}, from {given.path}", flush=True)
+    args.pretrained_model = str(find_checkpoint_file(args.pretrained_model, args.out))
+    wanted = f"{run_name(args.pretrained_model)}+{args.epochs or FINETUNE_EPOCHS}"
+    with claimed_run(args.out, args.name, wanted, record_of(args), args.overwrite, args.resume) as run:
+        print(f"run {run.name}, from {args.pretrained_model}", flush=True)
 
+        from landmarks_fastai.checkpoint import read_checkpoint
         from landmarks_fastai.stage import find_rate, fit_stage, report, score_loaded
         from landmarks_fastai.state import read_state
         from landmarks_fastai.training import later_stage, resumed_stage
 
+        given = read_checkpoint(args.pretrained_model)
+        settings = cli.next_settings(args, given.settings)
         machine = cli.machine(args)
         state = read_state(run)
         if state:
             print(cli.goes_on(state))
-            learn = resumed_stage(state, state.settings, machine, run)
+            learn = resumed_stage(state, machine, run)
             loaded = tuple(state.facts["loaded"])
         else:
             learn = later_stage(given, settings, machine, run)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"The submission: `python predict.py -pm NAME_best.pth` predicts the test images' points."
+"The submission: `python predict.py -pm NAME` predicts the test images' points."
 
 from landmarks_fastai import cli
 

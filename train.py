@@ -2,6 +2,7 @@
 "The first stage: `python train.py -d DIR`; `python train.py` alone trains on drawn faces."
 
 from landmarks_fastai import cli
+from landmarks_fastai.resume import record_of
 from landmarks_fastai.runs import claimed_run
 
 
@@ -10,7 +11,7 @@ def main():
     drawn = args.data is None
     settings = cli.first_settings(args, drawn)
     wanted = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
-    with claimed_run(args.out, args.name, wanted, args.record, args.overwrite, args.resume) as run:
+    with claimed_run(args.out, args.name, wanted, record_of(args), args.overwrite, args.resume) as run:
         print(f"run {run.name}", flush=True)
 
         from landmarks_fastai.stage import find_rate, fit_stage, report
@@ -21,7 +22,7 @@ def main():
         state = read_state(run)
         if state:
             print(cli.goes_on(state))
-            learn = resumed_stage(state, state.settings, machine, run)
+            learn = resumed_stage(state, machine, run)
         else:
             weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
             if drawn:

@@ -57,7 +57,13 @@ def make_learner(args, folder):
     n_points = 971
     pairs = tuple(mirror_pairs(n_points).tolist())  # any table costs the same
     dls = landmark_dataloaders(
-        folder, batch_size=args.batch_size, size=args.size, valid_pct=1e-6, n_points=n_points, pairs=pairs, machine=machine
+        folder,
+        batch_size=args.batch_size,
+        size=args.size,
+        valid_pct=1e-6,
+        n_points=n_points,
+        pairs=pairs,
+        machine=machine,
     )
     learn = landmark_learner(dls, args.arch, "none", sched="none", machine=machine, path=folder)
     learn.add_cb(Average(learn.settings.ema))

@@ -4,7 +4,6 @@ import math
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -138,9 +137,9 @@ class StepLR(Callback):
 class History(CSVLogger):
     "fastai's `CSVLogger`, whose file is whole at any moment, and which can go on from the lines of a stopped run."
 
-    def __init__(self, file: Path):
-        super().__init__(file.name)
-        self.whole, self.text = file, ""
+    def __init__(self, run: Run):
+        super().__init__("history.csv")
+        self.of_run, self.text = run, ""
 
     def before_fit(self):
         self.text = ",".join(self.recorder.metric_names) + "\n"
@@ -148,7 +147,7 @@ class History(CSVLogger):
         self.old_logger, self.learn.logger = self.logger, self._write_line
 
     def write(self):
-        with whole_file(self.whole) as f:
+        with whole_file(self.of_run.file(self.fname)) as f:
             f.write(self.text)
 
     def _write_line(self, log):

@@ -10,13 +10,11 @@ import os
 import sys
 import time
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.interrupts import heed_sigterm
 from landmarks_fastai.machine import AMP, Machine, bar  # noqa: F401 (the doors' `cli.bar`)
-from landmarks_fastai.runs import Record, Run, check_name, read_record, stopped_runs
+from landmarks_fastai.resume import FLAGS, flag_of, resumed
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_RATE,
@@ -40,14 +38,6 @@ DRAWN = {
     "arch": "resnet18", "size": 64, "epochs": 9, "valid_pct": 0.1, "sched": "onecycle", "lr": 4e-3, "head_rate": 0.05,
 }  # fmt: skip
 
-FLAGS = {  # setting -> how it is typed, where that is not --its-name
-    "batch_size": ("-b", "--batch-size"),
-    "epochs": ("-e", "--epochs"),
-    "lr": ("-lr", "--lr", "--learning-rate"),
-    "data": ("-d", "--data"),
-}
-
-
 WORDS = {"data": "DIR", "arch": "NAME", "head": "LAYERS"}  # what --help calls a flag's value
 
 
@@ -59,7 +49,7 @@ def _parser(description, epilog=None):
 
 def _add_setting(group, name, default=None):
     f = next(f for f in dataclasses.fields(Settings) if f.name == name)
-    flags = FLAGS.get(name, ("--" + name.replace("_", "-"),))
+    flags = FLAGS.get(name, (flag_of(name),))
     default = default or ("off" if f.default is False else f.default)
     about = f"{f.metadata['about']} (default: {default})".replace("%", "%%")
     if name == "tta":  # a later stage may switch off what it was handed down
@@ -119,9 +109,9 @@ def _workers(text: str) -> int:
 
 def _add_name(group):
     group.add_argument(
-        "-n", "--name", help="name of the run, and so of its files (default: a free one made from its settings)"
+        "-n", "--name", help="name of the run, and so of its folder (default: a free one made from its settings)"
     )
-    group.add_argument("--overwrite", action="store_true", help="allow -n to name a run that is there already")
+    group.add_argument("--overwrite", action="store_true", help="let the new run replace one of that name")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run -n from where it was stopped, with the flags that it was started with")  # fmt: skip
 
@@ -144,9 +134,9 @@ def train_arguments(argv=None):
     parser = _parser(
         "Train a network that finds many landmarks in a picture: the first stage.\n\n"
         "Without -d it draws a small set of faces (once), and trains on those.",
-        "DIR_of_-d/train/landmarks.csv and DIR_of_-d/train/images are read; runs/NAME_best.pth, NAME_best.json,\n"
-        "NAME_history.csv and pictures are written: NAME_batch.png (what was trained on), NAME_mirror.png (the mirror map),\n"
-        "NAME_results.png (truth beside prediction), NAME_lr.png (--lr find). The next stage: python finetune.py -pm NAME_best.pth",
+        "Reads DIR/train/landmarks.csv and DIR/train/images; writes the folder runs/NAME: best.pth (the checkpoint),\n"
+        "history.csv, batch.png (what was trained on), mirror.png (the mirror map), results.png (truth beside prediction),\n"
+        "lr.png (--lr find). The next stage: python finetune.py -pm NAME",
     )
     parser.add_argument("--recipe", choices=RECIPES, default="best",
                         help="best: the defaults below; seed: the published entry, every later addition off (default: best)")  # fmt: skip
@@ -190,92 +180,20 @@ def finetune_arguments(argv=None):
     return args
 
 
-def _parse(parser, argv, door: str):
-    "What was typed, and the record of it; with --resume what the run was started with."
+def _parse(parser, argv, script: str):
+    "What was typed; with --resume what the run was started with."
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(words)
-    args.record = Record(door, tuple(words), os.getcwd())
-    return _as_started(parser, args) if args.resume else args
-
-
-def _as_started(parser, args):
-    """The flags that the run was started with, or those typed, where nothing of the run is there.
-
-    Raises `UserError` for a flag that says otherwise than the run's start did.
-    """
-    if not args.name or args.overwrite:
-        there = stopped_runs(args.out)
-        raise UserError(
-            f"--resume goes with -n NAME, and not with --overwrite; stopped runs in {args.out}: {there or 'none'}"
-        )
-    check_name(args.name, args.out)
-    run = Run(args.out, args.name)
-    record = read_record(run)
-    if record.ended if record else run.file("best.pth").exists():  # without a record: by an earlier version
-        print(f"run {run.name} is finished, nothing is left to resume; its best is {run.file('best.pth')}")
-        run.file("state.safetensors").unlink(missing_ok=True)
-        sys.exit(0)
-    if record is None:
-        others = any(Path(args.out).glob("*_run.json"))
-        if others and "data" not in given(args) and not getattr(args, "pretrained_model", None):
-            there = stopped_runs(args.out) or "none"
-            raise UserError(
-                f"-n {args.name}: nothing of that run is in {args.out}, stopped runs there: {there}; to start it, give -d too"
-            )
-        return args
-    if record.door != args.record.door:
-        raise UserError(
-            f"-n {args.name} was started by {record.door}: {Run(args.out, args.name, record).resume_command}"
-        )
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
-            then = parser.parse_args(record.words)
-    except SystemExit:
-        raise UserError(f"{run.file('run.json')} holds flags that are none: start over with --overwrite") from None
-    _check_typed(parser, args, then, record)
-    _stand_in(then, record)
-    then.name, then.out, then.resume, then.overwrite, then.record = args.name, args.out, True, False, args.record
-    return then
-
-
-def _check_typed(parser, args, then, record):
-    "Raise `UserError` for a flag that was typed and says otherwise than the run's start."
-    before = argparse.Namespace(**vars(then))
-    _stand_in(before, record)
-    _stand_in(args, args.record)
-    typed = parser.parse_args(args.record.words, argparse.Namespace(**dict.fromkeys(vars(then), before)))
-    for name in vars(then):
-        value, was = getattr(args, name), getattr(before, name)
-        same = value == was or getattr(typed, name) is before
-        if name == "pretrained_model" and not same:
-            places = [
-                os.path.join(folder, value + end) for folder in ("", args.out) for end in ("", ".pth", "_best.pth")
-            ]
-            same = any(os.path.realpath(place) == os.path.realpath(was) for place in places)
-        if name not in ("name", "out", "resume", "overwrite") and not same:
-            flag = FLAGS.get(name, ("-pm" if name == "pretrained_model" else "--" + name.replace("_", "-"),))[0]
-            raise UserError(
-                f"{flag} {value}: --resume goes on with the flags that the run was started with "
-                f"({flag} was {was}): leave {flag} away, or start over with --overwrite"
-            )
-
-
-def _stand_in(args, record: Record):
-    "Make what the flags name relative to the folder that they were typed in absolute."
-    if args.data is not None:
-        args.data = os.path.abspath(os.path.join(record.folder, args.data))
-    if getattr(args, "weights", None) not in (None, "imagenet", "none"):
-        args.weights = os.path.abspath(os.path.join(record.folder, args.weights))
-    if record.given:
-        args.pretrained_model = record.given
+    args.script = script
+    return resumed(parser, args, words) if args.resume else args
 
 
 def predict_arguments(argv=None):
     "What predict.py was asked for."
     parser = _parser(
         "Predict the test images' points and write the submission.\n\n"
-        "Reads DIR/test/test_points.csv and DIR/test/images; writes runs/NAME_submit.csv (the submission),\n"
-        "NAME_points.npy (every point of every image, in pixels of the image as stored) and NAME_points.json (its file names).",
+        "Reads DIR/test/test_points.csv and DIR/test/images; writes runs/NAME/submit.csv (the submission),\n"
+        "points.npy (every point of every image, in pixels of the image as stored) and points.json (its file names).",
     )
     _add_checkpoint(parser)
     _add_settings(
@@ -292,8 +210,8 @@ def predict_arguments(argv=None):
 
 
 def _add_checkpoint(parser, required=True):
-    parser.add_argument("-pm", "--pretrained-model", required=required, metavar="FILE",
-                        help="checkpoint: a path, or a name in the output folder, like NAME_best.pth")  # fmt: skip
+    parser.add_argument("-pm", "--pretrained-model", required=required, metavar="NAME",
+                        help="checkpoint: a run's name in the output folder, or a path")  # fmt: skip
 
 
 def given(args) -> dict:
@@ -367,7 +285,7 @@ def predict_settings(args, checkpoint: Settings) -> Settings:
 def check_fixed(typed: dict, before: Settings, names):
     for name in names:
         if name in typed and typed[name] != getattr(before, name):
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             raise UserError(
                 f"{flag} {typed[name]} contradicts the checkpoint, which has {getattr(before, name)}: leave {flag} away, or train anew"
             )

@@ -10,10 +10,10 @@ from pathlib import Path
 from landmarks_fastai.errors import UserError
 
 ON_WINDOWS = os.name == "nt"
-# the disk is full, the quota is used up, the file too large, the disk read-only, closed or broken
+# the disk is full, the quota is used up, the file too large, the disk read-only, closed or broken, a folder is there
 REFUSALS = {
     getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "EISDIR")
     if hasattr(errno, name)
 }
 
@@ -31,10 +31,12 @@ def whole_path(path: Path):
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        with suppress(OSError):  # what is wrong with it, `open` says in the block
+            path.parent.mkdir(exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        _rename(temporary, path)
+        rename(temporary, path)
     except OSError as e:
         if e.errno not in REFUSALS and str(e.filename) != str(temporary):
             raise
@@ -54,8 +56,8 @@ def whole_file(path: Path, mode: str = "w"):
         yield f
 
 
-def _rename(temporary: Path, path: Path, tries: int = 20):
-    "Rename over `path`. On Windows another program (a virus scanner, a viewer) may hold it open for a moment."
+def rename(temporary: Path, path: Path, tries: int = 20):
+    "Rename a file over `path`, or a folder where none is. On Windows another program (a virus scanner, a viewer) may hold it open for a moment."
     for left in reversed(range(tries)):
         try:
             os.replace(temporary, path)

@@ -121,7 +121,7 @@ def fuse_norms(model, size: int):
 def predict_test(
     checkpoint: Checkpoint,
     data,  # the contest folder
-    run: Run,  # whose NAME_submit.csv, NAME_points.npy and NAME_points.json are written
+    run: Run,  # whose submit.csv, points.npy and points.json are written
     rounding: str = "nearest",
     machine: Machine = Machine(),  # noqa: B008
     batch_size: int = 32,
@@ -130,8 +130,8 @@ def predict_test(
 ) -> int:
     """Write the submission, and every point of every test image, as they come; returns the number of images.
 
-    NAME_points.npy is float32 (images, n_points, 2), pixels of the images as stored; NAME_points.json lists the file
-    names in its order. All three appear when all is done, or not at all.
+    points.npy is float32 (images, n_points, 2), pixels of the images as stored; points.json lists the file names in
+    its order. All three appear when all is done, or not at all.
     """
     side = data_folder(data) / "test"
     if not os.path.isfile(side / "test_points.csv"):

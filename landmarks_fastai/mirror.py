@@ -139,7 +139,7 @@ def _xy(shape):
 
 
 def write_pairs(path: Path, pairs):
-    "NAME_mirror.json: a list whose k-th entry is the index of the mirrored k-th point."
+    "mirror.json: a list whose k-th entry is the index of the mirrored k-th point."
     with whole_file(path) as f:
         json.dump([int(p) for p in pairs], f)
 

@@ -1,6 +1,6 @@
 """A body by name, a head, their weights.
 
-`build_model` gives `nn.Sequential(body, head)`, fastai's own layout: the body turns an image into a vector of
+`build_model` gives a `LandmarkNetwork`, `nn.Sequential(body, head)`, fastai's own layout: the body turns an image into a vector of
 features, the head turns that into the points' unit coordinates, x0 y0 x1 y1 … (see geometry.py).
 """
 
@@ -27,13 +27,39 @@ def build_model(
     n_points: int,
     size: int,  # of the square input, in pixels
     targets: str = "unit",  # what the last layer gives; the network gives unit coordinates either way
-) -> nn.Sequential:
+) -> "LandmarkNetwork":
     "The network with random weights. Raises `UserError` for an unknown name or a size that the network cannot take."
     body = make_body(arch, size)
     layers = make_head(head, feature_count(body, arch, size), n_points)
     if targets == "pixels":
         layers.append(PixelsToUnit(size))
-    return nn.Sequential(body, layers.append(nn.Unflatten(1, (n_points, 2))))
+    return LandmarkNetwork(body, layers.append(nn.Unflatten(1, (n_points, 2))))
+
+
+METADATA = "_extra_state"  # PyTorch's key for what `get_extra_state` gives
+
+
+class LandmarkNetwork(nn.Sequential):
+    """Body and head. `metadata`, a dict of JSON kinds, travels in the state dict, and so in every file made of it.
+
+    `checkpoint_metadata` in checkpoint.py makes it.
+    """
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.metadata = {}
+        self.register_load_state_dict_pre_hook(_without_metadata)
+
+    def get_extra_state(self) -> dict:
+        return self.metadata
+
+    def set_extra_state(self, state):
+        "Ignore it: what a Learner trains with is decided by who made it, not by the weights that it loads."
+
+
+def _without_metadata(module, state_dict, prefix, *args):
+    "Let tensors alone be loaded too: a resumed run's state, a checkpoint of an earlier version."
+    state_dict.setdefault(prefix + METADATA, {})
 
 
 def make_body(arch: str, size: int) -> nn.Module:
@@ -247,11 +273,20 @@ def _download(library, name, size):
         ) from None
 
 
-def read_tensors(
+def read_tensors(path) -> dict[str, torch.Tensor]:
+    "The tensors of a .safetensors or .pth file, as --weights names it; as `read_state_dict`."
+    return {k: t for k, t in read_state_dict(path).items() if not k.endswith(METADATA)}
+
+
+def read_state_dict(
     path,
-    wrapped: bool = True,  # take the tensors out of `{"state_dict": {...}}`, as others' training programs write
-) -> dict[str, torch.Tensor]:
-    "The tensors of a .safetensors or .pth file. Nothing else is ever unpickled: a file with more raises `UserError`."
+    wrapper: str = "state_dict",  # key that the file may have it under: others' training programs, or fastai's "model"
+    mmap: bool = False,  # read what is used of a .pth, when it is used
+) -> dict:
+    """The state dict of a .safetensors or .pth file: tensors, and plain values of modules' `get_extra_state`.
+
+    Nothing else is ever unpickled: a file with more raises `UserError`.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} not found, or no file: --weights takes imagenet, none or a .safetensors or .pth file")
@@ -259,21 +294,23 @@ def read_tensors(
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            tensors = load_file(path)
+            state = load_file(path)
         else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except Exception as e:  # UnpicklingError, zip and header errors: torch and safetensors raise many kinds
         refused = "weights_only" in str(e) or "Weights only" in str(e)
         why = "it holds more than tensors and may run code" if refused else "it is damaged or of another kind"
         raise UserError(f"{path} is no file of tensors ({why}): nothing was loaded") from None
-    if wrapped and isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
-    pairs = tensors.items() if isinstance(tensors, dict) else ()
-    if not pairs or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in pairs):
+    if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+        state = state[wrapper]
+    pairs = state.items() if isinstance(state, dict) else ()
+    if not pairs or not all(
+        isinstance(k, str) and (isinstance(t, torch.Tensor) or k.endswith(METADATA)) for k, t in pairs
+    ):
         raise UserError(f"{path} is no file of tensors (a plain state dict is needed): nothing was loaded")
-    return tensors
+    return state
 
 
 def _body_tensors(tensors):

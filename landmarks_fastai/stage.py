@@ -1,13 +1,14 @@
 """One stage of training: score what was loaded, fit, keep the best, draw it, say what comes next.
 
-A stage keeps the best epoch by the contest's score on the validation rows, and leaves in the output folder
-NAME_best.pth, NAME_best.json, NAME_history.csv, NAME_results.png, NAME_batch.png (what it trained on), and, where the
-landmarks have a mirror map, NAME_mirror.json and, of the stage that learned it, NAME_mirror.png.
+A stage keeps the best epoch by the contest's score on the validation rows, and leaves in the run's folder best.pth,
+history.csv, results.png, batch.png (what it trained on), and, where the landmarks have a mirror map, mirror.json and,
+of the stage that learned it, mirror.png.
 """
 
 import shlex
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,12 +21,12 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.keep import Keep
 from landmarks_fastai.learner import LandmarkLearner, landmark_learner, load_best
 from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory
-from landmarks_fastai.runs import Run
+from landmarks_fastai.runs import Run, write_record
 from landmarks_fastai.settings import INPUT, Settings
-from landmarks_fastai.state import State, discard_state
+from landmarks_fastai.state import State
 
-RESULTS_SHOWN = 6  # faces in NAME_results.png
-BATCH_SHOWN = 8  # and in NAME_batch.png
+RESULTS_SHOWN = 6  # faces in results.png
+BATCH_SHOWN = 8  # and in batch.png
 FOREVER = 10_000  # epochs of a stage that ends by the clock
 PICTURES = 5  # seconds that the pictures at a stage's end take
 
@@ -45,7 +46,8 @@ def score_loaded(learn: LandmarkLearner, given: Checkpoint) -> tuple[float, floa
     pairs = learn.settings.pairs if learn.settings.tta else ()
     own = at_input_of(learn, given)
     score, nme = score_now(own, pairs)
-    print(f"loaded: score {score:.6g} on the validation rows; its stage reported {given.score:.6g}", flush=True)
+    reported = "" if given.score is None else f"; its stage reported {given.score:.6g}"
+    print(f"loaded: score {score:.6g} on the validation rows{reported}", flush=True)
     if own is not learn:
         here, _ = score_now(learn, pairs)
         was, now = (f"{s.size} px, {s.fit}" for s in (given.settings, learn.settings))
@@ -75,7 +77,7 @@ def find_rate(learn: LandmarkLearner, run: Run):
     rate = float(f"{found.minimum:.2g}")
     drawing.draw_rates(np.array(learn.recorder.lrs), np.array(learn.recorder.losses), rate)
     drawing.save_figure(run.file("lr.png"))
-    print(f"rate found: {rate:g}; look at {run.file('lr.png')}", flush=True)
+    print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
     learn.settings = learn.settings.replace(lr=rate)
 
 
@@ -94,13 +96,15 @@ def fit_stage(
     """
     started, settings = started or time.monotonic(), learn.settings
     if not state:
+        if run.record:  # what --resume goes on with
+            write_record(run, replace(run.record, settings=settings.to_dict()))
         learn.dls.train.show_batch(max_n=BATCH_SHOWN)
         drawing.save_figure(run.file("batch.png"))
     own, watch = learn.metrics, callbacks.StopOnNaN()
     bars = callbacks.show_progress(learn)
     looks = extra_looks(learn, settings)
     save = callbacks.SaveBest(run, settings, loaded[0] if loaded else None, looks)
-    history = callbacks.History(run.file("history.csv"))
+    history = callbacks.History(run)
     cbs = [watch, save, history, *bars]
     if settings.patience:
         learn.metrics = [*learn.metrics, save.column]
@@ -117,7 +121,7 @@ def fit_stage(
     try_this = "try a lower -lr" + (", or --amp off" if learn.machine.precision != "off" else "")
     if not save.saved:
         if given is None:
-            discard_state(run)  # it would come to the same end
+            run.file("state.safetensors").unlink(missing_ok=True)  # it would come to the same end
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
         kept = settings.replace(**given.settings.of(INPUT))
         write_checkpoint(run, given.model(), kept, *loaded, -1)
@@ -184,7 +188,6 @@ def _kept(learn, run, history, loaded, started, state):
         return
     images = learn.dls.items
     facts = {"loaded": loaded, "labels": images.labels.identity, "left_out": images.left_out.tolist()}
-    facts["settings"] = learn.settings.to_dict()
     keep = Keep(run, facts, history, 60 * learn.machine.save_every, state, time.monotonic() - started)
     with keep.heeding_signals():
         yield [keep]
@@ -205,7 +208,7 @@ def report(run: Run, best: Checkpoint, machine: Machine) -> str:
     "What a stage says last."
     when = f"epoch {best.epoch}" if best.epoch >= 0 else "the loaded model, which no epoch beat"
     gpu = " --gpu" if machine.device == "cuda" else ""
-    pm = f"-pm {shlex.quote(run.file('best.pth').name)}{run.out_flag}{gpu}"
+    pm = f"-pm {shlex.quote(run.name)}{run.out_flag}{gpu}"
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (
         f"run {run.name}: score {best.score:.6g}, nme {best.nme:.4g}{held} ({when})\n"

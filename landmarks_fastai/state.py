@@ -1,6 +1,6 @@
 """What a stage needs to go on from the middle of an epoch: gathered, written to one file, read, put back.
 
-`NAME_state.safetensors` holds tensors (weights, the optimiser's, the average's, half-summed gradients) and, in its header,
+`state.safetensors` holds tensors (weights, the optimiser's, the average's, half-summed gradients) and, in its header,
 a JSON of the rest. Nothing random is in it: order, augmentation and dropout are functions of (seed, epoch, batch).
 """
 
@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.files import reason, whole_path
 from landmarks_fastai.runs import Run
-from landmarks_fastai.settings import Settings
 
-FORMAT = 1
+FORMAT = 2
 # What the callbacks of a stage remember from epoch to epoch, by the name that a Learner has them under.
 REMEMBERED = {
     "plateau_lr": ("best", "wait"),
@@ -33,10 +32,6 @@ class State:
 
     facts: dict
     tensors: dict
-
-    @property
-    def settings(self) -> Settings:
-        return Settings.from_dict(self.facts["settings"])
 
     @property
     def place(self) -> tuple[int, int]:
@@ -58,16 +53,21 @@ def gather(learn) -> State:
         },
         "scaler": learn.scaler.state_dict() if hasattr(learn, "scaler") else {},
     }
-    tensors = {f"model.{k}": t for k, t in learn.model.state_dict().items()}
+    tensors = {f"model.{k}": t for k, t in _tensors_of(learn.model)}
     for k, own in learn.opt.opt.state_dict()["state"].items():
         tensors |= {f"opt.{k}.{name}": t for name, t in own.items() if isinstance(t, torch.Tensor)}
     for k, p in enumerate(_parameters(learn)):
         if p.grad is not None and getattr(getattr(learn, "gradient_accumulation", None), "count", 0):
             tensors[f"grad.{k}"] = p.grad
-    tensors |= {f"loss.{k}": t for k, t in learn.loss_func.func.state_dict().items()}
+    tensors |= {f"loss.{k}": t for k, t in _tensors_of(learn.loss_func.func)}
     if hasattr(learn, "average"):
-        tensors |= {f"average.{k}": t for k, t in learn.average.twin.state_dict().items()}
+        tensors |= {f"average.{k}": t for k, t in _tensors_of(learn.average.twin)}
     return State(facts, tensors | {"smooth": torch.as_tensor(smooth.val)})
+
+
+def _tensors_of(module):
+    "Of its state dict, without the network's metadata."
+    return [(k, t) for k, t in module.state_dict().items() if isinstance(t, torch.Tensor)]
 
 
 def put_back(learn, state: State):
@@ -119,7 +119,7 @@ def _part(tensors, prefix) -> dict:
 
 def write_state(run: Run, state: State):
     "Write the state whole: to a temporary file that is synced and renamed. Raises `UserError` where the disk is full."
-    path, facts = run.file("state.safetensors"), {"format": FORMAT, "id": run.record.id} | state.facts
+    path, facts = run.file("state.safetensors"), {"format": FORMAT} | state.facts
     tensors = {k: t.detach().cpu().contiguous() for k, t in state.tensors.items()}
     with whole_path(path) as temporary:
         try:
@@ -128,17 +128,7 @@ def write_state(run: Run, state: State):
             raise UserError(
                 f"{path} cannot be written ({reason(e)}): make room (it takes {_megabytes(tensors)} MB, twice while it is written)"
             ) from None
-
-
-def discard_state(run: Run):
-    "Remove the run's state, but not one of the run that it overwrites."
-    try:
-        with safe_open(path := run.file("state.safetensors"), "pt") as f:
-            own = json.loads((f.metadata() or {})["facts"])["id"] == run.record.id
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
-        return
-    if own:
-        path.unlink(missing_ok=True)
+    run.publish()
 
 
 def _megabytes(tensors) -> int:
@@ -146,7 +136,7 @@ def _megabytes(tensors) -> int:
 
 
 def read_state(run: Run) -> State | None:
-    """The state of the run as it was started last; None where there is none.
+    """The state of a run that was stopped; None where there is none.
 
     Raises `UserError` for a file that is no state. Nothing but tensors and JSON is read.
     """
@@ -156,8 +146,6 @@ def read_state(run: Run) -> State | None:
     try:
         with safe_open(path, "pt") as f:
             facts = json.loads((f.metadata() or {})["facts"])
-            if facts["id"] != run.record.id:
-                return None
             state = State(facts, {k: f.get_tensor(k) for k in f.keys()})
         if facts["format"] != FORMAT:
             raise ValueError(f"format {facts['format']}, {FORMAT} expected")
@@ -183,4 +171,3 @@ def _check(state: State):
         raise ValueError("an unknown value")
     if not all(type(row) is int for row in facts["left_out"]):
         raise ValueError("left_out holds what is no row")
-    Settings.from_dict(facts["settings"])

@@ -17,21 +17,21 @@ from landmarks_fastai.state import State
 def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner with a fresh head on the data that the settings name; `weights` is imagenet, none, or a file."
     settings = settings.replace(split_seed=settings.seed)
-    dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.file(run.LISTING))
+    dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing)
     report_flip_map(dls, run)
-    return landmark_learner(dls, weights=weights, machine=machine, path=run.folder)
+    return landmark_learner(dls, weights=weights, machine=machine, path=run.out)
 
 
 def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner that has loaded the best of the stage before; `settings` are the new stage's."
-    dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.file(run.LISTING))
+    dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing)
     found = dls.settings.n_points
     if found != checkpoint.settings.n_points:
         raise UserError(
             f"{dls.items.labels.csv} has {found} points, {checkpoint.path} was trained on {checkpoint.settings.n_points}"
         )
     report_flip_map(dls, run)
-    learn = landmark_learner(dls, weights=None, machine=machine, path=run.folder)
+    learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     try:
         checkpoint.tensors(learn.model)  # refuses what does not fit, in one line, before fastai reads the file again
     except UserError as e:
@@ -44,20 +44,21 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
     return load_best(learn, checkpoint.path)
 
 
-def resumed_stage(state: State, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
+def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner for a stopped stage: its weights are put back when its fit begins again."
+    settings = run.settings
     dls = landmark_dataloaders(
         settings.data,
         settings,
         machine=machine,
-        listing=run.file(run.LISTING),
+        listing=run.listing,
         left_out=np.array(state.facts["left_out"], np.int64),
     )
     if dls.items.labels.identity != state.facts["labels"]:
         raise UserError(
             f"{dls.items.labels.csv} has changed since the run {run.name} was stopped: put it back, or start over with --overwrite"
         )
-    learn = landmark_learner(dls, weights=None, machine=machine, path=run.folder)
+    learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     learn.begin = state.place
     return learn
 
@@ -73,7 +74,7 @@ def report_flip_map(dls, run: Run):
         own = int((found.pairs == np.arange(len(found.pairs))).sum())
         print(
             f"flip map learned: {(len(found.pairs) - own) // 2} pairs, {own} points on the axis, "
-            f"{found.miss:.3f} of the radius off; look at {run.file('mirror.png')}"
+            f"{found.miss:.3f} of the radius off; look at {run.folder / 'mirror.png'}"
         )
     if pairs:
         write_pairs(run.file("mirror.json"), pairs)

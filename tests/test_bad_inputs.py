@@ -116,7 +116,7 @@ def setting(**changes):
 
 def tensors(change):
     def harm(data, out):
-        path = out / "m_best.pth"
+        path = out / "m/best.pth"
         torch.save(change(torch.load(path, weights_only=True)), path)
 
     return harm
@@ -305,15 +305,15 @@ CASES = {
     "an unknown setting": (setting(surprise=1), PREDICT, ["setting missing or unknown: surprise"]),
     "a setting of the wrong kind": (setting(size="large"), FINETUNE, ["size is 'large': int expected"]),
     "an unknown way with bad rows": (setting(on_bad="ignore"), FINETUNE, ["on_bad is 'ignore': one of stop, skip"]),
-    "another network": (setting(arch="resnet18"), PREDICT, ["m_best.pth is not the network that its .json tells of"]),
+    "another network": (setting(arch="resnet18"), PREDICT, ["m/best.pth is not the network that its .json tells of"]),
     "no such network": (setting(arch="resnet19"), PREDICT, ["resnet19"]),
     "another number of points": (setting(n_points=5, pairs=[]), PREDICT, ["5 points"]),
-    "a .pth cut short": (lambda data, out: truncate(out / "m_best.pth"), PREDICT, ["m_best.pth"]),
-    "a .pth of nothing": (lambda data, out: (out / "m_best.pth").write_bytes(b""), FINETUNE, ["m_best.pth"]),
-    "a .pth that runs": (tensors(lambda t: t | {"p": Payload()}), PREDICT, ["m_best.pth is no file of tensors (it holds more"]),
+    "a .pth cut short": (lambda data, out: truncate(out / "m/best.pth"), PREDICT, ["m/best.pth"]),
+    "a .pth of nothing": (lambda data, out: (out / "m/best.pth").write_bytes(b""), FINETUNE, ["m/best.pth"]),
+    "a .pth that runs": (tensors(lambda t: t | {"p": Payload()}), PREDICT, ["m/best.pth is no file of tensors (it holds more"]),
     "weights of NaN": (tensors(lambda t: {k: v * np.nan for k, v in t.items()}), PREDICT, ["holds NaN or infinite weights"]),
-    "a number for a tensor": (tensors(lambda t: t | {"p": 1}), PREDICT, ["m_best.pth is no file of tensors"]),
-    "no checkpoint": (bare, PREDICT.replace("-pm m", "-pm gone"), ["-pm gone not found", "m_best.pth"]),
+    "a number for a tensor": (tensors(lambda t: t | {"p": 1}), PREDICT, ["m/best.pth is no file of tensors"]),
+    "no checkpoint": (bare, PREDICT.replace("-pm m", "-pm gone"), ["-pm gone not found", "m/best.pth"]),
     "a network that contradicts": (bare, PREDICT + " --arch resnet34", ["--arch resnet34 contradicts the checkpoint"]),
     "a later stage on bad data": (value("nan"), FINETUNE, ["line 9: point 1's x is 'nan'", "--on-bad skip"]),
 }  # fmt: skip

@@ -182,11 +182,11 @@ def test_of_many_problems_twenty_are_told_and_all_listed(door, data, tmp_path):
     gone = names(data)[3:30]
     for name in gone:
         (data / "train" / "images" / name).unlink()
-    listing = tmp_path / "here" / "runs" / "r_bad.csv"
+    listing = tmp_path / "here" / "runs" / "r/bad.csv"
     code, _, err = door(f"train.py {QUICK} -n r -d", data)
     lines = err.splitlines()
     assert code == 1 and len(lines) == SHOWN + 2
-    assert lines[-2] == "error: … and 7 more; all are listed in runs/r_bad.csv"
+    assert lines[-2] == "error: … and 7 more; all are listed in runs/r/bad.csv"
     with open(listing, newline="", encoding="utf-8") as f:
         rows = list(csv_room.reader(f))
     assert rows[0] == ["line", "file_name", "problem"] and [r[:2] for r in rows[1:]] == [
@@ -207,8 +207,8 @@ def test_skip_leaves_bad_rows_out_and_moves_no_other(door, data, tmp_path):
     (images / names(data)[35]).write_bytes(b"no image")
     edit_line(csv, 12, lambda line: 'a, "b".jpg\t1')
     code, out, err = door(f"train.py {QUICK} --on-bad skip -n r -d", data)
-    assert (code, err) == (0, "") and "3 of 40 rows are bad and left out: runs/r_bad.csv" in out
-    listed = pd.read_csv(tmp_path / "here" / "runs" / "r_bad.csv")
+    assert (code, err) == (0, "") and "3 of 40 rows are bad and left out: runs/r/bad.csv" in out
+    listed = pd.read_csv(tmp_path / "here" / "runs" / "r/bad.csv")
     assert listed.line.tolist() == [2, 12, 37] and listed.file_name[1] == 'a, "b".jpg'
     assert "not found" in listed.problem[0] and "2 fields found" in listed.problem[1]
     items = labelled_images(data, on_bad="skip")
@@ -216,10 +216,10 @@ def test_skip_leaves_bad_rows_out_and_moves_no_other(door, data, tmp_path):
     for settings in (Settings(), Settings(valid_random=True, split_seed=3), Settings(all_rows=True)):
         for side, whole in zip(split_rows(40, settings, items.left_out), split_rows(40, settings), strict=True):
             assert side.tolist() == [r for r in whole.tolist() if r not in (0, 10, 35)]
-    settings = read_checkpoint(tmp_path / "here" / "runs" / "r_best.pth").settings
+    settings = read_checkpoint(tmp_path / "here" / "runs" / "r/best.pth").settings
     assert settings.on_bad == "skip"
     assert door("finetune.py --workers 0 -e 1 -n s -pm r")[0] == 0  # a later stage takes it over
-    assert (tmp_path / "here" / "runs" / "s_bad.csv").exists()
+    assert (tmp_path / "here" / "runs" / "s/bad.csv").exists()
     code, _, err = door("finetune.py --workers 0 -e 1 -n t --on-bad stop -pm r")
     assert code == 1 and err.count("\n") == 4
 
@@ -359,8 +359,8 @@ def test_an_image_that_vanishes_costs_that_image(door, data, tmp_path, monkeypat
     assert code == 0 and err.count("\n") == 2, err
     for path, line in zip(paths, (5, 38), strict=True):
         assert f"line {line}: image {path} not found: the run goes on without it\n" in err
-    assert len(pd.read_csv(tmp_path / "here" / "runs" / "r_history.csv")) == 3
-    assert pd.read_csv(tmp_path / "here" / "runs" / "r_bad.csv").line.tolist() == [5, 38]
+    assert len(pd.read_csv(tmp_path / "here" / "runs" / "r/history.csv")) == 3
+    assert pd.read_csv(tmp_path / "here" / "runs" / "r/bad.csv").line.tolist() == [5, 38]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -396,7 +396,7 @@ def test_what_only_decoding_tells_stops_the_run_or_is_skipped(door, data, tmp_pa
     assert not list((tmp_path / "here" / "runs").iterdir())
     code, _, err = door(f"train.py {QUICK} --on-bad skip --workers {workers} -n r -d", data)
     assert code == 0 and err.count("\n") == 1 and f"line 9: image {path}" in err and "goes on without it" in err
-    assert pd.read_csv(tmp_path / "here" / "runs" / "r_bad.csv").file_name.tolist() == ["7.png"]
+    assert pd.read_csv(tmp_path / "here" / "runs" / "r/bad.csv").file_name.tolist() == ["7.png"]
 
 
 def test_a_csv_that_is_wrong_from_end_to_end_is_told_and_not_kept_whole_in_memory(tmp_path):

@@ -67,10 +67,10 @@ def test_the_current_directory_and_a_path_with_spaces_and_cyrillic(door, drawn, 
     shutil.copytree(drawn, here)
     shutil.rmtree(here / "test")  # a data folder without test/ trains
     code, out, err = door(f"train.py {QUICK} -n 'имя раз' -d", here)
-    assert (code, err) == (0, "") and "-pm 'имя раз_best.pth'" in out
+    assert (code, err) == (0, "") and "-pm 'имя раз/best.pth'" in out
     monkeypatch.chdir(here)
     code, out, err = door(f"train.py {QUICK} -n r -d ''")
-    assert (code, err) == (0, "") and (here / "runs" / "r_best.pth").is_file()
+    assert (code, err) == (0, "") and (here / "runs" / "r/best.pth").is_file()
     assert door("finetune.py -e 1 --workers 0 -d '' -pm r_best.pth")[0] == 0
 
 
@@ -78,12 +78,12 @@ def test_names(door, drawn, tmp_path):
     for _ in (1, 2):
         assert door(f"train.py {QUICK} -d", drawn)[0] == 0
     runs = tmp_path / "here" / "runs"
-    assert {p.name for p in runs.glob("*.pth")} == {"resnet18_b_8_e_1_best.pth", "resnet18_b_8_e_1_2_best.pth"}
-    before = (runs / "resnet18_b_8_e_1_best.pth").read_bytes()
+    assert {p.name for p in runs.glob("*.pth")} == {"resnet18_b_8_e_1/best.pth", "resnet18_b_8_e_1_2/best.pth"}
+    before = (runs / "resnet18_b_8_e_1/best.pth").read_bytes()
     check_refused(door(f"train.py {QUICK} --seed 9 -n resnet18_b_8_e_1 -d", drawn), "already has a run", "--overwrite")
-    assert (runs / "resnet18_b_8_e_1_best.pth").read_bytes() == before
+    assert (runs / "resnet18_b_8_e_1/best.pth").read_bytes() == before
     assert door(f"train.py {QUICK} --seed 9 --overwrite -n resnet18_b_8_e_1 -d", drawn)[0] == 0
-    assert (runs / "resnet18_b_8_e_1_best.pth").read_bytes() != before
+    assert (runs / "resnet18_b_8_e_1/best.pth").read_bytes() != before
     check_refused(door("finetune.py --overwrite -n resnet18_b_8_e_1 -pm resnet18_b_8_e_1"), "is the run that -pm loads")
     for name in ("../x", "/tmp/x", "a/b", "..", "a\\b", "c:x"):
         check_refused(
@@ -194,17 +194,17 @@ def test_checkpoints_that_are_nowhere(door, name):
 def test_a_run_that_is_overwritten_keeps_its_checkpoint_until_there_is_another(door, data, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert door(f"train.py {QUICK} -n r -d", data)[0] == 0
-    assert door("predict.py --workers 0 -pm r")[0] == 0 and (runs / "r_submit.csv").exists()
-    before = (runs / "r_best.pth").read_bytes()
+    assert door("predict.py --workers 0 -pm r")[0] == 0 and (runs / "r/submit.csv").exists()
+    before = (runs / "r/best.pth").read_bytes()
     image = first_image(data, 12)
     whole = image.read_bytes()
     cut_image(data)
     assert door(f"train.py {QUICK} -n r --overwrite -d", data)[0] == 1
-    assert (runs / "r_best.pth").read_bytes() == before
+    assert (runs / "r/best.pth").read_bytes() == before
     image.write_bytes(whole)
     assert door(f"train.py {QUICK} -n r --seed 4 --overwrite -d", data)[0] == 0
-    assert (runs / "r_best.pth").read_bytes() != before
-    assert not list(runs.glob("r_submit.csv")) and not list(runs.glob("r_points.*"))  # the old network's
+    assert (runs / "r/best.pth").read_bytes() != before
+    assert not list(runs.glob("r/submit.csv")) and not list(runs.glob("r_points.*"))  # the old network's
 
 
 def test_finetune_on_data_with_another_number_of_points(door, drawn, data):

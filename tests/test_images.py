@@ -145,13 +145,13 @@ def test_training_from_the_cache_is_training(door, drawn, tmp_path):
     weights = []
     for name, more in [("a", ""), ("b", "--cache"), ("c", "--cache"), ("d", "--cache --workers 1")]:
         assert door(f"train.py {QUICK} {more} -n {name} -d", drawn)[::2] == (0, "")
-        weights.append((tmp_path / "here" / "runs" / f"{name}_best.pth").read_bytes())
+        weights.append((tmp_path / "here" / "runs" / f"{name}/best.pth").read_bytes())
     stored = list((drawn / "train").glob("images-*.cache"))
     assert len(stored) == 1 and stored[0].stat().st_blocks * 512 >= 40 * 32 * 32 * 3
     assert len({len(w) for w in weights}) == 1
     import torch
 
-    tensors = [torch.load(tmp_path / "here" / "runs" / f"{n}_best.pth", weights_only=True) for n in "abcd"]
+    tensors = [torch.load(tmp_path / "here" / "runs" / f"{n}/best.pth", weights_only=True) for n in "abcd"]
     for other in tensors[1:]:
         assert all(torch.equal(v, other[k]) for k, v in tensors[0].items())
     os.unlink(stored[0])

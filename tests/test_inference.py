@@ -38,29 +38,29 @@ def test_submission_and_points_agree(door, drawn, trained):
     code, out, err = predict(door, trained, "")
     assert (code, err) == (0, "") and out.startswith("6 images: ")
     asked = read_test_points(drawn / "test" / "test_points.csv")
-    points = np.load(trained / "m_points.npy")
+    points = np.load(trained / "m/points.npy")
     assert points.shape == (6, N_POINTS, 2) and points.dtype == np.float32
-    assert json.loads((trained / "m_points.json").read_text(encoding="utf-8")) == asked.names
-    names, submitted = read_submission(trained / "m_submit.csv")
+    assert json.loads((trained / "m/points.json").read_text(encoding="utf-8")) == asked.names
+    names, submitted = read_submission(trained / "m/submit.csv")
     assert names == asked.names and submitted.shape == (6, 7, 2)
     expected = np.stack([p[i] for p, i in zip(points, asked.indices, strict=True)])
     assert (submitted == np.rint(expected)).all()
     for rounding, what in [("floor", np.floor), ("none", np.asarray)]:
         assert predict(door, trained, f"--round {rounding}")[0] == 0
-        assert (read_submission(trained / "m_submit.csv")[1].astype(np.float32) == what(expected)).all()
+        assert (read_submission(trained / "m/submit.csv")[1].astype(np.float32) == what(expected)).all()
     # the score, worked out from the truth file's own text
     rows = [line.split("\t") for line in (drawn / "test" / "landmarks.csv").read_text().splitlines()[1:]]
     truth = {r[0]: np.array(r[1:], float).reshape(-1, 2) for r in rows}
     errors = [(p - truth[n][i]) ** 2 for n, p, i in zip(asked.names, expected, asked.indices, strict=True)]
-    found = score(trained / "m_submit.csv", asked.csv, drawn / "test" / "landmarks.csv")
+    found = score(trained / "m/submit.csv", asked.csv, drawn / "test" / "landmarks.csv")
     assert found == pytest.approx(np.mean(errors), rel=1e-5)
 
 
 def test_batch_size_and_workers_change_nothing(door, trained):
     assert predict(door, trained, "-b 4")[0] == 0
-    first = np.load(trained / "m_points.npy")
+    first = np.load(trained / "m/points.npy")
     assert door(f"predict.py --workers 2 -b 1 --out {trained} -pm m")[0] == 0
-    assert np.load(trained / "m_points.npy") == pytest.approx(first, abs=1e-2)
+    assert np.load(trained / "m/points.npy") == pytest.approx(first, abs=1e-2)
 
 
 def test_an_index_out_of_range(door, data, trained):
@@ -102,14 +102,14 @@ def test_checkpoints_that_are_not_what_they_say(door, trained, tmp_path, script)
     out = tmp_path / "out"
     out.mkdir()
     facts = json.loads((trained / "m_best.json").read_text())
-    good = torch.load(trained / "m_best.pth", weights_only=True)
+    good = torch.load(trained / "m/best.pth", weights_only=True)
 
     def refused(message, tensors=good, **settings):
-        torch.save(tensors, out / "x_best.pth")
+        torch.save(tensors, out / "x/best.pth")
         (out / "x_best.json").write_text(json.dumps(facts | {"settings": facts["settings"] | settings}))
         code, _, err = door(f"{script} --workers 0 --out {out} -pm x_best.pth")
         assert code == 1 and message in err and err.count("\n") == 1 and "Traceback" not in err, err
-        assert sorted(p.name for p in out.iterdir()) == ["x_best.json", "x_best.pth"]
+        assert sorted(p.name for p in out.iterdir()) == ["x_best.json", "x/best.pth"]
 
     refused("holds more than tensors", good | {"p": Payload(tmp_path / "ran")})
     assert not (tmp_path / "ran").exists()
@@ -140,7 +140,7 @@ def test_a_flag_that_contradicts_the_checkpoint(door, trained, script):
 
 def test_a_checkpoint_that_is_not_there_names_those_that_are(door, trained):
     code, _, err = door(f"predict.py --out {trained} -pm n_best.pth")
-    assert code == 1 and "-pm n_best.pth not found" in err and "m_best.pth" in err
+    assert code == 1 and "-pm n_best.pth not found" in err and "m/best.pth" in err
 
 
 def test_data_without_a_test_side_is_said(door, trained, tmp_path):
@@ -239,5 +239,5 @@ def test_memory_of_a_prediction_does_not_grow_with_the_folder(door, trained, dra
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         peaks.append(1024 * int(done.stdout.split()[-1]))
-    assert np.load(trained / "m_points.npy", mmap_mode="r").nbytes > 2e6
+    assert np.load(trained / "m/points.npy", mmap_mode="r").nbytes > 2e6
     assert peaks[1] - peaks[0] < 25e6

@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole, drawn, tmp_path, kill):
         if kill % 5 == 4:
             time.sleep(rng.uniform(0.3, 4))
         else:
-            wait_for_states(process, here / f"{name}_state.safetensors", rng.randrange(1, 24 // (1 + again)))
+            wait_for_states(process, here / f"{name}/state.safetensors", rng.randrange(1, 24 // (1 + again)))
         if kill % 4 == 3 and kill % 5 != 4:
             kill_in_writing(process, here, name)
         else:

@@ -73,11 +73,11 @@ def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, door):
     subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, check=True)
     err, codes = (tmp_path / "err.txt").read_text(), (tmp_path / "code.txt").read_text().split()
     check_refused(
-        (int(codes[0]), "", err), "parts_state.safetensors cannot be written", "No space left on device", "make room"
+        (int(codes[0]), "", err), "parts/state.safetensors cannot be written", "No space left on device", "make room"
     )
     assert "then go on with: python train.py --resume -n parts" in err
     left = (tmp_path / "left.txt").read_text()
-    assert "parts_state.safetensors\n" in left and ".tmp" not in left
+    assert "parts/state.safetensors\n" in left and ".tmp" not in left
     assert codes[1] == "0" and "going on at epoch 0, batch 1" in (tmp_path / "resumed.txt").read_text()
     runs = tmp_path / "here" / "runs"
     assert door(f"train.py {SHORT} -n whole -d", drawn)[0] == 0

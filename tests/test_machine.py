@@ -92,7 +92,7 @@ def test_the_doors_take_the_flags_and_the_points_stay(door, drawn, tmp_path):
     found = {}
     for flags in ("", "--no-channels-last", "--amp bf16"):
         assert door(f"predict.py --workers 0 {flags} -pm n")[::2] == (0, "")
-        found[flags] = np.load(runs / "n_points.npy")
+        found[flags] = np.load(runs / "n/points.npy")
     assert found["--no-channels-last"] == pytest.approx(found[""], abs=0.01)
     assert not np.array_equal(found["--amp bf16"], found[""]) and found["--amp bf16"] == pytest.approx(found[""], abs=5)
     assert "amp" not in json.loads((runs / "n_best.json").read_text())["settings"]
@@ -105,13 +105,13 @@ def test_compiled_networks_train_and_predict_the_same(door, drawn, tmp_path):
     small = "--arch timm:test_resnet --weights none --size 32 -b 16 -e 1 --workers 0 --ema 0"
     code, _, err = door(f"train.py {small} --compile -n c -d", drawn)
     assert code == 0, err
-    names = set(torch.load(runs / "c_best.pth", weights_only=True))
+    names = set(torch.load(runs / "c/best.pth", weights_only=True))
     assert not any("_orig_mod" in name for name in names)
     found = []
     for flags in ("", "--compile"):
         code, _, err = door(f"predict.py --workers 0 {flags} -pm c")
         assert code == 0, err
-        found.append(np.load(runs / "c_points.npy"))
+        found.append(np.load(runs / "c/points.npy"))
     assert found[1] == pytest.approx(found[0], abs=0.01)
 
 

@@ -117,12 +117,12 @@ def test_a_run_leaves_its_map_and_a_later_stage_keeps_it(door, data, tmp_path):
 
     assert door(f"train.py {QUICK} -n m -d", data)[0] == 0
     runs = tmp_path / "here" / "runs"
-    pairs = json.loads((runs / "m_mirror.json").read_text(encoding="utf-8"))
+    pairs = json.loads((runs / "m/mirror.json").read_text(encoding="utf-8"))
     assert pairs == mirror_pairs(N_POINTS).tolist()
     assert door("finetune.py -e 1 --workers 0 -n m2 -pm m")[0] == 0
-    assert (runs / "m2_mirror.json").read_bytes() == (runs / "m_mirror.json").read_bytes()
+    assert (runs / "m2/mirror.json").read_bytes() == (runs / "m/mirror.json").read_bytes()
     code, out, _ = door("finetune.py -e 1 --workers 0 --mirror none -n m3 -pm m")
-    assert code == 0 and "second look" not in out and not (runs / "m3_mirror.json").exists()
+    assert code == 0 and "second look" not in out and not (runs / "m3/mirror.json").exists()
     code, _, err = door("predict.py --tta --workers 0 -pm m3")
     assert code == 1 and "--tta" in err and "no mirror map" in err
 

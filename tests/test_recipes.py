@@ -27,11 +27,11 @@ from .test_training import same, tensors
 
 
 def best(tmp_path, name):
-    return read_checkpoint(tmp_path / "here" / "runs" / f"{name}_best.pth")
+    return read_checkpoint(tmp_path / "here" / "runs" / f"{name}/best.pth")
 
 
 def history(tmp_path, name):
-    return pd.read_csv(tmp_path / "here" / "runs" / f"{name}_history.csv")
+    return pd.read_csv(tmp_path / "here" / "runs" / f"{name}/history.csv")
 
 
 def test_the_seed_s_recipe_switches_every_addition_off(door, drawn, tmp_path):
@@ -110,11 +110,11 @@ def test_two_looks_in_validation_and_prediction(door, drawn, tmp_path):
     assert ((twice - truth) ** 2).mean() == pytest.approx(kept.score, rel=1e-4)
     # predict.py looks twice where it can, and once when asked to
     assert door("predict.py --workers 0 -pm t")[0] == 0
-    default = np.load(runs / "t_points.npy")
+    default = np.load(runs / "t/points.npy")
     assert door("predict.py --workers 0 --no-tta -pm t")[0] == 0
-    once = np.load(runs / "t_points.npy")
+    once = np.load(runs / "t/points.npy")
     assert door("predict.py --workers 0 --tta -pm t")[0] == 0
-    assert np.array_equal(default, np.load(runs / "t_points.npy")) and not np.array_equal(default, once)
+    assert np.array_equal(default, np.load(runs / "t/points.npy")) and not np.array_equal(default, once)
 
 
 def test_a_mirrored_image_gets_the_mirrored_prediction_by_two_looks(door, drawn, tmp_path):
@@ -139,7 +139,7 @@ def test_a_stage_at_another_size_scores_the_loaded_model_at_its_own_first(door, 
     kept = best(tmp_path, "kept")
     assert kept.epoch == -1 and "the loaded model, which no epoch beat" in out
     assert (kept.settings.size, kept.settings.fit) == (32, "crop") and kept.score == pytest.approx(small.score)
-    assert same(tmp_path / "here/runs/small_best.pth", tmp_path / "here/runs/kept_best.pth")
+    assert same(tmp_path / "here/runs/small/best.pth", tmp_path / "here/runs/kept/best.pth")
     assert door("predict.py --workers 0 -pm kept")[0] == 0
     # and where an epoch wins, the checkpoint is of the new size
     code, out, _ = door("finetune.py -e 10 --size 48 --workers 0 -lr 2e-3 -n grown -pm small")
@@ -165,7 +165,7 @@ def test_lr_find_is_printed_drawn_and_used(door, drawn, tmp_path):
     assert f"rate found: {rate:g}" in out and 1e-6 < rate < 1 and rate != Settings.lr
     assert history(tmp_path, "f").lr[0] == pytest.approx(rate)
     runs = tmp_path / "here" / "runs"
-    assert Image.open(runs / "f_lr.png").width > 400
+    assert Image.open(runs / "f/lr.png").width > 400
     assert not [p for p in runs.iterdir() if p.is_dir()]  # fastai's temporary folder is gone
     assert door("finetune.py --lr find -e 1 --workers 0 -n f2 -pm f")[0] == 0
     code, _, err = door(f"train.py {QUICK} --lr fast -d", drawn)
@@ -255,7 +255,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch():
 def test_accumulate_reaches_the_learner(door, drawn, tmp_path):
     assert door(f"train.py {QUICK} -e 1 --ema 0 --aug 0 --mirror none -n one -d", drawn)[0] == 0
     assert door(f"train.py {QUICK} -e 1 --ema 0 --aug 0 --mirror none --accumulate 2 -n two -d", drawn)[0] == 0
-    assert not same(tmp_path / "here/runs/one_best.pth", tmp_path / "here/runs/two_best.pth")
+    assert not same(tmp_path / "here/runs/one/best.pth", tmp_path / "here/runs/two/best.pth")
     assert best(tmp_path, "two").settings.accumulate == 2
 
 
@@ -289,10 +289,10 @@ def test_two_looks_without_a_mirror_are_refused(door, drawn):
 def test_an_overwritten_run_leaves_no_picture_of_the_one_before(door, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert door(f"train.py {QUICK} --lr find -n o -d", drawn)[0] == 0
-    assert (runs / "o_lr.png").exists() and (runs / "o_mirror.json").exists()
+    assert (runs / "o/lr.png").exists() and (runs / "o/mirror.json").exists()
     assert door(f"train.py {QUICK} --mirror none --overwrite -n o -d", drawn)[0] == 0
     assert sorted(p.name for p in runs.glob("o_*")) == [
-        "o_batch.png", "o_best.json", "o_best.pth", "o_history.csv", "o_results.png", "o_run.json",
+        "o/batch.png", "o_best.json", "o/best.pth", "o/history.csv", "o/results.png", "o/run.json",
     ]  # fmt: skip
 
 
@@ -333,8 +333,8 @@ def test_weights_of_a_run_start_another(door, drawn, tmp_path):
     "A body trained on one set, for a head on another."
     assert door(f"train.py {QUICK} -n first -d", drawn)[0] == 0
     runs = tmp_path / "here" / "runs"
-    code, out, err = door(f"train.py {QUICK} -lr 1e-12 -n second --weights runs/first_best.pth -d", drawn)
+    code, out, err = door(f"train.py {QUICK} -lr 1e-12 -n second --weights runs/first/best.pth -d", drawn)
     assert (code, err) == (0, "")
-    a, b = tensors(runs / "first_best.pth"), tensors(runs / "second_best.pth")
+    a, b = tensors(runs / "first/best.pth"), tensors(runs / "second/best.pth")
     assert torch.allclose(a["0.conv1.weight"], b["0.conv1.weight"], atol=1e-6)
     assert not torch.allclose(a["1.0.weight"], b["1.0.weight"], atol=1e-4)

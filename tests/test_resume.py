@@ -39,13 +39,13 @@ def stopping_at(step, number=signal.SIGINT):
 
 
 def history(runs, name):
-    return pd.read_csv(runs / f"{name}_history.csv", dtype=str).drop(columns="time")
+    return pd.read_csv(runs / f"{name}/history.csv", dtype=str).drop(columns="time")
 
 
 def check_equal(runs, a, b):
     "Weights of the best, every figure of every epoch to its last digit, and what the checkpoint says of itself."
     assert history(runs, a).equals(history(runs, b))
-    one, other = (torch.load(runs / f"{n}_best.pth", weights_only=True) for n in (a, b))
+    one, other = (torch.load(runs / f"{n}/best.pth", weights_only=True) for n in (a, b))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert (runs / f"{a}_best.json").read_bytes() == (runs / f"{b}_best.json").read_bytes()
 
@@ -109,23 +109,23 @@ def test_what_a_later_stage_was_given_may_not_change_under_it(door, drawn, tmp_p
     with stopping_at(5):
         assert door("finetune.py -e 2 --workers 0 -n two -pm one")[0] == 130
     assert door(f"train.py {SHORT} --seed 8 -n one --overwrite -d", drawn)[0] == 0
-    before = (runs / "two_state.safetensors").read_bytes()
+    before = (runs / "two/state.safetensors").read_bytes()
     check_refused(door("finetune.py --resume -n two -pm other"), "-pm other", "leave -pm away")
-    check_refused(door("finetune.py --resume -n two"), "one_best.pth has changed since two was started from it")
-    assert (runs / "two_state.safetensors").read_bytes() == before
+    check_refused(door("finetune.py --resume -n two"), "one/best.pth has changed since two was started from it")
+    assert (runs / "two/state.safetensors").read_bytes() == before
 
 
 def test_a_stopped_run_s_name_is_taken(door, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     with stopping_at(5):
         assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
-    state = (runs / "r_state.safetensors").read_bytes()
+    state = (runs / "r/state.safetensors").read_bytes()
     check_refused(
         door(f"train.py {SHORT} -n r -d", drawn), "already has a run", "--resume -n r goes on with it", "--overwrite"
     )
     # a mistake in what overwrites it costs nothing
     check_refused(door(f"train.py {SHORT} -n r --overwrite --weights gone.pth -d", drawn), "gone.pth not found")
-    assert (runs / "r_state.safetensors").read_bytes() == state
+    assert (runs / "r/state.safetensors").read_bytes() == state
     check_refused(door("train.py --resume"), "--resume goes with -n NAME", "stopped runs in runs: r")
     check_refused(door("train.py --resume -n typo"), "nothing of that run", "stopped runs there: r")
     check_refused(door("train.py --resume -n ../runs/r"), "is no plain file name")
@@ -173,7 +173,7 @@ def test_a_run_that_saved_nothing_yet_starts_over_with_its_flags(door, drawn, tm
     code, _, err = door(f"train.py {SHORT} --seed 4 -n r -d", drawn)
     assert code == 130 and err == "stopped: nothing was saved yet; go on with: python train.py --resume -n r\n"
     monkeypatch.setattr(stage, "_fit", fit)
-    assert [p.name for p in runs.iterdir()] == ["r_run.json"]
+    assert [p.name for p in runs.iterdir()] == ["r/run.json"]
     code, out, _ = door("train.py --resume -n r")
     assert code == 0 and "going on" not in out
     assert door(f"train.py {SHORT} --seed 4 -n whole -d", drawn)[0] == 0
@@ -199,7 +199,7 @@ def test_an_image_that_is_lost_while_the_run_is_stopped_costs_that_image(door, d
     image.unlink()
     code, out, err = door("train.py --resume -n r")
     assert code == 0 and f"{image.name} not found: the run goes on without it" in err
-    assert err.count("\n") == 1 and (tmp_path / "here" / "runs" / "r_bad.csv").read_text().count(image.name) == 2
+    assert err.count("\n") == 1 and (tmp_path / "here" / "runs" / "r/bad.csv").read_text().count(image.name) == 2
 
 
 def test_rows_that_were_left_out_stay_so(door, data, tmp_path):
@@ -249,7 +249,7 @@ def test_a_state_that_is_none_is_refused_and_never_run(door, drawn, tmp_path, ki
     runs = tmp_path / "here" / "runs"
     with stopping_at(5):
         assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
-    path, record = runs / "r_state.safetensors", json.loads((runs / "r_run.json").read_text())
+    path, record = runs / "r/state.safetensors", json.loads((runs / "r/run.json").read_text())
     whole = path.read_bytes()
     facts = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]["facts"]
     bad = {
@@ -263,7 +263,7 @@ def test_a_state_that_is_none_is_refused_and_never_run(door, drawn, tmp_path, ki
     }[kind]()
     path.write_bytes(bad)
     if kind == "its record":
-        (runs / "r_run.json").write_text(json.dumps(record | {"words": ["--no-such-flag"]}))
+        (runs / "r/run.json").write_text(json.dumps(record | {"words": ["--no-such-flag"]}))
     check_refused(door("train.py --resume -n r"), "start over with --overwrite")
     assert not (tmp_path / "here" / "owned").exists() and path.read_bytes() == bad
 
@@ -279,8 +279,8 @@ def test_a_checkpoint_that_was_put_in_a_stopped_run_s_place_is_not_run(door, dra
     monkeypatch.setattr(stage, "load_best", stopped)  # behind its last epoch, before its pictures
     assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
     monkeypatch.setattr(stage, "load_best", draw)
-    (runs / "r_best.pth").write_bytes(payload())
-    check_refused(door("train.py --resume -n r"), "r_best.pth is no file of tensors", "may run code")
+    (runs / "r/best.pth").write_bytes(payload())
+    check_refused(door("train.py --resume -n r"), "r/best.pth is no file of tensors", "may run code")
     assert not (tmp_path / "here" / "owned").exists()
 
 

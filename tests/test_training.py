@@ -33,16 +33,16 @@ def test_three_stages_and_a_submission(door, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     code, out, err = door(f"train.py {QUICK} -e 2 -lr 1e-3 -d", drawn, "-n", "r_e_2")
     assert (code, err) == (0, "") and out.splitlines()[0] == "run r_e_2" and "run r_e_2: score" in out
-    first = read_checkpoint(runs / "r_e_2_best.pth")
-    history = pd.read_csv(runs / "r_e_2_history.csv")
+    first = read_checkpoint(runs / "r_e_2/best.pth")
+    history = pd.read_csv(runs / "r_e_2/history.csv")
     assert list(history.columns) == ["epoch", "train_loss", "valid_loss", "score", "nme", "lr", "ema", "time"]
     each = history[["score", "ema"]].min(axis=1)
     assert first.score == each.min() and first.epoch == each.idxmin()
-    assert Image.open(runs / "r_e_2_results.png").width > 500
+    assert Image.open(runs / "r_e_2/results.png").width > 500
 
     code, out, err = door("finetune.py -e 1 --workers 0 -n r_e_2+1 -pm r_e_2_best.pth")
     assert (code, err) == (0, "")
-    second = read_checkpoint(runs / "r_e_2+1_best.pth")
+    second = read_checkpoint(runs / "r_e_2+1/best.pth")
     assert f"loaded: score {first.score:.6g} on the validation rows; its stage reported {first.score:.6g}" in out
     assert second.score <= first.score
     assert second.settings.lr == pytest.approx(1e-4)
@@ -63,14 +63,14 @@ def test_three_stages_and_a_submission(door, drawn, tmp_path):
     )
     assert all(getattr(second.settings, k) == getattr(first.settings, k) for k in kept)
 
-    code, out, err = door("finetune.py -e 1 --workers 0 -pm", runs / "r_e_2+1_best.pth")
+    code, out, err = door("finetune.py -e 1 --workers 0 -pm", runs / "r_e_2+1/best.pth")
     assert code == 0 and "run r_e_2+1+1" in out.splitlines()[0] and "run r_e_2+1+1:" in out
-    third = read_checkpoint(runs / "r_e_2+1+1_best.pth")
+    third = read_checkpoint(runs / "r_e_2+1+1/best.pth")
     assert third.score <= second.score and third.settings.lr == pytest.approx(1e-5)
 
     code, out, err = door("predict.py --workers 0 -pm r_e_2+1+1_best.pth")
     assert (code, err) == (0, "")
-    assert len((runs / "r_e_2+1+1_submit.csv").read_text().splitlines()) == 1 + 6
+    assert len((runs / "r_e_2+1+1/submit.csv").read_text().splitlines()) == 1 + 6
 
 
 def test_defaults_reach_the_checkpoint(door, drawn, tmp_path):
@@ -78,11 +78,11 @@ def test_defaults_reach_the_checkpoint(door, drawn, tmp_path):
     line = f"train.py {QUICK} --head 32,bn,relu,drop0.1 --fit pad --opt sgd --sched step --step-size 2 --gamma 0.5 -lr 0.01 -n x -d"
     assert door(line, drawn)[0] == 0
     assert door("finetune.py --workers 0 -pm x")[0] == 0
-    s = read_checkpoint(tmp_path / "here" / "runs" / "x+6_best.pth").settings
+    s = read_checkpoint(tmp_path / "here" / "runs" / "x+6/best.pth").settings
     assert (s.epochs, s.lr, s.head, s.fit, s.opt, s.wd, s.sched, s.step_size) == (
         6, pytest.approx(1e-3), "32,bn,relu,drop0.1", "pad", "sgd", 0.0, "step", 2,
     )  # fmt: skip
-    lr = pd.read_csv(tmp_path / "here" / "runs" / "x+6_history.csv").lr
+    lr = pd.read_csv(tmp_path / "here" / "runs" / "x+6/history.csv").lr
     assert lr.tolist() == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4])
 
 
@@ -91,18 +91,18 @@ def test_a_stage_never_ends_with_worse_than_it_was_given(door, drawn, tmp_path):
     assert door(f"train.py {QUICK} -e 2 -lr 1e-3 -n good -d", drawn)[0] == 0
     code, out, _ = door("finetune.py -e 1 -lr 10 --workers 0 --opt sgd -n ruined -pm good_best.pth")
     assert code == 0 and "the loaded model, which no epoch beat" in out
-    good, kept = read_checkpoint(runs / "good_best.pth"), read_checkpoint(runs / "ruined_best.pth")
+    good, kept = read_checkpoint(runs / "good/best.pth"), read_checkpoint(runs / "ruined/best.pth")
     assert kept.score == pytest.approx(good.score, abs=1e-3) and kept.epoch == -1
-    assert same(runs / "good_best.pth", runs / "ruined_best.pth")
+    assert same(runs / "good/best.pth", runs / "ruined/best.pth")
 
 
 def test_a_seed_makes_two_runs_equal_to_the_last_bit(door, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
         assert door(f"train.py {QUICK} -n {name} --seed {seed} --head 16,drop0.5 -d", drawn)[0] == 0
-    assert same(runs / "a_best.pth", runs / "b_best.pth")
-    assert not same(runs / "a_best.pth", runs / "c_best.pth")
-    strip = lambda n: pd.read_csv(runs / f"{n}_history.csv").drop(columns="time")  # noqa: E731
+    assert same(runs / "a/best.pth", runs / "b/best.pth")
+    assert not same(runs / "a/best.pth", runs / "c/best.pth")
+    strip = lambda n: pd.read_csv(runs / f"{n}/history.csv").drop(columns="time")  # noqa: E731
     assert strip("a").equals(strip("b"))
 
 
@@ -110,8 +110,8 @@ def test_freeze_leaves_the_body_as_it_was_running_means_included(door, drawn, tm
     runs = tmp_path / "here" / "runs"
     assert door(f"train.py {QUICK} -e 1 -n whole -d", drawn)[0] == 0
     assert door("finetune.py --freeze -e 3 -lr 1e-3 --workers 0 -n head -pm whole")[0] == 0
-    before, after = tensors(runs / "whole_best.pth"), tensors(runs / "head_best.pth")
-    assert read_checkpoint(runs / "head_best.pth").epoch >= 0  # an epoch won: it did learn
+    before, after = tensors(runs / "whole/best.pth"), tensors(runs / "head/best.pth")
+    assert read_checkpoint(runs / "head/best.pth").epoch >= 0  # an epoch won: it did learn
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("0."))
     assert not torch.equal(before["1.0.weight"], after["1.0.weight"])
 
@@ -121,7 +121,7 @@ def test_the_score_is_the_contest_s_on_the_validation_rows(door, drawn, tmp_path
     from landmarks_fastai.inference import FittedImages, predict_batches
 
     assert door(f"train.py {QUICK} --fit squish -n s -d", drawn)[0] == 0
-    best = read_checkpoint(tmp_path / "here" / "runs" / "s_best.pth")
+    best = read_checkpoint(tmp_path / "here" / "runs" / "s/best.pth")
     items = labelled_images(drawn)
     items = items[split_rows(len(items), best.settings)[1]]
     images = FittedImages(items.folder, [item.path.name for item in items.sample(99)], best.settings)
@@ -133,7 +133,7 @@ def test_the_score_is_the_contest_s_on_the_validation_rows(door, drawn, tmp_path
 def test_the_checkpoint_is_plain_tensors_and_a_json(door, drawn, tmp_path):
     assert door(f"train.py {QUICK} -n s -d", drawn)[0] == 0
     runs = tmp_path / "here" / "runs"
-    assert all(isinstance(t, torch.Tensor) for t in tensors(runs / "s_best.pth").values())
+    assert all(isinstance(t, torch.Tensor) for t in tensors(runs / "s/best.pth").values())
     facts = json.loads((runs / "s_best.json").read_text(encoding="utf-8"))
     assert facts["settings"]["n_points"] == N_POINTS and facts["settings"]["size"] == 32
     files = [
@@ -152,7 +152,7 @@ def test_the_checkpoint_is_plain_tensors_and_a_json(door, drawn, tmp_path):
 def test_a_rate_that_ruins_everything_says_so_and_saves_nothing(door, drawn, tmp_path):
     code, out, err = door(f"train.py {QUICK} -e 2 -b 4 --opt sgd -lr 999 -n boom -d", drawn)
     assert code == 1 and "try a lower -lr" in err and "epoch" in err and err.count("\n") == 1
-    assert not (tmp_path / "here" / "runs" / "boom_best.pth").exists()
+    assert not (tmp_path / "here" / "runs" / "boom/best.pth").exists()
 
 
 @pytest.fixture
