@@ -21,10 +21,6 @@ from landmarks_fastai.settings import Settings
 FORMAT = 4  # of the metadata; 3 stood in a .json beside the .pth; 1 and 2 lacked settings and are refused
 
 
-def checkpoint_metadata(settings):
-    return {}
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     "What a .pth says of itself."

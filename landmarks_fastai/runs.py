@@ -56,10 +56,6 @@ class Run:
         self.new, self.old = self.out / f".{name}.new", self.out / f".{name}.old"
         self.written_to = self.folder
 
-    @property
-    def folder(self) -> Path:
-        return self.out
-
     def file(self, suffix: str) -> Path:
         "Where a file of the run is written now. For a message: `run.folder / suffix`, where it will be."
         return self.written_to / suffix

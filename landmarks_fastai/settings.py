@@ -98,6 +98,9 @@ class Settings:
                 _check(f, value)
 
     def replace(self, **changes) -> "Settings":
+        "Other values of some settings, by name. Raises `UserError` for one that does not exist, or a value out of range."
+        if unknown := sorted(changes.keys() - {f.name for f in dataclasses.fields(self)}):
+            raise UserError(f"unknown setting: {', '.join(unknown)}")
         return dataclasses.replace(self, **changes)
 
     def of(self, names) -> dict:
