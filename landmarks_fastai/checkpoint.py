@@ -92,9 +92,13 @@ def read_checkpoint(path) -> Checkpoint:
         source = path.with_suffix(".json")
         metadata = _read_json(source)
     if not isinstance(metadata, dict) or "settings" not in metadata:
-        raise UserError(f"{path} is no checkpoint of this program (it has no settings): its weights alone are for --weights")
+        raise UserError(
+            f"{path} is no checkpoint of this program (it has no settings): its weights alone are for --weights"
+        )
     if metadata.get("format") != (FORMAT if source == path else 3):
-        raise UserError(f"{source} was written by another version of this program (format {metadata.get('format')}): train anew")
+        raise UserError(
+            f"{source} was written by another version of this program (format {metadata.get('format')}): train anew"
+        )
     numbers = [metadata.get(k) for k in ("score", "nme", "epoch")]
     if not all(n is None or (isinstance(n, (int, float)) and abs(n) < 1e18) for n in numbers):  # False for NaN too
         raise UserError(f"{source}: score, nme and epoch must be finite numbers")

@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -295,7 +296,7 @@ def read_state_dict(
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except Exception as e:  # UnpicklingError, zip and header errors: torch and safetensors raise many kinds
@@ -305,7 +306,9 @@ def read_state_dict(
     if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
         state = state[wrapper]
     pairs = state.items() if isinstance(state, dict) else ()
-    if not pairs or not all(isinstance(k, str) and (isinstance(t, torch.Tensor) or k.endswith(METADATA)) for k, t in pairs):
+    if not pairs or not all(
+        isinstance(k, str) and (isinstance(t, torch.Tensor) or k.endswith(METADATA)) for k, t in pairs
+    ):
         raise UserError(f"{path} is no file of tensors (a plain state dict is needed): nothing was loaded")
     return state
 

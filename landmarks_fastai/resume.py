@@ -60,8 +60,12 @@ def resumed(parser: argparse.ArgumentParser, args: argparse.Namespace, words: li
         run.file("state.safetensors").unlink(missing_ok=True)
         sys.exit(0)
     kinds = (str, int, float, type(None))
-    if record.args.keys() | set(NOT_STORED) != vars(args).keys() or not all(isinstance(v, kinds) for v in record.args.values()):
-        raise UserError(f"{run.file('run.json')} holds other flags than {record.script} has: start over with --overwrite")
+    if record.args.keys() | set(NOT_STORED) != vars(args).keys() or not all(
+        isinstance(v, kinds) for v in record.args.values()
+    ):
+        raise UserError(
+            f"{run.file('run.json')} holds other flags than {record.script} has: start over with --overwrite"
+        )
     _check_typed(parser, words, record, args.out)
     return argparse.Namespace(**vars(args) | record.args)
 
@@ -69,7 +73,9 @@ def resumed(parser: argparse.ArgumentParser, args: argparse.Namespace, words: li
 def _check_start(args):
     "Raise `UserError` where nothing of the run is there and what was typed does not tell what to start."
     if (Path(args.out) / f"{args.name}_run.json").exists():
-        raise UserError(f"-n {args.name} is a run of an earlier version, which this one cannot resume: start over with --overwrite")
+        raise UserError(
+            f"-n {args.name} is a run of an earlier version, which this one cannot resume: start over with --overwrite"
+        )
     if any(Path(args.out).glob("[!.]*/run.json")) and args.data is None and not getattr(args, "pretrained_model", None):
         there = stopped_runs(args.out) or "none"
         raise UserError(

@@ -1,6 +1,5 @@
 "The machine's flags: what they come to on a CPU, that results stay what they were, and one line where they cannot be had."
 
-import json
 import shutil
 import threading
 import time
@@ -15,7 +14,7 @@ from landmarks_fastai.contest import training_rows
 from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.machine import Machine, keep_freed_memory, side_by_side
-from landmarks_fastai.models import build_model
+from landmarks_fastai.models import METADATA, build_model
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import make_learner
 
@@ -101,7 +100,7 @@ def test_the_doors_take_the_flags_and_the_points_stay(door, drawn, tmp_path):
         found[flags] = np.load(runs / "n/points.npy")
     assert found["--no-channels-last"] == pytest.approx(found[""], abs=0.01)
     assert not np.array_equal(found["--amp bf16"], found[""]) and found["--amp bf16"] == pytest.approx(found[""], abs=5)
-    assert "amp" not in json.loads((runs / "n_best.json").read_text())["settings"]
+    assert "amp" not in torch.load(runs / "n/best.pth", weights_only=True)[METADATA]["settings"]
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
