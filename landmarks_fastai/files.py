@@ -57,7 +57,10 @@ def whole_file(path: Path, mode: str = "w"):
 
 
 def rename(temporary: Path, path: Path, tries: int = 20):
-    "Rename a file over `path`, or a folder where none is. On Windows another program (a virus scanner, a viewer) may hold it open for a moment."
+    """Rename a file over `path`, or a folder to where none is.
+
+    On Windows another program (a virus scanner, a viewer) may hold it open for a moment.
+    """
     for left in reversed(range(tries)):
         try:
             os.replace(temporary, path)

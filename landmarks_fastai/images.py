@@ -109,7 +109,7 @@ def is_deep(image: Image.Image) -> bool:
     "Whether an opened image, not yet decoded, has 16 bits a channel. Pillow gives PGM's as mode I, which is a TIFF's 32."
     if image.mode == "I" and image.format == "PPM":
         return True
-    return image.mode.startswith("I;16") or any(re.search(r";16[BLN]?(?!\w)", str(tile.args)) for tile in image.tile)
+    return image.mode.startswith("I;16") or any(re.search(r";16[BLN]?(?!\w)", str(tile.args)) for tile in getattr(image, "tile", ()))
 
 
 def is_turned(image: Image.Image) -> bool:

@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -296,7 +297,7 @@ def read_state_dict(
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except Exception as e:  # UnpicklingError, zip and header errors: torch and safetensors raise many kinds

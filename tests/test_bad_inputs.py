@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from landmarks_fastai.models import METADATA
+
 from .conftest import N_POINTS, QUICK, csv_lines, edit_line
 from .test_check import png
 
@@ -101,11 +103,25 @@ def list_is(text):
 
 
 def facts(change):
-    "Change what the checkpoint's .json says."
+    "Change what the checkpoint says of itself."
 
     def harm(data, out):
-        path = out / "m_best.json"
-        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        path = out / "m/best.pth"
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {METADATA: change(state[METADATA])}, path)
+
+    return harm
+
+
+def older(change):
+    "The checkpoint as version 3 wrote it, tensors and a .json, with a change of that."
+
+    def harm(data, out):
+        state = torch.load(out / "m/best.pth", weights_only=True)
+        metadata = state.pop(METADATA) | {"format": 3}
+        shutil.rmtree(out / "m")
+        torch.save(state, out / "m_best.pth")
+        (out / "m_best.json").write_text(change(json.dumps(metadata)))
 
     return harm
 
@@ -262,7 +278,7 @@ CASES = {
         ["images: no such folder"],
     ),
     "an output folder that is a file": (
-        bare, TRAIN.replace("OUT", "OUT/m_best.json"), ["m_best.json cannot be written to", "--out"],
+        bare, TRAIN.replace("OUT", "OUT/m/best.pth"), ["best.pth cannot be written to", "--out"],
     ),
     "a name with a folder": (bare, TRAIN.replace("-n r", "-n a/b"), ["-n 'a/b' is no plain file name"]),
     "a name that is taken": (bare, TRAIN.replace("-n r", "-n m"), ["-n m: ", "already has a run of that name"]),
@@ -295,25 +311,28 @@ CASES = {
     "a missing test image": (at_place(lambda path: None, "test", 4), PREDICT, ["line 4: image", "not found"]),
     "half a test image": (image(lambda b: b[: len(b) // 2], "test", 4), PREDICT, ["line 4: image", "is cut short"]),
     # checkpoints
-    "no .json": (lambda data, out: (out / "m_best.json").unlink(), PREDICT, ["m_best.json not found"]),
-    "a .json of nothing": (lambda data, out: (out / "m_best.json").write_text(""), FINETUNE, ["m_best.json cannot be read"]),
-    "a .json of garbage": (lambda data, out: truncate(out / "m_best.json"), FINETUNE, ["m_best.json cannot be read"]),
-    "a deep .json": (lambda data, out: (out / "m_best.json").write_text("[" * 10**5), PREDICT, ["m_best.json cannot be read"]),
-    "a list for a .json": (facts(lambda f: []), PREDICT, ["m_best.json is no checkpoint's .json"]),
+    "tensors alone": (tensors(lambda t: {k: v for k, v in t.items() if k != METADATA}), PREDICT, ["it has no settings"]),
+    "no metadata": (facts(lambda f: {}), FINETUNE, ["it has no settings"]),
+    "a list for metadata": (facts(lambda f: []), PREDICT, ["it has no settings"]),
+    "another format": (facts(lambda f: f | {"format": 99}), FINETUNE, ["another version of this program (format 99)"]),
+    "an older .json of nothing": (older(lambda text: ""), FINETUNE, ["m_best.json cannot be read"]),
+    "an older .json of garbage": (older(lambda text: text[:99]), FINETUNE, ["m_best.json cannot be read"]),
+    "a deep older .json": (older(lambda text: "[" * 10**5), PREDICT, ["m_best.json cannot be read"]),
+    "a folder of something else": (lambda data, out: [(out / "r").mkdir(), (out / "r/x").touch()], TRAIN, ["not the folder of a run"]),
     "a score of NaN": (facts(lambda f: f | {"score": float("nan")}), PREDICT, ["score, nme and epoch must be finite"]),
     "no settings": (facts(lambda f: f | {"settings": None}), PREDICT, ["setting missing or unknown"]),
     "an unknown setting": (setting(surprise=1), PREDICT, ["setting missing or unknown: surprise"]),
     "a setting of the wrong kind": (setting(size="large"), FINETUNE, ["size is 'large': int expected"]),
     "an unknown way with bad rows": (setting(on_bad="ignore"), FINETUNE, ["on_bad is 'ignore': one of stop, skip"]),
-    "another network": (setting(arch="resnet18"), PREDICT, ["m/best.pth is not the network that its .json tells of"]),
+    "another network": (setting(arch="resnet18"), PREDICT, ["m/best.pth is not the network that its settings name"]),
     "no such network": (setting(arch="resnet19"), PREDICT, ["resnet19"]),
     "another number of points": (setting(n_points=5, pairs=[]), PREDICT, ["5 points"]),
     "a .pth cut short": (lambda data, out: truncate(out / "m/best.pth"), PREDICT, ["m/best.pth"]),
     "a .pth of nothing": (lambda data, out: (out / "m/best.pth").write_bytes(b""), FINETUNE, ["m/best.pth"]),
     "a .pth that runs": (tensors(lambda t: t | {"p": Payload()}), PREDICT, ["m/best.pth is no file of tensors (it holds more"]),
-    "weights of NaN": (tensors(lambda t: {k: v * np.nan for k, v in t.items()}), PREDICT, ["holds NaN or infinite weights"]),
+    "weights of NaN": (tensors(lambda t: t | {"1.0.bias": t["1.0.bias"] * np.nan}), PREDICT, ["holds NaN or infinite weights"]),
     "a number for a tensor": (tensors(lambda t: t | {"p": 1}), PREDICT, ["m/best.pth is no file of tensors"]),
-    "no checkpoint": (bare, PREDICT.replace("-pm m", "-pm gone"), ["-pm gone not found", "m/best.pth"]),
+    "no checkpoint": (bare, PREDICT.replace("-pm m", "-pm gone"), ["-pm gone not found", "there are: m"]),
     "a network that contradicts": (bare, PREDICT + " --arch resnet34", ["--arch resnet34 contradicts the checkpoint"]),
     "a later stage on bad data": (value("nan"), FINETUNE, ["line 9: point 1's x is 'nan'", "--on-bad skip"]),
 }  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from landmarks_fastai import inference
 from landmarks_fastai.contest import read_submission, read_test_points, score
 from landmarks_fastai.machine import Machine
+from landmarks_fastai.models import METADATA
 
 from .conftest import N_POINTS, QUICK, ROOT, edit_line
 
@@ -67,15 +68,15 @@ def test_an_index_out_of_range(door, data, trained):
     edit_line(
         data / "test" / "test_points.csv", 4, lambda line: line.split("\t")[0] + f"\t[0, 1, 2, 3, 4, 5, {N_POINTS}]"
     )
-    before = sorted(p.name for p in trained.iterdir())
+    before = sorted(trained.rglob("*"))
     code, out, err = predict(door, trained, "-d", data)
     assert code == 1 and f"test_points.csv line 4: point index {N_POINTS} asked for" in err and err.count("\n") == 1
-    assert sorted(p.name for p in trained.iterdir()) == before
+    assert sorted(trained.rglob("*")) == before
 
 
 def test_a_broken_image_stops_it_and_what_stood_there_stays(door, data, trained):
     assert predict(door, trained, "")[0] == 0
-    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    before = {p.name: p.read_bytes() for p in (trained / "m").iterdir()}
     name = read_test_points(data / "test" / "test_points.csv").names[3]
     image = data / "test" / "images" / name
     image.write_bytes(image.read_bytes()[:500])
@@ -85,7 +86,7 @@ def test_a_broken_image_stops_it_and_what_stood_there_stays(door, data, trained)
     image.unlink()
     code, _, err = predict(door, trained, "-d", data)
     assert code == 1 and f"line 5: image {name} not found" in err and err.count("\n") == 1
-    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in (trained / "m").iterdir()} == before
 
 
 class Payload:
@@ -98,23 +99,22 @@ class Payload:
 
 @pytest.mark.parametrize("script", ["predict.py", "finetune.py"])
 def test_checkpoints_that_are_not_what_they_say(door, trained, tmp_path, script):
-    "A stranger's file beside a healthy .json; another network; another point count; no .json; no tensors."
+    "A stranger's file; another network; another point count; no metadata; no tensors."
     out = tmp_path / "out"
     out.mkdir()
-    facts = json.loads((trained / "m_best.json").read_text())
     good = torch.load(trained / "m/best.pth", weights_only=True)
+    facts = good.pop(METADATA)
 
     def refused(message, tensors=good, **settings):
-        torch.save(tensors, out / "x/best.pth")
-        (out / "x_best.json").write_text(json.dumps(facts | {"settings": facts["settings"] | settings}))
-        code, _, err = door(f"{script} --workers 0 --out {out} -pm x_best.pth")
+        torch.save(tensors | {METADATA: facts | {"settings": facts["settings"] | settings}}, out / "x.pth")
+        code, _, err = door(f"{script} --workers 0 --out {out} -pm x")
         assert code == 1 and message in err and err.count("\n") == 1 and "Traceback" not in err, err
-        assert sorted(p.name for p in out.iterdir()) == ["x_best.json", "x/best.pth"]
+        assert [p.name for p in out.iterdir()] == ["x.pth"]
 
     refused("holds more than tensors", good | {"p": Payload(tmp_path / "ran")})
     assert not (tmp_path / "ran").exists()
-    refused("is not the network that its .json tells of", {k: v for k, v in good.items() if "layer4" not in k})
-    refused("is not the network that its .json tells of", arch="resnet34")
+    refused("is not the network that its settings name", {k: v for k, v in good.items() if "layer4" not in k})
+    refused("is not the network that its settings name", arch="resnet34")
     refused("points", n_points=N_POINTS - 1)
     refused("setting missing or unknown: surprise", surprise=1)
     refused("size is 'big'", size="big")
@@ -122,10 +122,9 @@ def test_checkpoints_that_are_not_what_they_say(door, trained, tmp_path, script)
     refused("NaN or infinite weights", good | {"1.0.bias": good["1.0.bias"] * float("nan")})
     refused("no file of tensors", {"state_dict": good})
     refused("no file of tensors", {1: torch.zeros(1)})
-    (out / "x_best.json").write_text("{")
-    assert "cannot be read" in door(f"{script} --out {out} -pm x_best.pth")[2]
-    (out / "x_best.json").unlink()
-    assert "x_best.json not found: a checkpoint is a .pth and the .json" in door(f"{script} --out {out} -pm x")[2]
+    for empty in (good, good | {METADATA: {}}, good | {METADATA: good["1.0.bias"]}, good | {METADATA: [1]}):
+        torch.save(empty, out / "x.pth")
+        assert "it has no settings" in door(f"{script} --out {out} -pm x")[2]
 
 
 @pytest.mark.parametrize("script", ["predict.py", "finetune.py"])
@@ -140,7 +139,7 @@ def test_a_flag_that_contradicts_the_checkpoint(door, trained, script):
 
 def test_a_checkpoint_that_is_not_there_names_those_that_are(door, trained):
     code, _, err = door(f"predict.py --out {trained} -pm n_best.pth")
-    assert code == 1 and "-pm n_best.pth not found" in err and "m/best.pth" in err
+    assert code == 1 and "-pm n_best.pth not found" in err and "there are: m" in err
 
 
 def test_data_without_a_test_side_is_said(door, trained, tmp_path):

@@ -1,6 +1,5 @@
 "The machine's flags: what they come to on a CPU, that results stay what they were, and one line where they cannot be had."
 
-import json
 import shutil
 import threading
 import time
@@ -15,6 +14,7 @@ from landmarks_fastai.callbacks import Amp
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.learner import landmark_learner
 from landmarks_fastai.machine import Machine, keep_freed_memory, side_by_side
+from landmarks_fastai.models import METADATA
 
 from .conftest import QUICK
 
@@ -95,7 +95,7 @@ def test_the_doors_take_the_flags_and_the_points_stay(door, drawn, tmp_path):
         found[flags] = np.load(runs / "n/points.npy")
     assert found["--no-channels-last"] == pytest.approx(found[""], abs=0.01)
     assert not np.array_equal(found["--amp bf16"], found[""]) and found["--amp bf16"] == pytest.approx(found[""], abs=5)
-    assert "amp" not in json.loads((runs / "n_best.json").read_text())["settings"]
+    assert "amp" not in torch.load(runs / "n/best.pth", weights_only=True)[METADATA]["settings"]
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")

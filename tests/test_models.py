@@ -171,11 +171,11 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, arch):
         raise urllib.error.URLError("Name or service not known")
 
     model = build_model(arch, "linear", 7, 64)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = [v.clone() for v in model.parameters()]
     monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setattr(tv, "get_model", offline)
     with pytest.raises(
         UserError, match=f"ImageNet weights of {arch} could not be downloaded .*--weights FILE.*--weights none"
     ):
         load_weights(model, arch, "imagenet", 64)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(map(torch.equal, model.parameters(), before))

@@ -1,6 +1,5 @@
 "What a person can switch on, off or over: recipes, averages, looks, rates, time, another size."
 
-import json
 import time
 
 import numpy as np
@@ -14,11 +13,11 @@ from torch import nn
 
 from landmarks_fastai.block import landmark_dataloaders
 from landmarks_fastai.callbacks import Average, TimeLimit
-from landmarks_fastai.checkpoint import read_checkpoint
+from landmarks_fastai.checkpoint import FORMAT, read_checkpoint
 from landmarks_fastai.items import labelled_images
 from landmarks_fastai.machine import Machine
 from landmarks_fastai.mirror import two_looks
-from landmarks_fastai.models import build_model, start_at
+from landmarks_fastai.models import METADATA, build_model, start_at
 from landmarks_fastai.settings import RECIPES, Settings
 
 from .conftest import N_POINTS, N_TRAIN, QUICK
@@ -291,8 +290,8 @@ def test_an_overwritten_run_leaves_no_picture_of_the_one_before(door, drawn, tmp
     assert door(f"train.py {QUICK} --lr find -n o -d", drawn)[0] == 0
     assert (runs / "o/lr.png").exists() and (runs / "o/mirror.json").exists()
     assert door(f"train.py {QUICK} --mirror none --overwrite -n o -d", drawn)[0] == 0
-    assert sorted(p.name for p in runs.glob("o_*")) == [
-        "o/batch.png", "o_best.json", "o/best.pth", "o/history.csv", "o/results.png", "o/run.json",
+    assert sorted(p.name for p in (runs / "o").iterdir()) == [
+        "batch.png", "best.pth", "history.csv", "results.png", "run.json",
     ]  # fmt: skip
 
 
@@ -304,10 +303,12 @@ def test_a_network_bound_to_its_size_says_so(door, drawn):
 
 def test_a_checkpoint_of_an_earlier_version_is_named_as_such(door, drawn, tmp_path):
     assert door(f"train.py {QUICK} -n c -d", drawn)[0] == 0
-    path = tmp_path / "here" / "runs" / "c_best.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"format": 1}), encoding="utf-8")
-    code, _, err = door("predict.py --workers 0 -pm c")
-    assert code == 1 and "an earlier version" in err and "train anew" in err
+    path = tmp_path / "here" / "runs" / "c" / "best.pth"
+    state = torch.load(path, weights_only=True)
+    for version in (1, FORMAT + 1):
+        torch.save(state | {METADATA: state[METADATA] | {"format": version}}, path)
+        code, _, err = door("predict.py --workers 0 -pm c")
+        assert code == 1 and "another version" in err and "train anew" in err
 
 
 def test_all_rows_are_trained_on_and_the_score_says_so(door, drawn, tmp_path):
@@ -321,10 +322,11 @@ def test_all_rows_are_trained_on_and_the_score_says_so(door, drawn, tmp_path):
 
 def test_mirror_pairs_in_a_checkpoint_are_checked(door, drawn, tmp_path):
     assert door(f"train.py {QUICK} -n c -d", drawn)[0] == 0
-    path = tmp_path / "here" / "runs" / "c_best.json"
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    path = tmp_path / "here" / "runs" / "c" / "best.pth"
+    state = torch.load(path, weights_only=True)
+    facts = state[METADATA]
     for wrong in ([0, 1], [1] * N_POINTS, ["a"] * N_POINTS, [N_POINTS] * N_POINTS, [[0]] * N_POINTS):
-        path.write_text(json.dumps(facts | {"settings": facts["settings"] | {"pairs": wrong}}), encoding="utf-8")
+        torch.save(state | {METADATA: facts | {"settings": facts["settings"] | {"pairs": wrong}}}, path)
         code, _, err = door("predict.py --workers 0 -pm c")
         assert code == 1 and "partner" in err and err.count("\n") == 1, wrong
 

@@ -14,6 +14,7 @@ import torch
 
 from landmarks_fastai.files import take_lock
 from landmarks_fastai.keep import Keep
+from landmarks_fastai.models import METADATA
 
 from .conftest import QUICK, ROOT
 from .test_doors import check_refused, first_image
@@ -46,8 +47,8 @@ def check_equal(runs, a, b):
     "Weights of the best, every figure of every epoch to its last digit, and what the checkpoint says of itself."
     assert history(runs, a).equals(history(runs, b))
     one, other = (torch.load(runs / f"{n}/best.pth", weights_only=True) for n in (a, b))
+    assert one.pop(METADATA) == other.pop(METADATA)
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    assert (runs / f"{a}_best.json").read_bytes() == (runs / f"{b}_best.json").read_bytes()
 
 
 KINDS = {
@@ -73,8 +74,9 @@ def test_a_stage_that_went_on_is_one_that_was_never_stopped(door, drawn, tmp_pat
         assert "going on at epoch" in out
     assert (code, err) == (0, "")
     check_equal(runs, "whole", "parts")
-    files = {p.name.removeprefix("parts_") for p in runs.glob("parts_*")}
-    assert files == {p.name.removeprefix("whole_") for p in runs.glob("whole_*")} and "batch.png" in files
+    files = {p.name for p in (runs / "parts").iterdir()}
+    assert files == {p.name for p in (runs / "whole").iterdir()} and "batch.png" in files
+    assert {p.name for p in runs.iterdir()} == {"parts", "whole"}
     code, out, err = door("train.py --resume -n parts")
     assert (code, err) == (0, "") and "is finished, nothing is left to resume" in out
 
@@ -110,7 +112,7 @@ def test_what_a_later_stage_was_given_may_not_change_under_it(door, drawn, tmp_p
         assert door("finetune.py -e 2 --workers 0 -n two -pm one")[0] == 130
     assert door(f"train.py {SHORT} --seed 8 -n one --overwrite -d", drawn)[0] == 0
     before = (runs / "two/state.safetensors").read_bytes()
-    check_refused(door("finetune.py --resume -n two -pm other"), "-pm other", "leave -pm away")
+    check_refused(door("finetune.py --resume -n two -pm other"), "-pm other", "run without -pm")
     check_refused(door("finetune.py --resume -n two"), "one/best.pth has changed since two was started from it")
     assert (runs / "two/state.safetensors").read_bytes() == before
 
@@ -129,7 +131,7 @@ def test_a_stopped_run_s_name_is_taken(door, drawn, tmp_path):
     check_refused(door("train.py --resume"), "--resume goes with -n NAME", "stopped runs in runs: r")
     check_refused(door("train.py --resume -n typo"), "nothing of that run", "stopped runs there: r")
     check_refused(door("train.py --resume -n ../runs/r"), "is no plain file name")
-    check_refused(door("train.py --resume -n r -e 5"), "-e 5", "was started with (-e was 3)", "leave -e away")
+    check_refused(door("train.py --resume -n r -e 5"), "-e 5", "was started with (-e was 3)", "run without -e")
     check_refused(
         door("train.py --resume -n r --arch resnext50_32x4d"), "--arch was mobilenetv3_small_050"
     )  # the default
@@ -143,18 +145,23 @@ def test_what_came_to_nothing_leaves_the_run_that_it_was_to_overwrite(door, draw
     ruin = f"{SHORT} --opt sgd -lr 999 --head-rate 1 --targets pixels --ema 0 --seed 5 -n r --overwrite -d"
     with stopping_at(13):
         assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
+    assert door("predict.py --workers 0 -pm r")[0] == 0  # what others wrote into its folder stays too
     for _ in ("stopped", "finished"):
-        before = {p.name: p.read_bytes() for p in runs.iterdir()}
+        before = snapshot(runs)
         check_refused(door(f"train.py {ruin}", drawn), "NaN or infinite", "nothing was saved")
-        assert {p.name: p.read_bytes() for p in runs.iterdir()} == before
+        assert snapshot(runs) == before
         check_refused(door(f"train.py {ruin} {drawn} --weights gone.pth"), "gone.pth not found")
-        assert {p.name: p.read_bytes() for p in runs.iterdir()} == before
+        assert snapshot(runs) == before
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Keep, "before_fit", lambda self: os.kill(os.getpid(), signal.SIGINT) or stop())
             code, _, err = door(f"train.py {SHORT} -n r --overwrite -d", drawn)
         assert code == 130 and "the run that was to be overwritten stands as it stood" in err
-        assert {p.name: p.read_bytes() for p in runs.iterdir()} == before
+        assert snapshot(runs) == before
         assert door("train.py --resume -n r")[0] == 0
+
+
+def snapshot(runs):
+    return {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
 
 
 def stop():
@@ -173,7 +180,7 @@ def test_a_run_that_saved_nothing_yet_starts_over_with_its_flags(door, drawn, tm
     code, _, err = door(f"train.py {SHORT} --seed 4 -n r -d", drawn)
     assert code == 130 and err == "stopped: nothing was saved yet; go on with: python train.py --resume -n r\n"
     monkeypatch.setattr(stage, "_fit", fit)
-    assert [p.name for p in runs.iterdir()] == ["r/run.json"]
+    assert [p.name for p in runs.rglob("*")] == ["r", "run.json"]
     code, out, _ = door("train.py --resume -n r")
     assert code == 0 and "going on" not in out
     assert door(f"train.py {SHORT} --seed 4 -n whole -d", drawn)[0] == 0
@@ -243,7 +250,17 @@ def damage(facts):
 
 
 @pytest.mark.parametrize(
-    "kind", ["payload", "cut", "empty", "facts of another kind", "no tensors", "torch's own format", "its record"]
+    "kind",
+    [
+        "payload",
+        "cut",
+        "empty",
+        "facts of another kind",
+        "no tensors",
+        "torch's own format",
+        "its record",
+        "its settings",
+    ],
 )
 def test_a_state_that_is_none_is_refused_and_never_run(door, drawn, tmp_path, kind):
     runs = tmp_path / "here" / "runs"
@@ -256,14 +273,17 @@ def test_a_state_that_is_none_is_refused_and_never_run(door, drawn, tmp_path, ki
         "payload": payload,
         "cut": lambda: whole[:-9],
         "empty": lambda: b"",
-        "facts of another kind": lambda: damage({"format": 1, "id": record["id"], "settings": "x"}),
+        "facts of another kind": lambda: damage({"format": 2, "epoch": "x"}),
         "no tensors": lambda: damage(json.loads(facts)),
         "torch's own format": lambda: torch.save({"a": torch.zeros(1)}, path) or path.read_bytes(),
         "its record": lambda: whole,
+        "its settings": lambda: whole,
     }[kind]()
     path.write_bytes(bad)
     if kind == "its record":
-        (runs / "r/run.json").write_text(json.dumps(record | {"words": ["--no-such-flag"]}))
+        (runs / "r/run.json").write_text(json.dumps(record | {"args": record["args"] | {"no_such_flag": 1}}))
+    if kind == "its settings":
+        (runs / "r/run.json").write_text(json.dumps(record | {"settings": record["settings"] | {"size": "big"}}))
     check_refused(door("train.py --resume -n r"), "start over with --overwrite")
     assert not (tmp_path / "here" / "owned").exists() and path.read_bytes() == bad
 
@@ -295,7 +315,7 @@ def test_two_processes_of_one_name(door, drawn, tmp_path):
         "    if child: print(held, child, flush=True)\n"
         "    time.sleep(60)"
     )
-    lock = runs / "r_run.lock"
+    lock = runs / ".r.lock"
     holder = subprocess.Popen([sys.executable, "-c", code, lock], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     held, child = holder.stdout.readline().split()
     try:
