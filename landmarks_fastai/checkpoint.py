@@ -88,7 +88,7 @@ def read_checkpoint(path) -> Checkpoint:
     "Read what a .pth says of itself. Raises `UserError` where it says nothing, or not what it must."
     path = Path(path)
     metadata, source = read_checkpoint_file(path).get(METADATA), path
-    if not metadata and path.with_suffix(".json").is_file():
+    if metadata in (None, {}) and path.with_suffix(".json").is_file():
         source = path.with_suffix(".json")
         metadata = _read_json(source)
     if not isinstance(metadata, dict) or "settings" not in metadata:

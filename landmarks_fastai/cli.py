@@ -277,7 +277,7 @@ def predict_settings(args, checkpoint: Settings) -> Settings:
     check_fixed(typed, checkpoint, NETWORK + INPUT)
     if args.second_look and not checkpoint.pairs:
         raise UserError(
-            "--tta: the checkpoint has no mirror map (its landmarks have none, or --mirror none): leave --tta away"
+            "--tta: the checkpoint has no mirror map (its landmarks have none, or --mirror none): run without --tta"
         )
     return checkpoint.replace(**typed)
 
@@ -287,7 +287,7 @@ def check_fixed(typed: dict, before: Settings, names):
         if name in typed and typed[name] != getattr(before, name):
             flag = flag_of(name)
             raise UserError(
-                f"{flag} {typed[name]} contradicts the checkpoint, which has {getattr(before, name)}: leave {flag} away, or train anew"
+                f"{flag} {typed[name]} contradicts the checkpoint, which has {getattr(before, name)}: run without {flag}, or train anew"
             )
 
 

@@ -26,13 +26,17 @@ class NotWritten(UserError, OSError):
 def whole_path(path: Path):
     """The name of a temporary sibling of `path`: what the block writes there takes its name when the block ends well.
 
+    The folder that `path` is in is made where it is absent.
+
     Synced before it is renamed; named after the process, so that two that write one file at once do not mix.
     Raises `NotWritten`, which is a `UserError`, where there is no room.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    made = False
     try:
-        with suppress(OSError):  # what is wrong with it, `open` says in the block
-            path.parent.mkdir(exist_ok=True)
+        with suppress(OSError):  # what is wrong with it, or that it is there, `open` finds out in the block
+            path.parent.mkdir()
+            made = True
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
@@ -46,6 +50,8 @@ def whole_path(path: Path):
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+            if made:
+                path.parent.rmdir()  # where nothing was written into it
 
 
 @contextmanager

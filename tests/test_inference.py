@@ -1,6 +1,7 @@
 "predict.py: the submission's form and rounding, every point of every image, and what does not fit."
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,36 @@ def test_checkpoints_that_are_not_what_they_say(door, trained, tmp_path, script)
     for empty in (good, good | {METADATA: {}}, good | {METADATA: good["1.0.bias"]}, good | {METADATA: [1]}):
         torch.save(empty, out / "x.pth")
         assert "it has no settings" in door(f"{script} --out {out} -pm x")[2]
+
+
+def test_a_checkpoint_alone_predicts_on_another_machine(door, drawn, trained, tmp_path):
+    "The .pth and the images; by path, from the run's folder, as `learn.save` writes it, and as version 3 wrote it."
+    assert predict(door, trained, "")[0] == 0
+    points = np.load(trained / "m/points.npy")
+    state = torch.load(trained / "m/best.pth", weights_only=True)
+    (tmp_path / "here" / "y").mkdir()
+    shutil.copy(trained / "m/best.pth", "x.pth")
+    shutil.copy(trained / "m/best.pth", "y/best.pth")
+    torch.save({"model": state, "opt": {"state": {}, "lr": [0.1]}}, "z.pth")
+    metadata = state.pop(METADATA)
+    torch.save(state, "w_best.pth")
+    Path("w_best.json").write_text(json.dumps(metadata | {"format": 3}))
+    for typed, name in [("x.pth", "x"), ("./x", "x"), ("y", "y"), ("y/best.pth", "y"), ("y/", "y"), ("z.pth", "z"),
+                        ("w_best.pth", "w"), ("w", "w")]:  # fmt: skip
+        assert door("predict.py --workers 0 --out o -pm", typed)[::2] == (0, ""), typed
+        assert np.array_equal(np.load(f"o/{name}/points.npy"), points)
+        shutil.rmtree("o")
+    assert door("finetune.py -e 1 --workers 0 -pm w")[::2] == (0, "")
+
+
+def test_a_run_s_name_in_every_form_finds_its_checkpoint(trained, tmp_path):
+    from landmarks_fastai.runs import find_checkpoint_file
+
+    out = Path(shutil.copytree(trained, tmp_path / "out"))
+    (out / "m_best.pth").write_bytes(b"")  # of an earlier version: only its path means it
+    for typed in ("m", "m_best", "m_best.pth", str(out / "m"), str(out / "m" / "best.pth"), str(out / "m" / "best")):
+        assert find_checkpoint_file(typed, out) == out / "m" / "best.pth"
+    assert find_checkpoint_file(str(out / "m_best.pth"), out) == out / "m_best.pth"
 
 
 @pytest.mark.parametrize("script", ["predict.py", "finetune.py"])

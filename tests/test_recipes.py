@@ -165,7 +165,7 @@ def test_lr_find_is_printed_drawn_and_used(door, drawn, tmp_path):
     assert history(tmp_path, "f").lr[0] == pytest.approx(rate)
     runs = tmp_path / "here" / "runs"
     assert Image.open(runs / "f/lr.png").width > 400
-    assert not [p for p in runs.iterdir() if p.is_dir()]  # fastai's temporary folder is gone
+    assert [p.name for p in runs.iterdir() if p.is_dir()] == ["f"]  # fastai's temporary folder is gone
     assert door("finetune.py --lr find -e 1 --workers 0 -n f2 -pm f")[0] == 0
     code, _, err = door(f"train.py {QUICK} --lr fast -d", drawn)
     assert code == 2 and "fast" in err

@@ -15,6 +15,7 @@ import torch
 from landmarks_fastai.files import take_lock
 from landmarks_fastai.keep import Keep
 from landmarks_fastai.models import METADATA
+from landmarks_fastai.runs import Run
 
 from .conftest import QUICK, ROOT
 from .test_doors import check_refused, first_image
@@ -158,6 +159,55 @@ def test_what_came_to_nothing_leaves_the_run_that_it_was_to_overwrite(door, draw
         assert code == 130 and "the run that was to be overwritten stands as it stood" in err
         assert snapshot(runs) == before
         assert door("train.py --resume -n r")[0] == 0
+
+
+@pytest.mark.parametrize("moment", ["before it saved", "old moved away", "new in place"])
+def test_a_process_killed_while_it_overwrites_leaves_one_whole_run(tmp_path, moment):
+    "Each state of the folders that SIGKILL can leave, and what the next claim makes of it."
+    run = Run(tmp_path, "r")
+    old, new = {"best.pth": b"old", "run.json": b"{}"}, {"best.pth": b"new", "run.json": b"{}"}
+    folders = {
+        "before it saved": {run.folder: old, run.new: {"run.json": b"{}", "batch.png.12.tmp": b""}},
+        "old moved away": {run.old: old, run.new: new},
+        "new in place": {run.folder: new, run.old: {"best.pth": b"old"}},
+    }[moment]
+    for folder, files in folders.items():
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    run.repair()
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+    assert (run.folder / "best.pth").read_bytes() == (b"old" if moment == "before it saved" else b"new")
+
+
+def test_the_run_that_is_overwritten_stands_until_the_new_one_has_a_state(door, drawn, tmp_path):
+    runs = tmp_path / "here" / "runs"
+    assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 0
+    before, seen = snapshot(runs / "r"), []
+    publish = Run.publish
+
+    def watched(run):
+        seen.append(snapshot(runs / "r") == before)
+        publish(run)
+
+    with pytest.MonkeyPatch.context() as patch, stopping_at(5):
+        patch.setattr(Run, "publish", watched)
+        assert door(f"train.py {SHORT} --seed 3 --overwrite -n r -d", drawn)[0] == 130
+    assert seen[0] and [p.name for p in runs.iterdir()] == ["r"] and not (runs / "r" / "best.pth").exists()
+    assert door("train.py --resume -n r")[0] == 0
+    assert door(f"train.py {SHORT} --seed 3 -n whole -d", drawn)[0] == 0
+    check_equal(runs, "whole", "r")
+
+
+def test_a_run_of_an_earlier_version_is_not_resumed(door, drawn, tmp_path):
+    runs = tmp_path / "here" / "runs"
+    runs.mkdir()
+    (runs / "r_run.json").write_text("{}")
+    check_refused(door("train.py --resume -n r"), "of an earlier version", "start over with --overwrite")
+    (runs / "s").mkdir()
+    (runs / "s" / "run.json").write_text('{"format": 1}')
+    check_refused(door("train.py --resume -n s"), "not of this version", "start over with --overwrite")
+    assert door(f"train.py {SHORT} --overwrite -n s -d", drawn)[0] == 0
 
 
 def snapshot(runs):

@@ -173,3 +173,12 @@ def test_the_library_s_doors(learn, tmp_path):
     assert learn.validate()[1] == pytest.approx(best.score, rel=1e-5)  # the best is loaded, average or not
     load_best(learn, best.path)
     assert learn.validate()[1] == pytest.approx(best.score, rel=1e-5)
+
+
+def test_what_learn_save_writes_predicts_and_trains_on(door, learn, drawn, tmp_path):
+    learn.save(tmp_path / "here" / "saved")
+    learn.save(tmp_path / "here" / "weights", with_opt=False)
+    for name in ("saved", "weights"):
+        assert door(f"predict.py --workers 0 -pm {name} -d", drawn)[::2] == (0, "")
+    code, out, err = door("finetune.py -e 1 --workers 0 -pm saved")
+    assert (code, err) == (0, "") and "reported" not in out
