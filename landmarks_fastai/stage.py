@@ -20,7 +20,6 @@ from landmarks_fastai.checkpoint import Checkpoint, read_checkpoint, write_check
 from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.keep import Keep
-from landmarks_fastai.losses import loss_function
 from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory
 from landmarks_fastai.runs import Run
 from landmarks_fastai.settings import INPUT, Settings
@@ -80,7 +79,6 @@ def find_rate(learn: Learner, settings: Settings, run: Run) -> Settings:
                 f"--lr find: the loss grew fourfold within {steps} steps, too few to read a rate from: "
                 "try a larger -b, or give a rate"
             ) from None
-    learn.loss_func = loss_function(settings)  # the adaptive one has followed the search
     rate = float(f"{found.minimum / settings.head_rate:.2g}")
     drawing.draw_rates(np.array(learn.recorder.lrs) / settings.head_rate, np.array(learn.recorder.losses), rate)
     drawing.save_figure(run.file("lr.png"))
