@@ -35,7 +35,6 @@ STARTED = time.monotonic()  # --minutes counts the imports too
 # The drawn faces' own choices, so that `python train.py` alone ends within three minutes on two cores with points that
 # sit right. Measured on 1,260 drawn faces at 64 px, nine epochs from random weights, score on the 130 held out: one
 # cycle up to 4e-3 29.6; the defaults' rate with two steps down 30.7; that with a norm before the last layer 30.8.
-# (Dark rims kept, all three; with the defaults' trim, and images decoded no larger than needed, the first is 26.0.)
 DRAWN = {
     "arch": "resnet18", "size": 64, "epochs": 9, "valid_pct": 0.1, "sched": "onecycle", "lr": 4e-3, "head_rate": 0.05,
 }  # fmt: skip
@@ -51,10 +50,19 @@ FLAGS = {  # setting -> how it is typed, where that is not --its-name
 WORDS = {"data": "DIR", "arch": "NAME", "head": "LAYERS"}  # what --help calls a flag's value
 
 
+class _Ignored(argparse.Action):
+    "A flag of an earlier version, which command lines may still hold."
+
+    def __call__(self, *args):
+        pass
+
+
 def _parser(description, epilog=None):
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--borders", action=_Ignored, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
 
 
 def _add_setting(group, name, default=None):
@@ -330,7 +338,7 @@ def next_settings(args, before: Settings) -> Settings:
     if after.targets == "pixels" and after.of(INPUT) != before.of(INPUT):
         raise UserError(
             f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): "
-            "leave --size, --fit and --borders away"
+            "leave --size and --fit away"
         )
     return after
 

@@ -52,7 +52,6 @@ def read_input(
     path,
     fit: str,
     size: int,  # of the network's input
-    borders: str,
     where: str = "",
 ) -> tuple[Image.Image, PixelMap]:
     """The image as the network's input, and the map from pixels of the image as stored. Raises as `open_image`.
@@ -63,14 +62,11 @@ def read_input(
         width, height = image.size
         image.draft(None, _least_sides(width, height, fit, size))
         reduced = round(width / image.width)
-        return fit_image(to_rgb(image), fit, size, borders, reduced)
+        return fit_image(to_rgb(image), fit, size, reduced)
 
 
 def _least_sides(width, height, fit, size):
-    """The sides that a decoded image must have at least.
-
-    Trimmed borders leave no less than half of a side (`content_box`): nothing is ever enlarged for having been reduced.
-    """
+    "The sides that a decoded image must have at least."
     if fit == "squish":
         return SPARE * size, SPARE * size
     scale = SPARE * size / (min if fit == "crop" else max)(width, height)
@@ -78,10 +74,7 @@ def _least_sides(width, height, fit, size):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an opened image: what is transparent is black, 16 bits lose their lower 8, of an animation the first frame.
-
-    Black, because a cut-out's surroundings are then trimmed as an image's black borders are.
-    """
+    "8-bit RGB of an opened image: what is transparent is black, 16 bits lose their lower 8, of an animation the first frame."
     check_mode(image)
     if is_deep(image) and image.mode[0] == "I":
         grey = np.asarray(image)
@@ -227,16 +220,16 @@ def _stamp(path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def open_cache(folder: Path, rows: int, fit: str, size: int, borders: str, key: dict) -> InputCache:
+def open_cache(folder: Path, rows: int, fit: str, size: int, key: dict) -> InputCache:
     """The cache of an image folder: beside it, or in the user's cache folder where that place cannot be written to.
 
     Raises `UserError` where the disk has no room for all rows.
     """
     refused = None
-    for place in cache_places(folder.with_name(f"{folder.name}-{size}-{fit}-{borders}")):
+    for place in cache_places(folder.with_name(f"{folder.name}-{size}-{fit}")):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            cache = InputCache(place, rows, size, {"fit": fit, "borders": borders} | key)
+            cache = InputCache(place, rows, size, {"fit": fit} | key)
         except OSError as e:
             refused = e
             continue
@@ -253,8 +246,8 @@ def open_cache(folder: Path, rows: int, fit: str, size: int, borders: str, key: 
 class Inputs:
     "Rows of image files as network inputs, from the cache where there is one."
 
-    def __init__(self, fit: str, size: int, borders: str, cache: InputCache | None = None):
-        self.fit, self.size, self.borders, self.cache = fit, size, borders, cache
+    def __init__(self, fit: str, size: int, cache: InputCache | None = None):
+        self.fit, self.size, self.cache = fit, size, cache
 
     def __call__(self, row: int, path, where: str = "") -> tuple[Image.Image, PixelMap]:
         "The row's input, (size, size) RGB, and its map from pixels of the image as stored."
@@ -262,7 +255,7 @@ class Inputs:
         if kept:
             return kept
         stamp = _stamp(path)  # before it is read: a file that changes meanwhile does not match its record
-        found = read_input(path, self.fit, self.size, self.borders, where)
+        found = read_input(path, self.fit, self.size, where)
         if self.cache:
             self.cache.put(row, stamp, *found)
         return found

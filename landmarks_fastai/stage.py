@@ -49,7 +49,7 @@ def score_loaded(learn: Learner, given: Checkpoint, settings: Settings, machine:
     print(f"loaded: score {score:.6g} on the validation rows; its stage reported {given.score:.6g}", flush=True)
     if own is not learn:
         here, _ = score_now(learn, settings.size, settings.pairs if settings.tta else ())
-        was, now = (f"{s.size} px, {s.fit}, borders {s.borders}" for s in (given.settings, settings))
+        was, now = (f"{s.size} px, {s.fit}" for s in (given.settings, settings))
         print(f"that is at {was}; at {now}, it scores {here:.6g}", flush=True)
     return score, nme
 

@@ -76,7 +76,7 @@ def test_a_dot_is_where_the_target_says_through_the_whole_pipeline(tmp_path, fit
 @pytest.mark.parametrize("fit", FITS)
 def test_a_batch_made_at_once_is_the_batch_of_its_items(drawn, fit):
     "`whole_batch` passes fastai's pipelines by: it must be what they would have made, type and all."
-    for dl in loaders(drawn, fit=fit, borders="trim")[1]:
+    for dl in loaders(drawn, fit=fit)[1]:
         items = dl.do_batch([dl.do_item(i) for i in range(8)])
         for a, b in zip(dl.whole_batch(list(dl.items[:8])), items, strict=True):
             assert type(a) is type(b) and a.dtype == b.dtype

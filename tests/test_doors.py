@@ -55,6 +55,18 @@ def test_the_seed_s_command_lines_parse():
     assert (after.batch_size, after.epochs, after.lr, args.pretrained_model) == (32, 6, 3e-5, name + "_best.pth")
 
 
+def test_borders_is_accepted_undocumented_and_does_nothing(capsys):
+    from landmarks_fastai import cli
+
+    given = ["-pm", "x"]
+    for arguments, more in [(cli.train_arguments, []), (cli.finetune_arguments, given), (cli.predict_arguments, given)]:
+        plain, ignored = vars(arguments(more)), vars(arguments([*more, "--borders", "trim"]))
+        assert {k: v for k, v in ignored.items() if k != "record"} == {k: v for k, v in plain.items() if k != "record"}
+        with pytest.raises(SystemExit):
+            arguments(["--help"])
+        assert "--borders" not in capsys.readouterr().out
+
+
 def test_gpu_without_a_gpu_warns_in_one_line_and_goes_on(door, drawn):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -30,7 +30,7 @@ def save_dot(path, width, height, x, y, sigma=24.0):
 def test_a_dot_in_a_jpeg_decoded_smaller_lies_where_its_point_is_mapped(tmp_path, fit, width, height):
     point = np.array([0.52 * width, 0.47 * height])
     path = save_dot(tmp_path / "x.jpg", width, height, *point)
-    fitted, to_input = read_input(path, fit, 64, "keep")
+    fitted, to_input = read_input(path, fit, 64)
     grey = np.asarray(fitted).astype(float).mean(2)
     grey[grey < 3] = 0  # JPEG's dust in the black
     v, u = np.mgrid[:64, :64]
@@ -48,11 +48,11 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed_and_looks_the_same(tmp_pa
     decoded = []
     real = room.fit_image
     monkeypatch.setattr(room, "fit_image", lambda image, *more: decoded.append(image.size) or real(image, *more))
-    small, _ = read_input(tmp_path / "x.jpg", "crop", 128, "keep")
-    whole, _ = read_input(tmp_path / "x.png", "crop", 128, "keep")
+    small, _ = read_input(tmp_path / "x.jpg", "crop", 128)
+    whole, _ = read_input(tmp_path / "x.png", "crop", 128)
     assert decoded == [(400, 300), (1600, 1200)]  # no fewer than twice the input's side
     assert abs(np.asarray(small).astype(int) - np.asarray(whole)).mean() < 2
-    read_input(tmp_path / "x.jpg", "pad", 700, "keep")
+    read_input(tmp_path / "x.jpg", "pad", 700)
     assert decoded[-1] == (1600, 1200)
 
 
@@ -67,7 +67,7 @@ def faces(tmp_path, n=6):
 
 def cached(tmp_path, key=None, n=6):
     folder = faces(tmp_path, n) if not (tmp_path / "images").exists() else tmp_path / "images"
-    return folder, Inputs("crop", 32, "trim", open_cache(folder, n, "crop", 32, "trim", key or {"labels": 1}))
+    return folder, Inputs("crop", 32, open_cache(folder, n, "crop", 32, key or {"labels": 1}))
 
 
 def same(a, b):
@@ -76,7 +76,7 @@ def same(a, b):
 
 def test_the_cache_gives_back_what_was_read_bit_for_bit(tmp_path, monkeypatch):
     folder, inputs = cached(tmp_path)
-    plain = Inputs("crop", 32, "trim")
+    plain = Inputs("crop", 32)
     first = [inputs(i, folder / f"{i}.jpg") for i in range(6)]
     assert all(same(first[i], plain(i, folder / f"{i}.jpg")) for i in range(6))
     monkeypatch.setattr(room, "read_input", None)  # nothing is decoded any more: not here, not in another process
@@ -118,12 +118,12 @@ def test_processes_that_fill_a_cache_at_once_leave_it_whole(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path;"
         "from landmarks_fastai.images import Inputs, open_cache;"
-        f"folder = Path({str(folder)!r}); cache = open_cache(folder, 40, 'crop', 32, 'trim', dict(labels=1));"
-        "inputs = Inputs('crop', 32, 'trim', cache); [inputs(i, folder / f'{i}.jpg') for i in range(40)]"
+        f"folder = Path({str(folder)!r}); cache = open_cache(folder, 40, 'crop', 32, dict(labels=1));"
+        "inputs = Inputs('crop', 32, cache); [inputs(i, folder / f'{i}.jpg') for i in range(40)]"
     )
     started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [process.wait() for process in started] == [0] * 4
-    plain, cache = Inputs("crop", 32, "trim"), cached(tmp_path, n=40)[1].cache
+    plain, cache = Inputs("crop", 32), cached(tmp_path, n=40)[1].cache
     kept = [cache.get(i, folder / f"{i}.jpg") for i in range(40)]
     assert all(k is None or same(k, plain(i, folder / f"{i}.jpg")) for i, k in enumerate(kept))
     assert sum(k is not None for k in kept) >= 1 and not list(tmp_path.glob("*.tmp"))
