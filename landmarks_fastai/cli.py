@@ -93,7 +93,7 @@ def _add_machine(parser, amp="auto"):
     group.add_argument(
         "--workers", type=_workers, metavar="N", help="processes that decode images (default: by the machine's cores)"
     )
-    about = "; auto: what the GPU is best at, off on a CPU" if amp == "auto" else ""
+    about = "; auto: what the GPU is best at, off on a CPU and on GTX 16xx cards" if amp == "auto" else ""
     group.add_argument("--amp", choices=AMP, default=amp,
                        help=f"mixed precision{about} (default: {amp})")  # fmt: skip
     for flag, on, about in SWITCHES:
@@ -386,7 +386,8 @@ def machine(args):
     import torch
 
     if args.gpu and not torch.cuda.is_available():
-        print("warning: --gpu was given, no GPU was found: going on with the CPU", file=sys.stderr)
+        why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
+        print(f"warning: --gpu was given, {why}: going on with the CPU", file=sys.stderr)
     device = "cuda" if args.gpu and torch.cuda.is_available() else "cpu"
     names = {f.name for f in dataclasses.fields(Machine)} - {"device"}
     found = Machine(device, **{k: v for k, v in vars(args).items() if k in names})

@@ -6,6 +6,7 @@ On a GPU: mixed precision, channels_last, pinned memory, TF32, `torch.compile`. 
 
 import ctypes
 import os
+import re
 import sys
 import traceback
 from collections import deque
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from landmarks_fastai.errors import UserError
 
 AMP = ("auto", "off", "bf16", "fp16")
+# Turing without tensor cores: convolutions in fp16 give NaN there (pytorch issues 69449, 77955), Ultralytics' check_amp
+# refuses the same cards by name.
+NAN_IN_FP16 = re.compile(r"\bGTX 16[356]0\b|\bT(400|500|550|600|1000|1200|2000)\b", re.IGNORECASE)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
@@ -25,7 +29,7 @@ class Machine:
     device: str = "cpu"  # or cuda
     workers: int | None = None  # processes that decode images; None chooses by the cores
     cache: bool = False  # keep fitted images on disk
-    amp: str = "auto"  # one of `AMP`; auto is the GPU's better one, and off on a CPU
+    amp: str = "auto"  # one of `AMP`; auto is the GPU's better one, and off on a CPU and on `NAN_IN_FP16`
     channels_last: bool = True
     pin_memory: bool = True  # beside a GPU; a CPU has nothing to copy to
     tf32: bool = True  # on a GPU that has it
@@ -60,7 +64,9 @@ class Machine:
             return "off"
         import torch
 
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "off" if NAN_IN_FP16.search(torch.cuda.get_device_name()) else "fp16"
 
     def autocast(self):
         "The context in which a network computes."
@@ -87,6 +93,10 @@ class Machine:
 
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32
+            # All batches but the last are of one shape, so one search pays for a whole stage. It may choose another
+            # algorithm in another run: on a GPU runs of one seed differ by rounding anyway, on a CPU, where they are
+            # equal to the last bit, this is not reached.
+            torch.backends.cudnn.benchmark = True
 
 
 def _try_compiler(device: str):
