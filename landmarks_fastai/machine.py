@@ -7,6 +7,7 @@ On a GPU: mixed precision, channels_last, pinned memory, TF32, `torch.compile`. 
 import ctypes
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections import deque
@@ -124,12 +125,43 @@ def keep_freed_memory() -> bool:
     return bool(mallopt) and all(mallopt(option, value) for option, value in options)
 
 
+# How torch says in a RuntimeError's text that memory is short: its CPU allocator, oneDNN (2), CUDA's driver, cuDNN, cuBLAS
+NO_MEMORY = (
+    "can't allocate memory", "could not create a primitive", "could not create a memory object",
+    "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 def out_of_memory(error: Exception) -> bool:
-    "Whether that is what went wrong. Of a CPU's memory torch and oneDNN say it in a RuntimeError's text."
+    "Whether the main process, or the GPU, had too little memory for what it computed."
     import torch
 
-    said = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in NO_MEMORY)
+
+
+def check_shared_memory(machine: Machine, batch_bytes: int):
+    """Raise `UserError` where /dev/shm, which workers pass their batches through, may not hold them: a container has 64 MB.
+
+    Told before, because a worker that finds it full prints a traceback and the main process waits for its batch forever.
+    """
+    shm = "/dev/shm"
+    if not machine.decoders or not os.path.isdir(shm):
+        return
+    needed, free = (2 * machine.decoders + 2) * batch_bytes, shutil.disk_usage(shm).free  # each prefetches 2; 2 are in use
+    if needed > free:
+        raise UserError(
+            f"{machine.decoders} workers may need {needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}: "
+            "use --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
+        )
+
+
+def check_bus_error(error: BaseException | None):
+    "Raise `UserError` where that is what a worker died of: torch says it in the error itself or in its cause."
+    while error:
+        if "Bus error" in str(error):
+            raise UserError(
+                "a worker was killed by a bus error, for want of shared memory: use --workers 0, or a larger /dev/shm "
+                "(docker run --shm-size 8g)"
+            ) from None
+        error = error.__cause__ or error.__context__
 
 
 def batch_that_fits(error: Exception, step, n: int) -> int:

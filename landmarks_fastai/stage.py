@@ -20,7 +20,7 @@ from landmarks_fastai.checkpoint import Checkpoint, read_checkpoint, write_check
 from landmarks_fastai.data import make_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.keep import Keep
-from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory
+from landmarks_fastai.machine import Machine, batch_that_fits, check_bus_error, check_shared_memory, out_of_memory
 from landmarks_fastai.runs import Run
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.state import State, discard_state
@@ -171,9 +171,11 @@ def within_memory(learn: Learner):
         loss.backward()
         learn.opt.step()
 
+    check_shared_memory(machine, settings.batch_size * (3 * settings.size**2 + 8 * settings.n_points))
     try:
         yield
     except Exception as e:
+        check_bus_error(e)
         if not out_of_memory(e):
             raise
         learn._end_cleanup()
