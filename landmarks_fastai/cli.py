@@ -93,6 +93,9 @@ def _add_machine(parser, amp="auto"):
     group.add_argument(
         "--workers", type=_workers, metavar="N", help="processes that decode images (default: by the machine's cores)"
     )
+    group.add_argument("--max-pixels", type=_megapixels, default=Machine.max_pixels, metavar="X",
+                       help="millions of pixels that an image may have; decoding takes 10 MB a million, in each worker "
+                       f"(default: {Machine.max_pixels:g})")  # fmt: skip
     about = "; auto: what the GPU is best at, off on a CPU and on GTX 16xx cards" if amp == "auto" else ""
     group.add_argument("--amp", choices=AMP, default=amp,
                        help=f"mixed precision{about} (default: {amp})")  # fmt: skip
@@ -123,6 +126,12 @@ def _workers(text: str) -> int:
     if not text.isdecimal() or int(text) > 256:
         raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 256")
     return int(text)
+
+
+def _megapixels(text: str) -> float:
+    if not 0 < float(text) < 1e6:  # False for NaN too
+        raise argparse.ArgumentTypeError(f"{text} is no number of millions of pixels")
+    return float(text)
 
 
 def _add_name(group):

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.files import cache_places, read_at, whole_file, write_at
 from landmarks_fastai.geometry import PixelMap, fit_image
+from landmarks_fastai.machine import MAX_PIXELS, Machine
 
 SPARE = 2  # decoded sides are at least this many times the input's: Pillow's own gap for thumbnails
 FORMAT = 1  # of the cache file
@@ -23,7 +24,7 @@ HEADER = 4096  # bytes of it
 ORIENTATION = 0x0112  # EXIF's tag
 # What Pillow's decoders make of damaged files is not only an OSError.
 REFUSALS = (
-    OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, LookupError, TypeError, struct.error,
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error,
     zlib.error, ArithmeticError, MemoryError, RuntimeError,
 )  # fmt: skip
 EIGHT_BITS = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -125,9 +126,15 @@ def image_end(image: Image.Image, n: int = 64) -> bytes:
     return end
 
 
+def max_pixels() -> int:
+    "The pixels that an image may have at most: `Machine.max_pixels`."
+    return int(os.environ.get(MAX_PIXELS) or 1e6 * Machine.max_pixels)
+
+
 @contextmanager
 def opened(path, where: str = ""):
     "Pillow's image of a file, not yet decoded. Its refusals, then and in the block, are `UserError`s."
+    Image.MAX_IMAGE_PIXELS = max_pixels() / 2  # Pillow warns above it, and refuses what is twice as large
     try:
         with Image.open(path) as image:
             if image.format == "TIFF" and is_turned(image):
@@ -137,6 +144,12 @@ def opened(path, where: str = ""):
             yield image
     except FileNotFoundError:
         raise MissingImage(f"{where}image {path} not found") from None
+    except Image.DecompressionBombError as e:
+        pixels = int(re.search(r"\d+", str(e))[0])
+        raise UserError(
+            f"{where}image {path} has {pixels / 1e6:.4g} million pixels, --max-pixels allows {max_pixels() / 1e6:.4g} million: "
+            "make it smaller, remove its line, or raise --max-pixels"
+        ) from None
     except REFUSALS as e:
         why = "is cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
         raise UserError(f"{where}image {path} {why} ({_reason(e, path)}): replace it or remove its line") from None

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from landmarks_fastai.errors import UserError
 
 AMP = ("auto", "off", "bf16", "fp16")
+# The limit of images.py, in a variable of the environment: a spawned worker inherits nothing else.
+MAX_PIXELS = "LANDMARKS_MAX_PIXELS"
 # Turing without tensor cores: convolutions in fp16 give NaN there (pytorch issues 69449, 77955), Ultralytics' check_amp
 # refuses the same cards by name.
 NAN_IN_FP16 = re.compile(r"\bGTX 16[356]0\b|\bT(400|500|550|600|1000|1200|2000)\b", re.IGNORECASE)
@@ -35,6 +37,9 @@ class Machine:
     pin_memory: bool = True  # beside a GPU; a CPU has nothing to copy to
     tf32: bool = True  # on a GPU that has it
     compile: bool = False
+    # Millions of pixels of an image. Decoding takes 10 bytes a pixel (measured: 1.7 GB for a PNG of 13,300 px squared, which
+    # is 543 kB on disk), so 0.6 GB a worker at this; cameras of 61 megapixels pass.
+    max_pixels: float = 64.0
     save_every: float = 5.0  # minutes from one writing of a stage's state to the next; each epoch's end has its own
 
     @property
@@ -87,6 +92,7 @@ class Machine:
         if self.amp == "fp16" and self.device == "cpu":
             raise UserError("--amp fp16 is for a GPU: take --amp bf16 on a CPU, or leave --amp away")
         keep_freed_memory()
+        os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
         if self.compile:
             _try_compiler(self.device)
         if self.device == "cuda":
