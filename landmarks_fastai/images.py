@@ -19,7 +19,7 @@ from landmarks_fastai.geometry import PixelMap, fit_image
 from landmarks_fastai.machine import MAX_PIXELS, Machine
 
 SPARE = 2  # decoded sides are at least this many times the input's: Pillow's own gap for thumbnails
-FORMAT = 1  # of the cache file
+FORMAT = 2  # of the cache file
 HEADER = 4096  # bytes of it
 ORIENTATION = 0x0112  # EXIF's tag
 # What Pillow's decoders make of damaged files is not only an OSError.
@@ -166,7 +166,9 @@ class InputCache:
     """A file of fitted images, a record a row, written as they are first asked for.
 
     A record holds the image file's size and time and a checksum of itself: one that is not yet written, torn, or of a
-    file that has changed since is made anew. Pickles as the file's name.
+    file that has changed since is made anew. A byte a row, behind the header, says which are written: how much the file
+    may still grow is counted by those, because its length says nothing (the rows come in random order) and Windows has no
+    `st_blocks`. Nor is it made as long as it may become, which NTFS would allocate at once. Pickles as the file's name.
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class InputCache:
         key: dict,  # what the records depend on beyond their image files
     ):
         self.path, self.rows, self.size, self.key = Path(path), rows, size, key
-        self.record = FACTS.size + size * size * 3
+        self.record, self.first = FACTS.size + size * size * 3, HEADER + rows
         self._open()
 
     def _open(self):
@@ -189,8 +191,7 @@ class InputCache:
                 return
             self.file.close()
         with whole_file(self.path, "wb") as f:
-            f.write(head)
-            f.truncate(HEADER + self.rows * self.record)  # a hole: what is not written takes no room
+            f.write(head + bytes(self.rows))
         self.file = open(self.path, "r+b", buffering=0)
 
     def __getstate__(self):
@@ -203,12 +204,11 @@ class InputCache:
     @property
     def missing_bytes(self) -> int:
         "How much the file may still grow."
-        stat = os.fstat(self.file.fileno())
-        return max(0, self.rows * self.record - getattr(stat, "st_blocks", 0) * 512)
+        return (self.rows - read_at(self.file, self.rows, HEADER).count(1)) * self.record
 
     def get(self, row: int, path) -> tuple[Image.Image, PixelMap] | None:
         "The row's input and map, if they were kept and the image file at `path` is as it was."
-        data = read_at(self.file, self.record, HEADER + row * self.record)
+        data = read_at(self.file, self.record, self.first + row * self.record)
         if len(data) < self.record:
             return None
         crc, *to_input, length, time = FACTS.unpack_from(data)
@@ -222,7 +222,8 @@ class InputCache:
         data = bytearray(FACTS.pack(0, *to_input, *stamp) + image.tobytes())
         struct.pack_into("<I", data, 0, zlib.crc32(memoryview(data)[4:]))
         with suppress(OSError):
-            write_at(self.file, data, HEADER + row * self.record)
+            write_at(self.file, data, self.first + row * self.record)
+            write_at(self.file, b"\1", HEADER + row)
 
 
 def _stamp(path) -> tuple[int, int]:

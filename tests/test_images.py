@@ -92,7 +92,7 @@ def test_a_changed_image_a_torn_record_and_another_key_are_read_again(tmp_path):
     assert np.array_equal(np.asarray(inputs(0, folder / "0.jpg")[0]), np.asarray(old[5][0]))
     cache = inputs.cache.path
     with open(cache, "r+b") as f:
-        f.seek(room.HEADER + inputs.cache.record + 500)  # in the second record's pixels
+        f.seek(inputs.cache.first + inputs.cache.record + 500)  # in the second record's pixels
         f.write(b"torn")
     assert same(inputs(1, folder / "1.jpg"), old[1])
     before = cache.stat().st_ino
@@ -102,6 +102,21 @@ def test_a_changed_image_a_torn_record_and_another_key_are_read_again(tmp_path):
     assert same(inputs(2, folder / "2.jpg"), old[2])  # who has the old file open keeps it
     cache.write_bytes(b"short")
     assert same(cached(tmp_path)[1](3, folder / "3.jpg"), old[3])
+
+
+def test_a_new_cache_is_short_and_a_full_one_demands_no_room(tmp_path, monkeypatch):
+    "As on Windows, where a file's length is allocated at once and `st_blocks` does not exist."
+    folder, inputs = cached(tmp_path)
+    cache = inputs.cache
+    monkeypatch.setattr(room.os, "fstat", None)
+    assert cache.path.stat().st_size == room.HEADER + 6 and cache.missing_bytes == 6 * cache.record
+    inputs(2, folder / "2.jpg")
+    assert cache.path.stat().st_size == cache.first + 3 * cache.record and cache.missing_bytes == 5 * cache.record
+    assert cache.get(1, folder / "1.jpg") is None and cache.get(4, folder / "4.jpg") is None  # a gap, and behind the end
+    for i in range(6):
+        inputs(i, folder / f"{i}.jpg")
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    assert cached(tmp_path)[1].cache.missing_bytes == 0
 
 
 def test_an_image_that_vanishes_is_named_although_it_was_kept(tmp_path):
