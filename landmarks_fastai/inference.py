@@ -77,7 +77,7 @@ def predict_batches(
         inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
         with torch.inference_mode(), machine.autocast():
             unit = two_looks(model, inputs.contiguous(memory_format=machine.memory_format), pairs)
-        return points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
+        return points_in_image(unit, maps, settings.size).float().cpu().numpy()
 
     def one_step(n):
         points_of((torch.zeros(n, 3, settings.size, settings.size, dtype=torch.uint8), torch.ones(n, 4)))
