@@ -177,8 +177,9 @@ class Average(Callback):
         n = int(self.twin.n_averaged)  # it lies on the CPU whatever the network's device: nothing waits for a GPU
         floats, others = [], []
         for pair in zip(_tensors(self.network), _tensors(self.model), strict=True):
-            (floats if pair[0].is_floating_point() else others).append(pair)
-        get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)) if n else 0.0)(*zip(*floats, strict=True), n)
+            (floats if n and pair[0].is_floating_point() else others).append(pair)
+        if floats:
+            get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(*zip(*floats, strict=True), n)
         if others:
             torch._foreach_copy_(*zip(*others, strict=True))
         self.twin.n_averaged += 1
