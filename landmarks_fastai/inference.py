@@ -25,7 +25,14 @@ from landmarks_fastai.contest import (
 from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.files import whole_file
 from landmarks_fastai.images import Inputs
-from landmarks_fastai.machine import Machine, batch_that_fits, check_bus_error, check_shared_memory, out_of_memory, side_by_side
+from landmarks_fastai.machine import (
+    Machine,
+    batch_that_fits,
+    check_bus_error,
+    check_shared_memory,
+    out_of_memory,
+    side_by_side,
+)
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.mirror import two_looks
 from landmarks_fastai.runs import Run
