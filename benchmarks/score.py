@@ -33,7 +33,6 @@ PARTS = {
     "targets, start and rates": ["targets", "start", "lr", "head_rate"],
     "augmentation": ["aug"],
     "mirror": ["mirror"],
-    "trimmed borders": ["borders"],
     "average": ["ema"],
 }
 

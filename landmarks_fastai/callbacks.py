@@ -4,6 +4,11 @@ import math
 import sys
 import time
 from contextlib import contextmanager
+<<<<<<< HEAD
+=======
+from itertools import chain
+from pathlib import Path
+>>>>>>> machine
 
 import numpy as np
 import torch
@@ -162,6 +167,9 @@ class History(CSVLogger):
 class Average(Callback):
     """An exponential average of the weights, and of the norms' running means, taken after every step.
 
+    What counts or indexes is copied: PyTorch's `AveragedModel(use_buffers=True)` averages it too, and truncates. After 40
+    steps a position index of swin_t was one off in each of its 12 blocks.
+
     Its memory grows with the stage, (1 + n) / (10 + n) after n steps, up to `decay`: a stage of fifty steps has a use
     for it too.
     """
@@ -172,17 +180,27 @@ class Average(Callback):
         self.decay = decay
 
     def before_fit(self):
-        self.twin = AveragedModel(self.model, multi_avg_fn=self._update, use_buffers=True)
+        self.twin = AveragedModel(self.model)
 
-    def _update(self, average, current, n):
-        get_ema_multi_avg_fn(min(self.decay, (1 + n.item()) / (10 + n.item())))(average, current, n)
-
+    @torch.no_grad()
     def after_step(self):
-        self.twin.update_parameters(self.model)
+        n = int(self.twin.n_averaged)  # it lies on the CPU whatever the network's device: nothing waits for a GPU
+        floats, others = [], []
+        for pair in zip(_tensors(self.network), _tensors(self.model), strict=True):
+            (floats if n and pair[0].is_floating_point() else others).append(pair)
+        if floats:
+            get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(*zip(*floats, strict=True), n)
+        if others:
+            torch._foreach_copy_(*zip(*others, strict=True))
+        self.twin.n_averaged += 1
 
     @property
     def network(self):
         return self.twin.module
+
+
+def _tensors(network):
+    return chain(network.parameters(), network.buffers())
 
 
 class Looks(Callback):

@@ -20,7 +20,7 @@ import numpy as np
 
 from landmarks_fastai.errors import Problem, UserError
 from landmarks_fastai.files import cache_places, whole_file
-from landmarks_fastai.images import check_mode, image_end, is_deep, is_turned, opened
+from landmarks_fastai.images import check_mode, image_end, is_deep, is_turned, max_pixels, opened
 from landmarks_fastai.machine import bar
 
 FORMAT = 1  # of the file that the result is kept in
@@ -274,4 +274,4 @@ def _keep(table, stamps):
 
 
 def _key(table) -> dict:
-    return {"check": FORMAT, "rows": len(table)} | table.key
+    return {"check": FORMAT, "rows": len(table), "pixels": max_pixels()} | table.key

@@ -33,7 +33,6 @@ STARTED = time.monotonic()  # --minutes counts the imports too
 # The drawn faces' own choices, so that `python train.py` alone ends within three minutes on two cores with points that
 # sit right. Measured on 1,260 drawn faces at 64 px, nine epochs from random weights, score on the 130 held out: one
 # cycle up to 4e-3 29.6; the defaults' rate with two steps down 30.7; that with a norm before the last layer 30.8.
-# (Dark rims kept, all three; with the defaults' trim, and images decoded no larger than needed, the first is 26.0.)
 DRAWN = {
     "arch": "resnet18", "size": 64, "epochs": 9, "valid_pct": 0.1, "sched": "onecycle", "lr": 4e-3, "head_rate": 0.05,
 }  # fmt: skip
@@ -41,10 +40,19 @@ DRAWN = {
 WORDS = {"data": "DIR", "arch": "NAME", "head": "LAYERS"}  # what --help calls a flag's value
 
 
+class _Ignored(argparse.Action):
+    "A flag of an earlier version, which command lines may still hold."
+
+    def __call__(self, *args):
+        pass
+
+
 def _parser(description, epilog=None):
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--borders", action=_Ignored, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
 
 
 def _add_setting(group, name, default=None):
@@ -75,7 +83,10 @@ def _add_machine(parser, amp="auto"):
     group.add_argument(
         "--workers", type=_workers, metavar="N", help="processes that decode images (default: by the machine's cores)"
     )
-    about = "; auto: what the GPU is best at, off on a CPU" if amp == "auto" else ""
+    group.add_argument("--max-pixels", type=_megapixels, default=Machine.max_pixels, metavar="X",
+                       help="millions of pixels that an image may have; decoding takes 10 MB a million, in each worker "
+                       f"(default: {Machine.max_pixels:g})")  # fmt: skip
+    about = "; auto: what the GPU is best at, off on a CPU and on GTX 16xx cards" if amp == "auto" else ""
     group.add_argument("--amp", choices=AMP, default=amp,
                        help=f"mixed precision{about} (default: {amp})")  # fmt: skip
     for flag, on, about in SWITCHES:
@@ -105,6 +116,12 @@ def _workers(text: str) -> int:
     if not text.isdecimal() or int(text) > 256:
         raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 256")
     return int(text)
+
+
+def _megapixels(text: str) -> float:
+    if not 0 < float(text) < 1e6:  # False for NaN too
+        raise argparse.ArgumentTypeError(f"{text} is no number of millions of pixels")
+    return float(text)
 
 
 def _add_name(group):
@@ -247,8 +264,7 @@ def next_settings(args, before: Settings) -> Settings:
     after = before.replace(**changes | typed)
     if after.targets == "pixels" and after.of(INPUT) != before.of(INPUT):
         raise UserError(
-            f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): "
-            "leave --size, --fit and --borders away"
+            f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): leave --size and --fit away"
         )
     return after
 
@@ -296,7 +312,8 @@ def machine(args):
     import torch
 
     if args.gpu and not torch.cuda.is_available():
-        print("warning: --gpu was given, no GPU was found: going on with the CPU", file=sys.stderr)
+        why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
+        print(f"warning: --gpu was given, {why}: going on with the CPU", file=sys.stderr)
     device = "cuda" if args.gpu and torch.cuda.is_available() else "cpu"
     names = {f.name for f in dataclasses.fields(Machine)} - {"device"}
     found = Machine(device, **{k: v for k, v in vars(args).items() if k in names})

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-DARK, DARK_SHARE = 12, 0.98  # of 255; JPEG leaves a black border at up to 10 and a few specks of it lighter
-
 
 class PixelMap(NamedTuple):
     """Where a pixel of the image as stored lies in the network's input: `input = stored * scale + shift`, per axis.
@@ -89,50 +87,20 @@ def _source_box(width, height, fit):
     return left, top, left + side, top + side
 
 
-def content_box(image: Image.Image) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom), in pixel edges of the image as stored, inside its black borders.
-
-    Rows and columns count as border, from the outside in, while `DARK_SHARE` of their pixels are darker than `DARK`.
-    Where less than half of either side would remain, the image is dark and not bordered: the box is all of it.
-    """
-    light = np.asarray(image.convert("L")) > DARK
-    box = []
-    for along, length in ((light.mean(0), image.width), (light.mean(1), image.height)):
-        inside = np.flatnonzero(along > 1 - DARK_SHARE)
-        if not len(inside) or 2 * (inside[-1] + 1 - inside[0]) < length:
-            return 0, 0, *image.size
-        box.append((int(inside[0]), int(inside[-1]) + 1))
-    (left, right), (top, bottom) = box
-    return left, top, right, bottom
-
-
 def fit_image(
     image: Image.Image,  # the image as stored
     fit: str,
     size: int,
-    borders: str = "keep",  # trim: black borders are cut off before `fit` measures the image
     reduced: int = 1,  # how many times smaller than stored the image was decoded
 ) -> tuple[Image.Image, PixelMap]:
-    """An image as the network's input, and the map that made it: no size or margin is rounded.
-
-    The map is `pixel_map`'s of the image's size, or, trimmed, of its content's.
-    """
-    whole = (0, 0, *image.size)
-    box = content_box(image) if borders == "trim" else whole
-    image = image if box == whole else image.crop(box)
-    inside = pixel_map(*image.size, fit, size)
-    shift_x, shift_y = inside.shift_x - box[0] * inside.scale_x, inside.shift_y - box[1] * inside.scale_y
-    to_input = inside._replace(shift_x=shift_x, shift_y=shift_y)
-    return _resample(image, fit, size), to_input.from_stored(reduced)
-
-
-def _resample(image, fit, size):
+    "An image as the network's input, and the map that made it, `pixel_map`'s: no size or margin is rounded."
     left, top, right, bottom = _source_box(*image.size, fit)
+    to_input = pixel_map(*image.size, fit, size).from_stored(reduced)
     if fit == "pad" and image.width != image.height:
         canvas = Image.new(image.mode, (right - left, bottom - top))
         canvas.paste(image, (-left, -top))
         image, left, top, right, bottom = canvas, 0, 0, canvas.width, canvas.height
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)), to_input
 
 
 def input_to_unit(points, size: int):

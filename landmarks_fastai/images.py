@@ -16,14 +16,15 @@ from PIL import Image, UnidentifiedImageError
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.files import cache_places, read_at, whole_file, write_at
 from landmarks_fastai.geometry import PixelMap, fit_image
+from landmarks_fastai.machine import MAX_PIXELS, Machine
 
 SPARE = 2  # decoded sides are at least this many times the input's: Pillow's own gap for thumbnails
-FORMAT = 1  # of the cache file
+FORMAT = 2  # of the cache file
 HEADER = 4096  # bytes of it
 ORIENTATION = 0x0112  # EXIF's tag
 # What Pillow's decoders make of damaged files is not only an OSError.
 REFUSALS = (
-    OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, LookupError, TypeError, struct.error,
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error,
     zlib.error, ArithmeticError, MemoryError, RuntimeError,
 )  # fmt: skip
 EIGHT_BITS = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -52,7 +53,6 @@ def read_input(
     path,
     fit: str,
     size: int,  # of the network's input
-    borders: str,
     where: str = "",
 ) -> tuple[Image.Image, PixelMap]:
     """The image as the network's input, and the map from pixels of the image as stored. Raises as `open_image`.
@@ -63,14 +63,11 @@ def read_input(
         width, height = image.size
         image.draft(None, _least_sides(width, height, fit, size))
         reduced = round(width / image.width)
-        return fit_image(to_rgb(image), fit, size, borders, reduced)
+        return fit_image(to_rgb(image), fit, size, reduced)
 
 
 def _least_sides(width, height, fit, size):
-    """The sides that a decoded image must have at least.
-
-    Trimmed borders leave no less than half of a side (`content_box`): nothing is ever enlarged for having been reduced.
-    """
+    "The sides that a decoded image must have at least."
     if fit == "squish":
         return SPARE * size, SPARE * size
     scale = SPARE * size / (min if fit == "crop" else max)(width, height)
@@ -78,10 +75,7 @@ def _least_sides(width, height, fit, size):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an opened image: what is transparent is black, 16 bits lose their lower 8, of an animation the first frame.
-
-    Black, because a cut-out's surroundings are then trimmed as an image's black borders are.
-    """
+    "8-bit RGB of an opened image: what is transparent is black, 16 bits lose their lower 8, of an animation the first frame."
     check_mode(image)
     if is_deep(image) and image.mode[0] == "I":
         grey = np.asarray(image)
@@ -132,9 +126,15 @@ def image_end(image: Image.Image, n: int = 64) -> bytes:
     return end
 
 
+def max_pixels() -> int:
+    "The pixels that an image may have at most: `Machine.max_pixels`."
+    return int(os.environ.get(MAX_PIXELS) or 1e6 * Machine.max_pixels)
+
+
 @contextmanager
 def opened(path, where: str = ""):
     "Pillow's image of a file, not yet decoded. Its refusals, then and in the block, are `UserError`s."
+    Image.MAX_IMAGE_PIXELS = max_pixels() / 2  # Pillow warns above it, and refuses what is twice as large
     try:
         with Image.open(path) as image:
             if image.format == "TIFF" and is_turned(image):
@@ -144,6 +144,12 @@ def opened(path, where: str = ""):
             yield image
     except FileNotFoundError:
         raise MissingImage(f"{where}image {path} not found") from None
+    except Image.DecompressionBombError as e:
+        pixels = int(re.search(r"\d+", str(e))[0])
+        raise UserError(
+            f"{where}image {path} has {pixels / 1e6:.4g} million pixels, --max-pixels allows {max_pixels() / 1e6:.4g} million: "
+            "make it smaller, remove its line, or raise --max-pixels"
+        ) from None
     except REFUSALS as e:
         why = "is cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
         raise UserError(f"{where}image {path} {why} ({_reason(e, path)}): replace it or remove its line") from None
@@ -160,7 +166,9 @@ class InputCache:
     """A file of fitted images, a record a row, written as they are first asked for.
 
     A record holds the image file's size and time and a checksum of itself: one that is not yet written, torn, or of a
-    file that has changed since is made anew. Pickles as the file's name.
+    file that has changed since is made anew. A byte a row, behind the header, says which are written: how much the file
+    may still grow is counted by those, because its length says nothing (the rows come in random order) and Windows has no
+    `st_blocks`. Nor is it made as long as it may become, which NTFS would allocate at once. Pickles as the file's name.
     """
 
     def __init__(
@@ -171,7 +179,7 @@ class InputCache:
         key: dict,  # what the records depend on beyond their image files
     ):
         self.path, self.rows, self.size, self.key = Path(path), rows, size, key
-        self.record = FACTS.size + size * size * 3
+        self.record, self.first = FACTS.size + size * size * 3, HEADER + rows
         self._open()
 
     def _open(self):
@@ -183,8 +191,7 @@ class InputCache:
                 return
             self.file.close()
         with whole_file(self.path, "wb") as f:
-            f.write(head)
-            f.truncate(HEADER + self.rows * self.record)  # a hole: what is not written takes no room
+            f.write(head + bytes(self.rows))
         self.file = open(self.path, "r+b", buffering=0)
 
     def __getstate__(self):
@@ -197,12 +204,11 @@ class InputCache:
     @property
     def missing_bytes(self) -> int:
         "How much the file may still grow."
-        stat = os.fstat(self.file.fileno())
-        return max(0, self.rows * self.record - getattr(stat, "st_blocks", 0) * 512)
+        return (self.rows - read_at(self.file, self.rows, HEADER).count(1)) * self.record
 
     def get(self, row: int, path) -> tuple[Image.Image, PixelMap] | None:
         "The row's input and map, if they were kept and the image file at `path` is as it was."
-        data = read_at(self.file, self.record, HEADER + row * self.record)
+        data = read_at(self.file, self.record, self.first + row * self.record)
         if len(data) < self.record:
             return None
         crc, *to_input, length, time = FACTS.unpack_from(data)
@@ -216,7 +222,8 @@ class InputCache:
         data = bytearray(FACTS.pack(0, *to_input, *stamp) + image.tobytes())
         struct.pack_into("<I", data, 0, zlib.crc32(memoryview(data)[4:]))
         with suppress(OSError):
-            write_at(self.file, data, HEADER + row * self.record)
+            write_at(self.file, data, self.first + row * self.record)
+            write_at(self.file, b"\1", HEADER + row)
 
 
 def _stamp(path) -> tuple[int, int]:
@@ -227,16 +234,16 @@ def _stamp(path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def open_cache(folder: Path, rows: int, fit: str, size: int, borders: str, key: dict) -> InputCache:
+def open_cache(folder: Path, rows: int, fit: str, size: int, key: dict) -> InputCache:
     """The cache of an image folder: beside it, or in the user's cache folder where that place cannot be written to.
 
     Raises `UserError` where the disk has no room for all rows.
     """
     refused = None
-    for place in cache_places(folder.with_name(f"{folder.name}-{size}-{fit}-{borders}")):
+    for place in cache_places(folder.with_name(f"{folder.name}-{size}-{fit}")):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            cache = InputCache(place, rows, size, {"fit": fit, "borders": borders} | key)
+            cache = InputCache(place, rows, size, {"fit": fit} | key)
         except OSError as e:
             refused = e
             continue
@@ -253,8 +260,8 @@ def open_cache(folder: Path, rows: int, fit: str, size: int, borders: str, key: 
 class Inputs:
     "Rows of image files as network inputs, from the cache where there is one."
 
-    def __init__(self, fit: str, size: int, borders: str, cache: InputCache | None = None):
-        self.fit, self.size, self.borders, self.cache = fit, size, borders, cache
+    def __init__(self, fit: str, size: int, cache: InputCache | None = None):
+        self.fit, self.size, self.cache = fit, size, cache
 
     def __call__(self, row: int, path, where: str = "") -> tuple[Image.Image, PixelMap]:
         "The row's input, (size, size) RGB, and its map from pixels of the image as stored."
@@ -262,7 +269,11 @@ class Inputs:
         if kept:
             return kept
         stamp = _stamp(path)  # before it is read: a file that changes meanwhile does not match its record
+<<<<<<< HEAD
         found = self.read(path, where)
+=======
+        found = read_input(path, self.fit, self.size, where)
+>>>>>>> machine
         if self.cache:
             self.cache.put(row, stamp, *found)
         return found

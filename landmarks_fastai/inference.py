@@ -25,7 +25,14 @@ from landmarks_fastai.contest import (
 from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.files import whole_file
 from landmarks_fastai.images import Inputs
-from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory, side_by_side
+from landmarks_fastai.machine import (
+    Machine,
+    batch_that_fits,
+    check_bus_error,
+    check_shared_memory,
+    out_of_memory,
+    side_by_side,
+)
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.mirror import two_looks
 from landmarks_fastai.runs import Run
@@ -66,6 +73,7 @@ def predict_batches(
 ):
     "Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the images' order."
     settings, device = checkpoint.settings, machine.device
+    check_shared_memory(machine, batch_size * 3 * settings.size**2)
     model = fuse_norms(checkpoint.model(), settings.size).to(device, memory_format=machine.memory_format)
     if machine.compile:
         model.compile()
@@ -76,7 +84,7 @@ def predict_batches(
         inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
         with torch.inference_mode(), machine.autocast():
             unit = two_looks(model, inputs.contiguous(memory_format=machine.memory_format), pairs)
-        return points_in_image(unit, maps, settings.size).numpy().astype(np.float32)
+        return points_in_image(unit, maps, settings.size).float().cpu().numpy()
 
     def one_step(n):
         points_of((torch.zeros(n, 3, settings.size, settings.size, dtype=torch.uint8), torch.ones(n, 4)))
@@ -84,6 +92,7 @@ def predict_batches(
     try:
         yield from batches_of_points(points_of, images, machine, batch_size)
     except Exception as e:
+        check_bus_error(e)
         if not out_of_memory(e):
             raise
         fits = batch_that_fits(e, one_step, batch_size)

@@ -39,28 +39,6 @@ def wing(error, width: float, curve: float):
     return torch.where(size < width, width * torch.log1p(size / curve), size - jump)
 
 
-class AdaptiveSmoothL1(nn.Module):
-    """Smooth L1 whose quadratic part follows the errors: Fu et al. 2019, "RetinaMask", eq. 3.
-
-    beta = running mean - running variance of |error|, kept between a hundredth of a pixel and one pixel.
-    """
-
-    def __init__(self, highest: float = 1.0, momentum: float = 0.9):
-        super().__init__()
-        self.highest, self.momentum = highest, momentum
-        self.register_buffer("mean", torch.tensor(highest))
-        self.register_buffer("variance", torch.tensor(0.0))
-
-    def forward(self, error):
-        size = error.abs()
-        if self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                self.mean.lerp_(size.mean().to(self.mean), 1 - self.momentum)
-                self.variance.lerp_(size.var(correction=0).to(self.variance), 1 - self.momentum)
-        beta = (self.mean - self.variance).clamp(0.01, self.highest).to(error)
-        return torch.where(size < beta, 0.5 * error**2 / beta, size - 0.5 * beta)
-
-
 def _smooth_l1(error):
     return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
 
@@ -73,6 +51,5 @@ def loss_function(settings: Settings):
         "smooth_l1": _smooth_l1,
         "mse": torch.square,
         "wing": lambda error: wing(error, WING_WIDTH * size, WING_CURVE * size),
-        "adaptive": AdaptiveSmoothL1(),
     }[settings.loss]
     return BaseLoss(PointLoss, func, size, axis=-1, floatify=True, is_2d=False)

@@ -6,6 +6,8 @@ On a GPU: mixed precision, channels_last, pinned memory, TF32, `torch.compile`. 
 
 import ctypes
 import os
+import re
+import shutil
 import sys
 import traceback
 from collections import deque
@@ -15,6 +17,11 @@ from dataclasses import dataclass
 from landmarks_fastai.errors import UserError
 
 AMP = ("auto", "off", "bf16", "fp16")
+# The limit of images.py, in a variable of the environment: a spawned worker inherits nothing else.
+MAX_PIXELS = "LANDMARKS_MAX_PIXELS"
+# Turing without tensor cores: convolutions in fp16 give NaN there (pytorch issues 69449, 77955), Ultralytics' check_amp
+# refuses the same cards by name.
+NAN_IN_FP16 = re.compile(r"\bGTX 16[356]0\b|\bT(400|500|550|600|1000|1200|2000)\b", re.IGNORECASE)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
@@ -25,11 +32,14 @@ class Machine:
     device: str = "cpu"  # or cuda
     workers: int | None = None  # processes that decode images; None chooses by the cores
     cache: bool = False  # keep fitted images on disk
-    amp: str = "auto"  # one of `AMP`; auto is the GPU's better one, and off on a CPU
+    amp: str = "auto"  # one of `AMP`; auto is the GPU's better one, and off on a CPU and on `NAN_IN_FP16`
     channels_last: bool = True
     pin_memory: bool = True  # beside a GPU; a CPU has nothing to copy to
     tf32: bool = True  # on a GPU that has it
     compile: bool = False
+    # Millions of pixels of an image. Decoding takes 10 bytes a pixel (measured: 1.7 GB for a PNG of 13,300 px squared, which
+    # is 543 kB on disk), so 0.6 GB a worker at this; cameras of 61 megapixels pass.
+    max_pixels: float = 64.0
     save_every: float = 5.0  # minutes from one writing of a stage's state to the next; each epoch's end has its own
 
     @property
@@ -60,7 +70,9 @@ class Machine:
             return "off"
         import torch
 
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "off" if NAN_IN_FP16.search(torch.cuda.get_device_name()) else "fp16"
 
     def autocast(self):
         "The context in which a network computes."
@@ -80,6 +92,7 @@ class Machine:
         if self.amp == "fp16" and self.device == "cpu":
             raise UserError("--amp fp16 is for a GPU: take --amp bf16 on a CPU, or leave --amp away")
         keep_freed_memory()
+        os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
         if self.compile:
             _try_compiler(self.device)
         if self.device == "cuda":
@@ -87,6 +100,10 @@ class Machine:
 
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32
+            # All batches but the last are of one shape, so one search pays for a whole stage. It may choose another
+            # algorithm in another run: on a GPU runs of one seed differ by rounding anyway, on a CPU, where they are
+            # equal to the last bit, this is not reached.
+            torch.backends.cudnn.benchmark = True
 
 
 def _try_compiler(device: str):
@@ -114,12 +131,48 @@ def keep_freed_memory() -> bool:
     return bool(mallopt) and all(mallopt(option, value) for option, value in options)
 
 
+# How torch says in a RuntimeError's text that memory is short: its CPU allocator, oneDNN (2), CUDA's driver, cuDNN, cuBLAS
+NO_MEMORY = (
+    "can't allocate memory", "could not create a primitive", "could not create a memory object",
+    "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+
+
 def out_of_memory(error: Exception) -> bool:
-    "Whether that is what went wrong. Of a CPU's memory torch and oneDNN say it in a RuntimeError's text."
+    "Whether the main process, or the GPU, had too little memory for what it computed."
     import torch
 
-    said = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in NO_MEMORY)
+
+
+def check_shared_memory(machine: Machine, batch_bytes: int):
+    """Raise `UserError` where /dev/shm, which workers pass their batches through, may not hold them: a container has 64 MB.
+
+    Told before, because a worker that finds it full prints a traceback and the main process waits for its batch forever.
+    """
+    shm = "/dev/shm"
+    if not machine.decoders or not os.path.isdir(shm):
+        return
+    needed, free = (
+        (2 * machine.decoders + 2) * batch_bytes,
+        shutil.disk_usage(shm).free,
+    )  # each prefetches 2; 2 are in use
+    if needed > free:
+        raise UserError(
+            f"{machine.decoders} workers may need {needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}: "
+            "use --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
+        )
+
+
+def check_bus_error(error: BaseException | None):
+    "Raise `UserError` where that is what a worker died of: torch says it in the error itself or in its cause."
+    while error:
+        if "Bus error" in str(error):
+            raise UserError(
+                "a worker was killed by a bus error, for want of shared memory: use --workers 0, or a larger /dev/shm "
+                "(docker run --shm-size 8g)"
+            ) from None
+        error = error.__cause__ or error.__context__
 
 
 def batch_that_fits(error: Exception, step, n: int) -> int:

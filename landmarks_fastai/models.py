@@ -7,6 +7,7 @@ features, the head turns that into the points' unit coordinates, x0 y0 x1 y1 …
 import logging
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -291,6 +292,7 @@ def read_state_dict(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} not found, or no file: --weights takes imagenet, none or a .safetensors or .pth file")
+    _check_zip(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -312,6 +314,20 @@ def read_state_dict(
     ):
         raise UserError(f"{path} is no file of tensors (a plain state dict is needed): nothing was loaded")
     return state
+
+
+def _check_zip(path: Path):
+    "Refuse a zip that unfolds to more than its own size: 293 kB can make 300 MB. torch writes stored entries only."
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile):  # no zip, or what torch.load refuses
+        return
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise UserError(
+            f"{path} is no file of tensors (it is compressed, and torch writes none such): nothing was loaded"
+        )
 
 
 def _body_tensors(tensors):

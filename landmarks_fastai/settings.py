@@ -8,10 +8,9 @@ from landmarks_fastai.errors import UserError
 
 FITS = ("crop", "pad", "squish")  # `pixel_map` in geometry.py says what each does
 OPTIMISERS = ("adamw", "adam", "sgd")
-BORDERS = ("trim", "keep")
 STARTS = ("mean", "random")
 TARGETS = ("unit", "pixels")
-LOSSES = ("l1", "smooth_l1", "mse", "wing", "adaptive")  # losses.py says what each is
+LOSSES = ("l1", "smooth_l1", "mse", "wing")  # losses.py says what each is
 MIRRORS = ("auto", "none")
 ON_BAD = ("stop", "skip")
 SCHEDULES = ("plateau", "step", "onecycle", "none")
@@ -43,7 +42,6 @@ class Settings:
     )
     size: int = _setting(128, "side of the network's square input, in pixels", low=8, high=4096)
     fit: str = _setting("crop", "how an image becomes that square", choices=FITS)
-    borders: str = _setting("trim", "cut an image's black borders off first, or keep them", choices=BORDERS)
     n_points: int = _setting(0, "landmarks of an image; the data's own number", low=0, high=100_000)
     pairs: tuple = _setting((), "mirror map: the k-th entry is the index of the mirrored k-th point; empty: none")
     mean: tuple = _setting((0.485, 0.456, 0.406), "per-channel mean that the body expects of its input, in 0..1")
@@ -115,6 +113,11 @@ class Settings:
         names = {f.name for f in dataclasses.fields(cls)}
         if isinstance(facts, dict):
             facts = {k: getattr(cls, k) for k in NEWER} | facts
+            if facts.pop("borders", "keep") != "keep":  # its points are those of trimmed images
+                raise UserError(
+                    "trained with --borders trim, and border trimming was removed (it cut faces out of dark pictures): "
+                    "train again, or use an earlier version of this program"
+                )
         if not isinstance(facts, dict) or set(facts) != names:
             odd = sorted(set(facts) ^ names) if isinstance(facts, dict) else ["settings"]
             raise UserError(f"setting missing or unknown: {', '.join(odd)}")
@@ -130,7 +133,7 @@ DATA = ("size", "fit", "n_points", "pairs", "data", "on_bad", "valid_pct", "vali
 # What a checkpoint decides: its weights have no other meaning.
 NETWORK = ("arch", "head", "targets")
 # What it decides for a prediction, and a later stage may change: it is scored at both.
-INPUT = ("size", "fit", "borders")
+INPUT = ("size", "fit")
 # And what a later stage cannot change either: rows that the network was trained on would be validated on.
 SPLIT = ("valid_pct", "valid_random")
 
@@ -139,7 +142,7 @@ SPLIT = ("valid_pct", "valid_random")
 RECIPES = {
     "best": {},
     "seed": {
-        "start": "random", "targets": "pixels", "borders": "keep", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False,
+        "start": "random", "targets": "pixels", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False,
         "lr": 3e-4, "head_rate": 1.0,
     },
 }  # fmt: skip

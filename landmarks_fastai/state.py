@@ -59,7 +59,10 @@ def gather(learn) -> State:
     for k, p in enumerate(_parameters(learn)):
         if p.grad is not None and getattr(getattr(learn, "gradient_accumulation", None), "count", 0):
             tensors[f"grad.{k}"] = p.grad
+<<<<<<< HEAD
     tensors |= {f"loss.{k}": t for k, t in _tensors_of(learn.loss_func.func)}
+=======
+>>>>>>> machine
     if hasattr(learn, "average"):
         tensors |= {f"average.{k}": t for k, t in _tensors_of(learn.average.twin)}
     return State(facts, tensors | {"smooth": torch.as_tensor(smooth.val)})
@@ -74,7 +77,6 @@ def put_back(learn, state: State):
     "The Learner as `gather` found it; called within a fit, which has made all that there is to fill."
     facts, tensors = state.facts, state.tensors
     learn.model.load_state_dict(_part(tensors, "model."))
-    learn.loss_func.func.load_state_dict(_part(tensors, "loss."))
     if hasattr(learn, "average"):
         learn.average.twin.load_state_dict(_part(tensors, "average."))
     parameters, own = _parameters(learn), {}

@@ -275,6 +275,35 @@ def test_what_was_found_good_is_not_opened_again_until_it_changes(data):
     labelled_images(data)
 
 
+def test_an_image_of_too_many_pixels_is_told_by_row_before_it_is_decoded(door, data, monkeypatch):
+    monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")  # the doors set it: it is put back behind the test
+    lines = [zlib.compress(bytes(13301) * 13300, 9)]  # 13,300 squared, grey: a file of 170 kB
+    bomb = png(13300, 13300, 8, 0, b"").replace(zlib.compress(b""), b"")
+    at = bomb.index(b"IDAT") - 4
+    chunk = b"IDAT" + lines[0]
+    bomb = bomb[:at] + struct.pack(">I", len(lines[0])) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    bomb += struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+    path = in_row(data, 4, bomb, "bomb.png")
+    code, _, err = door(f"train.py {QUICK} -n r -d", data)
+    assert code == 1 and err.count("\n") == 1 and f"line 6: image {path} has 176.9 million pixels" in err
+    assert "--max-pixels allows 64 million" in err and len(bomb) < 200_000
+
+
+def test_the_pixel_limit_is_the_flag_s_in_training_and_prediction(door, data, monkeypatch):
+    monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")
+    width, height = Image.open(data / "train" / "images" / names(data)[4]).size
+    most = max(w * h for w, h in (Image.open(p).size for p in (data / "train" / "images").iterdir())) / 1e6
+    assert door(f"train.py {QUICK} --max-pixels {most} -n r -d", data)[::2] == (0, "")
+    code, _, err = door(
+        f"train.py {QUICK} --max-pixels {most - 2e-6} -n s -d", data
+    )  # what was found good is checked anew
+    assert code == 1 and "raise --max-pixels" in err
+    code, _, err = door("predict.py --workers 0 --max-pixels 0.001 -pm r")
+    assert code == 1 and "test_points.csv line 2: image" in err and "--max-pixels allows 0.001 million" in err
+    code, _, err = door(f"train.py {QUICK} --max-pixels 0 -n t -d", data)
+    assert code == 2 and "no number of millions" in err
+
+
 def test_what_was_found_bad_is_opened_at_each_start(data):
     "A cause may go that leaves size and time as they were: permissions, a disk."
     path = data / "train" / "images" / names(data)[4]

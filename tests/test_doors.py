@@ -55,11 +55,34 @@ def test_the_seed_s_command_lines_parse():
     assert (after.batch_size, after.epochs, after.lr, args.pretrained_model) == (32, 6, 3e-5, name + "_best.pth")
 
 
+def test_borders_is_accepted_undocumented_and_does_nothing(capsys):
+    from landmarks_fastai import cli
+
+    given = ["-pm", "x"]
+    for arguments, more in [(cli.train_arguments, []), (cli.finetune_arguments, given), (cli.predict_arguments, given)]:
+        plain, ignored = vars(arguments(more)), vars(arguments([*more, "--borders", "trim"]))
+        assert {k: v for k, v in ignored.items() if k != "record"} == {k: v for k, v in plain.items() if k != "record"}
+        with pytest.raises(SystemExit):
+            arguments(["--help"])
+        assert "--borders" not in capsys.readouterr().out
+
+
 def test_gpu_without_a_gpu_warns_in_one_line_and_goes_on(door, drawn):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     code, out, err = door(f"train.py {QUICK} --gpu -n g -d", drawn)
-    assert code == 0 and err == "warning: --gpu was given, no GPU was found: going on with the CPU\n"
+    why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
+    assert code == 0 and err == f"warning: --gpu was given, {why}: going on with the CPU\n"
+
+
+@pytest.mark.parametrize("built,why", [(True, "no GPU was found"), (False, "this torch was built without CUDA")])
+def test_gpu_says_whether_the_gpu_or_torch_lacks(monkeypatch, capsys, built, why):
+    from landmarks_fastai import cli
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    assert cli.machine(cli.train_arguments(["--gpu"])).device == "cpu"
+    assert capsys.readouterr().err == f"warning: --gpu was given, {why}: going on with the CPU\n"
 
 
 def test_the_current_directory_and_a_path_with_spaces_and_cyrillic(door, drawn, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import affine_grid, grid_sample
 
-from landmarks_fastai.geometry import PixelMap, content_box, fit_image, input_to_unit, pixel_map, unit_to_input
+from landmarks_fastai.geometry import PixelMap, fit_image, input_to_unit, pixel_map, unit_to_input
 from landmarks_fastai.settings import FITS
 
 SIZES = [(200, 160), (160, 200), (97, 131), (300, 64), (128, 128), (45, 33)]
@@ -58,63 +58,6 @@ def test_each_fit_keeps_what_it_says():
 def test_padding_is_black_and_leaves_the_picture_whole():
     picture = np.asarray(fit_image(Image.new("RGB", (60, 30), "white"), "pad", 60)[0])
     assert picture[:14].max() == 0 and picture[-14:].max() == 0 and picture[16:44].min() == 255
-
-
-def bordered(width, height, left, top, right, bottom, noise=0, seed=0):
-    "A JPEG's pixels: grey and speckled inside, black around it."
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, noise + 1, (height, width, 3), dtype=np.uint8)
-    inside = pixels[top : height - bottom, left : width - right]
-    inside[:] = rng.integers(60, 200, inside.shape)
-    return Image.fromarray(pixels)
-
-
-@pytest.mark.parametrize("margins", [(0, 0, 0, 0), (7, 0, 0, 0), (0, 12, 3, 0), (5, 9, 20, 1), (40, 0, 39, 0)])
-@pytest.mark.parametrize("noise", [0, 10])
-def test_black_borders_are_found(margins, noise):
-    width, height = 160, 120
-    left, top, right, bottom = margins
-    assert content_box(bordered(width, height, *margins, noise)) == (left, top, width - right, height - bottom)
-
-
-def test_a_dark_image_is_not_taken_for_a_border():
-    night = bordered(160, 120, 60, 50, 60, 50)  # a lit spot in the dark: less than half of either side
-    assert content_box(night) == content_box(Image.new("RGB", (160, 120))) == (0, 0, 160, 120)
-    stripe = np.full((120, 160, 3), 90, np.uint8)
-    stripe[40:50] = 0  # darkness inside a picture is the picture's
-    assert content_box(Image.fromarray(stripe)) == (0, 0, 160, 120)
-
-
-def test_what_is_dark_and_what_is_a_border_end_where_they_say():
-    "A border is as light as 12 of 255, not 13; what it leaves is half of a side, not less."
-    for lightness, box in [(12, (20, 30, 60, 90)), (13, (0, 0, 80, 120))]:
-        pixels = np.full((120, 80), lightness, np.uint8)
-        pixels[30:90, 20:60] = 200
-        assert content_box(Image.fromarray(pixels)) == box
-    for narrower in [(slice(30, 89), slice(20, 60)), (slice(30, 90), slice(21, 60))]:
-        pixels = np.zeros((120, 80), np.uint8)
-        pixels[narrower] = 200
-        assert content_box(Image.fromarray(pixels)) == (0, 0, 80, 120)
-
-
-@pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("margins", [(0, 0, 0, 0), (30, 0, 0, 0), (11, 9, 24, 3)])
-def test_trimmed_a_dot_still_lies_where_its_point_is_mapped(fit, margins):
-    left, top, right, bottom = margins
-    width, height, size = 180, 150, 64
-    point = np.array([(left + width - right) / 2 + 8.3, (top + height - bottom) / 2 - 5.6])
-    pixels = np.full((height, width), 40.0, np.float32)
-    pixels[:top], pixels[height - bottom :], pixels[:, :left], pixels[:, width - right :] = 0, 0, 0, 0
-    spot = dot(width, height, *point, 5.0) / 5
-    picture, bare = (Image.fromarray((pixels + p).round().astype(np.uint8)).convert("RGB") for p in (spot, 0))
-    fitted, to_input = fit_image(picture, fit, size, "trim")
-    ground, same = fit_image(bare, fit, size, "trim")
-    content = pixel_map(width - left - right, height - top - bottom, fit, size)  # as if the borders had never been
-    corners = np.array([[0, 0], [99, 77]])
-    assert to_input == same and to_input.to_input(corners + [left, top]) == pytest.approx(content.to_input(corners))
-    found = centroid(np.asarray(fitted)[..., 0].astype(float) - np.asarray(ground)[..., 0])
-    assert found == pytest.approx(to_input.to_input(point), abs=0.05)
-    assert to_input.to_image(to_input.to_input(point)) == pytest.approx(point, abs=1e-6)
 
 
 @pytest.mark.parametrize(

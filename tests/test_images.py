@@ -32,7 +32,7 @@ def save_dot(path, width, height, x, y, sigma=24.0):
 def test_a_dot_in_a_jpeg_decoded_smaller_lies_where_its_point_is_mapped(tmp_path, fit, width, height):
     point = np.array([0.52 * width, 0.47 * height])
     path = save_dot(tmp_path / "x.jpg", width, height, *point)
-    fitted, to_input = read_input(path, fit, 64, "keep")
+    fitted, to_input = read_input(path, fit, 64)
     grey = np.asarray(fitted).astype(float).mean(2)
     grey[grey < 3] = 0  # JPEG's dust in the black
     v, u = np.mgrid[:64, :64]
@@ -50,11 +50,11 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed_and_looks_the_same(tmp_pa
     decoded = []
     real = room.fit_image
     monkeypatch.setattr(room, "fit_image", lambda image, *more: decoded.append(image.size) or real(image, *more))
-    small, _ = read_input(tmp_path / "x.jpg", "crop", 128, "keep")
-    whole, _ = read_input(tmp_path / "x.png", "crop", 128, "keep")
+    small, _ = read_input(tmp_path / "x.jpg", "crop", 128)
+    whole, _ = read_input(tmp_path / "x.png", "crop", 128)
     assert decoded == [(400, 300), (1600, 1200)]  # no fewer than twice the input's side
     assert abs(np.asarray(small).astype(int) - np.asarray(whole)).mean() < 2
-    read_input(tmp_path / "x.jpg", "pad", 700, "keep")
+    read_input(tmp_path / "x.jpg", "pad", 700)
     assert decoded[-1] == (1600, 1200)
 
 
@@ -69,7 +69,7 @@ def faces(tmp_path, n=6):
 
 def cached(tmp_path, key=None, n=6):
     folder = faces(tmp_path, n) if not (tmp_path / "images").exists() else tmp_path / "images"
-    return folder, Inputs("crop", 32, "trim", open_cache(folder, n, "crop", 32, "trim", key or {"labels": 1}))
+    return folder, Inputs("crop", 32, open_cache(folder, n, "crop", 32, key or {"labels": 1}))
 
 
 def same(a, b):
@@ -78,7 +78,7 @@ def same(a, b):
 
 def test_the_cache_gives_back_what_was_read_bit_for_bit(tmp_path, monkeypatch):
     folder, inputs = cached(tmp_path)
-    plain = Inputs("crop", 32, "trim")
+    plain = Inputs("crop", 32)
     first = [inputs(i, folder / f"{i}.jpg") for i in range(6)]
     assert all(same(first[i], plain(i, folder / f"{i}.jpg")) for i in range(6))
     monkeypatch.setattr(room, "read_input", None)  # nothing is decoded any more: not here, not in another process
@@ -94,7 +94,7 @@ def test_a_changed_image_a_torn_record_and_another_key_are_read_again(tmp_path):
     assert np.array_equal(np.asarray(inputs(0, folder / "0.jpg")[0]), np.asarray(old[5][0]))
     cache = inputs.cache.path
     with open(cache, "r+b") as f:
-        f.seek(room.HEADER + inputs.cache.record + 500)  # in the second record's pixels
+        f.seek(inputs.cache.first + inputs.cache.record + 500)  # in the second record's pixels
         f.write(b"torn")
     assert same(inputs(1, folder / "1.jpg"), old[1])
     before = cache.stat().st_ino
@@ -104,6 +104,22 @@ def test_a_changed_image_a_torn_record_and_another_key_are_read_again(tmp_path):
     assert same(inputs(2, folder / "2.jpg"), old[2])  # who has the old file open keeps it
     cache.write_bytes(b"short")
     assert same(cached(tmp_path)[1](3, folder / "3.jpg"), old[3])
+
+
+def test_a_new_cache_is_short_and_a_full_one_demands_no_room(tmp_path, monkeypatch):
+    "By what was written alone: Windows allocates a length at once, and has no `st_blocks`."
+    folder, inputs = cached(tmp_path)
+    cache = inputs.cache
+    assert cache.path.stat().st_size == room.HEADER + 6 and cache.missing_bytes == 6 * cache.record
+    inputs(2, folder / "2.jpg")
+    assert cache.path.stat().st_size == cache.first + 3 * cache.record and cache.missing_bytes == 5 * cache.record
+    assert (
+        cache.get(1, folder / "1.jpg") is None and cache.get(4, folder / "4.jpg") is None
+    )  # a gap, and behind the end
+    for i in range(6):
+        inputs(i, folder / f"{i}.jpg")
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    assert cached(tmp_path)[1].cache.missing_bytes == 0
 
 
 def test_an_image_that_vanishes_is_named_although_it_was_kept(tmp_path):
@@ -120,12 +136,12 @@ def test_processes_that_fill_a_cache_at_once_leave_it_whole(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path;"
         "from landmarks_fastai.images import Inputs, open_cache;"
-        f"folder = Path({str(folder)!r}); cache = open_cache(folder, 40, 'crop', 32, 'trim', dict(labels=1));"
-        "inputs = Inputs('crop', 32, 'trim', cache); [inputs(i, folder / f'{i}.jpg') for i in range(40)]"
+        f"folder = Path({str(folder)!r}); cache = open_cache(folder, 40, 'crop', 32, dict(labels=1));"
+        "inputs = Inputs('crop', 32, cache); [inputs(i, folder / f'{i}.jpg') for i in range(40)]"
     )
     started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [process.wait() for process in started] == [0] * 4
-    plain, cache = Inputs("crop", 32, "trim"), cached(tmp_path, n=40)[1].cache
+    plain, cache = Inputs("crop", 32), cached(tmp_path, n=40)[1].cache
     kept = [cache.get(i, folder / f"{i}.jpg") for i in range(40)]
     assert all(k is None or same(k, plain(i, folder / f"{i}.jpg")) for i, k in enumerate(kept))
     assert sum(k is not None for k in kept) >= 1 and not list(tmp_path.glob("*.tmp"))

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from landmarks_fastai.machine import out_of_memory
+
 from .conftest import QUICK, ROOT
 from .test_doors import check_refused
 from .test_resume import SHORT, check_equal
@@ -48,6 +50,59 @@ def test_too_little_memory_says_what_batch_fits(door, drawn, tmp_path, small_mem
         door("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), "-b 8: not enough memory", "-b 4 fits"
     )
     assert not list((tmp_path / "here" / "runs").glob("s"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        "could not create a primitive",
+    ],
+)
+def test_every_way_of_saying_that_memory_is_short_is_known(text):
+    assert out_of_memory(RuntimeError(text))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+SMALL_SHM = """
+set -e
+mount -t tmpfs -o size=64k none /dev/shm
+set +e
+{python} {root}/train.py {flags} --workers 1 -n r -d {data} 2> err.txt
+echo $? > code.txt
+{python} {root}/train.py {flags} -n r -d {data} && {python} {root}/predict.py --workers 1 -b 32 -pm r 2>> err.txt
+echo $? >> code.txt
+"""
+
+
+def test_a_container_s_shared_memory_is_too_small_for_a_worker(drawn, tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    script = SMALL_SHM.format(python=sys.executable, root=ROOT, flags=f"{QUICK} --size 64 -b 8", data=drawn)
+    subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, check=True, timeout=90)
+    err, codes = (tmp_path / "err.txt").read_text().splitlines(), (tmp_path / "code.txt").read_text().split()
+    assert codes == ["1", "1"] and len(err) == 2, err
+    assert all("error: 1 workers may need" in line and "use --workers 0, or a larger /dev/shm" in line for line in err)
+
+
+def test_a_worker_that_a_bus_error_killed_is_told_in_one_line(door, drawn, tmp_path, monkeypatch):
+    "As torch raises it: the signal's own text is the cause of `exited unexpectedly`."
+    from landmarks_fastai import inference, stage
+
+    def killed(*args):
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that …")
+        except RuntimeError as e:
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from e
+
+    assert door(f"train.py {QUICK} -n r -d", drawn)[0] == 0
+    monkeypatch.setattr(inference, "batches_of_points", killed)
+    check_refused(door("predict.py --workers 0 -pm r"), "a bus error", "--workers 0", "/dev/shm")
+    monkeypatch.setattr(stage, "_fit", killed)
+    check_refused(door(f"train.py {QUICK} -n s -d", drawn), "a bus error", "--workers 0", "/dev/shm")
 
 
 FULL = """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from landmarks_fastai.losses import AdaptiveSmoothL1, loss_function, wing
+from landmarks_fastai.losses import loss_function, wing
 from landmarks_fastai.settings import LOSSES, Settings
 
 SIZE = 128
@@ -39,16 +39,3 @@ def test_truth_is_the_minimum_and_every_error_pulls_towards_it(loss):
     off = torch.tensor([0.3, -0.3, 9.0, -9.0], requires_grad=True)
     loss_function(Settings(loss=loss, size=SIZE))(off[None], torch.zeros(1, 4)).backward()
     assert torch.equal(off.grad.sign(), off.detach().sign())
-
-
-def test_adaptive_learns_in_training_alone():
-    loss = AdaptiveSmoothL1()
-    with torch.no_grad():
-        loss(torch.full((100,), 0.2))
-    assert loss.mean == 1.0
-    for _ in range(80):
-        loss(torch.full((100,), 0.2, requires_grad=True))
-    assert loss.mean.item() == pytest.approx(0.2, abs=0.01) and loss.variance.item() == pytest.approx(0, abs=1e-6)
-    # beta is now 0.2: linear beyond it
-    with torch.no_grad():
-        assert loss(torch.tensor([1.0])).item() == pytest.approx(1 - 0.1, abs=0.01)

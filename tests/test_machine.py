@@ -56,6 +56,36 @@ def test_precision_by_machine():
     assert not learner_callbacks(Machine()) and learner_callbacks(Machine(amp="bf16")) == [Amp]
 
 
+@pytest.mark.parametrize(
+    "name,bf16,precision",
+    [
+        ("NVIDIA GeForce GTX 1650", False, "off"),
+        ("NVIDIA GeForce GTX 1650 with Max-Q Design", False, "off"),
+        ("NVIDIA GeForce GTX 1660 SUPER", False, "off"),
+        ("Quadro T1000", False, "off"),
+        ("Tesla T4", False, "fp16"),
+        ("NVIDIA GeForce RTX 2060", False, "fp16"),
+        ("NVIDIA GeForce GTX 1080 Ti", False, "fp16"),
+        ("NVIDIA H100 80GB HBM3", True, "bf16"),
+    ],
+)
+def test_auto_precision_by_gpu(monkeypatch, name, bf16, precision):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: name)
+    assert Machine("cuda").precision == precision
+    assert Machine("cuda", amp="fp16").precision == "fp16"  # who asks for it by name gets it
+
+
+def test_cudnn_searches_for_its_fastest_algorithm_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    Machine().prepare()
+    assert not torch.backends.cudnn.benchmark
+    Machine("cuda").prepare()
+    assert torch.backends.cudnn.benchmark
+
+
 def learner_callbacks(machine):
     from landmarks_fastai.learner import on_machine
 

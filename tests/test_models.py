@@ -127,6 +127,23 @@ def test_a_payload_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_pth_that_unfolds_to_more_than_its_size_is_refused(tmp_path, monkeypatch):
+    import zipfile
+
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "w.pth")
+    assert models.read_tensors(tmp_path / "w.pth")["a"].shape == (1 << 20,)
+    with (
+        zipfile.ZipFile(tmp_path / "w.pth") as plain,
+        zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as z,
+    ):
+        for name in plain.namelist():
+            z.writestr(name, plain.read(name))
+    assert (tmp_path / "z.pth").stat().st_size < 20_000
+    monkeypatch.setattr(torch, "load", None)  # it is not even called
+    with pytest.raises(UserError, match="z.pth is no file of tensors .*compressed"):
+        models.read_tensors(tmp_path / "z.pth")
+
+
 def test_files_that_do_not_fit(tmp_path, other):
     model = build_model("resnet18", "linear", 7, 64)
     cases = {

@@ -56,7 +56,7 @@ KINDS = {
     "plateau, dropout, average": ("--head 16,drop0.5 -lr 0.02", [3, 7, 12]),
     "one cycle, momentum": ("--opt sgd -lr 1e-4 --sched onecycle", [5]),
     "gradients over batches, patience": ("--accumulate 3 --patience 2 --sched step --step-size 1", [4, 11]),
-    "adaptive loss, half precision, two looks": ("--loss adaptive --amp bf16 --tta", [6]),
+    "wing loss, half precision, two looks": ("--loss wing --amp bf16 --tta", [6]),
     "head alone, no average": ("--freeze --ema 0 --aug 0", [9]),
     "a worker": ("--workers 1", [17]),
 }

@@ -49,3 +49,10 @@ def test_what_is_no_record_is_refused():
     for facts in (None, [], {}, {"arch": "resnet18"}):
         with pytest.raises(UserError, match="setting"):
             Settings.from_dict(facts)
+
+
+def test_checkpoints_from_before_border_trimming_went():
+    before = Settings().to_dict()
+    assert Settings.from_dict(before | {"borders": "keep"}) == Settings()
+    with pytest.raises(UserError, match="border trimming was removed .*: train again, or use an earlier version"):
+        Settings.from_dict(before | {"borders": "trim"})
