@@ -4,11 +4,7 @@ import math
 import sys
 import time
 from contextlib import contextmanager
-<<<<<<< HEAD
-=======
 from itertools import chain
-from pathlib import Path
->>>>>>> machine
 
 import numpy as np
 import torch

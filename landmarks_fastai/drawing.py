@@ -29,12 +29,10 @@ def draw_batch(
     size = images.shape[-1]
     sides, titles = [(points, TRUTH)], ["truth"] * len(images)
     if out is not None:
-<<<<<<< HEAD
-        predicted = (out[0] if isinstance(out, (list, tuple)) else out)[:max_n].as_subclass(torch.Tensor)
-=======
-        predicted = (out[0] if isinstance(out, (list, tuple)) else out)[:max_n].reshape(points.shape)
-        predicted = predicted.as_subclass(torch.Tensor).to(points.device)  # `get_preds` gives it on the CPU
->>>>>>> machine
+        # `get_preds` gives it on the CPU
+        predicted = (
+            (out[0] if isinstance(out, (list, tuple)) else out)[:max_n].as_subclass(torch.Tensor).to(points.device)
+        )
         sides.append((predicted, PREDICTION))
         scores = mean_squared_error(points_in_image(predicted, maps, size), points_in_image(points, maps, size))
         titles = [f"score {s:.4g}" for s in scores]

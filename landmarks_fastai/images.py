@@ -103,7 +103,9 @@ def is_deep(image: Image.Image) -> bool:
     "Whether an opened image, not yet decoded, has 16 bits a channel. Pillow gives PGM's as mode I, which is a TIFF's 32."
     if image.mode == "I" and image.format == "PPM":
         return True
-    return image.mode.startswith("I;16") or any(re.search(r";16[BLN]?(?!\w)", str(tile.args)) for tile in getattr(image, "tile", ()))
+    return image.mode.startswith("I;16") or any(
+        re.search(r";16[BLN]?(?!\w)", str(tile.args)) for tile in getattr(image, "tile", ())
+    )
 
 
 def is_turned(image: Image.Image) -> bool:
@@ -269,15 +271,11 @@ class Inputs:
         if kept:
             return kept
         stamp = _stamp(path)  # before it is read: a file that changes meanwhile does not match its record
-<<<<<<< HEAD
         found = self.read(path, where)
-=======
-        found = read_input(path, self.fit, self.size, where)
->>>>>>> machine
         if self.cache:
             self.cache.put(row, stamp, *found)
         return found
 
     def read(self, path, where: str = "") -> tuple[Image.Image, PixelMap]:
         "Any image file's input and map."
-        return read_input(path, self.fit, self.size, self.borders, where)
+        return read_input(path, self.fit, self.size, where)

@@ -14,19 +14,13 @@ def points_in_image(
     maps,  # (batch, 4): each image's PixelMap
     size: int,  # of the network's input
 ):
-<<<<<<< HEAD
-    "The points (batch, n, 2), float64, in pixels of the images as stored."
-    points = unit_to_input(_plain(unit), size)
-    return PixelMap.of_batch(_plain(maps)).to_image(points)
-=======
     """The points (batch, n, 2), float64, in pixels of the images as stored, on the device of `unit`.
 
     float64: in float32 the score of a set is 2e-8 of itself off. MPS has none, there the CPU computes.
     """
     device = torch.device("cpu") if unit.device.type == "mps" else unit.device
-    points = unit_to_input(_plain(unit, device).reshape(len(unit), -1, 2), size)
+    points = unit_to_input(_plain(unit, device), size)
     return PixelMap.of_batch(_plain(maps, device)).to_image(points)
->>>>>>> machine
 
 
 def _plain(tensor, device):

@@ -19,14 +19,9 @@ from landmarks_fastai.block import landmark_dataloaders
 from landmarks_fastai.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.keep import Keep
-<<<<<<< HEAD
 from landmarks_fastai.learner import LandmarkLearner, landmark_learner, load_best
-from landmarks_fastai.machine import Machine, batch_that_fits, out_of_memory
-from landmarks_fastai.runs import Run, write_record
-=======
 from landmarks_fastai.machine import Machine, batch_that_fits, check_bus_error, check_shared_memory, out_of_memory
-from landmarks_fastai.runs import Run
->>>>>>> machine
+from landmarks_fastai.runs import Run, write_record
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.state import State
 
@@ -54,13 +49,8 @@ def score_loaded(learn: LandmarkLearner, given: Checkpoint) -> tuple[float, floa
     reported = "" if given.score is None else f"; its stage reported {given.score:.6g}"
     print(f"loaded: score {score:.6g} on the validation rows{reported}", flush=True)
     if own is not learn:
-<<<<<<< HEAD
         here, _ = score_now(learn, pairs)
         was, now = (f"{s.size} px, {s.fit}" for s in (given.settings, learn.settings))
-=======
-        here, _ = score_now(learn, settings.size, settings.pairs if settings.tta else ())
-        was, now = (f"{s.size} px, {s.fit}" for s in (given.settings, settings))
->>>>>>> machine
         print(f"that is at {was}; at {now}, it scores {here:.6g}", flush=True)
     return score, nme
 
@@ -84,13 +74,8 @@ def find_rate(learn: LandmarkLearner, run: Run):
                 f"--lr find: the loss grew fourfold within {steps} steps, too few to read a rate from: "
                 "try a larger -b, or give a rate"
             ) from None
-<<<<<<< HEAD
     rate = float(f"{found.minimum:.2g}")
     drawing.draw_rates(np.array(learn.recorder.lrs), np.array(learn.recorder.losses), rate)
-=======
-    rate = float(f"{found.minimum / settings.head_rate:.2g}")
-    drawing.draw_rates(np.array(learn.recorder.lrs) / settings.head_rate, np.array(learn.recorder.losses), rate)
->>>>>>> machine
     drawing.save_figure(run.file("lr.png"))
     print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
     learn.settings = learn.settings.replace(lr=rate)

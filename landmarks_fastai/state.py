@@ -59,10 +59,6 @@ def gather(learn) -> State:
     for k, p in enumerate(_parameters(learn)):
         if p.grad is not None and getattr(getattr(learn, "gradient_accumulation", None), "count", 0):
             tensors[f"grad.{k}"] = p.grad
-<<<<<<< HEAD
-    tensors |= {f"loss.{k}": t for k, t in _tensors_of(learn.loss_func.func)}
-=======
->>>>>>> machine
     if hasattr(learn, "average"):
         tensors |= {f"average.{k}": t for k, t in _tensors_of(learn.average.twin)}
     return State(facts, tensors | {"smooth": torch.as_tensor(smooth.val)})

@@ -71,19 +71,6 @@ def test_a_dot_is_where_the_target_says_through_the_whole_pipeline(tmp_path, fit
     assert found.numpy() == pytest.approx(unit_to_input(points[:, 0].double(), size).numpy(), abs=0.05)
 
 
-<<<<<<< HEAD
-=======
-@pytest.mark.parametrize("fit", FITS)
-def test_a_batch_made_at_once_is_the_batch_of_its_items(drawn, fit):
-    "`whole_batch` passes fastai's pipelines by: it must be what they would have made, type and all."
-    for dl in loaders(drawn, fit=fit)[1]:
-        items = dl.do_batch([dl.do_item(i) for i in range(8)])
-        for a, b in zip(dl.whole_batch(list(dl.items[:8])), items, strict=True):
-            assert type(a) is type(b) and a.dtype == b.dtype
-            assert a.as_subclass(torch.Tensor).numpy() == pytest.approx(b.as_subclass(torch.Tensor).numpy(), abs=5e-7)
-
-
->>>>>>> machine
 def test_points_outside_the_crop_stay_valid_targets(tmp_path):
     (tmp_path / "train" / "images").mkdir(parents=True)
     rows = ["file_name\tx\ty"]
