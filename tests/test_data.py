@@ -179,7 +179,7 @@ def test_mean_shape_is_the_mean_of_the_targets(drawn):
 def test_an_image_keeps_its_type_through_the_fit(drawn):
     labels, folder = training_rows(drawn)
     name = labels.name(0)
-    image = RowImage(labels, folder, Inputs("crop", 32, "keep"))(0)
+    image = RowImage(labels, folder, Inputs("crop", 32))(0)
     assert isinstance(image, PILImage)
     image, points, to_input = PointsToInput()((image, labels.points(0)))
     assert image.size == (32, 32) and tuple(to_input.tolist()) == pytest.approx(
