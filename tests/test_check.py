@@ -65,7 +65,7 @@ def test_what_is_transparent_is_black_and_its_hidden_colour_does_not_show(tmp_pa
     seen = [[[200, 100, 50], [0, 0, 0], [100, 50, 25]]]
     assert rgb(save(tmp_path / "a.png", pixels)) == seen
     assert rgb(save(tmp_path / "a.webp", pixels, lossless=True, exact=True)) == seen
-    assert np.asarray(read_input(tmp_path / "a.png", "squish", 8, "keep")[0])[0, 3].max() < 60
+    assert np.asarray(read_input(tmp_path / "a.png", "squish", 8)[0])[0, 3].max() < 60
     grey = np.array([[[90, 255], [250, 0]]], np.uint8)
     assert rgb(save(tmp_path / "b.png", Image.fromarray(grey, "LA"))) == [[[90] * 3, [0] * 3]]
     palette = Image.new("P", (2, 1))

@@ -342,7 +342,7 @@ def test_every_fitted_pixel_shows_the_place_that_it_is_mapped_to(width, height, 
     y, x = np.mgrid[: height * reduced, : width * reduced].astype(np.float32)
     v, u = np.mgrid[:size, :size]
     ramps = [Image.fromarray(ramp).reduce(reduced) for ramp in (x, y)]
-    (seen_x, there), (seen_y, same_map) = (fit_image(ramp, fit, size, "keep", reduced) for ramp in ramps)
+    (seen_x, there), (seen_y, same_map) = (fit_image(ramp, fit, size, reduced) for ramp in ramps)
     assert there == same_map == pixel_map(width, height, fit, size).from_stored(reduced)
     place = there.to_image(np.stack([u, v], -1).reshape(-1, 2).astype(float))
     seen = np.stack([np.asarray(seen_x), np.asarray(seen_y)], -1).reshape(-1, 2)
