@@ -4,7 +4,7 @@
 from landmarks_fastai import cli
 from landmarks_fastai.resume import record_of
 from landmarks_fastai.runs import claimed_run, find_checkpoint_file, run_name
-from landmarks_fastai.settings import FINETUNE_EPOCHS
+from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_RATE
 
 
 def main():
@@ -15,7 +15,7 @@ def main():
         print(f"run {run.name}, from {args.pretrained_model}", flush=True)
 
         from landmarks_fastai.checkpoint import read_checkpoint
-        from landmarks_fastai.stage import find_rate, fit_stage, report, score_loaded
+        from landmarks_fastai.stage import find_rate, fit_stage, note_low_rate, report, score_loaded
         from landmarks_fastai.state import read_state
         from landmarks_fastai.training import later_stage, resumed_stage
 
@@ -32,6 +32,8 @@ def main():
             loaded = score_loaded(learn, given)
             if args.lr == "find":
                 find_rate(learn, run)
+            elif args.lr:
+                note_low_rate(learn, FINETUNE_RATE * given.settings.lr)
         best = fit_stage(learn, run, given, loaded, cli.started(state), state)
         print(report(run, best, machine))
 

@@ -14,7 +14,7 @@ def main():
     with claimed_run(args.out, args.name, wanted, record_of(args), args.overwrite, args.resume) as run:
         print(f"run {run.name}", flush=True)
 
-        from landmarks_fastai.stage import find_rate, fit_stage, report
+        from landmarks_fastai.stage import find_rate, fit_stage, note_low_rate, report
         from landmarks_fastai.state import read_state
         from landmarks_fastai.training import first_stage, resumed_stage
 
@@ -30,6 +30,8 @@ def main():
             learn = first_stage(settings, weights, machine, run)
             if args.lr == "find":
                 find_rate(learn, run)
+            elif args.lr:
+                note_low_rate(learn, cli.default_rate(args, drawn))
         best = fit_stage(learn, run, started=cli.started(state), state=state)
         print(report(run, best, machine))
 

@@ -1,5 +1,6 @@
 "The DataBlock of landmarks, and the DataLoaders that it makes of a folder or a DataFrame."
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,8 @@ def landmark_dataloaders(
     >>> dls = landmark_dataloaders("faces", size=128, batch_size=32)
     """
     settings = (settings or Settings()).replace(**changes)
+    if isinstance(source, (str, Path)):
+        settings = settings.replace(data=os.path.abspath(source or "."))
     images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, progress)
     settings, flip = with_flip_map(settings.replace(n_points=images.labels.n_points), images)
     block = landmark_block(settings, item_tfms=item_tfms, batch_tfms=batch_tfms, machine=machine)

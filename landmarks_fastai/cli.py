@@ -246,6 +246,11 @@ def first_settings(args, drawn: bool) -> Settings:
     return Settings(**typed | {"data": os.path.abspath(typed.get("data") or ".")})
 
 
+def default_rate(args, drawn: bool) -> float:
+    "The rate of a first stage where none is typed."
+    return first_settings(argparse.Namespace(**vars(args) | {"lr": None}), drawn).lr
+
+
 def next_settings(args, before: Settings) -> Settings:
     "The settings of a later stage. Raises `UserError` for a flag that contradicts what cannot change."
     typed = given(args)

@@ -201,7 +201,10 @@ class InputCache:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._open()
+        if self.path.parent.is_dir():
+            self._open()
+        else:  # an exported Learner, on another machine: it predicts files, and asks for no row
+            self.file = None
 
     @property
     def missing_bytes(self) -> int:

@@ -5,6 +5,7 @@ On a GPU: mixed precision, channels_last, pinned memory, TF32, `torch.compile`. 
 """
 
 import ctypes
+import multiprocessing
 import os
 import re
 import shutil
@@ -53,6 +54,9 @@ class Machine:
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # A spawned worker (Windows) imports everything again: 0.4 GB, and training and validation keep theirs side by side.
+        if multiprocessing.get_context().get_start_method() != "fork":
+            cores = min(cores, total_memory() // (2 << 30))
         if self.device == "cuda":
             return min(8, cores)
         return 0 if self.cache or cores < 3 else min(8, cores // 2)
@@ -90,7 +94,7 @@ class Machine:
     def prepare(self):
         "Tell the process: once, before the first network is made. Raises `UserError` for what this machine cannot do."
         if self.amp == "fp16" and self.device == "cpu":
-            raise UserError("--amp fp16 is for a GPU: take --amp bf16 on a CPU, or leave --amp away")
+            raise UserError("--amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp")
         keep_freed_memory()
         os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
         if self.compile:
@@ -106,6 +110,15 @@ class Machine:
             torch.backends.cudnn.benchmark = True
 
 
+def total_memory() -> int:
+    "Bytes of this machine's memory."
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    status = (ctypes.c_ulonglong * 8)(64)  # Windows' MEMORYSTATUSEX: its own size, then the physical memory
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+    return status[1]
+
+
 def _try_compiler(device: str):
     "Compile something small: a machine without a compiler is found out now, in one line."
     import torch
@@ -114,7 +127,7 @@ def _try_compiler(device: str):
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as e:  # torch._inductor's, the compiler's and the linker's own errors share no narrower base
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
-        raise UserError(f"--compile: this machine cannot compile ({why}): leave --compile away") from None
+        raise UserError(f"--compile: this machine cannot compile ({why}): run without --compile") from None
 
 
 def keep_freed_memory() -> bool:
@@ -153,10 +166,8 @@ def check_shared_memory(machine: Machine, batch_bytes: int):
     shm = "/dev/shm"
     if not machine.decoders or not os.path.isdir(shm):
         return
-    needed, free = (
-        (2 * machine.decoders + 2) * batch_bytes,
-        shutil.disk_usage(shm).free,
-    )  # each prefetches 2; 2 are in use
+    needed = (2 * machine.decoders + 2) * batch_bytes  # each prefetches 2; 2 are in use
+    free = shutil.disk_usage(shm).free
     if needed > free:
         raise UserError(
             f"{machine.decoders} workers may need {needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}: "

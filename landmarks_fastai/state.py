@@ -87,7 +87,7 @@ def put_back(learn, state: State):
         parameters[int(k)].grad = _like(t, parameters[int(k)])
     learn.pct_train, learn.train_iter = facts["pct_train"], facts["train_iter"]
     smooth = learn.recorder.smooth_loss
-    smooth.val, smooth.count = tensors["smooth"].to(parameters[0].device), facts["smooth_count"]
+    smooth.val, smooth.count = tensors["smooth"], facts["smooth_count"]  # fastai keeps it on the CPU
     for name, values in facts["remembered"].items():
         for k, value in values.items():
             setattr(getattr(learn, name), k, value)

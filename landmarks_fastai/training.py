@@ -6,6 +6,7 @@ from landmarks_fastai import drawing
 from landmarks_fastai.block import landmark_dataloaders
 from landmarks_fastai.checkpoint import Checkpoint
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.items import labelled_images
 from landmarks_fastai.learner import LandmarkLearner, landmark_learner, load_best
 from landmarks_fastai.machine import Machine
 from landmarks_fastai.mirror import MirrorMap, NoMirror, write_pairs
@@ -24,12 +25,10 @@ def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) ->
 
 def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner that has loaded the best of the stage before; `settings` are the new stage's."
-    dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing)
-    found = dls.settings.n_points
-    if found != checkpoint.settings.n_points:
-        raise UserError(
-            f"{dls.items.labels.csv} has {found} points, {checkpoint.path} was trained on {checkpoint.settings.n_points}"
-        )
+    images = labelled_images(settings.data, on_bad=settings.on_bad, listing=run.listing)
+    if (found := images.labels.n_points) != settings.n_points:
+        raise UserError(f"{images.labels.csv} has {found} points, {checkpoint.path} was trained on {settings.n_points}")
+    dls = landmark_dataloaders(images, settings, machine=machine)
     report_flip_map(dls, run)
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     try:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything draws
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the processes of `-n auto` share the cores
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the doors are scripts beside the package, not modules of it
 
@@ -24,6 +25,12 @@ def drawn(tmp_path_factory):
     return make_sample(
         tmp_path_factory.mktemp("drawn") / "faces", N_TRAIN, N_TEST, N_POINTS, seed=5, n_asked=7, processes=1
     )
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    "No test depends on the folder that pytest was started in: a clone may have a runs/ of its user."
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

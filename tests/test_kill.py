@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +29,7 @@ STAGES = {  # the second one's worker outlives the process for a while
 }
 
 
-def start(folder, line, *more):
+def start(folder, line, *more, group=False):
     script, *words = line.split()
     return subprocess.Popen(
         [sys.executable, ROOT / script, *words, *map(str, more)],
@@ -37,6 +38,7 @@ def start(folder, line, *more):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=group,
     )
 
 
@@ -101,3 +103,58 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole, drawn, tmp_path, kill):
     print(f"kill {kill}: {name}: {[x for x in out.splitlines() if 'going on' in x or 'finished' in x]}")
     check_equal(here, "whole", name)
     assert not list(here.rglob("*.tmp")) and not list(here.rglob("*.lock"))
+
+
+# Two workers, so slow that the loop waits for them; a validation as long as the training.
+GROUP = f"train.py {QUICK} --arch mobilenetv3_small_050 -b 4 -e 3 --workers 2 --valid-pct 0.5 --save-every 0 -n {{}} -d"
+MOMENTS = 20
+
+
+@pytest.fixture(scope="module")
+def slow_images(drawn, tmp_path_factory):
+    "PNGs of 1,200 px: 40 ms to decode each."
+    from PIL import Image
+
+    folder = Path(shutil.copytree(drawn, tmp_path_factory.mktemp("slow") / "faces"))
+    table = folder / "train" / "landmarks.csv"
+    head, *rows = table.read_text().splitlines()
+    for k, row in enumerate(rows):
+        name, *numbers = row.split("\t")
+        with Image.open(folder / "train" / "images" / name) as image:
+            scale = 1200 / image.width
+            image.resize((1200, round(image.height * scale))).save(
+                folder / "train" / "images" / f"{k}.png", compress_level=1
+            )
+        rows[k] = "\t".join([f"{k}.png", *(f"{float(v) * scale:.2f}" for v in numbers)])
+    table.write_text("\n".join([head, *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_of_group(slow_images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole_group")
+    began = time.monotonic()
+    finish(start(folder, GROUP.format("whole"), slow_images))
+    return folder / "runs", time.monotonic() - began
+
+
+@pytest.mark.parametrize("moment", range(MOMENTS))
+def test_a_signal_to_the_whole_process_group_loses_nothing(whole_of_group, slow_images, tmp_path, moment):
+    "What systemd, Slurm, docker and a terminal send: workers get it too, at start-up, waiting, validation, writing."
+    runs, seconds = whole_of_group
+    shutil.copytree(runs, tmp_path / "runs")
+    number, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[moment % 2]
+    process = start(tmp_path, GROUP.format("r"), slow_images, group=True)
+    record = tmp_path / "runs" / "r" / "run.json"
+    while not record.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.Random(moment).uniform(0, 0.9 * (seconds - 1)))
+    if moment % 5 == 4:
+        while process.poll() is None and not list((tmp_path / "runs" / "r").glob("*.tmp")):
+            pass
+    os.killpg(process.pid, number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in out and record.exists(), out
+    assert "go on with: python train.py --resume -n r" in out
+    finish(start(tmp_path, "train.py --resume -n r"))
+    check_equal(tmp_path / "runs", "whole", "r")

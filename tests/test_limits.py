@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="li
 @pytest.fixture
 def small_memory(monkeypatch):
     "Every network runs out of memory where a batch has more than five images, with the error that a GPU gives."
-    from landmarks_fastai import checkpoint, inference, models, training
+    from landmarks_fastai import checkpoint, inference, learner, models
 
     build = models.build_model
 
@@ -34,7 +34,7 @@ def small_memory(monkeypatch):
         return model
 
     monkeypatch.setattr(inference, "fuse_norms", lambda model, size: model)  # which leaves hooks behind
-    for room in (checkpoint, training):
+    for room in (checkpoint, learner):
         monkeypatch.setattr(room, "build_model", built)
 
 

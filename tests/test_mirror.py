@@ -99,7 +99,7 @@ class Reader(torch.nn.Module):
         across = torch.linspace(-1, 1, images.shape[-1])
         light = images.sum((1, 2)) / images.sum((1, 2, 3), keepdim=False)[:, None]
         x = (light * across).sum(1)
-        return torch.stack([x, torch.zeros_like(x), x + 0.1, torch.zeros_like(x)], 1)
+        return torch.stack([x, torch.zeros_like(x), x + 0.1, torch.zeros_like(x)], 1).reshape(-1, 2, 2)
 
 
 def test_two_looks_average_the_image_and_its_mirror_image():
@@ -136,6 +136,6 @@ def test_landmarks_without_symmetry_train_without_mirroring(door, data, tmp_path
     rows = [line.split("\t")[0] + "".join(f"\t{v}" for v in shape + i % 5) for i, line in enumerate(lines[1:])]
     csv.write_text("\n".join([lines[0], *rows]) + "\n", encoding="utf-8")
     code, out, err = door(f"train.py {QUICK} -n r -d", data)
-    assert (code, err) == (0, "") and "no mirror map, images are not mirrored: mirrored points miss" in out
+    assert (code, err) == (0, "") and "no flip map, images are not mirrored: mirrored points miss" in out
     assert not list((tmp_path / "here" / "runs").glob("r_mirror*"))
     assert door("predict.py --workers 0 -pm r")[0] == 0

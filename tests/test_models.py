@@ -22,7 +22,7 @@ OTHERS = [
 def test_every_network_gives_points_and_learns_in_all_its_parts(arch):
     model = build_model(arch, "linear", 7, 64)
     out = model(torch.rand(2, 3, 64, 64))
-    assert out.shape == (2, 14)
+    assert out.shape == (2, 7, 2)
     out.square().sum().backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None]
     assert not dead

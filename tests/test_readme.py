@@ -2,12 +2,13 @@
 
 import re
 import shlex
+import shutil
 
 import pytest
 
 from landmarks_fastai import cli
 
-from .conftest import QUICK, ROOT
+from .conftest import N_POINTS, ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -33,16 +34,18 @@ def test_the_command_lines_of_the_three_stages_parse():
         assert args.data == ""
 
 
-def test_the_notebook_s_lines_run(door, drawn):
-    assert door(f"train.py {QUICK} -n NAME -d", drawn)[0] == 0
+def test_the_lines_of_python_run(drawn, tmp_path, monkeypatch):
     from matplotlib import pyplot as plt
 
+    shutil.copytree(drawn, tmp_path / "faces")
+    shutil.copy(next((drawn / "test" / "images").iterdir()), tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.+?)```", TEXT, re.S)[1]
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     titles = [ax.get_title() for ax in plt.gcf().axes]
     plt.close("all")
-    assert any(t.startswith("score") for t in titles)
+    assert any(t.startswith("score") for t in titles) and names["points"].shape == (1, N_POINTS, 2)
 
 
 def test_pictures_and_links_lead_somewhere():
