@@ -137,7 +137,7 @@ SWITCHES = [
     ("--cache", False, "keep the fitted images on disk, and read them there in later epochs and stages"),
     ("--compile", False, "torch.compile the network: a minute's start, faster steps; needs a C++ compiler"),
     ("--channels-last", True, "the memory order that convolutions are faster in"),
-    ("--pin-memory", True, "with a GPU: batches lie where it can fetch them while it computes"),
+    ("--pin-memory", True, "with a GPU: batches in page-locked memory, which are copied faster"),
     ("--tf32", True, "with a GPU that has it: matrices are multiplied with 10 bits of mantissa"),
 ]
 

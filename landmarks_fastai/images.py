@@ -19,7 +19,7 @@ from landmarks_fastai.geometry import PixelMap, fit_image
 from landmarks_fastai.machine import MAX_PIXELS, Machine
 
 SPARE = 2  # decoded sides are at least this many times the input's: Pillow's own gap for thumbnails
-FORMAT = 2  # of the cache file
+FORMAT = 3  # of the cache file
 HEADER = 4096  # bytes of it
 ORIENTATION = 0x0112  # EXIF's tag
 # What Pillow's decoders make of damaged files is not only an OSError.
@@ -28,6 +28,7 @@ REFUSALS = (
     zlib.error, ArithmeticError, MemoryError, RuntimeError,
 )  # fmt: skip
 EIGHT_BITS = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+PLACE = struct.Struct("<q")  # of a row's record in the file, 0: it has none
 FACTS = struct.Struct("<I4dqq")  # checksum; the map; the image file's size and time
 
 # What Pillow refuses is an error of ours; what it only wonders at (a large image, odd metadata) is nothing to act upon.
@@ -168,9 +169,9 @@ class InputCache:
     """A file of fitted images, a record a row, written as they are first asked for.
 
     A record holds the image file's size and time and a checksum of itself: one that is not yet written, torn, or of a
-    file that has changed since is made anew. A byte a row, behind the header, says which are written: how much the file
-    may still grow is counted by those, because its length says nothing (the rows come in random order) and Windows has no
-    `st_blocks`. Nor is it made as long as it may become, which NTFS would allocate at once. Pickles as the file's name.
+    file that has changed since is made anew. Records are appended in the order in which they are made, and a table behind
+    the header says where each row's is: NTFS would allocate the room of all rows at once where one far from the start is
+    written at its place. Pickles as the file's name.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class InputCache:
         key: dict,  # what the records depend on beyond their image files
     ):
         self.path, self.rows, self.size, self.key = Path(path), rows, size, key
-        self.record, self.first = FACTS.size + size * size * 3, HEADER + rows
+        self.record = FACTS.size + size * size * 3
         self._open()
 
     def _open(self):
@@ -193,7 +194,7 @@ class InputCache:
                 return
             self.file.close()
         with whole_file(self.path, "wb") as f:
-            f.write(head + bytes(self.rows))
+            f.write(head + bytes(PLACE.size * self.rows))
         self.file = open(self.path, "r+b", buffering=0)
 
     def __getstate__(self):
@@ -209,11 +210,13 @@ class InputCache:
     @property
     def missing_bytes(self) -> int:
         "How much the file may still grow."
-        return (self.rows - read_at(self.file, self.rows, HEADER).count(1)) * self.record
+        places = np.frombuffer(read_at(self.file, PLACE.size * self.rows, HEADER), np.int64)
+        return int((places == 0).sum()) * self.record
 
     def get(self, row: int, path) -> tuple[Image.Image, PixelMap] | None:
         "The row's input and map, if they were kept and the image file at `path` is as it was."
-        data = read_at(self.file, self.record, self.first + row * self.record)
+        (place,) = PLACE.unpack(read_at(self.file, PLACE.size, HEADER + PLACE.size * row))
+        data = read_at(self.file, self.record, place) if place else b""
         if len(data) < self.record:
             return None
         crc, *to_input, length, time = FACTS.unpack_from(data)
@@ -226,9 +229,10 @@ class InputCache:
         "Keep a row's input. Where the disk is full, it is not kept."
         data = bytearray(FACTS.pack(0, *to_input, *stamp) + image.tobytes())
         struct.pack_into("<I", data, 0, zlib.crc32(memoryview(data)[4:]))
-        with suppress(OSError):
-            write_at(self.file, data, self.first + row * self.record)
-            write_at(self.file, b"\1", HEADER + row)
+        with suppress(OSError), open(self.path, "ab", buffering=0) as end:  # each process has a position of its own
+            same = os.path.samestat(os.fstat(end.fileno()), os.fstat(self.file.fileno()))  # none has replaced the file
+            if same and end.write(data) == len(data):
+                write_at(self.file, PLACE.pack(end.tell() - len(data)), HEADER + PLACE.size * row)
 
 
 def _stamp(path) -> tuple[int, int]:

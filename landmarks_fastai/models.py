@@ -52,6 +52,17 @@ class LandmarkNetwork(nn.Sequential):
         self.metadata = {}
         self.register_load_state_dict_pre_hook(_without_metadata)
 
+    def forward(self, images):
+        """The head in float32 under autocast too: bfloat16 has 8 bits of mantissa, an eighth of a pixel at 128 px.
+
+        Asked for before it is entered, so that torch.fx can follow the network where there is no autocast.
+        """
+        features = self[0](images)
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return self[1](features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self[1](features.float())
+
     def get_extra_state(self) -> dict:
         return self.metadata
 

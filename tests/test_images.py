@@ -94,7 +94,7 @@ def test_a_changed_image_a_torn_record_and_another_key_are_read_again(tmp_path):
     assert np.array_equal(np.asarray(inputs(0, folder / "0.jpg")[0]), np.asarray(old[5][0]))
     cache = inputs.cache.path
     with open(cache, "r+b") as f:
-        f.seek(inputs.cache.first + inputs.cache.record + 500)  # in the second record's pixels
+        f.seek(room.HEADER + 6 * room.PLACE.size + inputs.cache.record + 500)  # in the second record's pixels
         f.write(b"torn")
     assert same(inputs(1, folder / "1.jpg"), old[1])
     before = cache.stat().st_ino
@@ -110,12 +110,11 @@ def test_a_new_cache_is_short_and_a_full_one_demands_no_room(tmp_path, monkeypat
     "By what was written alone: Windows allocates a length at once, and has no `st_blocks`."
     folder, inputs = cached(tmp_path)
     cache = inputs.cache
-    assert cache.path.stat().st_size == room.HEADER + 6 and cache.missing_bytes == 6 * cache.record
-    inputs(2, folder / "2.jpg")
-    assert cache.path.stat().st_size == cache.first + 3 * cache.record and cache.missing_bytes == 5 * cache.record
-    assert (
-        cache.get(1, folder / "1.jpg") is None and cache.get(4, folder / "4.jpg") is None
-    )  # a gap, and behind the end
+    empty = room.HEADER + 6 * room.PLACE.size
+    assert cache.path.stat().st_size == empty and cache.missing_bytes == 6 * cache.record
+    inputs(4, folder / "4.jpg")  # not at its place, five records behind the start: NTFS would make room for all six
+    assert cache.path.stat().st_size == empty + cache.record and cache.missing_bytes == 5 * cache.record
+    assert cache.get(1, folder / "1.jpg") is None and cache.get(5, folder / "5.jpg") is None
     for i in range(6):
         inputs(i, folder / f"{i}.jpg")
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))

@@ -30,9 +30,9 @@ def learner(drawn, **changes):
 
 
 def watch(learn):
-    "The types that the last layer's products had."
+    "The types that the first layer's products had."
     types = []
-    learn.model[1][0].register_forward_hook(lambda layer, inputs, out: types.append(out.dtype))
+    learn.model[0].conv1.register_forward_hook(lambda layer, inputs, out: types.append(out.dtype))
     return types
 
 
@@ -49,6 +49,14 @@ def test_bf16_computes_in_bf16_learns_alike_and_validates_outside_fit(drawn):
         # fastai's own callback fails here: its context is gone after fit
         assert np.isfinite(mixed.validate()[0])
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_the_head_computes_in_float32_under_autocast(drawn):
+    mixed, types = learner(drawn, amp="bf16"), []
+    mixed.model[1][0].register_forward_hook(lambda layer, inputs, out: types.append((inputs[0].dtype, out.dtype)))
+    with mixed.no_bar():
+        mixed.fit(1)
+    assert set(types) == {(torch.float32, torch.float32)}
 
 
 def test_precision_by_machine():
@@ -103,7 +111,7 @@ def test_memory_order_is_the_machine_s(drawn):
 
 def test_fp16_on_a_cpu_is_refused(door, drawn):
     code, _, err = door(f"train.py {QUICK} --amp fp16 -n r -d", drawn)
-    assert code == 1 and err == "error: --amp fp16 is for a GPU: take --amp bf16 on a CPU, or leave --amp away\n"
+    assert code == 1 and err == "error: --amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp\n"
 
 
 def test_a_machine_without_a_compiler_is_told_in_one_line(door, drawn, monkeypatch):

@@ -97,3 +97,21 @@ def test_the_private_names_are_those_that_were_read():
     )
     assert list(inspect.signature(Learner._with_events).parameters) == ["self", "f", "event_type", "ex", "final"]
     assert not inspect.signature(Learner._end_cleanup).parameters.keys() - {"self"}
+
+
+def test_the_smoothed_loss_stays_on_the_cpu_where_the_network_is_on_a_device(drawn, tmp_path):
+    "fastai keeps it there, and `torch.lerp` refuses mixed devices. The meta device stands in for a GPU."
+    from landmarks_fastai import landmark_dataloaders, landmark_learner
+    from landmarks_fastai.machine import Machine
+    from landmarks_fastai.state import gather, put_back
+
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, machine=Machine(workers=0))
+    learn = landmark_learner(dls, "resnet18", "none", path=tmp_path)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda values: None
+    learn.fit(1)
+    state = gather(learn)
+    learn.model.to("meta")
+    learn.create_opt()
+    put_back(learn, state)
+    assert next(learn.model.parameters()).is_meta and learn.recorder.smooth_loss.val.device.type == "cpu"
