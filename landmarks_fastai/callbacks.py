@@ -110,6 +110,8 @@ class PlateauLR(ReduceLROnPlateau):
         self.threshold, self.eps = threshold, eps
 
     def after_epoch(self):
+        if self.idx >= len(self.recorder.values[-1]):  # fastai ends the epoch of a `validate` that failed too
+            return
         value = self.recorder.values[-1][self.idx]
         if value < self.best * (1 - self.threshold):
             self.best, self.wait = value, 0

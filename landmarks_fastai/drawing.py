@@ -70,6 +70,7 @@ def _grid(n: int, sides: int) -> list:
     _, axes = plt.subplots(rows, columns * sides, figsize=size, dpi=120, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
+        ax.set(xticks=[], yticks=[])  # matplotlib lays out invisible ticks too: half of a figure's time
     return axes.reshape(-1, sides)[:n].tolist()
 
 

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything draws
@@ -66,7 +67,36 @@ def door(tmp_path, monkeypatch, capfd):
     return run
 
 
-QUICK = "--arch resnet18 --weights none --size 32 -b 8 -e 1 --workers 0"
+ARCH = "timm:test_resnet"  # 0.5 million weights: most of a test's time would go into writing resnet18's 11
+QUICK = f"--arch {ARCH} --weights none --size 32 -b 8 -e 1 --workers 0"
+
+
+@pytest.fixture(scope="session")
+def quick_run(drawn, tmp_path_factory):
+    "The folder of one finished run of `train.py QUICK`, that no test may change: a test takes a copy."
+    import train
+
+    out = tmp_path_factory.mktemp("quick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *QUICK.split(), "-n", "m", "--out", str(out), "-d", str(drawn)])
+        train.main()
+    return out / "m"
+
+
+@pytest.fixture
+def finished_run(door, quick_run, tmp_path):
+    "`finished_run('c')`: what `train.py QUICK -n c -d drawn` would have left in `runs`, without the training."
+    return lambda name: Path(shutil.copytree(quick_run, tmp_path / "here" / "runs" / name))
+
+
+@contextmanager
+def every_learner_has(*callbacks):
+    "fastai's own way to a Learner that somebody else makes: `defaults.callbacks`."
+    from fastai.torch_core import defaults
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(defaults, "callbacks", [*defaults.callbacks, *callbacks])
+        yield
 
 
 def csv_lines(path):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from landmarks_fastai.models import METADATA
 
-from .conftest import N_POINTS, QUICK, csv_lines, edit_line
+from .conftest import ARCH, N_POINTS, QUICK, csv_lines, edit_line
 from .test_check import png
 
 TRAIN = f"train.py {QUICK} -n r --out OUT -d DATA"
@@ -362,7 +362,7 @@ def trained(drawn, tmp_path_factory):
     import train
 
     out = tmp_path_factory.mktemp("trained")
-    line = QUICK.replace("resnet18", "squeezenet1_1").split()
+    line = QUICK.replace(ARCH, "squeezenet1_1").split()
     before, sys.argv = sys.argv, ["train.py", *line, "-n", "m", "--out", str(out), "-d", str(drawn)]
     try:
         train.main()

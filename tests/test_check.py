@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pandas as pd
 import pytest
+from fastai.callback.core import Callback
 from PIL import Image
 
 from landmarks_fastai import check, contest
@@ -20,7 +21,7 @@ from landmarks_fastai.items import labelled_images
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.split import split_rows
 
-from .conftest import N_TRAIN, QUICK, csv_lines, edit_line
+from .conftest import N_TRAIN, QUICK, csv_lines, edit_line, every_learner_has
 
 
 def png(width, height, depth, colour, raw, *chunks):
@@ -365,26 +366,23 @@ def test_a_name_that_leaves_the_folder_is_not_opened(tmp_path, name):
     assert found.rows.tolist() == [0] and "leaves the image folder" in found.text(0)
 
 
-def delete_in_epoch(monkeypatch, epoch, paths):
+def delete_in_epoch(epoch, paths):
     "Real files, deleted while a stage runs."
-    from landmarks_fastai import callbacks
 
-    real = callbacks.DrawByStep.before_train
+    class Delete(Callback):
+        def before_train(self):
+            if self.epoch == epoch:
+                for path in paths:
+                    path.unlink(missing_ok=True)
 
-    def before_train(self):
-        if self.epoch == epoch:
-            for path in paths:
-                path.unlink(missing_ok=True)
-        real(self)
-
-    monkeypatch.setattr(callbacks.DrawByStep, "before_train", before_train)
+    return every_learner_has(Delete)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_vanishes_costs_that_image(door, data, tmp_path, monkeypatch, workers):
+def test_an_image_that_vanishes_costs_that_image(door, data, tmp_path, workers):
     paths = [data / "train" / "images" / names(data)[row] for row in (3, 36)]  # one of each side
-    delete_in_epoch(monkeypatch, 1, paths)
-    code, out, err = door(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
+    with delete_in_epoch(1, paths):
+        code, out, err = door(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
     assert code == 0 and err.count("\n") == 2, err
     for path, line in zip(paths, (5, 38), strict=True):
         assert f"line {line}: image {path} not found: the run goes on without it\n" in err
@@ -393,17 +391,17 @@ def test_an_image_that_vanishes_costs_that_image(door, data, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_that_vanishes_stops_the_run_in_one_line(door, data, tmp_path, monkeypatch, workers):
-    delete_in_epoch(monkeypatch, 0, [data / "train" / "images" / name for name in names(data)])
-    code, _, err = door(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
+def test_a_folder_that_vanishes_stops_the_run_in_one_line(door, data, tmp_path, workers):
+    with delete_in_epoch(0, [data / "train" / "images" / name for name in names(data)]):
+        code, _, err = door(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
     assert code == 1 and err.count("\n") == 1 and "is the folder still there?" in err
     assert not [p for p in (tmp_path / "here" / "runs").iterdir()]
 
 
-def test_a_training_batch_s_last_image_is_taken_twice(data, monkeypatch, door):
+def test_the_last_image_of_a_training_batch_is_taken_twice(data, door):
     "Of batches of two, one image vanished from many: a batch norm would refuse what is left."
-    delete_in_epoch(monkeypatch, 0, [data / "train" / "images" / name for name in names(data)[:6]])
-    code, _, err = door(f"train.py {QUICK} -b 2 -n r -d", data)
+    with delete_in_epoch(0, [data / "train" / "images" / name for name in names(data)[:6]]):
+        code, _, err = door(f"train.py {QUICK} -b 2 -n r -d", data)
     assert code == 0 and err.count("\n") == 6
 
 
@@ -445,7 +443,7 @@ def test_a_csv_that_is_wrong_from_end_to_end_is_told_and_not_kept_whole_in_memor
     assert (N_TRAIN, labels.name(77)) == (40, "77.jpg")
 
 
-def test_far_outside_is_an_image_s_side(data):
+def test_far_outside_is_the_side_of_an_image(data):
     csv, image = data / "train" / "landmarks.csv", data / "train" / "images" / names(data)[4]
     width, height = Image.open(image).size
     whole = csv_lines(csv)[5]

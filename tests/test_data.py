@@ -32,7 +32,7 @@ def every(dl):
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_a_batch_s_points_go_back_to_the_file_s(drawn, fit):
+def test_the_points_of_a_batch_go_back_to_those_of_the_file(drawn, fit):
     items, dls = loaders(drawn, fit=fit)
     images, points, maps = every(dls.valid)
     rows = split_rows(N_TRAIN, SETTINGS)[1]
@@ -107,7 +107,7 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_a_short_batch_is_dropped(
     assert len(set(orders.values())) == 3
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_give_the_same_batches_by_either_start_method(drawn, monkeypatch, method):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} on this system")

@@ -36,7 +36,7 @@ def test_help_is_quick_and_names_every_flag(script):
     assert ("--pretrained-model" in done.stdout) == (script != "train.py")
 
 
-def test_the_seed_s_command_lines_parse():
+def test_the_command_lines_of_the_baseline_parse():
     from landmarks_fastai import cli
 
     name = "resnext50_32x4d_b_32_e_10"
@@ -72,7 +72,7 @@ def test_gpu_without_a_gpu_warns_in_one_line_and_goes_on(door, drawn):
         pytest.skip("this machine has a GPU")
     code, out, err = door(f"train.py {QUICK} --gpu -n g -d", drawn)
     why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
-    assert code == 0 and err == f"warning: --gpu was given, {why}: going on with the CPU\n"
+    assert code == 0 and err.count("\n") == 1 and "--gpu" in err and why in err
 
 
 @pytest.mark.parametrize("built,why", [(True, "no GPU was found"), (False, "this torch was built without CUDA")])
@@ -82,7 +82,8 @@ def test_gpu_says_whether_the_gpu_or_torch_lacks(monkeypatch, capsys, built, why
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
     assert cli.machine(cli.train_arguments(["--gpu"])).device == "cpu"
-    assert capsys.readouterr().err == f"warning: --gpu was given, {why}: going on with the CPU\n"
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--gpu" in err and why in err
 
 
 def test_the_current_directory_and_a_path_with_spaces_and_cyrillic(door, drawn, tmp_path, monkeypatch):
@@ -99,19 +100,27 @@ def test_the_current_directory_and_a_path_with_spaces_and_cyrillic(door, drawn, 
 
 def test_names(door, drawn, tmp_path):
     for _ in (1, 2):
-        assert door(f"train.py {QUICK} -d", drawn)[0] == 0
+        assert door(f"train.py {QUICK} --arch mobilenetv3_small_050 -d", drawn)[0] == 0
+    name = "mobilenetv3_small_050_b_8_e_1"
     runs = tmp_path / "here" / "runs"
-    assert {p.name for p in runs.iterdir()} == {"resnet18_b_8_e_1", "resnet18_b_8_e_1_2"}
-    before = (runs / "resnet18_b_8_e_1/best.pth").read_bytes()
-    check_refused(door(f"train.py {QUICK} --seed 9 -n resnet18_b_8_e_1 -d", drawn), "already has a run", "--overwrite")
-    assert (runs / "resnet18_b_8_e_1/best.pth").read_bytes() == before
-    assert door(f"train.py {QUICK} --seed 9 --overwrite -n resnet18_b_8_e_1 -d", drawn)[0] == 0
-    assert (runs / "resnet18_b_8_e_1/best.pth").read_bytes() != before
-    check_refused(door("finetune.py --overwrite -n resnet18_b_8_e_1 -pm resnet18_b_8_e_1"), "is the run that -pm loads")
-    for name in ("../x", "/tmp/x", "a/b", "..", "a\\b", "c:x"):
+    assert {p.name for p in runs.iterdir()} == {name, f"{name}_2"}
+    before = (runs / f"{name}/best.pth").read_bytes()
+    check_refused(
+        door(f"train.py {QUICK} --seed 9 -n {name} -d", drawn),
+        "already has a run",
+        "--overwrite",
+    )
+    assert (runs / f"{name}/best.pth").read_bytes() == before
+    assert door(f"train.py {QUICK} --seed 9 --overwrite -n {name} -d", drawn)[0] == 0
+    assert (runs / f"{name}/best.pth").read_bytes() != before
+    check_refused(
+        door(f"finetune.py --overwrite -n {name} -pm {name}"),
+        "is the run that -pm loads",
+    )
+    for wrong in ("../x", "/tmp/x", "a/b", "..", "a\\b", "c:x"):
         check_refused(
-            door(f"train.py {QUICK} -d {drawn} -n", name)
-            if "\\" not in name
+            door(f"train.py {QUICK} -d {drawn} -n", wrong)
+            if "\\" not in wrong
             else door(f"train.py {QUICK} -n 'a\\b' -d", drawn),
             "-n",
         )
@@ -183,9 +192,7 @@ def test_broken_data(door, data, tmp_path, kind, workers):
     ],
 )  # fmt: skip
 def test_flags_that_cannot_be(door, drawn, line, part):
-    check_refused(
-        door(f"train.py --arch resnet18 --weights none --size 32 -b 8 -e 1 --workers 0 -d {drawn} {line}"), part
-    )
+    check_refused(door(f"train.py {QUICK} -d {drawn} {line}"), part)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -229,8 +236,8 @@ def test_a_run_that_is_overwritten_keeps_its_checkpoint_until_there_is_another(d
     assert not list((runs / "r").glob("submit.csv")) and not list((runs / "r").glob("points.*"))  # the old network's
 
 
-def test_finetune_on_data_with_another_number_of_points(door, drawn, data):
-    assert door(f"train.py {QUICK} -n r -d", drawn)[0] == 0
+def test_finetune_on_data_with_another_number_of_points(door, finished_run, data):
+    finished_run("r")
     csv = data / "train" / "landmarks.csv"
     csv.write_text("\n".join(line.rsplit("\t", 2)[0] for line in csv.read_text().splitlines()) + "\n")
     check_refused(

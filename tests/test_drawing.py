@@ -10,6 +10,8 @@ from landmarks_fastai.drawing import PREDICTION, TRUTH, draw_points, save_figure
 from landmarks_fastai.learner import landmark_learner
 from landmarks_fastai.machine import Machine
 
+from .conftest import ARCH
+
 
 def rgb(colour):
     return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
@@ -42,7 +44,7 @@ def test_a_dot_is_drawn_at_its_pixel_s_centre(point):
 def learn(drawn, tmp_path):
     machine = Machine(workers=0)
     dls = landmark_dataloaders(drawn, size=64, batch_size=8, machine=machine)
-    return landmark_learner(dls, "resnet18", "none", start="random", machine=machine, path=tmp_path)
+    return landmark_learner(dls, ARCH, "none", start="random", machine=machine, path=tmp_path)
 
 
 def test_show_results_draws_truth_beside_prediction_with_the_score_above(learn, tmp_path):

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 
 from landmarks_fastai.machine import out_of_memory
 
-from .conftest import QUICK, ROOT
+from .conftest import QUICK, ROOT, every_learner_has
 from .test_doors import check_refused
 from .test_resume import SHORT, check_equal
 
@@ -78,7 +79,8 @@ echo $? >> code.txt
 """
 
 
-def test_a_container_s_shared_memory_is_too_small_for_a_worker(drawn, tmp_path):
+@pytest.mark.slow
+def test_the_shared_memory_of_a_container_is_too_small_for_a_worker(drawn, tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     script = SMALL_SHM.format(python=sys.executable, root=ROOT, flags=f"{QUICK} --size 64 -b 8", data=drawn)
@@ -88,9 +90,9 @@ def test_a_container_s_shared_memory_is_too_small_for_a_worker(drawn, tmp_path):
     assert all("error: 1 workers may need" in line and "use --workers 0, or a larger /dev/shm" in line for line in err)
 
 
-def test_a_worker_that_a_bus_error_killed_is_told_in_one_line(door, drawn, tmp_path, monkeypatch):
+def test_a_worker_that_a_bus_error_killed_is_told_in_one_line(door, drawn, finished_run, monkeypatch):
     "As torch raises it: the signal's own text is the cause of `exited unexpectedly`."
-    from landmarks_fastai import inference, stage
+    from landmarks_fastai import inference
 
     def killed(*args):
         try:
@@ -98,13 +100,17 @@ def test_a_worker_that_a_bus_error_killed_is_told_in_one_line(door, drawn, tmp_p
         except RuntimeError as e:
             raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from e
 
-    assert door(f"train.py {QUICK} -n r -d", drawn)[0] == 0
+    class Killed(Callback):
+        before_fit = killed
+
+    finished_run("r")
     monkeypatch.setattr(inference, "batches_of_points", killed)
     check_refused(door("predict.py --workers 0 -pm r"), "a bus error", "--workers 0", "/dev/shm")
-    monkeypatch.setattr(stage, "_fit", killed)
-    check_refused(door(f"train.py {QUICK} -n s -d", drawn), "a bus error", "--workers 0", "/dev/shm")
+    with every_learner_has(Killed):
+        check_refused(door(f"train.py {QUICK} -n s -d", drawn), "a bus error", "--workers 0", "/dev/shm")
 
 
+FILLS = "mobilenetv3_small_050"  # one state of it and not two
 FULL = """
 set -e
 mkdir -p runs && mount -t tmpfs -o size={size}m none runs
@@ -119,11 +125,12 @@ mkdir out && cp -r runs/* out/
 """
 
 
+@pytest.mark.slow
 def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, door):
     "A file system that holds one state and not two: the first stays whole, and the run goes on from it."
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    flags = f"{SHORT} --save-every 0"
+    flags = f"{SHORT} --arch {FILLS} --save-every 0"
     script = FULL.format(size=24, python=sys.executable, root=ROOT, flags=flags, data=drawn)
     subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, check=True)
     err, codes = (tmp_path / "err.txt").read_text(), (tmp_path / "code.txt").read_text().split()
@@ -135,17 +142,17 @@ def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, door):
     assert "state.safetensors\n" in left and ".tmp" not in left
     assert codes[1] == "0" and "going on at epoch 0, batch 1" in (tmp_path / "resumed.txt").read_text()
     runs = tmp_path / "here" / "runs"
-    assert door(f"train.py {SHORT} -n whole -d", drawn)[0] == 0
+    assert door(f"train.py {SHORT} --arch {FILLS} -n whole -d", drawn)[0] == 0
     shutil.copytree(tmp_path / "out" / "parts", runs / "parts")
     check_equal(runs, "whole", "parts")
 
 
 @pytest.mark.parametrize("bytes_left", [1 << 10, 1 << 14, 1 << 17, 1 << 20])
-def test_no_file_can_grow_is_said_in_one_line(door, drawn, tmp_path, bytes_left):
+def test_no_file_can_grow_is_said_in_one_line(door, drawn, finished_run, tmp_path, bytes_left):
     "As a quota does; whichever file is the first that does not fit."
     import resource
 
-    assert door(f"train.py {QUICK} -n other -d", drawn)[0] == 0  # parses the labels, draws the fonts
+    finished_run("other")  # the labels are parsed, the fonts are drawn
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, limit[1]))
     try:

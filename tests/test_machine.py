@@ -100,7 +100,7 @@ def learner_callbacks(machine):
     return [type(cb) for cb in on_machine(machine) if isinstance(cb, Amp)]
 
 
-def test_memory_order_is_the_machine_s(drawn):
+def test_memory_order_is_that_of_the_machine(drawn):
     for on in (True, False):
         learn = learner(drawn, channels_last=on)
         with learn.no_bar():
@@ -111,7 +111,7 @@ def test_memory_order_is_the_machine_s(drawn):
 
 def test_fp16_on_a_cpu_is_refused(door, drawn):
     code, _, err = door(f"train.py {QUICK} --amp fp16 -n r -d", drawn)
-    assert code == 1 and err == "error: --amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp\n"
+    assert code == 1 and err.count("\n") == 1 and "--amp fp16" in err and "--amp bf16" in err
 
 
 def test_a_machine_without_a_compiler_is_told_in_one_line(door, drawn, monkeypatch):

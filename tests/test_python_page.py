@@ -21,7 +21,7 @@ from landmarks_fastai.geometry import input_to_unit, pixel_map, unit_to_input
 from landmarks_fastai.machine import Machine
 from landmarks_fastai.metrics import points_in_image
 
-from .conftest import N_POINTS, ROOT
+from .conftest import ARCH, N_POINTS, ROOT
 
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 
@@ -35,7 +35,7 @@ def quiet(monkeypatch):
 
 
 def learner(dls, tmp_path, **changes):
-    learn = landmark_learner(dls, "resnet18", "none", path=tmp_path, **changes)
+    learn = landmark_learner(dls, ARCH, "none", path=tmp_path, **changes)
     learn.remove_cb(learn.progress)
     learn.logger = lambda values: None
     return learn
@@ -47,6 +47,7 @@ def learn(drawn, tmp_path):
     return learner(dls, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_run(drawn, tmp_path, monkeypatch):
     shutil.copytree(drawn, tmp_path / "faces")
     shutil.copy(next((drawn / "test" / "images").iterdir()), tmp_path / "photo.jpg")
@@ -204,7 +205,7 @@ def test_an_exported_learner_predicts_where_there_is_no_data(learn, data, drawn,
 
 def test_settings_that_the_dataloaders_decide_are_refused_later(learn):
     with pytest.raises(UserError, match="size: decided by the DataLoaders"):
-        landmark_learner(learn.dls, "resnet18", "none", size=64)
+        landmark_learner(learn.dls, ARCH, "none", size=64)
     with pytest.raises(UserError, match="unknown setting: sise"):
         landmark_dataloaders("faces", sise=64)
 

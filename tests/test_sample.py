@@ -224,20 +224,17 @@ def test_mean_face_is_symmetric_and_spread():
     assert mean.imag.min() < -0.5 and mean.imag.max() > 1.4 and np.ptp(mean.real) > 1.7
 
 
-def test_two_that_draw_one_set_at_once_both_have_it(tmp_path, monkeypatch):
+def test_two_that_draw_one_set_at_once_both_have_it(tmp_path):
     from landmarks_fastai import sample
 
-    fill, folder = sample._fill, tmp_path / "set"
+    folder, drawn_first = tmp_path / "set", []
 
-    def slow_fill(half, recipe, *rest):
-        fill(half, recipe, *rest)
-        if not folder.exists():  # the other process ends between our drawing and our renaming
-            monkeypatch.setattr(sample, "_fill", fill)
-            sample.make_sample(folder, **SMALL)
+    def other(done, total):
+        if done == total and not drawn_first:  # the other process ends between our drawing and our renaming
+            drawn_first.append(sample.make_sample(folder, **SMALL))
 
-    monkeypatch.setattr(sample, "_fill", slow_fill)
-    assert sample.make_sample(folder, **SMALL) == folder and (folder / "sample.json").is_file()
-    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    assert sample.make_sample(folder, progress=other, **SMALL) == folder and (folder / "sample.json").is_file()
+    assert drawn_first == [folder] and [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
 def test_faces_vary():
