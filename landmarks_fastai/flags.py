@@ -70,7 +70,10 @@ def _parts(action) -> tuple[str, str]:
 
 def _table(title, rows) -> str:
     lines = [f"## {title[0].upper()}{title[1:]}", ""]
-    lines += ["| flag | what it does | " + " | ".join(f"`{s}`" for s in PARSERS) + " |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        "| flag | what it does | " + " | ".join(f"`{s}`" for s in PARSERS) + " |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for flags, (about, defaults) in rows.items():
         cells = [flags, about, *(defaults.get(script, "–") for script in PARSERS)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -89,7 +92,9 @@ def _typed(settings: dict) -> str:
     words = []
     for name, value in settings.items():
         flag = flag_of(name)
-        words.append(flag if value is True else f"--no-{flag.strip('-')}" if value is False else f"{flag} {_plain(value)}")
+        words.append(
+            flag if value is True else f"--no-{flag.strip('-')}" if value is False else f"{flag} {_plain(value)}"
+        )
     return " ".join(words)
 
 
