@@ -146,8 +146,8 @@ TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_rate", "l
 IMAGES = ["aug", "mirror", "ema", "tta"]
 
 
-def train_arguments(argv=None):
-    "What train.py was asked for."
+def train_parser() -> argparse.ArgumentParser:
+    "The flags of train.py."
     parser = _parser(
         "Train a network that finds many landmarks in a picture: the first stage.\n\n"
         "Without -d it draws a small set of faces (once), and trains on those.",
@@ -167,11 +167,16 @@ def train_arguments(argv=None):
     _add_settings(parser, "training", TRAINING)
     _add_settings(parser, "what the images go through, and what is kept", IMAGES)
     _add_machine(parser)
-    return _parse(parser, argv, "train.py")
+    return parser
 
 
-def finetune_arguments(argv=None):
-    "What finetune.py was asked for."
+def train_arguments(argv=None):
+    "What train.py was asked for."
+    return _parse(train_parser(), argv, "train.py")
+
+
+def finetune_parser() -> argparse.ArgumentParser:
+    "The flags of finetune.py."
     parser = _parser(
         "Train on from the best checkpoint of a stage before, at a lower rate.\n\n"
         "Network, head, input, split, optimiser, schedule and data are the checkpoint's where no flag says otherwise.\n"
@@ -191,6 +196,12 @@ def finetune_arguments(argv=None):
     _add_name(training)
     _add_settings(parser, "must agree with the checkpoint", NETWORK + SPLIT, its)
     _add_machine(parser)
+    return parser
+
+
+def finetune_arguments(argv=None):
+    "What finetune.py was asked for."
+    parser = finetune_parser()
     args = _parse(parser, argv, "finetune.py")
     if args.pretrained_model is None:
         parser.error("the following arguments are required: -pm/--pretrained-model (or --resume and -n)")
@@ -205,8 +216,8 @@ def _parse(parser, argv, script: str):
     return resumed(parser, args, words) if args.resume else args
 
 
-def predict_arguments(argv=None):
-    "What predict.py was asked for."
+def predict_parser() -> argparse.ArgumentParser:
+    "The flags of predict.py."
     parser = _parser(
         "Predict the test images' points and write the submission.\n\n"
         "Reads DIR/test/test_points.csv and DIR/test/images; writes runs/NAME/submit.csv (the submission),\n"
@@ -223,7 +234,12 @@ def predict_arguments(argv=None):
     fixed = NETWORK + INPUT
     _add_settings(parser, "must agree with the checkpoint", fixed, dict.fromkeys(fixed, "the checkpoint's"))
     _add_machine(parser, amp="off")
-    return parser.parse_args(argv)
+    return parser
+
+
+def predict_arguments(argv=None):
+    "What predict.py was asked for."
+    return predict_parser().parse_args(argv)
 
 
 def _add_checkpoint(parser, required=True):

@@ -40,7 +40,7 @@ MEAN_ROWS = 2000  # rows that the mean shape is taken of
 def optimiser(settings: Settings) -> partial:
     """The `opt_func` of a Learner: PyTorch's own optimiser through fastai's `OptimWrapper`.
 
-    fastai's Adam has no amsgrad, which the published entry's has. Through the wrapper every parameter decays, biases and
+    fastai's Adam has no amsgrad. Through the wrapper every parameter decays, biases and
     norms too (fastai's `wd_bn_bias` has no effect there): that is what the entry's PyTorch loop did, and it is kept.
     """
     # fused: a step of resnext50's weights in 20 ms, not 54, on two cores

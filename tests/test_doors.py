@@ -1,7 +1,6 @@
 "The doors: what a person may mistype, and the line that they get. A traceback is a failure."
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -253,27 +252,3 @@ def test_a_run_that_ends_badly_leaves_its_name_free(door, data):
     assert door(f"train.py {QUICK} -n r -d", data)[0] == 1
     image.write_bytes(whole)
     assert door(f"train.py {QUICK} -n r -d", data)[0] == 0
-
-
-def test_imports_run_one_way():
-    "The order of thought of the house: a room imports only rooms that stand before it."
-    order = [
-        "errors", "files", "interrupts", "settings", "runs", "geometry", "machine", "images", "rows", "labels", "check",
-        "contest", "items", "split",
-        "face_template",
-        "texture", "faces", "sample", "mirror", "metrics", "drawing",
-        "augment", "transforms", "loader", "block", "losses", "models", "checkpoint", "callbacks", "state", "keep", "resumable", "learner",
-        "training", "stage", "inference",
-        "resume", "cli",
-    ]  # fmt: skip
-    rooms = {
-        p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "landmarks_fastai").glob("*.py") if p.stem != "__init__"
-    }
-    assert sorted(rooms) == sorted(order)
-    for room, text in rooms.items():
-        used = re.findall(r"from landmarks_fastai\.(\w+) import", text)
-        used += [
-            m.strip() for names in re.findall(r"from landmarks_fastai import (.+)", text) for m in names.split(",")
-        ]
-        for other in used:
-            assert order.index(other) < order.index(room), f"{room} imports {other}"

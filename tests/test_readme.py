@@ -1,28 +1,86 @@
-"What README.md says is so: its flags exist, its Python runs, the links lead somewhere."
+"What README.md and the pages of docs/ say is so: flags exist, command lines parse, Python runs, links lead somewhere."
 
+import ast
+import importlib.util
 import re
 import shlex
 import shutil
 
 import pytest
 
-from landmarks_fastai import cli
+from landmarks_fastai import cli, flags
 
 from .conftest import N_POINTS, ROOT
 
+PACKAGE = ROOT / "landmarks_fastai"
+PARSERS = {"train": cli.train_parser, "finetune": cli.finetune_parser, "predict": cli.predict_parser}
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md"))}
+OTHERS = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "tests/README.md", "benchmarks/README.md", "benchmarks/score.md")
+}
+PAGES = {"README.md": TEXT} | DOCS | OTHERS  # path from the root -> text
 
 
-def test_every_flag_of_the_table_exists_and_its_default_is_the_program_s(capsys):
-    helps = ""
-    for parse in (cli.train_arguments, cli.finetune_arguments, cli.predict_arguments):
+def each(pages):
+    return pytest.mark.parametrize("page", [pytest.param(page, id=page) for page in pages])
+
+
+def flags_named(text) -> set[str]:
+    return set(re.findall(r"`(-{1,2}[a-z][a-z0-9-]*)[` ]", text)) - {"--help"}
+
+
+def commands(text) -> list[str]:
+    "Lines of code blocks, and code between backticks, that begin with python."
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("python ")]
+    return lines + re.findall(r"`(python [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+@pytest.fixture
+def helps(capsys):
+    "What --help of all commands says."
+    from landmarks_fastai import contest, sample
+
+    for parse in (cli.train_arguments, cli.finetune_arguments, cli.predict_arguments, sample.main, contest.main):
         with pytest.raises(SystemExit):
             parse(["--help"])
-        helps += capsys.readouterr().out
-    flags = set(re.findall(r"`(-{1,2}[a-z][a-z-]*)[` ]", TEXT)) - {"--help"}
-    assert len(flags) > 25
-    for flag in flags:
-        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps), f"{flag} is in the README, in no --help"
+    return capsys.readouterr().out
+
+
+def test_readme_is_short():
+    assert len(TEXT.split()) <= 800
+
+
+def test_the_pages_name_most_flags():
+    assert len(set().union(*map(flags_named, [TEXT, *DOCS.values()]))) > 25
+
+
+@each(["README.md", *DOCS])
+def test_every_flag_that_is_named_exists(page, helps):
+    for flag in flags_named(PAGES[page]):
+        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps), f"{flag} is in {page}, in no --help"
+
+
+def test_the_page_of_flags_is_up_to_date_and_complete(helps):
+    "Every flag with its default: the page is made from the parsers."
+    page = DOCS["docs/flags.md"]
+    assert page == flags.flags_page(), "run: python -m landmarks_fastai.flags > docs/flags.md"
+    for parser in PARSERS.values():
+        for action in parser()._actions:
+            if action.help != "==SUPPRESS==" and action.dest != "help":
+                assert set(action.option_strings) <= flags_named(page)
+
+
+def test_the_groups_of_defaults_parse():
+    "`--recipe seed`, and the drawn faces' defaults: as flags they give the same settings."
+    recipe, drawn = re.findall(r"`(--start .*?|--arch .*?)`", flags._footnotes())
+    as_flags = cli.train_arguments(shlex.split(recipe) + ["-d", ""])
+    named = cli.train_arguments(["--recipe", "seed", "-d", ""])
+    assert cli.first_settings(as_flags, False) == cli.first_settings(named, False)
+    as_flags = cli.train_arguments(shlex.split(drawn) + ["-d", ""])
+    assert cli.first_settings(as_flags, False) == cli.first_settings(cli.train_arguments([]), True)
 
 
 def test_the_command_lines_of_the_three_stages_parse():
@@ -32,6 +90,21 @@ def test_the_command_lines_of_the_three_stages_parse():
     for script, line in lines:
         args = getattr(cli, f"{script}_arguments")(shlex.split(line))
         assert args.data == ""
+
+
+@each(p for p in PAGES if commands(PAGES[p]))
+def test_every_command_line_parses_and_its_files_exist(page):
+    for line in commands(PAGES[page]):
+        words = shlex.split(re.split(r" [|>] ", line)[0], comments=True)[1:]
+        if words[0] == "-m":
+            assert words[1] == "pytest" or importlib.util.find_spec(words[1]), line
+            words = [w for w in words[2:] if w.startswith("tests/")]
+            assert all((ROOT / w).is_file() for w in words), line
+        elif script := re.fullmatch(r"(train|finetune|predict)\.py", words[0]):
+            if words[1:] != ["--help"]:
+                PARSERS[script[1]]().parse_args(words[1:])
+        else:
+            assert (ROOT / words[0]).is_file(), line
 
 
 def test_the_lines_of_python_run(drawn, tmp_path, monkeypatch):
@@ -48,6 +121,53 @@ def test_the_lines_of_python_run(drawn, tmp_path, monkeypatch):
     assert any(t.startswith("score") for t in titles) and names["points"].shape == (1, N_POINTS, 2)
 
 
-def test_pictures_and_links_lead_somewhere():
-    targets = [t for t in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in t]
-    assert targets and all((ROOT / t).is_file() for t in targets)
+@each(PAGES)
+def test_python_of_other_pages_compiles_and_its_imports_exist(page):
+    "What README.md and docs/python.md show is run: here, and by test_python_page.py."
+    for code in re.findall(r"```python\n(.+?)```", PAGES[page], re.S):
+        for node in ast.parse(code, page).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                exec(ast.unparse(node), {})
+
+
+@each(PAGES)
+def test_pictures_and_links_lead_somewhere(page):
+    targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in t]
+    assert targets or page != "README.md"
+    absent = [t for t in targets if t and not ((ROOT / page).parent / t).is_file()]
+    assert not absent
+
+
+def test_readme_links_every_page():
+    for page in DOCS:
+        assert f"({page})" in TEXT
+
+
+def test_the_files_and_names_of_the_architecture_exist():
+    page = DOCS["docs/architecture.md"]
+    pairs = re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", page)
+    assert len(pairs) > 15
+    for file, names in pairs:
+        code = (PACKAGE / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(?:def|class) {name}\b", code, re.M), f"{name} is not in {file}"
+    for name, file in re.findall(r"`(\w+)` (?:in|\()\s*`(\w+\.py)`", page):
+        code = (PACKAGE / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:(?:def|class) {name}\b|{name} = )", code, re.M), f"{name} is not in {file}"
+    for file in re.findall(r"`(\w+\.py)`", page):
+        assert (PACKAGE / file).is_file() or (ROOT / file).is_file() or (ROOT / "tests" / file).is_file(), file
+
+
+def test_imports_run_in_the_order_of_the_architecture():
+    section = DOCS["docs/architecture.md"].partition("\n## Imports\n")[2]
+    lines = "\n".join(line for line in section.splitlines() if line.startswith("- "))
+    order = re.findall(r"`(\w+)`", lines)
+    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
+    assert set(order) == modules and len(order) == len(modules)
+    for k, module in enumerate(order):
+        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("landmarks_fastai"):
+                continue
+            _, _, name = node.module.partition(".")
+            for imported in [name] if name else [a.name for a in node.names]:
+                assert imported in order[:k], f"{module} imports {imported}"
