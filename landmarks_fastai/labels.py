@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from landmarks_fastai.errors import BadData, Problem, UserError
-from landmarks_fastai.files import cache_places, read_at, reason, whole_file
+from landmarks_fastai.files import cache_places, read_at, whole_file
 from landmarks_fastai.rows import KEPT, read_rows
 
 FORMAT = 2  # of the cache file: another number in a file makes it stale
@@ -146,17 +146,13 @@ def open_labels(csv) -> Labels:
     for cache in cache_places(csv):
         with suppress(OSError, StaleCache):
             return Labels(csv, cache, key)
-    refused = None
     for cache in cache_places(csv):
-        try:
+        with suppress(OSError):  # a read-only or full place: try the next
             _write_cache(csv, cache, key)
-        except OSError as e:  # a read-only or full place: try the next
-            refused = e
-        else:
             return Labels(csv, cache, key)
     raise UserError(
-        f"{csv}: its cache file can be written neither beside it nor in the user's cache folder ({reason(refused)}): "
-        "make room, or set XDG_CACHE_HOME to a folder that can be written to"
+        f"{csv}: its cache file can be written neither beside it nor in your cache folder: make room, or set "
+        "XDG_CACHE_HOME to a folder that can be written to"
     )
 
 
