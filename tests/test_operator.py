@@ -27,8 +27,9 @@ def test_a_signal_while_a_worker_starts_does_not_end_it(drawn, monkeypatch):
     "torch's own handler for SIGTERM stands before `worker_init_fn` is called."
     from torch.utils.data._utils import signal_handling
 
-    from landmarks_fastai import Settings, landmark_dataloaders
+    from landmarks_fastai.block import landmark_dataloaders
     from landmarks_fastai.machine import Machine
+    from landmarks_fastai.settings import Settings
 
     monkeypatch.setattr(
         signal_handling, "_set_worker_signal_handlers", lambda: [os.kill(os.getpid(), n) for n in (15, 1, 2)]
