@@ -6,13 +6,15 @@ not given is None, which is how a later stage knows what to take from the checkp
 
 import argparse
 import dataclasses
+import errno
 import os
 import sys
 import time
 import warnings
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.interrupts import heed_sigterm
+from landmarks_fastai.files import reason
+from landmarks_fastai.interrupts import UNREAD, heed_sigterm
 from landmarks_fastai.machine import AMP, Machine, bar  # noqa: F401 (the doors' `cli.bar`)
 from landmarks_fastai.resume import FLAGS, flag_of, resumed
 from landmarks_fastai.settings import (
@@ -36,6 +38,8 @@ STARTED = time.monotonic()  # --minutes counts the imports too
 DRAWN = {
     "arch": "resnet18", "size": 64, "epochs": 9, "valid_pct": 0.1, "sched": "onecycle", "lr": 4e-3, "head_rate": 0.05,
 }  # fmt: skip
+
+UNMAPPED = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")  # as the system's loader says it
 
 WORDS = {"data": "DIR", "arch": "NAME", "head": "LAYERS"}  # what --help calls a flag's value
 
@@ -353,22 +357,47 @@ def goes_on(state) -> str:
 
 
 def run_door(main):
-    "Run a door: a user's mistake becomes one line on stderr and exit code 1, Ctrl-C exit code 130."
+    "Run a door: a user's mistake becomes one line on stderr and exit code 1, Ctrl-C exit code 130, `| head` 141."
     # What torch and fastai say of their own parts is not for this program's user to act upon.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("stdin", "stdout", "stderr"):  # None where it was closed, as by a daemon; no other file may get its number
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
     if hasattr(sys.stdout, "reconfigure"):  # a name in Cyrillic must not stop a run in a terminal of another encoding
         sys.stdout.reconfigure(errors="replace")
         sys.stderr.reconfigure(errors="replace")
     heed_sigterm()
     try:
         main()
+        sys.stdout.flush()
     except UserError as e:
         for line in e.lines:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt as e:
+    except (ImportError, MemoryError) as e:
+        if isinstance(e, ImportError) and not any(text in str(e) for text in UNMAPPED):
+            raise
+        way = "allow the process more (ulimit -v), or take a larger machine"
+        print(f"error: not enough memory ({reason(e)}): {way}", file=sys.stderr)
+        sys.exit(1)
+    except (KeyboardInterrupt, BrokenPipeError) as e:
+        _let_go_of_unread()
         if sys.stdout.isatty():
             print()  # below the bar
-        print(f"stopped: {e}" if str(e) else "stopped", file=sys.stderr)
-        sys.exit(getattr(e, "code", 130))
+        text = str(e) if isinstance(e, KeyboardInterrupt) else "its output is read no more"
+        print(f"stopped: {text}" if text else "stopped", file=sys.stderr)
+        sys.exit(getattr(e, "code", 130 if isinstance(e, KeyboardInterrupt) else UNREAD))
+    except OSError as e:
+        if e.errno != errno.ENOSPC or e.filename:
+            raise
+        _let_go_of_unread()
+        print(f"error: the output cannot be written ({e.strerror}): make room where it goes", file=sys.stderr)
+        sys.exit(1)
+
+
+def _let_go_of_unread():
+    "Python would try again at its end to write what nobody reads."
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -158,6 +158,7 @@ def write_at(f, data, place: int):
 
 def cache_places(path: Path) -> list[Path]:
     "Where a cache of `path` may lie: beside it; then in the user's cache folder, under a name made from its path."
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]
-    return [path.with_name(path.name + ".cache"), Path(home) / "landmarks_fastai" / f"{name}.cache"]
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
+    places = [path.with_name(path.name + ".cache"), Path(home) / "landmarks_fastai" / f"{name}.cache"]
+    return places if os.path.isabs(home) else places[:1]  # a user without a home folder, as in many containers

@@ -25,6 +25,7 @@ from landmarks_fastai.contest import (
 from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.files import whole_file
 from landmarks_fastai.images import Inputs
+from landmarks_fastai.interrupts import leave_signals_to_parent, signals_blocked
 from landmarks_fastai.machine import (
     Machine,
     batch_that_fits,
@@ -103,8 +104,16 @@ def predict_batches(
 def batches_of_points(points_of, images, machine, batch_size):
     "`points_of` each batch of the images, in order."
     if machine.workers or machine.device != "cpu" or machine.compile:
-        loader = DataLoader(images, batch_size, num_workers=machine.decoders, pin_memory=machine.pins)
-        yield from map(points_of, loader)
+        loader = DataLoader(
+            images,
+            batch_size,
+            num_workers=machine.decoders,
+            pin_memory=machine.pins,
+            worker_init_fn=leave_signals_to_parent,
+        )
+        with signals_blocked():  # the workers start here
+            batches = iter(loader)
+        yield from map(points_of, batches)
     else:
         rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
         yield from side_by_side(lambda rows: points_of(default_collate([images[row] for row in rows])), rows)

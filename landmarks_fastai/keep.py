@@ -84,8 +84,8 @@ class Keep(Callback):
         with signals_remembered() as self.asked:
             try:
                 yield
-            except Exception:
-                if self.asked.number:  # it killed a worker that was just starting: what was written last stands
+            except RuntimeError as e:
+                if self.asked.number and "DataLoader worker" in str(e):  # macOS: it ended one; what was written last stands
                     raise Stopped(code=self.asked.code) from None
                 raise
             if self.asked.number:

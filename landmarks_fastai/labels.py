@@ -146,15 +146,14 @@ def open_labels(csv) -> Labels:
     for cache in cache_places(csv):
         with suppress(OSError, StaleCache):
             return Labels(csv, cache, key)
-    refused = None
     for cache in cache_places(csv):
-        try:
+        with suppress(OSError):  # a read-only or full place: try the next
             _write_cache(csv, cache, key)
-        except OSError as e:  # a read-only or full place: try the next
-            refused = e
-        else:
             return Labels(csv, cache, key)
-    raise UserError(f"{csv}: no room for its cache file, neither beside it nor in the cache folder: {refused}")
+    raise UserError(
+        f"{csv}: its cache file can be written neither beside it nor in your cache folder: make room, or set "
+        "XDG_CACHE_HOME to a folder that can be written to"
+    )
 
 
 def identity(csv: Path) -> dict:

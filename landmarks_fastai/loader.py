@@ -1,9 +1,6 @@
 """`LandmarkDL`: fastai's `TfmdDL` with an order that (seed, epoch) decides, and workers that are started once."""
 
 import copy
-import os
-import signal
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +13,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from landmarks_fastai import drawing
 from landmarks_fastai.augment import Augment
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.interrupts import STOPPING
+from landmarks_fastai.interrupts import leave_signals_to_parent, signals_blocked
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.transforms import PointsToUnit
 
@@ -50,25 +47,11 @@ class BatchMaker:
 
 
 def start_worker(number: int):
-    """Leave signals to the main process: Ctrl-C and a scheduler's SIGTERM reach every process of a run.
-
-    A worker that died of one would end the run with an error, where the main process finishes its step and saves. What the
-    main process itself sends ends the worker, or it would wait for it at its own end.
-    """
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-    else:  # Windows, where a process is ended without a signal
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    "What fastai does at a worker's start, with signals left to the main process."
+    leave_signals_to_parent()
     info = get_worker_info()
     set_seed(info.seed % 2**32)
     info.dataset.dl.wif()
-
-
-def _end_with_parent():
-    while signal.sigwaitinfo(STOPPING).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class LandmarkDL(TfmdDL):
@@ -135,7 +118,8 @@ class LandmarkDL(TfmdDL):
             )
             self.order, self.tfms = order, tfms
         self.order[:] = rows
-        return iter(self.loader)
+        with signals_blocked():  # the workers start here
+            return iter(self.loader)
 
     def do_item(self, row):
         "As fastai's; without a row, the first that is not skipped: fastai learns from it what an item is."

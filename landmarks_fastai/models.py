@@ -310,7 +310,9 @@ def read_state_dict(
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
+            # torch maps a file by its name as UTF-8, which a name is not where the locale is C and it is not ASCII
+            mmap = mmap and is_zipfile(path) and str(path) == str(path).encode(errors="replace").decode()
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except Exception as e:  # UnpicklingError, zip and header errors: torch and safetensors raise many kinds

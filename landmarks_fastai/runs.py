@@ -18,7 +18,7 @@ from pathlib import Path
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.files import reason, rename, take_lock, whole_file
-from landmarks_fastai.interrupts import Stopped
+from landmarks_fastai.interrupts import UNREAD, Stopped
 from landmarks_fastai.settings import OUT, Settings
 
 FORMAT = 2  # of run.json; 1 stored the words of the command line
@@ -271,12 +271,12 @@ def _cleaned_up(run):
     kept = [LISTING]
     try:
         yield
-    except KeyboardInterrupt as e:
+    except (KeyboardInterrupt, BrokenPipeError) as e:
         kept.append("run.json")
         text = f"{'the state is saved' if run.saved else 'nothing was saved yet'}; go on with: {run.resume_command}"
         if run.written_to == run.new and not run.saved:
             text = "nothing was saved yet; the run that was to be overwritten stands as it stood"
-        raise Stopped(text, getattr(e, "code", 130)) from None
+        raise Stopped(text, getattr(e, "code", UNREAD if isinstance(e, BrokenPipeError) else 130)) from None
     except UserError as e:
         if run.saved and "--overwrite" not in str(e):
             e.way_on = f"then go on with: {run.resume_command}"
