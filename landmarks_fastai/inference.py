@@ -29,7 +29,7 @@ from landmarks_fastai.interrupts import leave_signals_to_parent, signals_blocked
 from landmarks_fastai.machine import (
     Machine,
     batch_that_fits,
-    check_bus_error,
+    check_worker_died,
     check_shared_memory,
     out_of_memory,
     side_by_side,
@@ -93,7 +93,7 @@ def predict_batches(
     try:
         yield from batches_of_points(points_of, images, machine, batch_size)
     except Exception as e:
-        check_bus_error(e)
+        check_worker_died(e)
         if not out_of_memory(e):
             raise
         fits = batch_that_fits(e, one_step, batch_size)

@@ -175,8 +175,9 @@ def check_shared_memory(machine: Machine, batch_bytes: int):
         )
 
 
-def check_bus_error(error: BaseException | None):
-    "Raise `UserError` where that is what a worker died of: torch says it in the error itself or in its cause."
+def check_worker_died(error: BaseException | None):
+    "Raise `UserError` where a worker died: torch says of what in the error itself or in its cause."
+    died = "DataLoader worker" in str(error)
     while error:
         if "Bus error" in str(error):
             raise UserError(
@@ -184,6 +185,10 @@ def check_bus_error(error: BaseException | None):
                 "(docker run --shm-size 8g)"
             ) from None
         error = error.__cause__ or error.__context__
+    if died:
+        raise UserError(
+            "a worker was killed from outside, as the system does where memory is short: use fewer --workers, or --workers 0"
+        ) from None
 
 
 def batch_that_fits(error: Exception, step, n: int) -> int:

@@ -142,9 +142,11 @@ def write_record(run: Run, record: Record):
 
 
 def stopped_runs(out) -> str:
-    "The names of the runs in a folder that can be resumed."
+    "The names of the runs in a folder that can be resumed: the first 20."
     names = []
     for path in sorted(Path(out).glob("[!.]*/run.json")):
+        if len(names) == 20:
+            return ", ".join([*names, "…"])
         run = Run(out, path.parent.name)
         with suppress(UserError):
             if not read_record(run).ended:

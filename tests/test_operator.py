@@ -165,3 +165,43 @@ def test_a_checkpoint_and_a_cache_under_a_cyrillic_name_in_the_c_locale(tmp_path
     process = python("exec(open('code.py', encoding='utf-8').read())", cwd=tmp_path, env=env)
     out, err = process.communicate()
     assert out.split() == ["ascii", "2", "a"], err
+
+
+def test_of_many_stopped_runs_the_first_are_named(tmp_path):
+    from landmarks_fastai.runs import Record, Run, stopped_runs, write_record
+
+    for k in range(30):
+        write_record(Run(tmp_path, f"r{k:02}"), Record("train.py"))
+    assert stopped_runs(tmp_path) == ", ".join([*(f"r{k:02}" for k in range(20)), "…"])
+
+
+@posix
+def test_a_killed_worker_is_told_in_one_line():
+    "As the kernel does where memory is short."
+    process = python(KILLED)
+    err = process.stderr.read()
+    assert process.wait() == 1
+    assert err.splitlines()[-1] == (  # torch warns before it
+        "error: a worker was killed from outside, as the system does where memory is short: "
+        "use fewer --workers, or --workers 0"
+    )
+
+
+KILLED = """
+import os
+from landmarks_fastai import cli, inference
+from landmarks_fastai.machine import check_worker_died, Machine
+
+class Killed:
+    def __len__(self): return 2
+    def __getitem__(self, k): os.kill(os.getpid(), 9)
+
+def main():
+    try:
+        list(inference.batches_of_points(None, Killed(), Machine(workers=1), 1))
+    except Exception as e:
+        check_worker_died(e)
+        raise
+
+cli.run_door(main)
+"""
