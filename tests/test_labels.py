@@ -14,6 +14,8 @@ from landmarks_fastai import rows
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.labels import read_labels
 
+from .conftest import ROOT
+
 HEADER = "file_name\t" + "\t".join(f"Point_M{k}_{a}" for k in range(3) for a in "XY")
 ROW = "{}.jpg\t1\t2\t3\t4\t5\t6"
 
@@ -82,7 +84,7 @@ def test_whole_numbers_arrive_however_they_are_cut_into_blocks_and_pieces(tmp_pa
 
 def test_plain_rows_need_no_pandas(csv):
     code = (
-        f"import sys; sys.path.insert(0, {os.getcwd()!r}); from landmarks_fastai.labels import read_labels;"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai.labels import read_labels;"
         f"print(len(read_labels({str(csv)!r})), 'pandas' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "3 False\n"
@@ -247,7 +249,7 @@ def test_processes_that_start_at_once_all_read_it_right(tmp_path):
     text = [f"{i}.jpg\t" + "\t".join(str(v) for v in range(i, i + 400)) for i in range(3000)]
     csv = write(tmp_path / "l.csv", *text, header="file_name\t" + "\t".join(f"c{k}" for k in range(400)))
     code = (
-        f"import sys; sys.path.insert(0, {os.getcwd()!r}); from landmarks_fastai.labels import read_labels;"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai.labels import read_labels;"
         f"r = read_labels({str(csv)!r}); print(len(r), int(sum(r.points(i).sum() for i in range(len(r)))))"
     )
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(8)]
@@ -293,7 +295,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         sizes.append(csv.stat().st_size)
         # VmHWM: unlike getrusage's figure it begins anew with the process, not with its parent's
         code = (
-            f"import sys; sys.path.insert(0, {os.getcwd()!r}); from landmarks_fastai import labels, rows;"
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai import labels, rows;"
             f"rows.BLOCK = 1 << 20; labels.read_labels({str(csv)!r});"
             "print(*[l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l])"
         )

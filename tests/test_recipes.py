@@ -167,9 +167,14 @@ def test_lr_find_is_printed_drawn_and_used(door, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert Image.open(runs / "f/lr.png").width > 400
     assert [p.name for p in runs.iterdir() if p.is_dir()] == ["f"]  # fastai's temporary folder is gone
-    assert door("finetune.py --lr find -e 1 --workers 0 -n f2 -pm f")[0] == 0
     code, _, err = door(f"train.py {QUICK} --lr fast -d", drawn)
     assert code == 2 and "fast" in err
+
+
+@pytest.mark.slow
+def test_lr_find_of_a_later_stage(door, finished_run):
+    finished_run("f")
+    assert door("finetune.py --lr find -e 1 --workers 0 -n f2 -pm f")[0] == 0
 
 
 def test_body_and_head_have_their_own_rates(drawn, tmp_path):

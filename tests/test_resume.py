@@ -106,19 +106,18 @@ def test_in_a_terminal_with_its_bars(door, drawn, tmp_path, monkeypatch):
         assert found == code and "Traceback" not in err and "train_loss" in out
 
 
-def test_a_later_stage_goes_on_and_ends_with_no_worse_than_it_was_given(door, drawn, tmp_path):
+@pytest.mark.parametrize("flags", ["-e 2", pytest.param("-e 2 -lr 0.3", marks=pytest.mark.slow)])
+def test_a_later_stage_goes_on_and_ends_with_no_worse_than_it_was_given(door, finished_run, tmp_path, flags):
+    "At the rate of 0.3 no epoch beats what was loaded."
     runs = tmp_path / "here" / "runs"
-    assert door(f"train.py {SHORT} -n one -d", drawn)[0] == 0
-    for flags in ("-e 2", "-e 2 -lr 0.3"):  # the second: no epoch beats what was loaded
-        assert door(f"finetune.py {flags} --workers 0 --overwrite -n whole -pm one")[0] == 0
-        with stopping_at(5, signal.SIGTERM):
-            code, _, err = door(f"finetune.py {flags} --workers 0 --overwrite -n parts -pm one")
-        assert code == 143 and err.count("\n") == 1 and err.endswith(STOPPED.format("finetune.py", "parts"))
-        check_refused(
-            door("train.py --resume -n parts"), "started by finetune.py", "python finetune.py --resume -n parts"
-        )
-        assert door("finetune.py --resume -n parts")[0] == 0
-        check_equal(runs, "whole", "parts")
+    finished_run("one")
+    assert door(f"finetune.py {flags} --workers 0 --overwrite -n whole -pm one")[0] == 0
+    with stopping_at(5, signal.SIGTERM):
+        code, _, err = door(f"finetune.py {flags} --workers 0 --overwrite -n parts -pm one")
+    assert code == 143 and err.count("\n") == 1 and err.endswith(STOPPED.format("finetune.py", "parts"))
+    check_refused(door("train.py --resume -n parts"), "started by finetune.py", "python finetune.py --resume -n parts")
+    assert door("finetune.py --resume -n parts")[0] == 0
+    check_equal(runs, "whole", "parts")
 
 
 def test_what_a_later_stage_was_given_may_not_change_under_it(door, drawn, tmp_path):
