@@ -39,7 +39,8 @@ DRAWN = {
     "arch": "resnet18", "size": 64, "epochs": 9, "valid_pct": 0.1, "sched": "onecycle", "lr": 4e-3, "head_rate": 0.05,
 }  # fmt: skip
 
-UNMAPPED = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")  # as the system's loader says it
+# how the system's loader says that there is no memory for a library
+UNMAPPED = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
 
 WORDS = {"data": "DIR", "arch": "NAME", "head": "LAYERS"}  # what --help calls a flag's value
 
@@ -361,7 +362,8 @@ def run_door(main):
     # What torch and fastai say of their own parts is not for this program's user to act upon.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in ("stdin", "stdout", "stderr"):  # None where it was closed, as by a daemon; no other file may get its number
+    # None where it was closed, as by a daemon; no other file may get its number
+    for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
     if hasattr(sys.stdout, "reconfigure"):  # a name in Cyrillic must not stop a run in a terminal of another encoding
         sys.stdout.reconfigure(errors="replace")

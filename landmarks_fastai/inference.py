@@ -29,8 +29,8 @@ from landmarks_fastai.interrupts import leave_signals_to_parent, signals_blocked
 from landmarks_fastai.machine import (
     Machine,
     batch_that_fits,
-    check_worker_died,
     check_shared_memory,
+    check_worker_died,
     out_of_memory,
     side_by_side,
 )

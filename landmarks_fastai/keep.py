@@ -85,7 +85,8 @@ class Keep(Callback):
             try:
                 yield
             except RuntimeError as e:
-                if self.asked.number and "DataLoader worker" in str(e):  # macOS: it ended one; what was written last stands
+                # macOS: the signal ended a worker; what was written last stands
+                if self.asked.number and "DataLoader worker" in str(e):
                     raise Stopped(code=self.asked.code) from None
                 raise
             if self.asked.number:

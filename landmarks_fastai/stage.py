@@ -20,7 +20,7 @@ from landmarks_fastai.checkpoint import Checkpoint, read_checkpoint, write_check
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.keep import Keep
 from landmarks_fastai.learner import LandmarkLearner, landmark_learner, load_best
-from landmarks_fastai.machine import Machine, batch_that_fits, check_worker_died, check_shared_memory, out_of_memory
+from landmarks_fastai.machine import Machine, batch_that_fits, check_shared_memory, check_worker_died, out_of_memory
 from landmarks_fastai.runs import Run, write_record
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.state import State
