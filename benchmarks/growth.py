@@ -28,10 +28,10 @@ DISTINCT = 40  # image files; the others are links to them
 
 
 def start(folder: Path):
-    from landmarks_fastai.contest import training_rows
+    from landmarks_fastai.items import labelled_images
 
     before, begin = peak_mb(), time.perf_counter()
-    training_rows(folder)
+    labelled_images(folder)
     return time.perf_counter() - begin, peak_mb() - before
 
 
@@ -49,10 +49,10 @@ def epoch(folder: Path):
     machine.prepare()
     run = Run(folder, "g")
     begin = time.perf_counter()
-    learn, settings = first_stage(settings, "none", machine, run)
+    learn = first_stage(settings, "none", machine, run)
     learn.logger = lambda values: None
     with learn.no_bar():
-        fit_stage(learn, settings, run)
+        fit_stage(learn, run)
     return time.perf_counter() - begin, peak_mb()
 
 
@@ -67,7 +67,7 @@ def prediction(folder: Path):
     machine = Machine()
     machine.prepare()
     begin = time.perf_counter()
-    predict_test(read_checkpoint(folder / "b_best.pth"), folder, Run(folder, "g"), machine=machine)
+    predict_test(read_checkpoint(folder / "b" / "best.pth"), folder, Run(folder, "g"), machine=machine)
     return time.perf_counter() - begin, peak_mb()
 
 

@@ -9,7 +9,6 @@ any angle up to 40 degrees and may leave the picture.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from landmarks_fastai.checkpoint import read_checkpoint  # noqa: E402
+
 N = 68
 
 
@@ -102,7 +105,7 @@ def main():
         print("| recipe | stage 1 | stage 2 | stage 3 | test side |\n| --- | --- | --- | --- | --- |")
         for recipe in ("best", "seed"):
             scores = stages(folder, recipe, args)
-            submission = folder / "runs" / f"{recipe}+6+6_submit.csv"
+            submission = folder / "runs" / f"{recipe}+6+6" / "submit.csv"
             asked = folder / "beetles" / "test" / "test_points.csv"
             command = [
                 sys.executable,
@@ -143,8 +146,8 @@ def stages(folder: Path, recipe: str, args) -> list[str]:
         if done.returncode:
             raise SystemExit(done.stderr)
         if "-n" in words:
-            best = folder / "runs" / f"{words[-1]}_best.json"
-            scores.append(f"{json.loads(best.read_text())['score']:.4g}")
+            best = read_checkpoint(folder / "runs" / words[-1] / "best.pth")
+            scores.append(f"{best.score:.4g}")
     return scores
 
 

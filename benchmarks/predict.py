@@ -58,7 +58,7 @@ def contest(args, folder: Path):
     from landmarks_fastai.settings import INPUT
 
     start = time.perf_counter()
-    checkpoint = read_checkpoint(folder / "b_best.pth")
+    checkpoint = read_checkpoint(folder / "b" / "best.pth")
     model, settings = checkpoint.model(), checkpoint.settings
     asked = read_test_points(folder / "test" / "test_points.csv")
     mean, std = torch.tensor(settings.mean).view(3, 1, 1), torch.tensor(settings.std).view(3, 1, 1)
@@ -101,7 +101,7 @@ def program(args, folder: Path):
     start = time.perf_counter()
     machine = Machine(workers=args.workers, compile=args.compile)
     machine.prepare()
-    checkpoint = read_checkpoint(folder / "b_best.pth")
+    checkpoint = read_checkpoint(folder / "b" / "best.pth")
     predict_test(checkpoint, folder, Run(folder, "program"), machine=machine, batch_size=args.batch_size)
     print(json.dumps({"seconds": time.perf_counter() - start, "mb": peak_mb()}))
 

@@ -10,7 +10,6 @@ side, each on its share of the cores.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -22,6 +21,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from landmarks_fastai.checkpoint import read_checkpoint  # noqa: E402
 from landmarks_fastai.settings import FITS, LOSSES, RECIPES, Settings  # noqa: E402
 
 # part -> settings that switch it off; what switches it on is the default
@@ -76,7 +76,7 @@ def run(args, row: str, words: list[str], seed: int) -> tuple[float, float]:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         raise SystemExit(f"{row}: {done.stderr.strip()}")
-    score = json.loads((Path(args.out) / f"{name}_best.json").read_text())["score"]
+    score = read_checkpoint(Path(args.out) / name / "best.pth").score
     second = re.search(r"second look it scores ([\d.]+)", done.stdout)
     print(f"# {row}, seed {seed}: {score:.4g}", file=sys.stderr, flush=True)
     return score, float(second[1]) if second else score

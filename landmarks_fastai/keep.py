@@ -86,7 +86,7 @@ class Keep(Callback):
                 yield
             except RuntimeError as e:
                 # macOS: the signal ended a worker; what was written last stands
-                if self.asked.number and "DataLoader worker" in str(e):
+                if self.asked.number and "DataLoader worker (pid" in str(e):
                     raise Stopped(code=self.asked.code) from None
                 raise
             if self.asked.number:

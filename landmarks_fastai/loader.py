@@ -1,6 +1,5 @@
 """`LandmarkDL`: fastai's `TfmdDL` with an order that (seed, epoch) decides, and workers that are started once."""
 
-import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +13,7 @@ from landmarks_fastai import drawing
 from landmarks_fastai.augment import Augment
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.interrupts import leave_signals_to_parent, signals_blocked
+from landmarks_fastai.resumable import without_device, worker_count
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.transforms import PointsToUnit
 
@@ -26,8 +26,8 @@ class BatchMaker:
     """
 
     def __init__(self, dl: "LandmarkDL"):
-        self.dl = copy.copy(dl)
-        self.dl.__dict__.update(fake_l=None, after_batch=None, _device=None, loader=None)
+        self.dl = without_device(dl)
+        self.dl.loader = None
 
     def __getitem__(self, rows: list[int]):
         """The batch of the rows, past all item transforms; None where every image is lost.
@@ -100,7 +100,7 @@ class LandmarkDL(TfmdDL):
 
     def made(self, rows: list[list[int]]) -> Iterator:
         "The batches of the rows, made by the workers, which stay for the next pass, or by this process."
-        if not self.fake_l.num_workers:
+        if not worker_count(self):
             return map(BatchMaker(self).__getitem__, rows)
         tfms = [*self.after_item.fs, *self.before_batch.fs]
         if self.loader is None or self.tfms != tfms:  # workers have the transforms that they were started with
@@ -108,7 +108,7 @@ class LandmarkDL(TfmdDL):
                 BatchMaker(self),
                 sampler=(order := []),
                 batch_size=None,
-                num_workers=self.fake_l.num_workers,
+                num_workers=worker_count(self),
                 collate_fn=_as_it_is,
                 pin_memory=self.pin_memory,
                 timeout=self.timeout,

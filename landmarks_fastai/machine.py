@@ -177,7 +177,7 @@ def check_shared_memory(machine: Machine, batch_bytes: int):
 
 def check_worker_died(error: BaseException | None):
     "Raise `UserError` where a worker died: torch says of what in the error itself or in its cause."
-    died = "DataLoader worker" in str(error)
+    died = "DataLoader worker (pid" in str(error)  # not an error that a worker met: "in DataLoader worker process 0"
     while error:
         if "Bus error" in str(error):
             raise UserError(

@@ -1,11 +1,26 @@
 """A Learner whose fit may begin in the middle of an epoch. All private names of fastai that this program touches are here.
 
-Read in fastai 2.8.12: `Learner._do_fit`, `_with_events`, `_end_cleanup`; `tests/test_resumable.py` fails where a later
-version changes what is relied on.
+Read in fastai 2.8.12: `Learner._do_fit`, `_with_events`, `_end_cleanup`; `DataLoader.fake_l`, `_device`.
+`tests/test_resumable.py` fails where a later version changes what is relied on.
 """
 
+import copy
+
 from fastai.callback.core import CancelEpochException
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
+
+
+def worker_count(dl: DataLoader) -> int:
+    "The worker processes of a DataLoader; none within its `one_batch`. `dl.num_workers` is another number."
+    return dl.fake_l.num_workers
+
+
+def without_device(dl: DataLoader) -> DataLoader:
+    "A copy that makes batches as the original does, for a worker process: nothing in it opens a CUDA context."
+    twin = copy.copy(dl)
+    twin.__dict__.update(fake_l=None, after_batch=None, _device=None)
+    return twin
 
 
 class ResumableLearner(Learner):

@@ -92,6 +92,7 @@ def finished_run(door, quick_run, tmp_path):
 @contextmanager
 def every_learner_has(*callbacks):
     "fastai's own way to a Learner that somebody else makes: `defaults.callbacks`."
+    import fastai.callback.progress  # noqa: F401 (it and what it imports add their own to the list: before it is patched)
     from fastai.torch_core import defaults
 
     with pytest.MonkeyPatch.context() as patch:

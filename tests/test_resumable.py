@@ -10,11 +10,12 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader as FastaiLoader
 from fastai.learner import Learner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from landmarks_fastai.resumable import ResumableLearner
+from landmarks_fastai.resumable import ResumableLearner, without_device, worker_count
 
 READ_IN = "2.8.12"
 
@@ -87,6 +88,15 @@ def test_release_batch_lets_go_of_the_last_batch(learn):
     learn.xb, learn.pred, learn.loss_grad = (torch.zeros(1),), torch.zeros(1), torch.zeros(1)
     learn.release_batch()
     assert learn.xb == (None,) and learn.pred is None and learn.loss_grad is None
+
+
+def test_the_workers_of_a_loader_are_counted_and_a_copy_has_no_device():
+    dl = FastaiLoader([1.0, 2.0], bs=1, num_workers=3, device="cpu")
+    assert worker_count(dl) == 3
+    with dl.fake_l.no_multiproc():  # what `one_batch` does
+        assert worker_count(dl) == 0
+    twin = without_device(dl)
+    assert twin.device is None and str(dl.device) == "cpu" and twin.do_batch([twin.do_item(1)]).tolist() == [2.0]
 
 
 def test_the_private_names_are_those_that_were_read():

@@ -15,7 +15,7 @@ from landmarks_fastai.learner import landmark_learner
 from landmarks_fastai.machine import Machine
 from landmarks_fastai.models import METADATA
 from landmarks_fastai.split import split_rows
-from landmarks_fastai.stage import fit_stage
+from landmarks_fastai.stage import fit_stage, note_low_rate
 
 from .conftest import ARCH, N_POINTS, QUICK
 
@@ -180,3 +180,20 @@ def test_what_learn_save_writes_predicts_and_trains_on(door, learn, drawn, tmp_p
         assert door(f"predict.py --workers 0 -pm {name} -d", drawn)[::2] == (0, "")
     code, out, err = door("finetune.py -e 1 --workers 0 -pm saved")
     assert (code, err) == (0, "") and "reported" not in out
+
+
+def test_few_steps_at_a_rate_far_below_the_default_are_noted(learn, capsys):
+    "One epoch of four batches; with the competition's 393,930 images the published entry's 3e-4 has 98,000 steps."
+    noted = lambda: "note:" in capsys.readouterr().out  # noqa: E731
+    learn.settings = learn.settings.replace(lr=3e-4)
+    note_low_rate(learn, 2e-3)
+    out = capsys.readouterr().out
+    assert "4 steps are few for -lr 0.0003" in out and "the default is -lr 0.002" in out
+    note_low_rate(learn, 3e-4)  # the default itself, of --recipe seed
+    assert not noted()
+    learn.settings = learn.settings.replace(lr=1e-3)
+    note_low_rate(learn, 2e-3)
+    assert not noted()
+    learn.settings = learn.settings.replace(lr=3e-4, epochs=25_000)
+    note_low_rate(learn, 2e-3)
+    assert not noted()
