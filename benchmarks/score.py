@@ -65,7 +65,7 @@ def tables() -> dict[str, dict[str, list[str]]]:
 
 
 def run(args, row: str, words: list[str], seed: int) -> tuple[float, float]:
-    "One first stage: its score, and that of a mirrored second look (the score again where there is no mirror map)."
+    "One first stage: its score, and that of the flip test (the score again where there is no flip map)."
     name = re.sub(r"[^\w.]+", "_", f"{row}_{seed}")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     command = [
@@ -77,7 +77,7 @@ def run(args, row: str, words: list[str], seed: int) -> tuple[float, float]:
     if done.returncode:
         raise SystemExit(f"{row}: {done.stderr.strip()}")
     score = read_checkpoint(Path(args.out) / name / "best.pth").score
-    second = re.search(r"second look it scores ([\d.]+)", done.stdout)
+    second = re.search(r"flip test it scores ([\d.]+)", done.stdout)
     print(f"# {row}, seed {seed}: {score:.4g}", file=sys.stderr, flush=True)
     return score, float(second[1]) if second else score
 
@@ -117,7 +117,7 @@ def measure(args, rows: dict, known: dict):
 
 
 def print_table(args, rows: dict, known: dict):
-    print("| row | score | lowest, highest | ratio | with a second look |\n| --- | --- | --- | --- | --- |")
+    print("| row | score | lowest, highest | ratio | with the flip test |\n| --- | --- | --- | --- | --- |")
     base = None
     for row, words in rows.items():
         once, twice = zip(*(known[tuple(words), seed] for seed in range(args.seeds)), strict=True)

@@ -70,7 +70,7 @@ def predict_batches(
     images: Dataset,  # of FittedImages
     machine: Machine = Machine(),  # noqa: B008
     batch_size: int = 32,
-    pairs=(),  # of the mirror map, for a mirrored second look
+    pairs=(),  # of the flip map, for the flip test
 ):
     "Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the images' order."
     settings, device = checkpoint.settings, machine.device

@@ -150,7 +150,7 @@ def fit_stage(
     learn.show_results(max_n=RESULTS_SHOWN)
     drawing.save_figure(run.file("results.png"))
     if settings.pairs and not settings.tta:
-        print(f"with a mirrored second look it scores {score_now(learn, settings.pairs)[0]:.6g}")
+        print(f"with the flip test it scores {score_now(learn, settings.pairs)[0]:.6g}")
     return best
 
 

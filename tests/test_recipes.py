@@ -300,7 +300,7 @@ def test_two_looks_without_a_mirror_are_refused(door, drawn):
     assert code == 1 and "--tta" in err and "--mirror none" in err and err.count("\n") == 1
     door(f"train.py {QUICK} --tta -n t -d", drawn)
     code, out, _ = door("finetune.py -e 1 --workers 0 --no-tta -n t2 -pm t")
-    assert code == 0 and "looks" not in table_head(out) and "with a mirrored second look" in out
+    assert code == 0 and "looks" not in table_head(out) and "with the flip test" in out
 
 
 def test_an_overwritten_run_leaves_no_picture_of_the_one_before(door, drawn, finished_run, tmp_path):
