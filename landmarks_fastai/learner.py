@@ -76,9 +76,30 @@ class LandmarkLearner(ResumableLearner):
     the rate times the sum of the features.
     """
 
-    def __init__(self, dls: DataLoaders, model: torch.nn.Module, settings: Settings, machine: Machine, **kwargs):
+    def __init__(
+        self, dls: DataLoaders, model: torch.nn.Module, settings: Settings, machine: Machine, path: str | Path
+    ):
         self.settings, self.machine = settings, machine
-        super().__init__(dls, model, **kwargs)
+        super().__init__(
+            dls,
+            model,
+            loss_func=loss_function(settings),
+            opt_func=optimiser(settings),
+            lr=settings.lr,
+            wd=settings.wd,
+            train_bn=False,
+            splitter=body_and_head,
+            cbs=[callbacks.CarryMaps(), callbacks.DrawByStep(), *on_machine(machine), *scheduler(settings)],
+            path=Path(path),
+            model_dir=".",
+        )
+        self.metrics = [*stage_metrics(settings.size), ValueMetric(partial(body_rate, self), "lr")]
+        self.create_opt()  # so that `validate` and `show_results` find a rate before the first fit
+        if settings.freeze:
+            self.freeze()
+            self.add_cb(BnFreeze())  # else the frozen body's running means would go on moving
+        if settings.accumulate > 1:
+            self.add_cb(GradientAccumulation(settings.accumulate * settings.batch_size))
 
     def group_rates(self, lr: float | None = None) -> np.ndarray:
         "The rates of body and head; None: by the settings."
@@ -191,6 +212,10 @@ def landmark_learner(
     if fixed := sorted(changes.keys() & set(DATA)):
         raise UserError(f"{', '.join(fixed)}: decided by the DataLoaders, change it there")
     settings = dls.settings.replace(n_points=get_c(dls) // 2, **changes | ({"arch": arch} if arch else {}))
+    if settings.accumulate > len(dls.train):
+        raise UserError(
+            f"--accumulate {settings.accumulate}: an epoch has {len(dls.train)} batches, no step would ever be made: lower it"
+        )
     mean, std = input_stats(settings.arch)
     settings = settings.replace(mean=mean, std=std)
     normalize(dls, mean, std)
@@ -202,33 +227,7 @@ def landmark_learner(
         if settings.start == "mean":
             start_at(model, mean_shape(dls.train.items, settings))
     model.metadata = checkpoint_metadata(settings)
-    learn = LandmarkLearner(
-        dls,
-        model,
-        settings,
-        machine,
-        loss_func=loss_function(settings),
-        opt_func=optimiser(settings),
-        lr=settings.lr,
-        wd=settings.wd,
-        train_bn=False,
-        splitter=body_and_head,
-        cbs=[callbacks.CarryMaps(), callbacks.DrawByStep(), *on_machine(machine), *scheduler(settings)],
-        path=Path(path),
-        model_dir=".",
-    )
-    learn.metrics = [*stage_metrics(settings.size), ValueMetric(partial(body_rate, learn), "lr")]
-    learn.create_opt()  # so that `validate` and `show_results` find a rate before the first fit
-    if settings.accumulate > len(dls.train):
-        raise UserError(
-            f"--accumulate {settings.accumulate}: an epoch has {len(dls.train)} batches, no step would ever be made: lower it"
-        )
-    if settings.freeze:
-        learn.freeze()
-        learn.add_cb(BnFreeze())  # else the frozen body's running means would go on moving
-    if settings.accumulate > 1:
-        learn.add_cb(GradientAccumulation(settings.accumulate * settings.batch_size))
-    return learn
+    return LandmarkLearner(dls, model, settings, machine, path)
 
 
 def normalize(dls: DataLoaders, mean: tuple, std: tuple):

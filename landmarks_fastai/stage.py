@@ -133,16 +133,7 @@ def fit_stage(
             _fit(learn, [*cbs, *keep], started, state)
     learn.remove_cbs([callbacks.Average, callbacks.Looks])
     learn.metrics = own
-    where = f"the loss became NaN or infinite in epoch {watch.step[0]}, step {watch.step[1]}" if watch.step else ""
-    try_this = "try a lower -lr" + (", or --amp off" if learn.machine.precision != "off" else "")
-    if not save.saved:
-        if given is None:
-            run.file("state.safetensors").unlink(missing_ok=True)  # it would come to the same end
-            raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
-        kept = settings.replace(**given.settings.of(INPUT))
-        write_checkpoint(run, given.model(), kept, *loaded, -1)
-    if where:
-        print(f"warning: {where}; the best before it is kept; {try_this}")
+    _check_saved(learn, run, save.saved, watch.step, given, loaded)
     best = read_checkpoint(run.file("best.pth"))
     learn = at_input_of(learn, best)
     best.tensors(learn.model)  # refuses, in one line, a file that another put there since
@@ -152,6 +143,19 @@ def fit_stage(
     if settings.pairs and not settings.tta:
         print(f"with the flip test it scores {score_now(learn, settings.pairs)[0]:.6g}")
     return best
+
+
+def _check_saved(learn, run, saved: bool, nan_step, given, loaded):
+    "Where no epoch was saved, save the loaded model, or raise `UserError`; warn of a loss that was no number."
+    where = f"the loss became NaN or infinite in epoch {nan_step[0]}, step {nan_step[1]}" if nan_step else ""
+    try_this = "try a lower -lr" + (", or --amp off" if learn.machine.precision != "off" else "")
+    if not saved:
+        if given is None:
+            run.file("state.safetensors").unlink(missing_ok=True)  # it would come to the same end
+            raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
+        write_checkpoint(run, given.model(), learn.settings.replace(**given.settings.of(INPUT)), *loaded, -1)
+    if where:
+        print(f"warning: {where}; the best before it is kept; {try_this}")
 
 
 def extra_looks(learn: LandmarkLearner, settings: Settings) -> list:
