@@ -18,7 +18,7 @@ contest's loop has a process of its own. The median of the rounds is printed.
 What profiling found, resnet18 at 128 px in batches of 32 on two cores, milliseconds of a step of 600:
 
     before                                          now
-    items through fastai's pipelines    16          2    a batch is made at once (`LandmarkDL.whole_batch`)
+    items through fastai's pipelines    16         18    opening and fitting left out: 0.6 ms an image, 2.7% of a step
     opening and fitting 32 images       24          2    with --cache; 24 without
     AdamW, a loop over the weights      30          6    fused
     malloc giving memory back           50          0    `machine.keep_freed_memory`
