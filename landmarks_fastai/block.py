@@ -1,6 +1,7 @@
 "The DataBlock of landmarks, and the DataLoaders that it makes of a folder or a DataFrame."
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,10 @@ from landmarks_fastai.images import Inputs, open_cache
 from landmarks_fastai.items import LabelledImages, labelled_images
 from landmarks_fastai.loader import LandmarkDL
 from landmarks_fastai.machine import Machine, bar
-from landmarks_fastai.mirror import NoMirror, learn_mirror
+from landmarks_fastai.mirror import ROWS, NoMirror, learn_mirror
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.split import RowSplitter
 from landmarks_fastai.transforms import OpenInput, PointsToUnit, StoredPoints
-
-FLIP_ROWS = 2000  # shapes that a flip map is learned from
 
 
 def landmark_block(
@@ -47,7 +46,7 @@ def landmark_block(
     block = DataBlock(
         blocks=(ImageBlock, PointBlock),
         dl_type=LandmarkDL,
-        get_items=labelled_images,
+        get_items=partial(labelled_images, on_bad=settings.on_bad),
         get_x=OpenInput(Inputs(**settings.of(INPUT))),
         get_y=StoredPoints(),
         splitter=RowSplitter(settings),
@@ -110,7 +109,7 @@ def with_flip_map(settings: Settings, images: LabelledImages) -> "tuple[Settings
         return settings, None
     train, _ = RowSplitter(settings)(images)
     try:
-        found = learn_mirror(np.stack([item.points for item in images[train].sample(FLIP_ROWS)]))
+        found = learn_mirror(np.stack([item.points for item in images[train].sample(ROWS)]))
     except NoMirror as e:
         return settings.replace(tta=False), e
     return settings.replace(pairs=tuple(found.pairs.tolist())), found

@@ -101,19 +101,18 @@ class LandmarkLearner(ResumableLearner):
         if settings.accumulate > 1:
             self.add_cb(GradientAccumulation(settings.accumulate * settings.batch_size))
 
-    def group_rates(self, lr: float | None = None) -> np.ndarray:
-        "The rates of body and head; None: by the settings."
-        return (self.settings.lr if lr is None else lr) * np.array([1.0, self.settings.head_rate])
+    def group_rates(self, lr: float | np.ndarray | None = None) -> np.ndarray:
+        "The rates of body and head, of the body's; None: the settings'. Rates of several groups are left as they are."
+        lr = self.settings.lr if lr is None else lr
+        return lr * np.array([1.0, self.settings.head_rate]) if np.ndim(lr) == 0 else lr
 
     def fit(self, n_epoch: int, lr: float | np.ndarray | None = None, **kwargs):
         "As fastai's; a rate that is one number is the body's."
-        super().fit(n_epoch, self.group_rates(lr) if lr is None or np.ndim(lr) == 0 else lr, **kwargs)
+        super().fit(n_epoch, self.group_rates(lr), **kwargs)
 
     def fit_one_cycle(self, n_epoch: int, lr_max: float | np.ndarray | None = None, **kwargs):
         "As fastai's; a rate that is one number is the body's."
-        super().fit_one_cycle(
-            n_epoch, self.group_rates(lr_max) if lr_max is None or np.ndim(lr_max) == 0 else lr_max, **kwargs
-        )
+        super().fit_one_cycle(n_epoch, self.group_rates(lr_max), **kwargs)
 
     def lr_find(
         self,

@@ -113,6 +113,14 @@ def test_the_block_is_a_datablock_to_build_on(drawn, tmp_path, capsys):
     assert "PointsToUnit" in capsys.readouterr().out
 
 
+def test_the_block_leaves_bad_rows_out_where_it_is_told_to(data):
+    next(p for p in sorted((data / "train" / "images").iterdir())).unlink()
+    with pytest.raises(BadData, match="not found"):
+        landmark_block(size=32, batch_size=8).dataloaders(data)
+    dls = landmark_block(size=32, batch_size=8, on_bad="skip").dataloaders(data, num_workers=0)
+    assert len(dls.train_ds) + len(dls.valid_ds) == 39
+
+
 def test_a_dataframe_gives_the_batches_of_its_folder(drawn, data):
     table = pd.read_csv(data / "train" / "landmarks.csv", sep="\t")
     machine = Machine(workers=0)
