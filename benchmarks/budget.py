@@ -50,7 +50,7 @@ def main():
     warnings.simplefilter("ignore")
     import torch
 
-    from landmarks_fastai.models import build_model
+    from landmarks_fastai.models.networks import build_model
 
     model = build_model(args.arch, "linear", args.points, args.size).train()
     weights = 4 * sum(p.numel() for p in model.parameters())

@@ -16,7 +16,7 @@ def write_faces(folder: Path, side: str, n: int, points: int = 971, pixels: int 
     Their sides: `pixels`, or as of the photographs that the score is measured on. The landmarks are scaled with their
     faces; a training side gets landmarks.csv, a test side test_points.csv.
     """
-    from landmarks_fastai.faces import draw_face
+    from landmarks_fastai.synthetic.faces import draw_face
 
     rng = np.random.default_rng(0)
     images = folder / side / "images"

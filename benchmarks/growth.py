@@ -28,7 +28,7 @@ DISTINCT = 40  # image files; the others are links to them
 
 
 def start(folder: Path):
-    from landmarks_fastai.items import labelled_images
+    from landmarks_fastai.data.items import labelled_images
 
     before, begin = peak_mb(), time.perf_counter()
     labelled_images(folder)
@@ -38,11 +38,11 @@ def start(folder: Path):
 def epoch(folder: Path):
     import torchvision  # noqa: F401
 
-    from landmarks_fastai.machine import Machine
-    from landmarks_fastai.runs import Run
+    from landmarks_fastai.runs.run import Run
     from landmarks_fastai.settings import Settings
-    from landmarks_fastai.stage import fit_stage
-    from landmarks_fastai.training import first_stage
+    from landmarks_fastai.training.builders import first_stage
+    from landmarks_fastai.training.stage import fit_stage
+    from landmarks_fastai.utils.hardware import Machine
 
     settings = Settings(arch="resnet18", size=32, epochs=1, data=str(folder), mirror="none")
     machine = Machine()
@@ -59,10 +59,10 @@ def epoch(folder: Path):
 def prediction(folder: Path):
     import torchvision  # noqa: F401
 
-    from landmarks_fastai.checkpoint import read_checkpoint
-    from landmarks_fastai.inference import predict_test
-    from landmarks_fastai.machine import Machine
-    from landmarks_fastai.runs import Run
+    from landmarks_fastai.inference.predictor import predict_test
+    from landmarks_fastai.runs.checkpoint import read_checkpoint
+    from landmarks_fastai.runs.run import Run
+    from landmarks_fastai.utils.hardware import Machine
 
     machine = Machine()
     machine.prepare()
@@ -72,9 +72,9 @@ def prediction(folder: Path):
 
 
 def write_weights(folder: Path, points: int):
-    from landmarks_fastai.checkpoint import write_checkpoint
-    from landmarks_fastai.models import build_model
-    from landmarks_fastai.runs import Run
+    from landmarks_fastai.models.networks import build_model
+    from landmarks_fastai.runs.checkpoint import write_checkpoint
+    from landmarks_fastai.runs.run import Run
     from landmarks_fastai.settings import Settings
 
     settings = Settings(arch="resnet18", size=32, n_points=points, data=str(folder))
@@ -84,9 +84,6 @@ def write_weights(folder: Path, points: int):
 
 def child(what: str, folder: Path):
     import torch  # noqa: F401
-
-    import landmarks_fastai.inference
-    import landmarks_fastai.stage  # noqa: F401
 
     seconds, mb = {"start": start, "epoch": epoch, "prediction": prediction}[what](folder)
     print(json.dumps({"seconds": seconds, "mb": mb}))

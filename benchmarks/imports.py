@@ -65,7 +65,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from landmarks_fastai.sample import make_sample
+    from landmarks_fastai.synthetic.sample import make_sample
 
     with tempfile.TemporaryDirectory() as folder:
         data = make_sample(Path(folder) / "faces", args.N, 1)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from landmarks_fastai.checkpoint import read_checkpoint  # noqa: E402
+from landmarks_fastai.runs.checkpoint import read_checkpoint  # noqa: E402
 
 N = 68
 
@@ -110,7 +110,7 @@ def main():
             command = [
                 sys.executable,
                 "-m",
-                "landmarks_fastai.contest",
+                "landmarks_fastai.competition",
                 "score",
                 str(submission),
                 str(asked),

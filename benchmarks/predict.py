@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 def write_weights(args, folder: Path):
     import torch
 
-    from landmarks_fastai.checkpoint import write_checkpoint
-    from landmarks_fastai.models import build_model
-    from landmarks_fastai.runs import Run
+    from landmarks_fastai.models.networks import build_model
+    from landmarks_fastai.runs.checkpoint import write_checkpoint
+    from landmarks_fastai.runs.run import Run
     from landmarks_fastai.settings import Settings
 
     torch.manual_seed(0)
@@ -51,10 +51,10 @@ def contest(args, folder: Path):
     import torch
     import torchvision  # noqa: F401
 
-    from landmarks_fastai.checkpoint import read_checkpoint
-    from landmarks_fastai.contest import read_test_points, round_points, submission_header, submission_line
+    from landmarks_fastai.competition import read_test_points, round_points, submission_header, submission_line
+    from landmarks_fastai.data.images import open_image
     from landmarks_fastai.geometry import fit_image, unit_to_input
-    from landmarks_fastai.images import open_image
+    from landmarks_fastai.runs.checkpoint import read_checkpoint
     from landmarks_fastai.settings import INPUT
 
     start = time.perf_counter()
@@ -93,10 +93,10 @@ def contest(args, folder: Path):
 def program(args, folder: Path):
     import torchvision  # noqa: F401
 
-    from landmarks_fastai.checkpoint import read_checkpoint
-    from landmarks_fastai.inference import predict_test
-    from landmarks_fastai.machine import Machine
-    from landmarks_fastai.runs import Run
+    from landmarks_fastai.inference.predictor import predict_test
+    from landmarks_fastai.runs.checkpoint import read_checkpoint
+    from landmarks_fastai.runs.run import Run
+    from landmarks_fastai.utils.hardware import Machine
 
     start = time.perf_counter()
     machine = Machine(workers=args.workers, compile=args.compile)

@@ -21,7 +21,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from landmarks_fastai.checkpoint import read_checkpoint  # noqa: E402
+from landmarks_fastai.runs.checkpoint import read_checkpoint  # noqa: E402
 from landmarks_fastai.settings import FITS, LOSSES, RECIPES, Settings  # noqa: E402
 
 # part -> settings that switch it off; what switches it on is the default

@@ -64,7 +64,7 @@ def read_pandas(csv):
 
 
 def read_ours(csv):
-    from landmarks_fastai.labels import read_labels
+    from landmarks_fastai.data.labels import read_labels
 
     labels = read_labels(csv)
     return len(labels), labels.points
@@ -77,7 +77,7 @@ def child(way: str, csv: str):
     if way == "pandas":
         import pandas  # noqa: F401
     if way in ("first", "later"):
-        from landmarks_fastai import labels  # noqa: F401
+        from landmarks_fastai.data import labels  # noqa: F401
     before, start = peak_mb(), time.perf_counter()
     rows, points = {"loop": read_loop, "pandas": read_pandas}.get(way, read_ours)(csv)
     took = time.perf_counter() - start

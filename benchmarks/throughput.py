@@ -48,9 +48,9 @@ sys.path.insert(0, str(ROOT))
 
 def make_learner(args, folder):
     from landmarks_fastai import landmark_dataloaders, landmark_learner
-    from landmarks_fastai.callbacks import Average
-    from landmarks_fastai.face_template import mirror_pairs
-    from landmarks_fastai.machine import Machine
+    from landmarks_fastai.synthetic.face_template import mirror_pairs
+    from landmarks_fastai.training.callbacks.evaluation import Average
+    from landmarks_fastai.utils.hardware import Machine
 
     machine = Machine(workers=args.workers, cache=args.cache, amp=args.amp, compile=args.compile)
     machine.prepare()
@@ -122,8 +122,8 @@ def contest(args, folder):
     import torch
     from torchvision import transforms
 
-    from landmarks_fastai.labels import read_labels
-    from landmarks_fastai.models import build_model
+    from landmarks_fastai.data.labels import read_labels
+    from landmarks_fastai.models.networks import build_model
 
     labels = read_labels(folder / "train" / "landmarks.csv")
     model = build_model(args.arch, "linear", labels.n_points, args.size).train()

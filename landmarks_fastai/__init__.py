@@ -7,11 +7,11 @@ __all__ = ["landmark_block", "landmark_dataloaders", "landmark_learner"]
 def __getattr__(name: str):
     "The public calls, imported when they are first used: `--help` answers without torch."
     if name in ("landmark_block", "landmark_dataloaders"):
-        from landmarks_fastai import block
+        from landmarks_fastai.data import block
 
         return getattr(block, name)
     if name == "landmark_learner":
-        from landmarks_fastai.learner import landmark_learner
+        from landmarks_fastai.training.learner import landmark_learner
 
         return landmark_learner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

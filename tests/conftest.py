@@ -21,7 +21,7 @@ N_POINTS, N_TRAIN, N_TEST = 68, 40, 6
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
     "A drawn set that no test may change."
-    from landmarks_fastai.sample import make_sample
+    from landmarks_fastai.synthetic.sample import make_sample
 
     return make_sample(
         tmp_path_factory.mktemp("drawn") / "faces", N_TRAIN, N_TEST, N_POINTS, seed=5, n_asked=7, processes=1
@@ -50,13 +50,13 @@ def door(tmp_path, monkeypatch, capfd):
     def run(line, *more):
         import importlib
 
-        from landmarks_fastai import cli
+        from landmarks_fastai.cli import app
 
         words = shlex.split(line) + [str(m) for m in more]
         monkeypatch.setattr(sys, "argv", words)
         code = 0
         try:
-            cli.run_door(importlib.import_module(words[0].removesuffix(".py")).main)
+            app.run_door(importlib.import_module(words[0].removesuffix(".py")).main)
         except SystemExit as e:
             code = e.code
         finally:

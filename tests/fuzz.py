@@ -19,8 +19,9 @@ import pandas  # noqa: F401 - imported before the hooks: not to be counted as th
 import torch  # noqa: F401 - and it reads its own source, which the hooks do not let it
 
 atheris.enabled_hooks.add("RegEx")
-with atheris.instrument_imports(include=["landmarks_fastai.rows", "landmarks_fastai.contest"]):
-    from landmarks_fastai import contest, rows
+with atheris.instrument_imports(include=["landmarks_fastai.rows", "landmarks_fastai.competition"]):
+    from landmarks_fastai import competition
+    from landmarks_fastai.data import landmarks_csv
 from landmarks_fastai.errors import UserError  # noqa: E402
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -50,10 +51,10 @@ def lines_of(data: bytes) -> int:
 def check_labels(csv: Path, data: bytes):
     "The rows are what their lines say: in order, as many numbers as columns, names without what ends them."
     last = 1
-    for lines, names, values, (faulty, texts) in rows.read_rows(csv):
+    for lines, names, values, (faulty, texts) in landmarks_csv.read_rows(csv):
         assert len(lines) == len(names) == len(values) and values.shape[1] >= 1 and values.shape[2:] == (2,)
         assert lines[0] > last and (np.diff(lines) > 0).all()
-        assert (abs(values.astype(np.float64)) <= rows.LIMIT).all()
+        assert (abs(values.astype(np.float64)) <= landmarks_csv.LIMIT).all()
         last = lines[-1]
         assert set(texts) <= set(faulty.tolist()) <= set(range(len(lines)))
         right = np.delete(np.arange(len(lines)), faulty)
@@ -65,7 +66,7 @@ def check_labels(csv: Path, data: bytes):
 
 def check_points(csv: Path, data: bytes):
     "A row of whole numbers for each name, and no more rows than lines."
-    asked = contest.read_test_points(csv)
+    asked = competition.read_test_points(csv)
     assert asked.indices.dtype.kind in "iu" and asked.indices.ndim == 2
     assert len(asked) == len(asked.lines) == len(asked.indices) < lines_of(data)
     assert (np.diff(asked.lines.astype(np.int64)) > 0).all() and all(asked.names)
@@ -100,8 +101,8 @@ def search(target: str, work: Path):
     corpus.mkdir()
     for k, seed in enumerate(SEEDS[target]):
         (corpus / str(k)).write_bytes(b"-" + seed)
-    rows.ThreadPoolExecutor = AtOnce
-    rows.BLOCK = rows.PIECE = 48  # so that small files are cut too
+    landmarks_csv.ThreadPoolExecutor = AtOnce
+    landmarks_csv.BLOCK = landmarks_csv.PIECE = 48  # so that small files are cut too
     atheris.Setup([*sys.argv, str(corpus)], lambda data: feed(target, csv, data))
     atheris.Fuzz()
 

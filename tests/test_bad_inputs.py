@@ -16,10 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from landmarks_fastai.models import METADATA
-
-from .conftest import ARCH, N_POINTS, QUICK, csv_lines, edit_line
-from .test_check import png
+from landmarks_fastai.models.networks import METADATA
+from tests.conftest import ARCH, N_POINTS, QUICK, csv_lines, edit_line
+from tests.data.test_checks import png
 
 TRAIN = f"train.py {QUICK} -n r --out OUT -d DATA"
 FINETUNE = "finetune.py --workers 0 -e 1 -n r --out OUT -d DATA -pm m"
@@ -417,7 +416,7 @@ LEGAL = {
 
 @pytest.mark.parametrize("kind", LEGAL)
 def test_what_is_legal_passes(data, kind):
-    from landmarks_fastai.items import labelled_images
+    from landmarks_fastai.data.items import labelled_images
 
     LEGAL[kind](data, None)
     items = labelled_images(data)
@@ -426,18 +425,18 @@ def test_what_is_legal_passes(data, kind):
 
 def test_a_file_that_may_not_be_read_is_named(data, monkeypatch):
     "Root, who runs the tests in many containers, is refused by no mode bits."
-    from landmarks_fastai import check
+    from landmarks_fastai.data import checks
+    from landmarks_fastai.data.items import labelled_images
     from landmarks_fastai.errors import BadData
-    from landmarks_fastai.items import labelled_images
 
     closed = str(image_path(data))
-    real = check.opened
+    real = checks.opened
 
     def opened(path, where=""):
         if str(path) == closed:
-            raise check.UserError(f"image {path} cannot be read as an image (Permission denied): replace it")
+            raise checks.UserError(f"image {path} cannot be read as an image (Permission denied): replace it")
         return real(path, where)
 
-    monkeypatch.setattr(check, "opened", opened)
+    monkeypatch.setattr(checks, "opened", opened)
     with pytest.raises(BadData, match="line 9: image .*Permission denied"):
         labelled_images(data)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import QUICK, ROOT
-from .test_resume import check_equal
+from tests.conftest import QUICK, ROOT
+from tests.training.test_resume import check_equal
 
 pytestmark = pytest.mark.slow
 

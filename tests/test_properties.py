@@ -15,10 +15,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from landmarks_fastai import contest, rows
+from landmarks_fastai import competition
+from landmarks_fastai.data import landmarks_csv
+from landmarks_fastai.data.labels import read_labels
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap, fit_image, input_to_unit, pixel_map, unit_to_input
-from landmarks_fastai.labels import read_labels
 from landmarks_fastai.settings import FITS
 
 # the same examples every time: a failure in CI is one here
@@ -64,7 +65,7 @@ def label_rows(csv):
 @st.composite
 def whole(draw, forms=("{}", "{}", "{}", "+{}", " {}", "{} ", "0{}", "{}.0", "{}e0")):
     "A whole number and a text of it."
-    value = draw(st.integers(-9, 99) | st.integers(-rows.LIMIT, rows.LIMIT))
+    value = draw(st.integers(-9, 99) | st.integers(-landmarks_csv.LIMIT, landmarks_csv.LIMIT))
     form = draw(st.sampled_from(forms)) if value >= 0 else "{}"
     return form.format(value), np.float32(value)
 
@@ -72,12 +73,12 @@ def whole(draw, forms=("{}", "{}", "{}", "+{}", " {}", "{} ", "0{}", "{}.0", "{}
 @st.composite
 def decimal(draw):
     "A number with decimals and a text of it."
-    value = draw(st.floats(-rows.LIMIT, rows.LIMIT, width=32))
+    value = draw(st.floats(-landmarks_csv.LIMIT, landmarks_csv.LIMIT, width=32))
     return draw(st.sampled_from([repr(float(value)), str(np.float32(value)), f"{value:.9e}"])), np.float32(value)
 
 
 PLAIN = whole(forms=("{}",))
-COLUMN = st.text(LETTER, max_size=6).filter(lambda text: not rows._is_number(text.encode()))
+COLUMN = st.text(LETTER, max_size=6).filter(lambda text: not landmarks_csv._is_number(text.encode()))
 
 
 @st.composite
@@ -110,10 +111,10 @@ def cuts(draw):
 def read_cut(data, cut, slow=False):
     "As `read_bytes`, of a landmarks.csv, cut as asked, with or without the fast way."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "BLOCK", cut[0])
-        patch.setattr(rows, "PIECE", cut[1])
+        patch.setattr(landmarks_csv, "BLOCK", cut[0])
+        patch.setattr(landmarks_csv, "PIECE", cut[1])
         if slow:
-            patch.setattr(rows, "_parse_piece", lambda piece, n_values: None)
+            patch.setattr(landmarks_csv, "_parse_piece", lambda piece, n_values: None)
         return read_bytes(data, label_rows)
 
 
@@ -174,7 +175,7 @@ def check_both_ways(data, cut):
     if not isinstance(fast, str):
         lines, names, points = fast
         assert all(name and not set(name) & set("\t\n\r\0") for name in names)
-        assert np.isfinite(points).all() and abs(points).max() <= rows.LIMIT
+        assert np.isfinite(points).all() and abs(points).max() <= landmarks_csv.LIMIT
         assert lines == sorted(set(lines)) and 2 <= lines[0] and lines[-1] <= data.count(b"\n") + 1
 
 
@@ -198,7 +199,7 @@ def test_any_bytes_are_read_the_same_both_ways_or_refused(data, cut):
 
 
 def asked_rows(csv):
-    asked = contest.read_test_points(csv)
+    asked = competition.read_test_points(csv)
     assert asked.indices.dtype.kind in "iu" and asked.indices.shape == (len(asked), asked.indices.size // len(asked))
     return asked.lines.tolist(), asked.names, asked.indices.tolist()
 
@@ -269,9 +270,9 @@ def answers(draw):
 @given(answers(), st.sampled_from(["nearest", "floor", "none"]))
 def test_what_is_submitted_reads_back_equal(answer, rounding):
     names, points = answer
-    rounded = contest.round_points(points, rounding)
-    text = contest.submission_header(points.shape[1]) + "".join(map(contest.submission_line, names, rounded))
-    found_names, found = read_bytes(text.encode(), contest.read_submission)
+    rounded = competition.round_points(points, rounding)
+    text = competition.submission_header(points.shape[1]) + "".join(map(competition.submission_line, names, rounded))
+    found_names, found = read_bytes(text.encode(), competition.read_submission)
     assert found_names == names and np.array_equal(found.astype(points.dtype), rounded)
     exact = points.astype(np.longdouble)
     if rounding == "none":
@@ -284,7 +285,7 @@ def test_what_is_submitted_reads_back_equal(answer, rounding):
 
 RIGHT = answers().map(
     lambda answer: (
-        contest.submission_header(answer[1].shape[1]) + "".join(map(contest.submission_line, *answer))
+        competition.submission_header(answer[1].shape[1]) + "".join(map(competition.submission_line, *answer))
     ).encode()
 )
 
@@ -292,7 +293,7 @@ RIGHT = answers().map(
 @search
 @given(mutated(RIGHT) | st.binary(max_size=60))
 def test_any_bytes_are_a_submission_or_refused(data):
-    found = read_bytes(data, contest.read_submission)
+    found = read_bytes(data, competition.read_submission)
     assert isinstance(found, str) or (np.isfinite(found[1]).all() and len(found[0]) == len(found[1]))
 
 

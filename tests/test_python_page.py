@@ -18,10 +18,9 @@ from PIL import Image
 from landmarks_fastai import landmark_block, landmark_dataloaders, landmark_learner
 from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.geometry import input_to_unit, pixel_map, unit_to_input
-from landmarks_fastai.machine import Machine
 from landmarks_fastai.metrics import points_in_image
-
-from .conftest import ARCH, N_POINTS, ROOT
+from landmarks_fastai.utils.hardware import Machine
+from tests.conftest import ARCH, N_POINTS, ROOT
 
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 

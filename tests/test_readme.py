@@ -8,12 +8,11 @@ import shutil
 
 import pytest
 
-from landmarks_fastai import cli, flags
-
-from .conftest import N_POINTS, ROOT
+from landmarks_fastai.cli import arguments, flags, resolve
+from tests.conftest import N_POINTS, ROOT
 
 PACKAGE = ROOT / "landmarks_fastai"
-PARSERS = {"train": cli.train_parser, "finetune": cli.finetune_parser, "predict": cli.predict_parser}
+PARSERS = {"train": arguments.train_parser, "finetune": arguments.finetune_parser, "predict": arguments.predict_parser}
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md"))}
 OTHERS = {
@@ -41,9 +40,16 @@ def commands(text) -> list[str]:
 @pytest.fixture
 def helps(capsys):
     "What --help of all commands says."
-    from landmarks_fastai import contest, sample
+    from landmarks_fastai import competition
+    from landmarks_fastai.synthetic import sample
 
-    for parse in (cli.train_arguments, cli.finetune_arguments, cli.predict_arguments, sample.main, contest.main):
+    for parse in (
+        arguments.train_arguments,
+        arguments.finetune_arguments,
+        arguments.predict_arguments,
+        sample.main,
+        competition.main,
+    ):
         with pytest.raises(SystemExit):
             parse(["--help"])
     return capsys.readouterr().out
@@ -66,7 +72,7 @@ def test_every_flag_that_is_named_exists(page, helps):
 def test_the_page_of_flags_is_up_to_date_and_complete(helps):
     "Every flag with its default: the page is made from the parsers."
     page = DOCS["docs/flags.md"]
-    assert page == flags.flags_page(), "run: python -m landmarks_fastai.flags > docs/flags.md"
+    assert page == flags.flags_page(), "run: python -m landmarks_fastai.cli.flags > docs/flags.md"
     for parser in PARSERS.values():
         for action in parser()._actions:
             if action.help != "==SUPPRESS==" and action.dest != "help":
@@ -76,19 +82,19 @@ def test_the_page_of_flags_is_up_to_date_and_complete(helps):
 def test_the_groups_of_defaults_parse():
     "`--recipe seed`, and the drawn faces' defaults: as flags they give the same settings."
     recipe, drawn = re.findall(r"`(--start .*?|--arch .*?)`", flags._footnotes())
-    as_flags = cli.train_arguments(shlex.split(recipe) + ["-d", ""])
-    named = cli.train_arguments(["--recipe", "seed", "-d", ""])
-    assert cli.first_settings(as_flags, False) == cli.first_settings(named, False)
-    as_flags = cli.train_arguments(shlex.split(drawn) + ["-d", ""])
-    assert cli.first_settings(as_flags, False) == cli.first_settings(cli.train_arguments([]), True)
+    as_flags = arguments.train_arguments(shlex.split(recipe) + ["-d", ""])
+    named = arguments.train_arguments(["--recipe", "seed", "-d", ""])
+    assert resolve.first_settings(as_flags, False) == resolve.first_settings(named, False)
+    as_flags = arguments.train_arguments(shlex.split(drawn) + ["-d", ""])
+    assert resolve.first_settings(as_flags, False) == resolve.first_settings(arguments.train_arguments([]), True)
 
 
 def test_the_command_lines_of_the_three_stages_parse():
     lines = re.findall(r"^python (train|finetune|predict)\.py +(.+)$", TEXT, re.M)
     assert [script for script, _ in lines] == ["train", "finetune", "finetune", "predict", "train"]
-    assert cli.train_arguments(shlex.split(lines.pop()[1], comments=True)).resume
+    assert arguments.train_arguments(shlex.split(lines.pop()[1], comments=True)).resume
     for script, line in lines:
-        args = getattr(cli, f"{script}_arguments")(shlex.split(line))
+        args = getattr(arguments, f"{script}_arguments")(shlex.split(line))
         assert args.data == ""
 
 
@@ -145,29 +151,14 @@ def test_readme_links_every_page():
 
 def test_the_files_and_names_of_the_architecture_exist():
     page = DOCS["docs/architecture.md"]
-    pairs = re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", page)
+    pairs = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", page)
     assert len(pairs) > 15
     for file, names in pairs:
         code = (PACKAGE / file).read_text(encoding="utf-8")
         for name in re.findall(r"\w+", names):
             assert re.search(rf"^(?:def|class) {name}\b", code, re.M), f"{name} is not in {file}"
-    for name, file in re.findall(r"`(\w+)` (?:in|\()\s*`(\w+\.py)`", page):
+    for name, file in re.findall(r"`(\w+)` (?:in|\()\s*`([\w/]+\.py)`", page):
         code = (PACKAGE / file).read_text(encoding="utf-8")
         assert re.search(rf"^(?:(?:def|class) {name}\b|{name} = )", code, re.M), f"{name} is not in {file}"
-    for file in re.findall(r"`(\w+\.py)`", page):
-        assert (PACKAGE / file).is_file() or (ROOT / file).is_file() or (ROOT / "tests" / file).is_file(), file
-
-
-def test_imports_run_in_the_order_of_the_architecture():
-    section = DOCS["docs/architecture.md"].partition("\n## Imports\n")[2]
-    lines = "\n".join(line for line in section.splitlines() if line.startswith("- "))
-    order = re.findall(r"`(\w+)`", lines)
-    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
-    assert set(order) == modules and len(order) == len(modules)
-    for k, module in enumerate(order):
-        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("landmarks_fastai"):
-                continue
-            _, _, name = node.module.partition(".")
-            for imported in [name] if name else [a.name for a in node.names]:
-                assert imported in order[:k], f"{module} imports {imported}"
+    for file in re.findall(r"`([\w/]+\.py)`", page):
+        assert (PACKAGE / file).is_file() or (ROOT / file).is_file(), file

@@ -1,0 +1,64 @@
+"Running a script: errors and signals become one line and an exit code."
+
+import errno
+import os
+import sys
+import time
+import warnings
+
+from landmarks_fastai.cli.arguments import UNMAPPED, _let_go_of_unread
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.utils.files import reason
+from landmarks_fastai.utils.signals import UNREAD, heed_sigterm
+
+STARTED = time.monotonic()  # --minutes counts the imports too
+
+
+def started(state) -> float:
+    "When the stage's minutes began to count: those that it trained before it was stopped are gone."
+    return STARTED - (state.facts["seconds"] if state else 0.0)
+
+
+def goes_on(state) -> str:
+    epoch, batch = state.place
+    return f"going on at epoch {epoch}, batch {batch}"
+
+
+def run_door(main):
+    "Run a door: a user's mistake becomes one line on stderr and exit code 1, Ctrl-C exit code 130, `| head` 141."
+    # What torch and fastai say of their own parts is not for this program's user to act upon.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # None where it was closed, as by a daemon; no other file may get its number
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
+    if hasattr(sys.stdout, "reconfigure"):  # a name in Cyrillic must not stop a run in a terminal of another encoding
+        sys.stdout.reconfigure(errors="replace")
+        sys.stderr.reconfigure(errors="replace")
+    heed_sigterm()
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as e:
+        for line in e.lines:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
+    except (ImportError, MemoryError) as e:
+        if isinstance(e, ImportError) and not any(text in str(e) for text in UNMAPPED):
+            raise
+        way = "allow the process more (ulimit -v), or take a larger machine"
+        print(f"error: not enough memory ({reason(e)}): {way}", file=sys.stderr)
+        sys.exit(1)
+    except (KeyboardInterrupt, BrokenPipeError) as e:
+        _let_go_of_unread()
+        if sys.stdout.isatty():
+            print()  # below the bar
+        text = str(e) if isinstance(e, KeyboardInterrupt) else "its output is read no more"
+        print(f"stopped: {text}" if text else "stopped", file=sys.stderr)
+        sys.exit(getattr(e, "code", 130 if isinstance(e, KeyboardInterrupt) else UNREAD))
+    except OSError as e:
+        if e.errno != errno.ENOSPC or e.filename:
+            raise
+        _let_go_of_unread()
+        print(f"error: the output cannot be written ({e.strerror}): make room where it goes", file=sys.stderr)
+        sys.exit(1)

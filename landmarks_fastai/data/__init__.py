@@ -1,0 +1,1 @@
+"Labels and images: from landmarks.csv to batches."

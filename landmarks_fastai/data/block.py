@@ -1,0 +1,116 @@
+"The DataBlock of landmarks, and the DataLoaders that it makes of a folder or a DataFrame."
+
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.data.block import DataBlock
+from fastai.data.core import DataLoaders
+from fastai.vision.core import PointScaler
+from fastai.vision.data import ImageBlock, PointBlock
+from fastcore.foundation import L
+
+from landmarks_fastai.data.augment import Augment
+from landmarks_fastai.data.flip import ROWS, NoMirror, learn_mirror
+from landmarks_fastai.data.image_cache import Inputs, open_cache
+from landmarks_fastai.data.items import LabelledImages, labelled_images
+from landmarks_fastai.data.loader import LandmarkDL
+from landmarks_fastai.data.split import RowSplitter
+from landmarks_fastai.data.transforms import OpenInput, PointsToUnit, StoredPoints
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.utils.hardware import Machine
+from landmarks_fastai.utils.parallel import bar
+
+
+def landmark_block(
+    settings: Settings | None = None,  # None: the defaults
+    *,
+    item_tfms: list | None = None,  # see points in unit coordinates
+    batch_tfms: list | None = None,
+    machine: Machine = Machine(),  # noqa: B008
+    **changes,  # fields of `Settings` by name: size=128, batch_size=32, fit="crop", …
+) -> DataBlock:
+    """A `DataBlock` of landmarks. Its source is what `landmark_dataloaders` takes, but a DataFrame.
+
+    Items are (PILImage, TensorPoint, TensorMap), batches (images, points (batch, n_points, 2), maps (batch, 4)). Points
+    are in unit coordinates, [-1, 1] from edge to edge of the input (`geometry.py`). Raises `UserError` for a setting
+    that does not exist or is out of range.
+    """
+    settings = (settings or Settings()).replace(**changes)
+    augment = []
+    if settings.aug or settings.pairs:
+        augment = [Augment(settings.aug, settings.pairs or None, settings.seed)]
+    block = DataBlock(
+        blocks=(ImageBlock, PointBlock),
+        dl_type=LandmarkDL,
+        get_items=partial(labelled_images, on_bad=settings.on_bad),
+        get_x=OpenInput(Inputs(**settings.of(INPUT))),
+        get_y=StoredPoints(),
+        splitter=RowSplitter(settings),
+    )
+    # PointScaler divides by the size alone, which takes a pixel's centre for its edge: half an input pixel off
+    block.default_item_tfms = L(t for t in block.default_item_tfms if not isinstance(t, PointScaler))
+    block.default_item_tfms += [PointsToUnit(settings.size, settings.on_bad)]
+    block.default_batch_tfms += augment
+    block.dls_kwargs = {
+        "settings": settings,
+        "bs": settings.batch_size,
+        "num_workers": machine.decoders,
+        "device": torch.device(machine.device),
+        "pin_memory": machine.pins,
+    }
+    return block.new(item_tfms, batch_tfms)
+
+
+def landmark_dataloaders(
+    source: "str | Path | pd.DataFrame | LabelledImages",  # a folder in the competition's layout, or file names and coordinates
+    settings: Settings | None = None,  # None: the defaults
+    *,
+    image_folder: "str | Path | None" = None,  # of a DataFrame's file names
+    item_tfms: list | None = None,
+    batch_tfms: list | None = None,
+    machine: Machine = Machine(),  # noqa: B008
+    listing: Path | None = None,  # file that lists bad rows that are left out
+    left_out: np.ndarray | None = None,  # rows that a resumed run began without
+    progress=bar,
+    **changes,  # fields of `Settings` by name: size=128, batch_size=32, …
+) -> DataLoaders:
+    """Training and validation `DataLoaders` of checked rows, their flip map learned from the training rows' points.
+
+    `dls.settings` has the settings that they were made by, `dls.flip` the `MirrorMap` or the `NoMirror` that says why
+    there is none, where it was learned. Raises `UserError`, and `BadData` with every bad row.
+
+    >>> dls = landmark_dataloaders("faces", size=128, batch_size=32)
+    """
+    settings = (settings or Settings()).replace(**changes)
+    if isinstance(source, (str, Path)):
+        settings = settings.replace(data=os.path.abspath(source or "."))
+    images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, progress)
+    settings, flip = with_flip_map(settings.replace(n_points=images.labels.n_points), images)
+    block = landmark_block(settings, item_tfms=item_tfms, batch_tfms=batch_tfms, machine=machine)
+    if machine.cache:
+        cache = open_cache(images.folder, len(images.labels), **settings.of(INPUT), key={"labels": images.labels.key})
+        block.getters[0].inputs.cache = cache
+    dls = block.dataloaders(images)
+    dls.flip = flip
+    return dls
+
+
+def with_flip_map(settings: Settings, images: LabelledImages) -> "tuple[Settings, object]":
+    "The settings with the indices of the mirrored points where they are wanted and not known yet, and what was found."
+    if settings.mirror == "none":
+        if settings.tta:
+            raise UserError("--tta scores the mirrored image too, --mirror none forbids it: run without one of them")
+        return settings.replace(pairs=()), None
+    if settings.pairs:
+        return settings, None
+    train, _ = RowSplitter(settings)(images)
+    try:
+        found = learn_mirror(np.stack([item.points for item in images[train].sample(ROWS)]))
+    except NoMirror as e:
+        return settings.replace(tta=False), e
+    return settings.replace(pairs=tuple(found.pairs.tolist())), found

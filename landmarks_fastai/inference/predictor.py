@@ -1,0 +1,176 @@
+"""Checkpoint + images -> points in pixels of the images as stored.
+
+The loop over batches is our own: a Learner needs training data to exist, and gathers all predictions in memory,
+where 100,000 images of 971 points must not sit.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from landmarks_fastai.competition import (
+    TestPoints,
+    read_test_points,
+    round_points,
+    submission_header,
+    submission_line,
+)
+from landmarks_fastai.data.checks import check_images
+from landmarks_fastai.data.flip import two_looks
+from landmarks_fastai.data.image_cache import Inputs
+from landmarks_fastai.data.labels import data_folder
+from landmarks_fastai.errors import BadData, UserError
+from landmarks_fastai.metrics import points_in_image
+from landmarks_fastai.runs.checkpoint import Checkpoint
+from landmarks_fastai.runs.run import Run
+from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.utils.files import whole_file
+from landmarks_fastai.utils.hardware import Machine
+from landmarks_fastai.utils.memory import batch_that_fits, check_shared_memory, check_worker_died, out_of_memory
+from landmarks_fastai.utils.parallel import side_by_side
+from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
+
+
+class FittedImages(Dataset):
+    "Images as the network's uint8 input (3, size, size), each with its map."
+
+    def __init__(self, folder: Path, names: list[str], settings: Settings, where=lambda row: ""):
+        self.folder, self.names, self.where = folder, np.array([os.fsencode(name) for name in names]), where
+        self.inputs = Inputs(**settings.of(INPUT))
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, row):
+        fitted, to_input = self.inputs(row, self.folder / os.fsdecode(self.names[row]), self.where(row))
+        return torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy()), torch.tensor(to_input)
+
+
+class LineOf:
+    "Where a row was named, for the error of an image that cannot be read."
+
+    def __init__(self, test_points: TestPoints):
+        self.csv, self.lines = test_points.csv, test_points.lines
+
+    def __call__(self, row):
+        return f"{self.csv} line {self.lines[row]}: "
+
+
+def predict_batches(
+    checkpoint: Checkpoint,
+    images: Dataset,  # of FittedImages
+    machine: Machine = Machine(),  # noqa: B008
+    batch_size: int = 32,
+    pairs=(),  # of the flip map, for the flip test
+):
+    "Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the images' order."
+    settings, device = checkpoint.settings, machine.device
+    check_shared_memory(machine, batch_size * 3 * settings.size**2)
+    model = fuse_norms(checkpoint.model(), settings.size).to(device, memory_format=machine.memory_format)
+    if machine.compile:
+        model.compile()
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
+
+    def points_of(batch):
+        pixels, maps = batch
+        inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
+        with torch.inference_mode(), machine.autocast():
+            unit = two_looks(model, inputs.contiguous(memory_format=machine.memory_format), pairs)
+        return points_in_image(unit, maps, settings.size).float().cpu().numpy()
+
+    def one_step(n):
+        points_of((torch.zeros(n, 3, settings.size, settings.size, dtype=torch.uint8), torch.ones(n, 4)))
+
+    try:
+        yield from batches_of_points(points_of, images, machine, batch_size)
+    except Exception as e:
+        check_worker_died(e)
+        if not out_of_memory(e):
+            raise
+        fits = batch_that_fits(e, one_step, batch_size)
+        way = f"-b {fits} fits (tried here)" if fits else "no smaller one fits"
+        raise UserError(f"-b {batch_size}: not enough memory for such a batch: {way}") from None
+
+
+def batches_of_points(points_of, images, machine, batch_size):
+    "`points_of` each batch of the images, in order."
+    if machine.workers or machine.device != "cpu" or machine.compile:
+        loader = DataLoader(
+            images,
+            batch_size,
+            num_workers=machine.decoders,
+            pin_memory=machine.pins,
+            worker_init_fn=leave_signals_to_parent,
+        )
+        with signals_blocked():  # the workers start here
+            batches = iter(loader)
+        yield from map(points_of, batches)
+    else:
+        rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
+        yield from side_by_side(lambda rows: points_of(default_collate([images[row] for row in rows])), rows)
+
+
+def fuse_norms(model, size: int):
+    """The network with each batch norm folded into the convolution before it, where torch.fx can follow the network.
+
+    What comes out is compared with what came in: a network that fx misreads is left as it is.
+    """
+    from torch.fx.experimental.optimization import fuse
+
+    inputs = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            fused = fuse(model)
+            same = torch.allclose(fused(inputs), model(inputs), atol=1e-4)
+    except Exception:  # control flow that fx cannot trace raises whatever the network's own code then does
+        return model
+    return fused if same else model
+
+
+def predict_test(
+    checkpoint: Checkpoint,
+    data,  # the contest folder
+    run: Run,  # whose submit.csv, points.npy and points.json are written
+    rounding: str = "nearest",
+    machine: Machine = Machine(),  # noqa: B008
+    batch_size: int = 32,
+    second_look: bool = False,  # also at the mirrored image, where the checkpoint has a mirror map
+    progress=lambda batches, total: batches,
+) -> int:
+    """Write the submission, and every point of every test image, as they come; returns the number of images.
+
+    points.npy is float32 (images, n_points, 2), pixels of the images as stored; points.json lists the file names in
+    its order. All three appear when all is done, or not at all.
+    """
+    side = data_folder(data) / "test"
+    if not os.path.isfile(side / "test_points.csv"):
+        raise UserError(f"{side / 'test_points.csv'} not found: it says which points of which images to submit")
+    asked = read_test_points(side / "test_points.csv")
+    n_points = checkpoint.settings.n_points
+    asked.check_range(n_points)
+    found = check_images(asked, side / "images")
+    if len(found.rows):
+        raise BadData(map(found.problem, found.rows.tolist()), len(found.rows))
+    images = FittedImages(side / "images", asked.names, checkpoint.settings, LineOf(asked))
+    pairs = checkpoint.settings.pairs if second_look else ()
+    batches = predict_batches(checkpoint, images, machine, batch_size, pairs)
+    with (
+        whole_file(run.file("points.json")) as names,
+        whole_file(run.file("points.npy"), "wb") as points,
+        whole_file(run.file("submit.csv")) as submission,
+    ):
+        json.dump(asked.names, names, ensure_ascii=False, indent=0)
+        head = {"descr": "<f4", "fortran_order": False, "shape": (len(asked), n_points, 2)}
+        np.lib.format.write_array_header_1_0(points, head)
+        submission.write(submission_header(asked.indices.shape[1]))
+        row = 0
+        for batch in progress(batches, -(-len(asked) // batch_size)):
+            points.write(np.ascontiguousarray(batch).data)
+            for each in batch:
+                submission.write(submission_line(asked.names[row], round_points(each[asked.indices[row]], rounding)))
+                row += 1
+    return row

@@ -1,0 +1,1 @@
+"The network: a torchvision or timm body and a head."

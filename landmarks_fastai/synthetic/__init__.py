@@ -1,0 +1,1 @@
+"Drawn faces: data for a machine without any."

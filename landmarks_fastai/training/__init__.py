@@ -1,0 +1,1 @@
+"The Learner, its callbacks and the stages."

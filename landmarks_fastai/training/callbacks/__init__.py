@@ -1,0 +1,14 @@
+"One concern of the training loop a module, as fastai's callbacks."
+
+from landmarks_fastai.training.callbacks.batches import CarryMaps, DrawByStep  # noqa: F401
+from landmarks_fastai.training.callbacks.evaluation import Average, Looks, SaveBest  # noqa: F401
+from landmarks_fastai.training.callbacks.precision import Amp, Compile  # noqa: F401
+from landmarks_fastai.training.callbacks.progress import (  # noqa: F401
+    History,
+    PlainLines,
+    ProgressTable,
+    no_bars,
+    plain_line,
+    show_progress,
+)
+from landmarks_fastai.training.callbacks.schedules import PlateauLR, StepLR, StopOnNaN, TimeLimit  # noqa: F401

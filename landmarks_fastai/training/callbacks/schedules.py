@@ -1,0 +1,124 @@
+"Rates, time limits, and a loss that is no number."
+
+import time
+
+import numpy as np
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException
+from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
+
+
+class PlateauLR(ReduceLROnPlateau):
+    """fastai's `ReduceLROnPlateau` with the effect of PyTorch's at the seed's `patience=1, factor=0.31622`.
+
+    fastai's divides by `factor`, reduces one bad epoch earlier, takes any decrease for better, and edits
+    `opt.hypers`, which an `OptimWrapper` makes anew at every look: there it silently changes nothing.
+    """
+
+    def __init__(
+        self,
+        monitor="score",
+        patience=1,  # bad epochs that are let pass
+        factor=0.31622,  # that the rate is multiplied with: the seed's, the root of 0.1
+        threshold=1e-4,  # an epoch is better when it is below best * (1 - threshold)
+        eps=1e-8,  # a smaller change of the rate is not made
+    ):
+        super().__init__(monitor=monitor, comp=np.less, patience=patience, factor=factor)
+        self.threshold, self.eps = threshold, eps
+
+    def after_epoch(self):
+        if self.idx >= len(self.recorder.values[-1]):  # fastai ends the epoch of a `validate` that failed too
+            return
+        value = self.recorder.values[-1][self.idx]
+        if value < self.best * (1 - self.threshold):
+            self.best, self.wait = value, 0
+            return
+        self.wait += 1
+        if self.wait > self.patience:
+            self.wait = 0
+            old = [h["lr"] for h in self.opt.hypers]
+            new = [lr * self.factor for lr in old]
+            self.opt.set_hyper("lr", [n if o - n > self.eps else o for o, n in zip(old, new, strict=True)])
+
+
+class StepLR(Callback):
+    "Multiply the rate with `gamma` after every `step_size` epochs, as PyTorch's `StepLR`."
+
+    order = TrackerCallback.order + 2
+
+    def __init__(self, step_size: int, gamma: float):
+        self.step_size, self.gamma = step_size, gamma
+
+    def after_epoch(self):
+        if (self.epoch + 1) % self.step_size == 0:
+            self.opt.set_hyper("lr", [h["lr"] * self.gamma for h in self.opt.hypers])
+
+
+class TimeLimit(Callback):
+    """End a fit at a time, what follows it included; a schedule by share of the training follows the clock.
+
+    An epoch is cut short at the limit, and none begins where less than a tenth of one's time is left. `pct_train` is what
+    fastai's `ParamScheduler` goes by, so `fit_one_cycle` ends its cycle at the limit.
+    """
+
+    order = TrackerCallback.order - 1  # before ParamScheduler, which has the order of the trackers
+
+    def __init__(
+        self,
+        deadline: float,  # seconds of `time.monotonic`
+        after: float = 0.0,  # how long the work behind the fit takes, in validations
+        spent: float = 0.0,  # seconds that a run which goes on has trained before
+    ):
+        self.deadline, self.after, self.spent = deadline, after, spent
+
+    def before_fit(self):
+        self.start, self.steps, self.validation, self.cut = time.monotonic(), 0, 0.0, False
+
+    @property
+    def left(self) -> float:
+        "Seconds left for training. Until a validation was timed, one of its batches counts as a training step."
+        step = (time.monotonic() - self.start) / max(1, self.steps)
+        validation = 1.1 * self.validation or step * len(self.dls.valid)
+        return self.deadline - time.monotonic() - validation * (1 + self.after)
+
+    def before_train(self):
+        self.train_start = time.monotonic()
+
+    def before_batch(self):
+        if self.training:
+            passed = self.spent + time.monotonic() - self.start
+            self.learn.pct_train = min(1.0, passed / max(1e-9, passed + max(0.0, self.left)))
+
+    def after_batch(self):
+        if self.training:
+            self.steps += 1
+            if self.left <= 0:
+                self.cut = True
+                raise CancelTrainException()
+
+    def after_cancel_train(self):
+        # else the Recorder leaves this epoch's training loss out, and every later number is under a wrong name
+        self.learn.recorder.cancel_train = False
+
+    def before_validate(self):
+        self.validation_start = time.monotonic()
+        self.trained = self.validation_start - self.train_start
+
+    def after_validate(self):
+        self.validation = max(self.validation, time.monotonic() - self.validation_start)
+
+    def after_epoch(self):
+        if self.cut or self.left <= 0.1 * self.trained:
+            raise CancelFitException()
+
+
+class StopOnNaN(TerminateOnNaNCallback):
+    "fastai's `TerminateOnNaNCallback`, that remembers the step whose loss was no finite number."
+
+    step = None
+
+    def after_batch(self):
+        try:
+            super().after_batch()
+        except CancelFitException:
+            self.step = (self.epoch, self.iter)
+            raise

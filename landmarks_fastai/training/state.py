@@ -1,0 +1,171 @@
+"""What a stage needs to go on from the middle of an epoch: gathered, written to one file, read, put back.
+
+`state.safetensors` holds tensors (weights, the optimiser's, the average's, half-summed gradients) and, in its header,
+a JSON of the rest. Nothing random is in it: order, augmentation and dropout are functions of (seed, epoch, batch).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.runs.run import Run
+from landmarks_fastai.utils.files import reason, whole_path
+
+FORMAT = 2
+# What the callbacks of a stage remember from epoch to epoch, by the name that a Learner has them under.
+REMEMBERED = {
+    "plateau_lr": ("best", "wait"),
+    "early_stopping": ("best", "wait"),
+    "save_best": ("best", "saved"),
+    "gradient_accumulation": ("count",),
+}
+
+
+@dataclass(frozen=True)
+class State:
+    "A stage at rest: `batch` batches of `epoch` are trained on."
+
+    facts: dict
+    tensors: dict
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.facts["epoch"], self.facts["batch"]
+
+
+def gather(learn) -> State:
+    "The Learner's part of the state, after a step or between epochs."
+    smooth = learn.recorder.smooth_loss
+    facts = {
+        "hypers": [{k: v for k, v in h.items() if isinstance(v, float)} for h in learn.opt.hypers],
+        "pct_train": learn.pct_train,
+        "train_iter": learn.train_iter,
+        "smooth_count": smooth.count,
+        "remembered": {
+            name: {k: _plain(getattr(getattr(learn, name), k)) for k in keys}
+            for name, keys in REMEMBERED.items()
+            if hasattr(learn, name)
+        },
+        "scaler": learn.scaler.state_dict() if hasattr(learn, "scaler") else {},
+    }
+    tensors = {f"model.{k}": t for k, t in _tensors_of(learn.model)}
+    for k, own in learn.opt.opt.state_dict()["state"].items():
+        tensors |= {f"opt.{k}.{name}": t for name, t in own.items() if isinstance(t, torch.Tensor)}
+    for k, p in enumerate(_parameters(learn)):
+        if p.grad is not None and getattr(getattr(learn, "gradient_accumulation", None), "count", 0):
+            tensors[f"grad.{k}"] = p.grad
+    if hasattr(learn, "average"):
+        tensors |= {f"average.{k}": t for k, t in _tensors_of(learn.average.twin)}
+    return State(facts, tensors | {"smooth": torch.as_tensor(smooth.val)})
+
+
+def _tensors_of(module):
+    "Of its state dict, without the network's metadata."
+    return [(k, t) for k, t in module.state_dict().items() if isinstance(t, torch.Tensor)]
+
+
+def put_back(learn, state: State):
+    "The Learner as `gather` found it; called within a fit, which has made all that there is to fill."
+    facts, tensors = state.facts, state.tensors
+    learn.model.load_state_dict(_part(tensors, "model."))
+    if hasattr(learn, "average"):
+        learn.average.twin.load_state_dict(_part(tensors, "average."))
+    parameters, own = _parameters(learn), {}
+    for name, t in _part(tensors, "opt.").items():
+        k, name = name.split(".", 1)
+        own.setdefault(int(k), {})[name] = _like(t, parameters[int(k)])
+    groups = learn.opt.opt.state_dict()["param_groups"]
+    learn.opt.opt.load_state_dict({"state": own, "param_groups": groups})
+    for name in facts["hypers"][0]:
+        learn.opt.set_hyper(name, [h[name] for h in facts["hypers"]])
+    for k, t in _part(tensors, "grad.").items():
+        parameters[int(k)].grad = _like(t, parameters[int(k)])
+    learn.pct_train, learn.train_iter = facts["pct_train"], facts["train_iter"]
+    smooth = learn.recorder.smooth_loss
+    smooth.val, smooth.count = tensors["smooth"], facts["smooth_count"]  # fastai keeps it on the CPU
+    for name, values in facts["remembered"].items():
+        for k, value in values.items():
+            setattr(getattr(learn, name), k, value)
+    if facts["scaler"]:
+        learn.scaler.load_state_dict(facts["scaler"])
+
+
+def _parameters(learn) -> list:
+    "In the order that PyTorch's optimiser numbers them by."
+    return [p for group in learn.opt.opt.param_groups for p in group["params"]]
+
+
+def _like(t, parameter):
+    "In the parameter's memory format: the fused optimisers go through both side by side."
+    if t.shape != parameter.shape:
+        return t
+    return torch.empty_like(parameter, dtype=t.dtype, requires_grad=False).copy_(t)
+
+
+def _plain(value):
+    return float(value) if isinstance(value, float) else value
+
+
+def _part(tensors, prefix) -> dict:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def write_state(run: Run, state: State):
+    "Write the state whole: to a temporary file that is synced and renamed. Raises `UserError` where the disk is full."
+    path, facts = run.file("state.safetensors"), {"format": FORMAT} | state.facts
+    tensors = {k: t.detach().cpu().contiguous() for k, t in state.tensors.items()}
+    with whole_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, {"facts": json.dumps(facts)})
+        except SafetensorError as e:
+            raise UserError(
+                f"{path} cannot be written ({reason(e)}): make room (it takes {_megabytes(tensors)} MB, twice while it is written)"
+            ) from None
+    run.publish()
+
+
+def _megabytes(tensors) -> int:
+    return math.ceil(sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6)
+
+
+def read_state(run: Run) -> State | None:
+    """The state of a run that was stopped; None where there is none.
+
+    Raises `UserError` for a file that is no state. Nothing but tensors and JSON is read.
+    """
+    path = run.file("state.safetensors")
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as f:
+            facts = json.loads((f.metadata() or {})["facts"])
+            state = State(facts, {k: f.get_tensor(k) for k in f.keys()})
+        if facts["format"] != FORMAT:
+            raise ValueError(f"format {facts['format']}, {FORMAT} expected")
+        _check(state)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError) as e:
+        raise UserError(
+            f"{path} is no state of a run ({reason(e)}): start over with --overwrite, and the same flags"
+        ) from None
+    return state
+
+
+def _check(state: State):
+    "Raise `ValueError` and the like unless the facts are of the kinds that are put back."
+    facts = state.facts
+    numbers = [facts[k] for k in ("epoch", "batch", "train_iter", "smooth_count")]
+    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(facts["history"], str):
+        raise ValueError("a number or the history is missing")
+    hypers = [v for h in facts["hypers"] for v in h.values()]
+    remembered = [v for name, of in facts["remembered"].items() for k, v in of.items() if k in REMEMBERED[name]]
+    if not all(isinstance(v, (int, float)) for v in [*hypers, *remembered, facts["pct_train"], facts["seconds"]]):
+        raise ValueError("a value is no number")
+    if len(remembered) != sum(map(len, facts["remembered"].values())):
+        raise ValueError("an unknown value")
+    if not all(type(row) is int for row in facts["left_out"]):
+        raise ValueError("left_out holds what is no row")

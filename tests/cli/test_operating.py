@@ -1,0 +1,211 @@
+"What an operator's machine does to a run: signals, closed outputs, no home folder, a locale without UTF-8, little memory."
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from landmarks_fastai.utils.files import cache_places
+from tests.conftest import ROOT
+
+posix = pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="signals are sent as Linux does")
+
+
+def python(code, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        **kwargs | {"env": os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.get("env", {})},
+    )  # fmt: skip
+
+
+@posix
+def test_a_signal_while_a_worker_starts_does_not_end_it(drawn, monkeypatch):
+    "torch's own handler for SIGTERM stands before `worker_init_fn` is called."
+    from torch.utils.data._utils import signal_handling
+
+    from landmarks_fastai.data.block import landmark_dataloaders
+    from landmarks_fastai.settings import Settings
+    from landmarks_fastai.utils.hardware import Machine
+
+    monkeypatch.setattr(
+        signal_handling, "_set_worker_signal_handlers", lambda: [os.kill(os.getpid(), n) for n in (15, 1, 2)]
+    )
+    dls = landmark_dataloaders(drawn, Settings(size=32, batch_size=8), machine=Machine(workers=1))
+    assert len(list(dls.valid))
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # this process gets its own again
+
+
+SLOW = """
+import os, time
+from landmarks_fastai.inference.predictor import batches_of_points
+from landmarks_fastai.utils.hardware import Machine
+
+class Slow:
+    def __len__(self): return 2
+    def __getitem__(self, k):
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+
+list(batches_of_points(None, Slow(), Machine(workers=1), 1))
+"""
+
+
+@posix
+def test_a_worker_in_a_slow_read_ends_with_a_killed_main_process():
+    process = python(SLOW)
+    worker = int(process.stdout.readline())
+    try:
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and is_running(worker):
+            time.sleep(0.1)
+        assert not is_running(worker)
+    finally:
+        if is_running(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def is_running(pid) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_goes_wrong_after_a_signal_is_told(tmp_path):
+    from landmarks_fastai.errors import UserError
+    from landmarks_fastai.training.callbacks.resume_state import Keep
+
+    keep = Keep(None, {}, None)
+    with pytest.raises(UserError, match="cannot be written"), keep.heeding_signals():
+        signal.raise_signal(signal.SIGINT)
+        raise UserError("state.safetensors cannot be written")
+
+
+RUN = """
+from landmarks_fastai.cli import app
+from landmarks_fastai.runs.run import Record
+from landmarks_fastai.runs.claim import claimed_run
+def main():
+    with claimed_run("runs", "r", "", Record("train.py")):
+        for _ in range(100): print("epoch", flush=True)
+app.run_door(main)
+"""
+
+
+def test_output_that_nobody_reads(tmp_path):
+    process = python(RUN.replace("range(100)", "iter(int, 1)"), cwd=tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(), err) == (
+        141, "stopped: nothing was saved yet; go on with: python train.py --resume -n r\n",
+    )  # fmt: skip
+
+
+def test_output_read_no_more_at_the_end():
+    process = python(
+        "import time; from landmarks_fastai.cli import app\napp.run_door(lambda: [time.sleep(1), print(1)])"
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("stopped: its output is read no more\n", 141)
+
+
+@posix
+def test_closed_outputs_do_not_stop_a_run(tmp_path):
+    code = "import sys; from landmarks_fastai.cli import app\napp.run_door(lambda: open('f', 'w').write(str(sys.stdout.isatty())))"
+    command = f'"{sys.executable}" -c "$CODE" >&- 2>&-'
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CODE": code}
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env).returncode == 0
+    assert (tmp_path / "f").read_text() == "False"
+
+
+@posix
+def test_a_full_disk_behind_the_output_is_told_in_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", RUN], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr == "error: the output cannot be written (No space left on device): make room where it goes\n"
+
+
+@posix
+def test_too_little_memory_to_load_torch_is_told_in_one_line():
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); from landmarks_fastai.cli import app\n"
+        "def main(): import torch\napp.run_door(main)"
+    )
+    process = python(code)
+    err = process.stderr.read()
+    assert process.wait() == 1 and err.startswith("error: not enough memory") and err.count("\n") == 1, err
+
+
+def test_a_user_without_a_home_has_the_cache_beside_the_file(tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA", "USERPROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is where the user is in no list
+    assert cache_places(tmp_path / "a.csv") == [tmp_path / "a.csv.cache"]
+
+
+@posix
+def test_a_checkpoint_and_a_cache_under_a_cyrillic_name_in_the_c_locale(tmp_path):
+    code = (
+        "import os, sys, torch; from pathlib import Path; from landmarks_fastai.models.weights import read_state_dict\n"
+        "from landmarks_fastai.utils.files import cache_places\n"
+        "path = Path(os.fsdecode('лицо.pth'.encode())); torch.save({'a': torch.ones(1)}, path)\n"
+        "print(sys.getfilesystemencoding(), len(cache_places(path)), *read_state_dict(path, mmap=True))"
+    )
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (tmp_path / "code.py").write_text(code, encoding="utf-8")
+    process = python("exec(open('code.py', encoding='utf-8').read())", cwd=tmp_path, env=env)
+    out, err = process.communicate()
+    assert out.split() == ["ascii", "2", "a"], err
+
+
+def test_of_many_stopped_runs_the_first_are_named(tmp_path):
+    from landmarks_fastai.runs.run import Record, Run, stopped_runs, write_record
+
+    for k in range(30):
+        write_record(Run(tmp_path, f"r{k:02}"), Record("train.py"))
+    assert stopped_runs(tmp_path) == ", ".join([*(f"r{k:02}" for k in range(20)), "…"])
+
+
+@posix
+def test_a_killed_worker_is_told_in_one_line():
+    "As the kernel does where memory is short."
+    process = python(KILLED)
+    err = process.stderr.read()
+    assert process.wait() == 1
+    assert err.splitlines()[-1] == (  # torch warns before it
+        "error: a worker was killed from outside, as the system does where memory is short: "
+        "use fewer --workers, or --workers 0"
+    )
+
+
+KILLED = """
+import os
+from landmarks_fastai.cli import app
+from landmarks_fastai.inference import predictor
+from landmarks_fastai.utils.memory import check_worker_died
+from landmarks_fastai.utils.hardware import Machine
+
+class Killed:
+    def __len__(self): return 2
+    def __getitem__(self, k): os.kill(os.getpid(), 9)
+
+def main():
+    try:
+        list(predictor.batches_of_points(None, Killed(), Machine(workers=1), 1))
+    except Exception as e:
+        check_worker_died(e)
+        raise
+
+app.run_door(main)
+"""

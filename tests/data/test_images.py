@@ -1,0 +1,176 @@
+"A JPEG decoded smaller lies where its points say; what the cache gives back is what was read, or it is read again."
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from landmarks_fastai.data import image_cache, images
+from landmarks_fastai.data.image_cache import InputCache, Inputs, open_cache
+from landmarks_fastai.data.images import read_input
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import pixel_map
+from landmarks_fastai.models.networks import METADATA
+from landmarks_fastai.settings import FITS
+from tests.conftest import QUICK, ROOT
+
+
+def save_dot(path, width, height, x, y, sigma=24.0):
+    v, u = np.mgrid[:height, :width]
+    dot = 250 * np.exp(-((u - x) ** 2 + (v - y) ** 2) / (2 * sigma**2))
+    Image.fromarray(np.rint(dot).astype(np.uint8)).convert("RGB").save(path, quality=97)
+    return path
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("width,height", [(1024, 768), (767, 1023), (601, 605), (1201, 640)])
+def test_a_dot_in_a_jpeg_decoded_smaller_lies_where_its_point_is_mapped(tmp_path, fit, width, height):
+    point = np.array([0.52 * width, 0.47 * height])
+    path = save_dot(tmp_path / "x.jpg", width, height, *point)
+    fitted, to_input = read_input(path, fit, 64)
+    grey = np.asarray(fitted).astype(float).mean(2)
+    grey[grey < 3] = 0  # JPEG's dust in the black
+    v, u = np.mgrid[:64, :64]
+    found = np.array([(u * grey).sum(), (v * grey).sum()]) / grey.sum()
+    assert found == pytest.approx(to_input.to_input(point), abs=0.05)
+    whole = pixel_map(width, height, fit, 64)
+    assert to_input.to_input(point) == pytest.approx(whole.to_input(point), abs=0.2)  # two stored pixels at the most
+
+
+def test_a_large_jpeg_is_decoded_no_larger_than_needed_and_looks_the_same(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    soft = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((1600, 1200), Image.BICUBIC)
+    soft.save(tmp_path / "x.jpg", quality=95)
+    soft.save(tmp_path / "x.png")
+    decoded = []
+    real = images.fit_image
+    monkeypatch.setattr(images, "fit_image", lambda image, *more: decoded.append(image.size) or real(image, *more))
+    small, _ = read_input(tmp_path / "x.jpg", "crop", 128)
+    whole, _ = read_input(tmp_path / "x.png", "crop", 128)
+    assert decoded == [(400, 300), (1600, 1200)]  # no fewer than twice the input's side
+    assert abs(np.asarray(small).astype(int) - np.asarray(whole)).mean() < 2
+    read_input(tmp_path / "x.jpg", "pad", 700)
+    assert decoded[-1] == (1600, 1200)
+
+
+def faces(tmp_path, n=6):
+    folder = tmp_path / "images"
+    folder.mkdir(exist_ok=True)
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 255, (50 + i, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return folder
+
+
+def cached(tmp_path, key=None, n=6):
+    folder = faces(tmp_path, n) if not (tmp_path / "images").exists() else tmp_path / "images"
+    return folder, Inputs("crop", 32, open_cache(folder, n, "crop", 32, key or {"labels": 1}))
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a[0]), np.asarray(b[0])) and a[1] == b[1]
+
+
+def test_the_cache_gives_back_what_was_read_bit_for_bit(tmp_path, monkeypatch):
+    folder, inputs = cached(tmp_path)
+    plain = Inputs("crop", 32)
+    first = [inputs(i, folder / f"{i}.jpg") for i in range(6)]
+    assert all(same(first[i], plain(i, folder / f"{i}.jpg")) for i in range(6))
+    monkeypatch.setattr(
+        image_cache, "read_input", None
+    )  # nothing is decoded any more: not here, not in another process
+    assert all(same(first[i], inputs(i, folder / f"{i}.jpg")) for i in range(6))
+    again = pickle.loads(pickle.dumps(cached(tmp_path)[1]))
+    assert all(same(first[i], again(i, folder / f"{i}.jpg")) for i in range(6))
+
+
+def test_a_changed_image_a_torn_record_and_another_key_are_read_again(tmp_path):
+    folder, inputs = cached(tmp_path)
+    old = [inputs(i, folder / f"{i}.jpg") for i in range(6)]
+    (folder / "0.jpg").write_bytes((folder / "5.jpg").read_bytes())
+    assert np.array_equal(np.asarray(inputs(0, folder / "0.jpg")[0]), np.asarray(old[5][0]))
+    cache = inputs.cache.path
+    with open(cache, "r+b") as f:
+        f.seek(
+            image_cache.HEADER + 6 * image_cache.PLACE.size + inputs.cache.record + 500
+        )  # in the second record's pixels
+        f.write(b"torn")
+    assert same(inputs(1, folder / "1.jpg"), old[1])
+    before = cache.stat().st_ino
+    assert cached(tmp_path)[1].cache.path.stat().st_ino == before
+    other = cached(tmp_path, {"labels": 2})[1]
+    assert cache.stat().st_ino != before and other.cache.get(1, folder / "1.jpg") is None
+    assert same(inputs(2, folder / "2.jpg"), old[2])  # who has the old file open keeps it
+    cache.write_bytes(b"short")
+    assert same(cached(tmp_path)[1](3, folder / "3.jpg"), old[3])
+
+
+def test_a_new_cache_is_short_and_a_full_one_demands_no_room(tmp_path, monkeypatch):
+    "By what was written alone: Windows allocates a length at once, and has no `st_blocks`."
+    folder, inputs = cached(tmp_path)
+    cache = inputs.cache
+    empty = image_cache.HEADER + 6 * image_cache.PLACE.size
+    assert cache.path.stat().st_size == empty and cache.missing_bytes == 6 * cache.record
+    inputs(4, folder / "4.jpg")  # not at its place, five records behind the start: NTFS would make room for all six
+    assert cache.path.stat().st_size == empty + cache.record and cache.missing_bytes == 5 * cache.record
+    assert cache.get(1, folder / "1.jpg") is None and cache.get(5, folder / "5.jpg") is None
+    for i in range(6):
+        inputs(i, folder / f"{i}.jpg")
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    assert cached(tmp_path)[1].cache.missing_bytes == 0
+
+
+def test_an_image_that_vanishes_is_named_although_it_was_kept(tmp_path):
+    folder, inputs = cached(tmp_path)
+    inputs(0, folder / "0.jpg")
+    (folder / "0.jpg").unlink()
+    with pytest.raises(UserError, match="x.csv line 2: image .*0.jpg not found"):
+        inputs(0, folder / "0.jpg", "x.csv line 2: ")
+
+
+def test_processes_that_fill_a_cache_at_once_leave_it_whole(tmp_path):
+    folder, inputs = cached(tmp_path, n=40)
+    inputs.cache.path.unlink()
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path;"
+        "from landmarks_fastai.data.image_cache import Inputs, open_cache;"
+        f"folder = Path({str(folder)!r}); cache = open_cache(folder, 40, 'crop', 32, dict(labels=1));"
+        "inputs = Inputs('crop', 32, cache); [inputs(i, folder / f'{i}.jpg') for i in range(40)]"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [process.wait() for process in started] == [0] * 4
+    plain, cache = Inputs("crop", 32), cached(tmp_path, n=40)[1].cache
+    kept = [cache.get(i, folder / f"{i}.jpg") for i in range(40)]
+    assert all(k is None or same(k, plain(i, folder / f"{i}.jpg")) for i, k in enumerate(kept))
+    assert sum(k is not None for k in kept) >= 1 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_no_room_is_said_before_training_and_a_full_disk_later_costs_the_cache_only(tmp_path, monkeypatch, door, drawn):
+    folder, inputs = cached(tmp_path)
+    real = InputCache.put
+    monkeypatch.setattr(
+        image_cache, "write_at", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    assert inputs(0, folder / "0.jpg")[0].size == (32, 32) and inputs.cache.get(0, folder / "0.jpg") is None
+    assert InputCache.put is real
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    code, out, err = door(f"train.py {QUICK} --cache -n r -d", drawn)
+    assert code == 1 and err.count("\n") == 1 and "--cache" in err and "make room" in err
+
+
+def test_training_from_the_cache_is_training(door, drawn, tmp_path):
+    "The same weights to the last bit: from files, while the cache is written, and from the cache."
+    weights = []
+    for name, more in [("a", ""), ("b", "--cache"), ("c", "--cache"), ("d", "--cache --workers 1")]:
+        assert door(f"train.py {QUICK} {more} -n {name} -d", drawn)[::2] == (0, "")
+        weights.append(torch.load(tmp_path / "here" / "runs" / name / "best.pth", weights_only=True))
+    stored = list((drawn / "train").glob("images-*.cache"))
+    assert len(stored) == 1 and stored[0].stat().st_blocks * 512 >= 40 * 32 * 32 * 3
+    for other in weights[1:]:
+        assert all(torch.equal(v, other[k]) for k, v in weights[0].items() if k != METADATA)
+    os.unlink(stored[0])

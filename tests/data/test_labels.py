@@ -1,0 +1,301 @@
+"landmarks.csv: what is in it arrives, what is wrong with it is named with its line, and its cache is never wrong."
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from landmarks_fastai.data import labels, landmarks_csv
+from landmarks_fastai.data.labels import read_labels
+from landmarks_fastai.errors import UserError
+from tests.conftest import ROOT
+
+HEADER = "file_name\t" + "\t".join(f"Point_M{k}_{a}" for k in range(3) for a in "XY")
+ROW = "{}.jpg\t1\t2\t3\t4\t5\t6"
+
+
+def write(path, *rows, header=HEADER, end="\n"):
+    path.write_bytes(end.join([header, *rows, ""]).encode())
+    return path
+
+
+@pytest.fixture
+def csv(tmp_path):
+    return write(tmp_path / "landmarks.csv", ROW.format("a"), "b.jpg\t-7\t8\t9\t10\t11\t32767", ROW.format("c"))
+
+
+def test_rows_arrive(csv):
+    labels = read_labels(csv)
+    assert (len(labels), labels.n_points) == (3, 3)
+    assert [labels.name(i) for i in range(3)] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert labels.points(1).tolist() == [[-7, 8], [9, 10], [11, 32767]] and labels.points(1).dtype == np.float32
+    assert [labels.line(i) for i in range(3)] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_and_windows_line_ends_are_passed_over_and_lines_stay_counted(tmp_path, end):
+    csv = write(tmp_path / "l.csv", ROW.format("a"), "", ROW.format("имя с пробелом"), "", end=end)
+    labels = read_labels(csv)
+    assert [labels.name(i) for i in range(2)] == ["a.jpg", "имя с пробелом.jpg"]
+    assert [labels.line(i) for i in range(2)] == [2, 4]
+    assert labels.points(1).tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_a_last_line_without_its_end_counts(tmp_path):
+    csv = tmp_path / "l.csv"
+    csv.write_text(HEADER + "\n" + ROW.format("a") + "\n" + ROW.format("b"))
+    assert read_labels(csv).name(1) == "b.jpg"
+
+
+def test_decimals_anywhere_keep_every_row_exact(tmp_path, monkeypatch):
+    "The first rows go to int16; when decimals come, in a later block, what is written becomes float32."
+    monkeypatch.setattr(landmarks_csv, "BLOCK", 64)
+    text = [f"{i}.jpg\t{i}\t-{i}\t3\t4\t5\t6" for i in range(300)] + ["x.jpg\t0.25\t2\t3\t4\t5\t-6.5"]
+    labels = read_labels(write(tmp_path / "l.csv", *text))
+    assert [labels.points(i)[0].tolist() for i in range(300)] == [[i, -i] for i in range(300)]
+    assert labels.points(300).tolist() == [[0.25, 2], [3, 4], [5, -6.5]]
+    assert [labels.name(i) for i in (0, 299, 300)] == ["0.jpg", "299.jpg", "x.jpg"]
+
+
+def test_whole_numbers_arrive_however_they_are_cut_into_blocks_and_pieces(tmp_path, monkeypatch):
+    "Of one to five digits, negative, in blocks that hold a blank line, a sign or a decimal, and in those that do not."
+    rng = np.random.default_rng(0)
+    points = (rng.integers(-32767, 32768, (400, 6)) / 10.0 ** rng.integers(0, 5, (400, 6))).astype(int)
+    points[7] = [0, -0, 32767, -32767, 9, -9]
+    text = [f"{'я' * (i % 5)}{i}.jpg\t" + "\t".join(map(str, p)) for i, p in enumerate(points)]
+    text[100] = text[100].replace("\t", "\t+", 1).replace("+-", "-")
+    text[200] = text[200].split("\t", 1)[0] + "\t007\t 2\t3.0\t4\t5\t6"
+    points[200] = [7, 2, 3, 4, 5, 6]
+    for block, piece, end in [(1 << 23, 1 << 20, "\n"), (3000, 500, "\n"), (900, 900, "\r\n"), (3000, 1, "\n")]:
+        monkeypatch.setattr(landmarks_csv, "BLOCK", block)
+        monkeypatch.setattr(landmarks_csv, "PIECE", piece)
+        csv = write(tmp_path / f"{block}-{piece}.csv", *text[:50], "", *text[50:], end=end)
+        labels = read_labels(csv)
+        assert np.array_equal([labels.points(i).reshape(-1) for i in range(400)], points)
+        assert [labels.name(i) for i in range(400)] == [t.split("\t")[0] for t in text]
+        assert [labels.line(i) for i in (0, 49, 50, 399)] == [2, 51, 53, 402]
+
+
+def test_plain_rows_need_no_pandas(csv):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai.data.labels import read_labels;"
+        f"print(len(read_labels({str(csv)!r})), 'pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "3 False\n"
+
+
+BAD = {
+    "few": ("b.jpg\t1\t2\t3\t4\t5", "line 3: 6 fields found, 7 expected"),
+    "many": (ROW.format("b") + "\t7", "line 3: 8 fields found, 7 expected"),
+    "text": ("b.jpg\t1\t2\t3\tx4\t5\t6", "line 3: point 1's y is 'x4', a number expected"),
+    "gap": ("b.jpg\t1\t2\t\t4\t5\t6", "line 3: point 1's x is '', a number expected"),
+    "nan": ("b.jpg\t1\t2\tnan\t4\t5\t6", "line 3: point 1's x is 'nan', a number expected"),
+    "infinite": ("b.jpg\t1\t2\t3\t4\t5\t-inf", "line 3: point 2's y is -inf, a number between"),
+    "large": ("b.jpg\t1\t40000\t3\t4\t5\t6", "line 3: point 0's y is 40000, a number between -32767 and 32767"),
+    "huge": ("b.jpg\t1\t2\t3\t4\t5\t99999999999999999999999", "line 3: point 2's y is"),
+    "code": ("b.jpg\t1\t2\t3\t4\t5\t__import__('os')", "line 3: point 2's y is"),
+    "nameless": ("\t1\t2\t3\t4\t5\t6", "line 3: the file name is empty"),
+    "least of all": (
+        "b.jpg\t-9223372036854775808\t2\t3\t4\t5\t6",
+        "line 3: point 0's x is -9223372036854775808, a number",
+    ),
+    "beyond 63 bits": (
+        "b.jpg\t1\t10000000000000000000\t3\t4\t5\t6",
+        "line 3: point 0's y is 1e+19, a number",
+    ),
+    "NUL": ("b.jpg\0\t1\t2\t3\t4\t5\t6", "line 3"),
+    "control": ("b.jpg\t1\t2\t3\x074\t5\t6\t7", "line 3: point 1's x is"),
+    "carriage return": ("b\r.jpg\t1\t2\t3\t4\t5\t6", "line 3: holds a carriage return within the line"),
+    "minus alone": ("b.jpg\t1\t-\t3\t4\t5\t6", "line 3: point 0's y is '-', a number expected"),
+    "just too large": ("b.jpg\t1\t-32768\t3\t4\t5\t6", "line 3: point 0's y is -32768, a number between"),
+    "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e+30"),
+}
+
+
+@pytest.mark.parametrize("row,message", BAD.values(), ids=BAD)
+def test_a_bad_row_is_named_with_its_line(tmp_path, row, message):
+    csv = write(tmp_path / "l.csv", ROW.format("a"), row, ROW.format("c"))
+    with pytest.raises(UserError) as e:
+        read_labels(csv)
+    assert str(csv) in str(e.value) and message in str(e.value) and len(e.value.problems) == 1
+    assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]  # nothing half-written
+    with pytest.raises(UserError) as again:  # from the cache
+        read_labels(csv)
+    assert str(again.value) == str(e.value)
+
+
+def test_a_bad_row_far_down_has_the_right_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(landmarks_csv, "BLOCK", 100)
+    csv = write(tmp_path / "l.csv", *[ROW.format(i) for i in range(500)], "", "b.jpg\t1\t2\tthree\t4\t5\t6")
+    with pytest.raises(UserError, match="line 503: point 1's x is 'three'"):
+        read_labels(csv)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    csv = tmp_path / "l.csv"
+    csv.write_bytes((HEADER + "\n" + ROW.format("a") + "\n").encode() + b"\xff\xfe.jpg\t1\t2\t3\t4\t5\t6\n")
+    with pytest.raises(UserError, match="line 3: not UTF-8"):
+        read_labels(csv)
+
+
+def test_halves_of_a_letter_in_two_names_do_not_make_one(tmp_path):
+    csv = tmp_path / "l.csv"
+    row = b"\t1\t2\t3\t4\t5\t6\n"
+    csv.write_bytes(HEADER.encode() + b"\na\xc3" + row + b"\xa9.jpg" + row)
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        read_labels(csv)
+
+
+@pytest.mark.parametrize("number", ["1", "1.5"])
+def test_a_byte_order_mark_within_the_file_is_its_name_s(tmp_path, number):
+    csv = write(tmp_path / "l.csv", f"\ufeffa.jpg\t{number}\t2\t3\t4\t5\t6")
+    assert read_labels(csv).name(0) == "\ufeffa.jpg"
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "is empty"),
+        (HEADER + "\n", "no rows"),
+        (ROW.format("a") + "\n" + ROW.format("b"), "line 1 holds numbers"),
+        ("a,b,c\n1,2,3\n", "line 1"),
+    ],
+)
+def test_files_without_rows(tmp_path, text, message):
+    csv = tmp_path / "l.csv"
+    csv.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_labels(csv)
+    assert os.listdir(tmp_path) == ["l.csv"]
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="not found"):
+        read_labels(tmp_path / "nothing.csv")
+
+
+def cache_of(csv):
+    return csv.with_name(csv.name + ".cache")
+
+
+def test_the_cache_serves_the_next_start_and_no_other_file(csv):
+    read_labels(csv)
+    stamp = cache_of(csv).stat().st_mtime_ns
+    read_labels(csv)
+    assert cache_of(csv).stat().st_mtime_ns == stamp
+    before = csv.stat()
+    text = csv.read_text()
+    csv.write_text(text.replace("b.jpg\t-7", "b.jpg\t-9"))  # as long, and as old as the file was
+    os.utime(csv, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read_labels(csv).points(1)[0, 0] == -9
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"\0" * 5000, lambda b: b[:100]])
+def test_a_torn_or_foreign_cache_is_not_believed(csv, damage):
+    read_labels(csv)
+    cache_of(csv).write_bytes(damage(cache_of(csv).read_bytes()))
+    assert read_labels(csv).points(0).tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_a_truncated_or_replaced_csv_is_read_again(csv):
+    read_labels(csv)
+    whole = csv.read_bytes()
+    csv.write_bytes(whole[: whole.index(b"b.jpg")])
+    assert len(read_labels(csv)) == 1
+    csv.write_bytes(whole[:-7])  # half-written: the last row has lost its end
+    with pytest.raises(UserError, match="line 4"):
+        read_labels(csv)
+    csv.write_bytes(whole)
+    assert len(read_labels(csv)) == 3
+    other = write(csv.with_name("other.csv"), ROW.format("x"), ROW.format("y"), ROW.format("z"))
+    os.replace(other, csv)  # another file under its name
+    assert read_labels(csv).name(0) == "x.jpg"
+
+
+def test_a_csv_that_changes_while_it_is_read_is_refused(csv, monkeypatch):
+    real = labels.read_rows
+
+    def read_rows(path):
+        yield from real(path)
+        with open(path, "a") as f:
+            f.write(ROW.format("d") + "\n")
+
+    monkeypatch.setattr(labels, "read_rows", read_rows)
+    with pytest.raises(UserError, match="changed while it was read"):
+        read_labels(csv)
+    assert os.listdir(csv.parent) == [csv.name]
+    monkeypatch.undo()
+    assert len(read_labels(csv)) == 4
+
+
+def test_a_cache_of_another_version_is_made_anew(csv, monkeypatch):
+    monkeypatch.setattr(labels, "FORMAT", labels.FORMAT + 1)
+    read_labels(csv)
+    newer = cache_of(csv).read_bytes()
+    monkeypatch.undo()
+    read_labels(csv)
+    assert cache_of(csv).read_bytes() != newer
+    assert read_labels(csv).points(2).tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_processes_that_start_at_once_all_read_it_right(tmp_path):
+    "Eight at one time, none finding a cache: each gets the rows, and one whole cache and nothing else is left."
+    text = [f"{i}.jpg\t" + "\t".join(str(v) for v in range(i, i + 400)) for i in range(3000)]
+    csv = write(tmp_path / "l.csv", *text, header="file_name\t" + "\t".join(f"c{k}" for k in range(400)))
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai.data.labels import read_labels;"
+        f"r = read_labels({str(csv)!r}); print(len(r), int(sum(r.points(i).sum() for i in range(len(r)))))"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    said = {process.communicate()[0] for process in started}
+    assert said == {f"3000 {sum(400 * i + 400 * 399 // 2 for i in range(3000))}\n"}
+    assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]
+
+
+def test_a_read_only_folder_s_cache_goes_to_the_cache_folder(csv, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(labels, "whole_file", _refuse_in(csv.parent, labels.whole_file))
+    assert len(read_labels(csv)) == 3
+    assert not cache_of(csv).exists() and len(list((tmp_path / "home" / "landmarks_fastai").glob("*.cache"))) == 1
+    assert len(read_labels(csv)) == 3  # found again
+
+
+def _refuse_in(folder, real):
+    "A read-only folder: root, who runs the tests in many containers, is refused by no mode bits."
+
+    def whole_file(path, mode):
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        return real(path, mode)
+
+    return whole_file
+
+
+def test_labels_pickle_as_a_file_name(csv):
+    labels = read_labels(csv)
+    text = pickle.dumps(labels)
+    assert len(text) < 2000 and pickle.loads(text).points(1).tolist() == labels.points(1).tolist()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    "Five times the rows, the same peak but for the names: measured in fresh processes."
+    text = [f"{i:032d}.jpg\t" + "\t".join(str(v % 300) for v in range(i, i + 400)) for i in range(8000)]
+    header = "file_name\t" + "\t".join(f"c{k}" for k in range(400))
+    peaks, sizes = [], []
+    for n in (1, 5):
+        csv = tmp_path / f"{n}.csv"
+        csv.write_text("\n".join([header, *(text * n), ""]))
+        sizes.append(csv.stat().st_size)
+        # VmHWM: unlike getrusage's figure it begins anew with the process, not with its parent's
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai.data import labels, landmarks_csv;"
+            f"landmarks_csv.BLOCK = 1 << 20; labels.read_labels({str(csv)!r});"
+            "print(*[l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l])"
+        )
+        peaks.append(1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
+    assert sizes[1] - sizes[0] > 40e6 and peaks[1] - peaks[0] < 10e6

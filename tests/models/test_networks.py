@@ -1,0 +1,200 @@
+"A body by name, a head by description, weights from files: and a line for everything that does not fit."
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.models import heads, weights
+from landmarks_fastai.models.heads import make_head
+from landmarks_fastai.models.networks import build_model, find_arch
+from landmarks_fastai.models.weights import input_stats, load_weights
+
+SEED_SEARCH = ["alexnet", "resnet18", "resnet34", "resnet50", "densenet121", "densenet161", "resnext50_32x4d"]
+OTHERS = [
+    "squeezenet1_1", "shufflenet_v2_x0_5", "googlenet", "convnext_tiny", "vit_b_32", "timm:resnet18", "tf_efficientnet_lite0",
+    "vit_tiny_patch16_224",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", SEED_SEARCH + OTHERS)
+def test_every_network_gives_points_and_learns_in_all_its_parts(arch):
+    model = build_model(arch, "linear", 7, 64)
+    out = model(torch.rand(2, 3, 64, 64))
+    assert out.shape == (2, 7, 2)
+    out.square().sum().backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not dead
+
+
+def test_torchvision_s_where_both_have_it_and_timm_s_by_force():
+    assert find_arch("resnet18") == ("torchvision", "resnet18") and find_arch("timm:resnet18") == ("timm", "resnet18")
+    assert find_arch("tf_efficientnet_lite0") == ("timm", "tf_efficientnet_lite0")
+
+
+def test_an_unknown_network_gets_the_near_names():
+    with pytest.raises(UserError, match="resnext50_32x4d"):
+        build_model("resnext50_32x4", "linear", 7, 64)
+
+
+def test_a_size_that_the_network_cannot_take():
+    with pytest.raises(UserError, match="alexnet cannot take an input of 16 px"):
+        build_model("alexnet", "linear", 7, 16)
+
+
+def test_the_normalisation_is_the_body_s_own():
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert input_stats("resnext50_32x4d") == imagenet
+    assert input_stats("tf_efficientnet_lite0") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def kinds(head):
+    return [type(m).__name__ for m in make_head(head, 20, 7)]
+
+
+def test_heads_as_described():
+    assert kinds("linear") == ["Linear"]
+    assert kinds("512,relu,drop0.2") == ["Linear", "ReLU", "Dropout", "Linear"]
+    three = make_head("64, bn, relu, drop0.5, 32, bn, relu", 20, 7)
+    assert three(torch.rand(4, 20)).shape == (4, 14)
+    assert [m.num_features for m in three if isinstance(m, nn.BatchNorm1d)] == [64, 32]
+    assert three[3].p == 0.5
+
+
+@pytest.mark.parametrize("head", ["", "gelu", "512,,relu", "0", "-3", "drop1.5", "linear,relu", "512;relu", "9999999"])
+def test_a_head_that_is_none(head):
+    with pytest.raises(UserError, match="--head"):
+        make_head(head, 20, 7)
+
+
+def test_start_at_the_mean_shape():
+    model, shape = build_model("resnet18", "linear", 7, 64), torch.rand(7, 2)
+    heads.start_at(model, shape)
+    out = model.eval()(torch.rand(3, 3, 64, 64))
+    assert (out.view(3, 7, 2) - shape).abs().max() < 0.2
+
+
+@pytest.fixture(scope="module")
+def other():
+    torch.manual_seed(1)
+    return build_model("resnet18", "linear", 7, 64)
+
+
+def bare(model):
+    "The tensors as torchvision names them, classifier included."
+    return {k[2:]: v for k, v in model.state_dict().items() if k.startswith("0.")} | {
+        "fc.weight": torch.zeros(1000, 512)
+    }
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped", "own"])
+def test_weights_from_a_file_arrive_in_the_body(tmp_path, other, form):
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    if form == "safetensors":
+        save_file(bare(other), path)
+    elif form == "wrapped":
+        torch.save({"state_dict": {"module." + k: v for k, v in bare(other).items()}}, path)
+    else:
+        torch.save(other.state_dict() if form == "own" else bare(other), path)
+    model = build_model("resnet18", "linear", 9, 64)
+    load_weights(model, "resnet18", str(path), 64)
+    for k, v in model[0].state_dict().items():
+        assert torch.equal(v, other[0].state_dict()[k]), k
+
+
+def test_densenet_s_old_names(tmp_path):
+    model = build_model("densenet121", "linear", 7, 64)
+    old = {k.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): v for k, v in model[0].state_dict().items()}
+    torch.save(old, tmp_path / "d.pth")
+    again = build_model("densenet121", "linear", 7, 64)
+    load_weights(again, "densenet121", str(tmp_path / "d.pth"), 64)
+    assert all(torch.equal(v, model[0].state_dict()[k]) for k, v in again[0].state_dict().items())
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_payload_is_refused_and_does_not_run(tmp_path):
+    torch.save({"a": torch.zeros(1), "b": Payload(tmp_path / "ran")}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="holds more than tensors"):
+        load_weights(build_model("resnet18", "linear", 7, 64), "resnet18", str(tmp_path / "w.pth"), 64)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pth_that_unfolds_to_more_than_its_size_is_refused(tmp_path, monkeypatch):
+    import zipfile
+
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "w.pth")
+    assert weights.read_tensors(tmp_path / "w.pth")["a"].shape == (1 << 20,)
+    with (
+        zipfile.ZipFile(tmp_path / "w.pth") as plain,
+        zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as z,
+    ):
+        for name in plain.namelist():
+            z.writestr(name, plain.read(name))
+    assert (tmp_path / "z.pth").stat().st_size < 20_000
+    monkeypatch.setattr(torch, "load", None)  # it is not even called
+    with pytest.raises(UserError, match="z.pth is no file of tensors .*compressed"):
+        weights.read_tensors(tmp_path / "z.pth")
+
+
+def test_files_that_do_not_fit(tmp_path, other):
+    model = build_model("resnet18", "linear", 7, 64)
+    cases = {
+        "text.pth": (b"hello", "damaged or of another kind"),
+        "text.safetensors": (b"hello", "damaged or of another kind"),
+        "pickle.pth": (pickle.dumps([1, 2]), "no file of tensors"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_weights(model, "resnet18", str(tmp_path / name), 64)
+    torch.save({}, tmp_path / "empty.pth")
+    torch.save(build_model("resnet34", "linear", 7, 64)[0].state_dict(), tmp_path / "r34.pth")
+    torch.save(bare(other), tmp_path / "r18.pth")
+    torch.save({k: v[:1] for k, v in bare(other).items() if v.ndim}, tmp_path / "shapes.pth")
+    for arch, name, message in [
+        ("resnet18", "empty.pth", "no file of tensors"),
+        ("resnet18", "r34.pth", "it is of another network, .* have no place"),
+        ("resnet34", "r18.pth", "does not fit --arch resnet34: .* tensors missing, the first"),
+        ("resnet18", "shapes.pth", "is .* expected"),
+        ("resnet18", "none.pth", "not found"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_weights(build_model(arch, "linear", 7, 64), arch, str(tmp_path / name), 64)
+
+
+def test_timm_s_names_for_torchvision_s_network_get_a_hint(tmp_path):
+    torch.save(build_model("timm:efficientnet_b0", "linear", 7, 64)[0].state_dict(), tmp_path / "e.pth")
+    with pytest.raises(UserError, match="try --arch timm:efficientnet_b0"):
+        load_weights(build_model("efficientnet_b0", "linear", 7, 64), "efficientnet_b0", str(tmp_path / "e.pth"), 64)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "tf_efficientnet_lite0"])
+def test_a_download_that_fails_says_what_to_do(monkeypatch, arch):
+    "No machine's network is needed: what the libraries fetch with is made to fail as it does offline."
+    import urllib.error
+
+    import timm
+    from torchvision import models as tv
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    model = build_model(arch, "linear", 7, 64)
+    before = [v.clone() for v in model.parameters()]
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(tv, "get_model", offline)
+    with pytest.raises(
+        UserError, match=f"ImageNet weights of {arch} could not be downloaded .*--weights FILE.*--weights none"
+    ):
+        load_weights(model, arch, "imagenet", 64)
+    assert all(map(torch.equal, model.parameters(), before))

@@ -1,0 +1,127 @@
+"""The private names of fastai that `ResumableLearner` relies on, as they were read in fastai 2.8.12.
+
+A test here that fails after an upgrade of fastai says which of them has changed.
+"""
+
+import inspect
+
+import fastai
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelEpochException
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader as FastaiLoader
+from fastai.learner import Learner
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from landmarks_fastai.utils.fastai_internals import ResumableLearner, without_device, worker_count
+
+READ_IN = "2.8.12"
+
+
+class Watch(Callback):
+    "The epochs and training batches that a fit goes through, and the events between them."
+
+    def __init__(self):
+        self.batches, self.events = [], []
+
+    def before_epoch(self):
+        self.events.append(("before_epoch", self.epoch))
+
+    def before_batch(self):
+        if self.training:
+            self.batches.append((self.epoch, self.iter))
+
+    def after_cancel_epoch(self):
+        self.events.append(("after_cancel_epoch", self.epoch))
+
+    def after_epoch(self):
+        self.events.append(("after_epoch", self.epoch))
+
+
+@pytest.fixture
+def learn():
+    data = TensorDataset(torch.rand(6, 3), torch.rand(6, 2))
+    dls = DataLoaders(DataLoader(data, 2), DataLoader(data, 2))
+    learn = ResumableLearner(dls, nn.Linear(3, 2), nn.MSELoss())
+    learn.remove_cbs([cb for cb in learn.cbs if cb.name == "progress"])
+    learn.logger = lambda values: None
+    return learn
+
+
+def test_a_fit_begins_where_it_is_told_and_the_next_one_at_its_beginning(learn):
+    "`_do_fit` is what `fit` calls for its epochs; this Learner's begins at another."
+    watch = Watch()
+    learn.begin = (1, 3)  # behind the last of 3 batches of epoch 1
+    learn.fit(3, cbs=watch)
+    assert watch.batches == [(2, 0), (2, 1), (2, 2)]
+    assert [e for name, e in watch.events if name == "before_epoch"] == [1, 2]
+    watch = Watch()
+    learn.fit(1, cbs=watch)
+    assert watch.batches == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_a_fit_that_fails_leaves_no_beginning_behind(learn):
+    class Fail(Callback):
+        def before_batch(self):
+            raise ValueError("no")
+
+    learn.begin = (1, 0)
+    with pytest.raises(ValueError):
+        learn.fit(2, cbs=Fail())
+    assert learn.begin == (0, 0)
+
+
+def test_with_events_calls_what_is_behind_a_cancelled_epoch(learn):
+    class Cancel(Callback):
+        def before_train(self):
+            raise CancelEpochException()
+
+    watch = Watch()
+    learn.fit(1, cbs=[watch, Cancel()])
+    assert watch.events == [("before_epoch", 0), ("after_cancel_epoch", 0), ("after_epoch", 0)]
+
+
+def test_release_batch_lets_go_of_the_last_batch(learn):
+    learn.fit(1)
+    learn.xb, learn.pred, learn.loss_grad = (torch.zeros(1),), torch.zeros(1), torch.zeros(1)
+    learn.release_batch()
+    assert learn.xb == (None,) and learn.pred is None and learn.loss_grad is None
+
+
+def test_the_workers_of_a_loader_are_counted_and_a_copy_has_no_device():
+    dl = FastaiLoader([1.0, 2.0], bs=1, num_workers=3, device="cpu")
+    assert worker_count(dl) == 3
+    with dl.fake_l.no_multiproc():  # what `one_batch` does
+        assert worker_count(dl) == 0
+    twin = without_device(dl)
+    assert twin.device is None and str(dl.device) == "cpu" and twin.do_batch([twin.do_item(1)]).tolist() == [2.0]
+
+
+def test_the_private_names_are_those_that_were_read():
+    "Not the version is asserted, but what the override copies of it."
+    loop = inspect.getsource(Learner._do_fit)
+    assert "self.epoch=epoch" in loop.replace(" ", "") and "_with_events(self._do_epoch, 'epoch'" in loop, (
+        f"fastai {fastai.__version__} runs its epochs otherwise than {READ_IN}: read Learner._do_fit again"
+    )
+    assert list(inspect.signature(Learner._with_events).parameters) == ["self", "f", "event_type", "ex", "final"]
+    assert not inspect.signature(Learner._end_cleanup).parameters.keys() - {"self"}
+
+
+def test_the_smoothed_loss_stays_on_the_cpu_where_the_network_is_on_a_device(drawn, tmp_path):
+    "fastai keeps it there, and `torch.lerp` refuses mixed devices. The meta device stands in for a GPU."
+    from landmarks_fastai import landmark_dataloaders, landmark_learner
+    from landmarks_fastai.training.state import gather, put_back
+    from landmarks_fastai.utils.hardware import Machine
+
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, machine=Machine(workers=0))
+    learn = landmark_learner(dls, "resnet18", "none", path=tmp_path)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda values: None
+    learn.fit(1)
+    state = gather(learn)
+    learn.model.to("meta")
+    learn.create_opt()
+    put_back(learn, state)
+    assert next(learn.model.parameters()).is_meta and learn.recorder.smooth_loss.val.device.type == "cpu"

@@ -1,0 +1,201 @@
+"The machine's flags: what they come to on a CPU, that results stay what they were, and one line where they cannot be had."
+
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.models.networks import METADATA
+from landmarks_fastai.training.callbacks.precision import Amp
+from landmarks_fastai.training.learner import landmark_learner
+from landmarks_fastai.utils import hardware
+from landmarks_fastai.utils.hardware import Machine, keep_freed_memory
+from landmarks_fastai.utils.parallel import side_by_side
+from tests.conftest import QUICK
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+def learner(drawn, **changes):
+    machine = Machine(workers=0, **changes)
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, aug=0.0, machine=machine)
+    learn = landmark_learner(dls, "resnet18", "none", start="random", machine=machine, path=drawn)
+    learn.logger = lambda values: None
+    return learn
+
+
+def watch(learn):
+    "The types that the first layer's products had."
+    types = []
+    learn.model[0].conv1.register_forward_hook(lambda layer, inputs, out: types.append(out.dtype))
+    return types
+
+
+def test_bf16_computes_in_bf16_learns_alike_and_validates_outside_fit(drawn):
+    plain, mixed = learner(drawn), learner(drawn, amp="bf16")
+    types, losses = watch(mixed), []
+    with plain.no_bar(), mixed.no_bar():
+        for learn in (plain, mixed):
+            learn.fit(2, lr=1e-5)  # small: at a rate that jumps, two runs of one precision differ as much
+            losses.append(float(learn.recorder.losses[-1]))
+        steps = len(mixed.dls.train)  # validation computes in float32, as predictions do: scores compete
+        assert types == ([torch.bfloat16] * steps + [torch.float32] * len(mixed.dls.valid)) * 2
+        assert all(p.dtype == torch.float32 for p in mixed.model.parameters())
+        # fastai's own callback fails here: its context is gone after fit
+        assert np.isfinite(mixed.validate()[0])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_the_head_computes_in_float32_under_autocast(drawn):
+    mixed, types = learner(drawn, amp="bf16"), []
+    mixed.model[1][0].register_forward_hook(lambda layer, inputs, out: types.append((inputs[0].dtype, out.dtype)))
+    with mixed.no_bar():
+        mixed.fit(1)
+    assert set(types) == {(torch.float32, torch.float32)}
+
+
+def test_precision_by_machine():
+    assert Machine().precision == "off" and Machine(amp="bf16").precision == "bf16"
+    assert not learner_callbacks(Machine()) and learner_callbacks(Machine(amp="bf16")) == [Amp]
+
+
+@pytest.mark.parametrize(
+    "name,bf16,precision",
+    [
+        ("NVIDIA GeForce GTX 1650", False, "off"),
+        ("NVIDIA GeForce GTX 1650 with Max-Q Design", False, "off"),
+        ("NVIDIA GeForce GTX 1660 SUPER", False, "off"),
+        ("Quadro T1000", False, "off"),
+        ("Tesla T4", False, "fp16"),
+        ("NVIDIA GeForce RTX 2060", False, "fp16"),
+        ("NVIDIA GeForce GTX 1080 Ti", False, "fp16"),
+        ("NVIDIA H100 80GB HBM3", True, "bf16"),
+    ],
+)
+def test_auto_precision_by_gpu(monkeypatch, name, bf16, precision):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: name)
+    assert Machine("cuda").precision == precision
+    assert Machine("cuda", amp="fp16").precision == "fp16"  # who asks for it by name gets it
+
+
+def test_cudnn_searches_for_its_fastest_algorithm_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    Machine().prepare()
+    assert not torch.backends.cudnn.benchmark
+    Machine("cuda").prepare()
+    assert torch.backends.cudnn.benchmark
+
+
+def learner_callbacks(machine):
+    from landmarks_fastai.training.learner import on_machine
+
+    return [type(cb) for cb in on_machine(machine) if isinstance(cb, Amp)]
+
+
+def test_memory_order_is_that_of_the_machine(drawn):
+    for on in (True, False):
+        learn = learner(drawn, channels_last=on)
+        with learn.no_bar():
+            learn.fit(1, lr=1e-4)
+        weight = learn.model[0].layer1[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == on
+
+
+def test_fp16_on_a_cpu_is_refused(door, drawn):
+    code, _, err = door(f"train.py {QUICK} --amp fp16 -n r -d", drawn)
+    assert code == 1 and err.count("\n") == 1 and "--amp fp16" in err and "--amp bf16" in err
+
+
+def test_a_machine_without_a_compiler_is_told_in_one_line(door, drawn, monkeypatch):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nin many lines")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    code, _, err = door(f"train.py {QUICK} --compile -n r -d", drawn)
+    assert code == 1 and err.count("\n") == 1 and "--compile" in err and "No working C++ compiler" in err
+
+
+def test_the_doors_take_the_flags_and_the_points_stay(door, drawn, tmp_path):
+    runs = tmp_path / "here" / "runs"
+    assert door(f"train.py {QUICK} --amp bf16 --no-tf32 --no-pin-memory -n m -d", drawn)[::2] == (0, "")
+    assert door("finetune.py -e 1 --workers 0 --amp bf16 -pm m -n n")[::2] == (0, "")
+    found = {}
+    for flags in ("", "--no-channels-last", "--amp bf16"):
+        assert door(f"predict.py --workers 0 {flags} -pm n")[::2] == (0, "")
+        found[flags] = np.load(runs / "n/points.npy")
+    assert found["--no-channels-last"] == pytest.approx(found[""], abs=0.01)
+    assert not np.array_equal(found["--amp bf16"], found[""]) and found["--amp bf16"] == pytest.approx(found[""], abs=5)
+    assert "amp" not in torch.load(runs / "n/best.pth", weights_only=True)[METADATA]["settings"]
+
+
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
+def test_compiled_networks_train_and_predict_the_same(door, drawn, tmp_path):
+    "Weights keep their names, so a compiled stage's checkpoint is anybody's; points equal to 0.01 px."
+    runs = tmp_path / "here" / "runs"
+    small = "--arch timm:test_resnet --weights none --size 32 -b 16 -e 1 --workers 0 --ema 0"
+    code, _, err = door(f"train.py {small} --compile -n c -d", drawn)
+    assert code == 0, err
+    names = set(torch.load(runs / "c/best.pth", weights_only=True))
+    assert not any("_orig_mod" in name for name in names)
+    found = []
+    for flags in ("", "--compile"):
+        code, _, err = door(f"predict.py --workers 0 {flags} -pm c")
+        assert code == 0, err
+        found.append(np.load(runs / "c/points.npy"))
+    assert found[1] == pytest.approx(found[0], abs=0.01)
+
+
+def test_freed_memory_is_kept_where_glibc_is():
+    assert keep_freed_memory() in (True, False)
+    import ctypes
+    import sys
+
+    assert keep_freed_memory() == (sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"))
+
+
+def test_side_by_side_keeps_the_order_and_no_more_than_a_few_wait():
+    begun, before = [], torch.get_num_threads()
+
+    def work(k):
+        begun.append(k)
+        time.sleep(0.02 if k % 2 else 0.0)
+        return k, threading.get_ident()
+
+    found, ahead = [], 0
+    for k, thread in side_by_side(work, range(40)):
+        found.append(k)
+        ahead = max(ahead, len(begun) - len(found))
+        assert thread != threading.get_ident()
+    assert found == list(range(40)) and ahead <= 2 * min(4, before) + 1
+    assert torch.get_num_threads() == before
+
+
+def test_side_by_side_passes_errors_on_and_can_be_left():
+    def work(k):
+        if k == 3:
+            raise UserError("line 7: gone")
+        return k
+
+    found, before = side_by_side(work, range(10**9)), threading.active_count()
+    assert [next(found) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="line 7"):
+        next(found)
+    left = side_by_side(lambda k: k, range(10**9))
+    assert next(left) == 0
+    left.close()
+    assert threading.active_count() == before
+
+
+def test_workers_on_this_machine(monkeypatch):
+    for cores, cpu, cuda in [(1, 0, 1), (2, 0, 2), (8, 4, 8), (64, 8, 8)]:
+        monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
+        assert (Machine().decoders, Machine("cuda").decoders) == (cpu, cuda)
+        assert Machine(cache=True).decoders == 0 and Machine(workers=3).decoders == 3

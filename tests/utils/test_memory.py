@@ -1,0 +1,165 @@
+"Where the machine has no more to give: memory and room on the disk."
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+
+from landmarks_fastai.utils.memory import out_of_memory
+from tests.cli.test_scripts import check_refused
+from tests.conftest import QUICK, ROOT, every_learner_has
+from tests.training.test_resume import SHORT, check_equal
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are set as Linux has them")
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    "Every network runs out of memory where a batch has more than five images, with the error that a GPU gives."
+    from landmarks_fastai.inference import predictor
+    from landmarks_fastai.models import networks
+    from landmarks_fastai.runs import checkpoint
+    from landmarks_fastai.training import learner
+
+    build = networks.build_model
+
+    def refuse(module, inputs):
+        if len(inputs[0]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def built(*args):
+        model = build(*args)
+        model.register_forward_pre_hook(refuse)
+        return model
+
+    monkeypatch.setattr(predictor, "fuse_norms", lambda model, size: model)  # which leaves hooks behind
+    for room in (checkpoint, learner):
+        monkeypatch.setattr(room, "build_model", built)
+
+
+def test_too_little_memory_says_what_batch_fits(door, drawn, tmp_path, small_memory):
+    result = door(f"train.py {SHORT} -b 16 --accumulate 2 -n r -d", drawn)
+    check_refused(
+        result, "-b 16: not enough memory", "-b 4 fits (tried here); with --accumulate 8 it makes the same steps"
+    )
+    assert not list((tmp_path / "here" / "runs").iterdir())
+    assert door(f"train.py {SHORT} -b 4 --accumulate 8 -n r -d", drawn)[0] == 0
+    check_refused(door("predict.py --workers 0 -b 6 -pm r"), "-b 6: not enough memory", "-b 3 fits")
+    check_refused(
+        door("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), "-b 8: not enough memory", "-b 4 fits"
+    )
+    assert not list((tmp_path / "here" / "runs").glob("s"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        "could not create a primitive",
+    ],
+)
+def test_every_way_of_saying_that_memory_is_short_is_known(text):
+    assert out_of_memory(RuntimeError(text))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+SMALL_SHM = """
+set -e
+mount -t tmpfs -o size=64k none /dev/shm
+set +e
+{python} {root}/train.py {flags} --workers 1 -n r -d {data} 2> err.txt
+echo $? > code.txt
+{python} {root}/train.py {flags} -n r -d {data} && {python} {root}/predict.py --workers 1 -b 32 -pm r 2>> err.txt
+echo $? >> code.txt
+"""
+
+
+@pytest.mark.slow
+def test_the_shared_memory_of_a_container_is_too_small_for_a_worker(drawn, tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    script = SMALL_SHM.format(python=sys.executable, root=ROOT, flags=f"{QUICK} --size 64 -b 8", data=drawn)
+    subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, check=True, timeout=90)
+    err, codes = (tmp_path / "err.txt").read_text().splitlines(), (tmp_path / "code.txt").read_text().split()
+    assert codes == ["1", "1"] and len(err) == 2, err
+    assert all("error: 1 workers may need" in line and "use --workers 0, or a larger /dev/shm" in line for line in err)
+
+
+def test_a_worker_that_a_bus_error_killed_is_told_in_one_line(door, drawn, finished_run, monkeypatch):
+    "As torch raises it: the signal's own text is the cause of `exited unexpectedly`."
+    from landmarks_fastai.inference import predictor
+
+    def killed(*args):
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that …")
+        except RuntimeError as e:
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from e
+
+    class Killed(Callback):
+        before_fit = killed
+
+    finished_run("r")
+    monkeypatch.setattr(predictor, "batches_of_points", killed)
+    check_refused(door("predict.py --workers 0 -pm r"), "a bus error", "--workers 0", "/dev/shm")
+    with every_learner_has(Killed):
+        check_refused(door(f"train.py {QUICK} -n s -d", drawn), "a bus error", "--workers 0", "/dev/shm")
+
+
+FILLS = "mobilenetv3_small_050"  # one state of it and not two
+FULL = """
+set -e
+mkdir -p runs && mount -t tmpfs -o size={size}m none runs
+set +e
+{python} {root}/train.py {flags} -n parts -d {data} 2> err.txt
+echo $? > code.txt
+ls -l runs/parts > left.txt
+mount -o remount,size=500m runs
+{python} {root}/train.py --resume -n parts > resumed.txt 2>&1
+echo $? >> code.txt
+mkdir out && cp -r runs/* out/
+"""
+
+
+@pytest.mark.slow
+def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, door):
+    "A file system that holds one state and not two: the first stays whole, and the run goes on from it."
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    flags = f"{SHORT} --arch {FILLS} --save-every 0"
+    script = FULL.format(size=24, python=sys.executable, root=ROOT, flags=flags, data=drawn)
+    subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, check=True)
+    err, codes = (tmp_path / "err.txt").read_text(), (tmp_path / "code.txt").read_text().split()
+    check_refused(
+        (int(codes[0]), "", err), "parts/state.safetensors cannot be written", "No space left on device", "make room"
+    )
+    assert "then go on with: python train.py --resume -n parts" in err
+    left = (tmp_path / "left.txt").read_text()
+    assert "state.safetensors\n" in left and ".tmp" not in left
+    assert codes[1] == "0" and "going on at epoch 0, batch 1" in (tmp_path / "resumed.txt").read_text()
+    runs = tmp_path / "here" / "runs"
+    assert door(f"train.py {SHORT} --arch {FILLS} -n whole -d", drawn)[0] == 0
+    shutil.copytree(tmp_path / "out" / "parts", runs / "parts")
+    check_equal(runs, "whole", "parts")
+
+
+@pytest.mark.parametrize("bytes_left", [1 << 10, 1 << 14, 1 << 17, 1 << 20])
+def test_no_file_can_grow_is_said_in_one_line(door, drawn, finished_run, tmp_path, bytes_left):
+    "As a quota does; whichever file is the first that does not fit."
+    import resource
+
+    finished_run("other")  # the labels are parsed, the fonts are drawn
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, limit[1]))
+    try:
+        result = door(f"train.py {QUICK} -n r -d", drawn)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    check_refused(result, "cannot be written", "File too large")
+    assert os.listdir(tmp_path / "here" / "runs") == ["other"]
