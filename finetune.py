@@ -5,7 +5,7 @@ from landmarks_fastai.cli import app, arguments, resolve
 from landmarks_fastai.cli.resume import record_of
 from landmarks_fastai.runs.claim import claimed_run
 from landmarks_fastai.runs.run import find_checkpoint_file, run_name
-from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_RATE
+from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_LR_MULT
 
 
 def main():
@@ -17,27 +17,27 @@ def main():
 
         from landmarks_fastai.runs.checkpoint import read_checkpoint
         from landmarks_fastai.training.builders import later_stage, resumed_stage
-        from landmarks_fastai.training.stage import find_rate, fit_stage, note_low_rate, report, score_loaded
+        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report, score_loaded
         from landmarks_fastai.training.state import read_state
 
-        given = read_checkpoint(args.pretrained_model)
-        settings = resolve.next_settings(args, given.settings)
+        previous = read_checkpoint(args.pretrained_model)
+        settings = resolve.next_settings(args, previous.settings)
         machine = resolve.machine(args)
         state = read_state(run)
         if state:
-            print(app.goes_on(state))
+            print(app.resume_message(state))
             learn = resumed_stage(state, machine, run)
-            loaded = tuple(state.facts["loaded"])
+            previous_scores = tuple(state.metadata["loaded"])
         else:
-            learn = later_stage(given, settings, machine, run)
-            loaded = score_loaded(learn, given)
+            learn = later_stage(previous, settings, machine, run)
+            previous_scores = score_loaded(learn, previous)
             if args.lr == "find":
-                find_rate(learn, run)
+                find_lr(learn, run)
             elif args.lr:
-                note_low_rate(learn, FINETUNE_RATE * given.settings.lr)
-        best = fit_stage(learn, run, given, loaded, app.started(state), state)
+                note_low_lr(learn, FINETUNE_LR_MULT * previous.settings.lr)
+        best = fit_stage(learn, run, previous, previous_scores, app.started(state), state)
         print(report(run, best, machine))
 
 
 if __name__ == "__main__":
-    app.run_door(main)
+    app.run_main(main)

@@ -16,12 +16,12 @@ def main():
     checkpoint = find_checkpoint(args.pretrained_model, args.out)
     settings = resolve.predict_settings(args, checkpoint.settings)
     run = claim_output(args.out, checkpoint.name)
-    second_look = bool(settings.pairs) if args.second_look is None else args.second_look
-    n = predict_test(checkpoint, settings.data, run, args.rounding, machine, settings.batch_size, second_look, bar)
+    flip_test = bool(settings.flip_indices) if args.flip_test is None else args.flip_test
+    n = predict_test(checkpoint, settings.data, run, args.rounding, machine, settings.batch_size, flip_test, bar)
     print(
         f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}"
     )
 
 
 if __name__ == "__main__":
-    app.run_door(main)
+    app.run_main(main)

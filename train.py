@@ -15,13 +15,13 @@ def main():
         print(f"run {run.name}", flush=True)
 
         from landmarks_fastai.training.builders import first_stage, resumed_stage
-        from landmarks_fastai.training.stage import find_rate, fit_stage, note_low_rate, report
+        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report
         from landmarks_fastai.training.state import read_state
 
         machine = resolve.machine(args)
         state = read_state(run)
         if state:
-            print(app.goes_on(state))
+            print(app.resume_message(state))
             learn = resumed_stage(state, machine, run)
         else:
             weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
@@ -29,12 +29,12 @@ def main():
                 settings = resolve.drawn_faces(settings, args.out, weights)
             learn = first_stage(settings, weights, machine, run)
             if args.lr == "find":
-                find_rate(learn, run)
+                find_lr(learn, run)
             elif args.lr:
-                note_low_rate(learn, resolve.default_rate(args, drawn))
+                note_low_lr(learn, resolve.default_lr(args, drawn))
         best = fit_stage(learn, run, started=app.started(state), state=state)
         print(report(run, best, machine))
 
 
 if __name__ == "__main__":
-    app.run_door(main)
+    app.run_main(main)

@@ -1,4 +1,4 @@
-"Folders of faces in the contest's layout, of any number and size, for what is timed: few are drawn, many are written."
+"Folders of faces in the competition's layout, of any number and size, for what is timed: few are drawn, many are written."
 
 import os
 from pathlib import Path
@@ -16,12 +16,12 @@ def write_faces(folder: Path, side: str, n: int, points: int = 971, pixels: int 
     Their sides: `pixels`, or as of the photographs that the score is measured on. The landmarks are scaled with their
     faces; a training side gets landmarks.csv, a test side test_points.csv.
     """
-    from landmarks_fastai.synthetic.faces import draw_face
+    from landmarks_fastai.synthetic.faces import render_face
 
     rng = np.random.default_rng(0)
     images = folder / side / "images"
     images.mkdir(parents=True)
-    drawn = [draw_face(np.random.default_rng([1, k]), points) for k in range(min(n, DRAWN))]
+    drawn = [render_face(np.random.default_rng([1, k]), points) for k in range(min(n, DRAWN))]
     rows = []
     for i in range(n):
         picture, landmarks = drawn[i % len(drawn)]

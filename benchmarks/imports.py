@@ -7,7 +7,7 @@
     bare      a process that imports torch and the parts of fastai that this program names, and ends
     star      one that does `from fastai.vision.all import *`
     step      `python train.py` on a small set of faces that is there already, up to its first optimiser step: resnet18
-              at 64 px, random weights, with the mirror map learned and the picture of the first batch drawn
+              at 64 px, random weights, with the flip map learned and the picture of the first batch drawn
 
 The best of `--rounds` fresh processes each, from the start of the process.
 """

@@ -3,7 +3,7 @@
 
     python benchmarks/other_object.py
 
-No constant of faces may have crept into the defaults: they are trained here as they are, beside the seed's recipe. The
+No constant of faces may have crept into the defaults: they are trained here as they are, beside the baseline's. The
 test side is 100 more beetles, scored by the program's own submission. Pictures are of many sizes; the beetles lie at
 any angle up to 40 degrees and may leave the picture.
 """
@@ -69,7 +69,7 @@ def beetle(rng) -> tuple[Image.Image, np.ndarray]:
 
 
 def make(folder: Path, n_train: int, n_test: int, seed: int = 0) -> Path:
-    "A folder in the contest's layout; returns the truth of its test side, beside it."
+    "A folder in the competition's layout; returns the truth of its test side, beside it."
     rng = np.random.default_rng(seed)
     header = "file_name\t" + "\t".join(f"Point_M{i}_{c}" for i in range(N) for c in "XY")
     truth = folder / "truth.csv"
@@ -103,7 +103,7 @@ def main():
             raise SystemExit(f"{folder} has beetles already: name a new folder")
         truth = make(folder / "beetles", args.images, 100)
         print("| recipe | stage 1 | stage 2 | stage 3 | test side |\n| --- | --- | --- | --- | --- |")
-        for recipe in ("best", "seed"):
+        for recipe in ("best", "baseline"):
             scores = stages(folder, recipe, args)
             submission = folder / "runs" / f"{recipe}+6+6" / "submit.csv"
             asked = folder / "beetles" / "test" / "test_points.csv"

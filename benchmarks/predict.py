@@ -3,7 +3,7 @@
 
     python benchmarks/predict.py                                    # resnext50_32x4d, 128 px, 600 images, batches of 32
 
-    contest   in the contest's manner: the network as it was loaded, NCHW, images fitted one by one in the main process,
+    contest   as the competition's notebooks do: the network as it was loaded, NCHW, images fitted one by one in the main process,
               then a batch computed, all points kept in a list, the submission written at the end
     program   `predict.py` of this program, one look (`--no-tta`)
 

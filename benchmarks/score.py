@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What each part of the recipe is worth: every part taken away in turn, and added alone to the seed's recipe.
+"""What each part of the recipe is worth: every part taken away in turn, and added alone to the baseline.
 
     python benchmarks/score.py -d DIR --arch A --weights W --table parts
 
@@ -27,10 +27,10 @@ from landmarks_fastai.settings import FITS, LOSSES, RECIPES, Settings  # noqa: E
 # part -> settings that switch it off; what switches it on is the default
 PARTS = {
     "unit targets": ["targets"],
-    "mean start": ["start"],
-    "both": ["targets", "start"],
-    "rates": ["lr", "head_rate"],
-    "targets, start and rates": ["targets", "start", "lr", "head_rate"],
+    "mean start": ["init_head"],
+    "both": ["targets", "init_head"],
+    "rates": ["lr", "head_lr_mult"],
+    "targets, start and rates": ["targets", "init_head", "lr", "head_lr_mult"],
     "augmentation": ["aug"],
     "mirror": ["mirror"],
     "average": ["ema"],
@@ -47,18 +47,20 @@ def one(flag: str, values) -> dict[str, list[str]]:
 
 def tables() -> dict[str, dict[str, list[str]]]:
     "Table -> row -> flags of train.py; the first row is what the others are compared with."
-    seed = RECIPES["seed"]
+    seed = RECIPES["baseline"]
     on = {k: getattr(Settings, k) for k in seed}
     minus = {f"without {part}": flags({k: seed[k] for k in names}) for part, names in PARTS.items()}
-    plus = {f"seed + {part}": ["--recipe", "seed", *flags({k: on[k] for k in names})] for part, names in PARTS.items()}
+    plus = {
+        f"seed + {part}": ["--recipe", "baseline", *flags({k: on[k] for k in names})] for part, names in PARTS.items()
+    }
     return {
         "parts": {"defaults": []} | minus,
-        "seed": {"seed": ["--recipe", "seed"]} | plus,
+        "seed": {"seed": ["--recipe", "baseline"]} | plus,
         "losses": {"defaults": []} | one("--loss", [v for v in LOSSES if v != Settings.loss]),
         "fits": {"defaults": []} | one("--fit", [v for v in FITS if v != Settings.fit]),
         "aug": {"defaults": []} | one("--aug", (0.5, 1.5, 2)),
         "ema": {"defaults": []} | one("--ema", (0.9, 0.98, 0.995, 0.998)),
-        "rates": {"defaults": []} | one("-lr", ("3e-4", "1e-3", "4e-3")) | one("--head-rate", (0.003, 0.1, 1)),
+        "rates": {"defaults": []} | one("-lr", ("3e-4", "1e-3", "4e-3")) | one("--head-lr-mult", (0.003, 0.1, 1)),
         "sched": {"defaults": []} | {"--sched onecycle -lr 4e-3": ["--sched", "onecycle", "-lr", "4e-3"]}
         | one("--sched", ("onecycle",)),
     }  # fmt: skip
@@ -86,7 +88,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("-d", "--data", required=True, help="contest folder")
+    parser.add_argument("-d", "--data", required=True, help="folder in the competition's layout")
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--weights", default="none")
     parser.add_argument("--table", choices=tables(), nargs="+", default=["parts"])

@@ -98,7 +98,7 @@ def measure(csv: Path, ways) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-N", type=int, default=20_000, help="rows (default: 20000; the contest: 393930)")
+    parser.add_argument("-N", type=int, default=20_000, help="rows (default: 20000; the competition: 393930)")
     parser.add_argument("--points", type=int, default=971, help="points of a row (default: 971)")
     parser.add_argument(
         "--ways", default=",".join(WAYS), help="which to measure (default: all; pandas keeps 16 kB a row)"

@@ -9,7 +9,7 @@ Three things, in images per second:
     ceiling   forward, backward and step on one batch that never changes, as this program would: its memory order, its
               optimiser, its settings of the machine
     learner   this program's `Learner` with all that a stage does: images read, fitted, augmented, weights averaged
-    contest   a plain PyTorch loop in the contest's manner: NCHW, no workers, transforms in the main process,
+    contest   a plain PyTorch loop in the usual way of the competition's notebooks: NCHW, no workers, transforms in the main process,
               `loss.item()` at every step, the same optimiser from PyTorch's defaults
 
 Ceiling and Learner take turns in one process, some seconds each, so that a machine which slows down slows both; the
@@ -48,21 +48,21 @@ sys.path.insert(0, str(ROOT))
 
 def make_learner(args, folder):
     from landmarks_fastai import landmark_dataloaders, landmark_learner
-    from landmarks_fastai.synthetic.face_template import mirror_pairs
+    from landmarks_fastai.synthetic.face_template import flip_indices_of_template
     from landmarks_fastai.training.callbacks.evaluation import Average
     from landmarks_fastai.utils.hardware import Machine
 
     machine = Machine(workers=args.workers, cache=args.cache, amp=args.amp, compile=args.compile)
     machine.prepare()
     n_points = 971
-    pairs = tuple(mirror_pairs(n_points).tolist())  # any table costs the same
+    flip_indices = tuple(flip_indices_of_template(n_points).tolist())  # any table costs the same
     dls = landmark_dataloaders(
         folder,
         batch_size=args.batch_size,
         size=args.size,
         valid_pct=1e-6,
         n_points=n_points,
-        pairs=pairs,
+        flip_indices=flip_indices,
         machine=machine,
     )
     learn = landmark_learner(dls, args.arch, "none", sched="none", machine=machine, path=folder)

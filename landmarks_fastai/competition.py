@@ -1,6 +1,6 @@
-"""The contest's folders and files: what is there to train on, what is asked for, what is handed in, how it is scored.
+"""The competition's folders and files: what is there to train on, what is asked for, what is handed in, how it is scored.
 
-`python -m landmarks_fastai.competition score SUBMISSION TEST_POINTS TRUTH` prints the contest's score.
+`python -m landmarks_fastai.competition score SUBMISSION TEST_POINTS TRUTH` prints the competition's score.
 """
 
 import re
@@ -157,26 +157,27 @@ def score(
     test_points,  # path of the test_points.csv that it answers
     truth,  # path of a file in landmarks.csv's form with the same images
 ) -> float:
-    "The contest's score: mean squared error over all submitted coordinates, in pixels of the images as stored."
-    asked = read_test_points(test_points)
+    "The competition's score: mean squared error over all submitted coordinates, in pixels of the images as stored."
+    test_points = read_test_points(test_points)
     names, points = read_submission(submission)
-    if names != asked.names:
+    if names != test_points.names:
         k = next(
-            (k for k, (a, b) in enumerate(zip(names, asked.names, strict=False)) if a != b), min(len(names), len(asked))
+            (k for k, (a, b) in enumerate(zip(names, test_points.names, strict=False)) if a != b),
+            min(len(names), len(test_points)),
         )
         raise UserError(
-            f"{submission} does not answer {test_points}: {len(names)} rows for {len(asked)}, the first that differs is row {k + 1}"
+            f"{submission} does not answer {test_points}: {len(names)} rows for {len(test_points)}, the first that differs is row {k + 1}"
         )
-    if points.shape[1] != asked.indices.shape[1]:
-        raise UserError(f"{submission}: {points.shape[1]} points a row found, {asked.indices.shape[1]} asked for")
+    if points.shape[1] != test_points.indices.shape[1]:
+        raise UserError(f"{submission}: {points.shape[1]} points a row found, {test_points.indices.shape[1]} asked for")
     labels = read_labels(truth)
-    asked.check_range(labels.n_points)
+    test_points.check_range(labels.n_points)
     rows = {name: i for i, (_, name) in enumerate(labels.lines_and_names())}
     if absent := [n for n in names if n not in rows]:
         raise UserError(f"{truth}: no row for {absent[0]} ({len(absent)} images are absent in all)")
     errors = [
         (p - labels.points(rows[n]).astype(np.float64)[i]) ** 2
-        for n, p, i in zip(names, points, asked.indices, strict=True)
+        for n, p, i in zip(names, points, test_points.indices, strict=True)
     ]
     return float(np.mean(errors))
 
@@ -186,7 +187,7 @@ def main(argv=None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m landmarks_fastai.competition", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("score", help="print the contest's score of a submission")
+    command = commands.add_parser("score", help="print the competition's score of a submission")
     command.add_argument("submission", help="the submission, as predict.py wrote it")
     command.add_argument("test_points", help="the test_points.csv that it answers")
     command.add_argument("truth", help="the true points, in landmarks.csv's form")

@@ -63,7 +63,7 @@ class BadData(UserError):
             self.problems.append(f"… and {count - SHOWN} more" + (f"; all are listed in {listing}" if listing else ""))
         if count > 1:
             self.problems.append(
-                f"{count} rows are bad: mend them" + f", or leave them out with {way_out}" * bool(way_out)
+                f"{count} rows are bad: fix them" + f", or leave them out with {way_out}" * bool(way_out)
             )
         elif way_out:
             self.problems[0] += f", or leave it out with {way_out}"

@@ -49,7 +49,7 @@ class PixelMap(NamedTuple):
         return PixelMap(x, y, self.shift_x + centre * self.scale_x, self.shift_y + centre * self.scale_y)
 
     @classmethod
-    def of_batch(cls, rows):
+    def from_batch(cls, rows):
         "The maps of a batch, a tensor (batch, 4) of rows in the order of the fields, as one map that broadcasts."
         return cls(*rows[:, :, None].unbind(1))
 
@@ -66,7 +66,7 @@ def pixel_map(
 ) -> PixelMap:
     """The map of one image.
 
-    crop: the short side becomes `size`, the middle is kept (the seed's way); points may fall outside.
+    crop: the short side becomes `size`, the middle is kept (the published entry's way); points may fall outside.
     pad: the long side becomes `size`, black is added around.
     squish: both sides become `size`, the aspect is lost.
     """

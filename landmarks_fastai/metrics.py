@@ -1,4 +1,4 @@
-"""The contest's score and the field's other figures, in pixels of the image as stored.
+"""The competition's score and the field's other figures, in pixels of the image as stored.
 
 Not the training loss: each image has a scale of its own, so a loss in the network's input ranks models differently.
 """
@@ -20,7 +20,7 @@ def points_in_image(
     """
     device = torch.device("cpu") if unit.device.type == "mps" else unit.device
     points = unit_to_input(_plain(unit, device), size)
-    return PixelMap.of_batch(_plain(maps, device)).to_image(points)
+    return PixelMap.from_batch(_plain(maps, device)).to_image(points)
 
 
 def _plain(tensor, device):
@@ -29,11 +29,11 @@ def _plain(tensor, device):
 
 
 def mean_squared_error(pred, truth):
-    "The contest's score of each image: mean over all coordinates; (batch, n, 2) pixels -> (batch,)."
+    "The competition's score of each image: mean over all coordinates; (batch, n, 2) pixels -> (batch,)."
     return ((pred - truth) ** 2).mean(dim=(1, 2))
 
 
-def nme_diagonal(pred, truth):
+def nme_box_diag(pred, truth):
     """Mean point-to-point distance over the diagonal of the true points' box; (batch, n, 2) pixels -> (batch,).
 
     A box without size (one point, or all points equal) counts as one pixel: the figure is then the distance in pixels.
@@ -79,5 +79,5 @@ class ImageMetric(Metric):
 
 
 def stage_metrics(size: int) -> list[ImageMetric]:
-    "What every epoch shows: `score`, the contest's mean squared error, and `nme`."
-    return [ImageMetric(mean_squared_error, "score", size), ImageMetric(nme_diagonal, "nme", size)]
+    "What every epoch shows: `score`, the competition's mean squared error, and `nme_box_diag`."
+    return [ImageMetric(mean_squared_error, "score", size), ImageMetric(nme_box_diag, "nme_box_diag", size)]

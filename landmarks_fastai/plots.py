@@ -9,13 +9,13 @@ import torch
 
 from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.metrics import mean_squared_error, points_in_image
-from landmarks_fastai.utils.files import whole_file
+from landmarks_fastai.utils.files import atomic_write
 
 TRUTH, PREDICTION = "#00ff66", "#ff1fd0"
 PANEL = 3.2  # inches; at 120 dots an inch a 128 px input is shown three times enlarged
 
 
-def draw_batch(
+def plot_batch(
     batch,  # (images, points, maps) as `LandmarkDL` gives them
     picture,  # normalised images -> pixels to show
     max_n: int,
@@ -40,12 +40,12 @@ def draw_batch(
     for i in range(len(images)):
         for s, (unit, colour) in enumerate(sides):
             ax = axes[i][s]
-            draw_points(ax, shown[i], unit_to_input(unit[i].cpu(), size).numpy(), colour)
+            plot_points(ax, shown[i], unit_to_input(unit[i].cpu(), size).numpy(), colour)
             ax.set_title(titles[i] if s == len(sides) - 1 else "truth", fontsize=9)
     plt.tight_layout(pad=0.4)
 
 
-def draw_losses(
+def plot_losses(
     images: list,  # (h, w, 3) uint8, network inputs
     points: list,  # pairs of true and predicted points (n, 2), pixels of the input
     losses: list[float],
@@ -54,8 +54,8 @@ def draw_losses(
     from matplotlib import pyplot as plt
 
     for (ax,), image, (truth, predicted), loss in zip(_grid(len(images), 1), images, points, losses, strict=True):
-        draw_points(ax, image, truth, TRUTH)
-        draw_points(ax, image, predicted, PREDICTION)
+        plot_points(ax, image, truth, TRUTH)
+        plot_points(ax, image, predicted, PREDICTION)
         ax.set_title(f"loss {loss:.4g}", fontsize=9)
     plt.tight_layout(pad=0.4)
 
@@ -74,18 +74,18 @@ def _grid(n: int, sides: int) -> list:
     return axes.reshape(-1, sides)[:n].tolist()
 
 
-def draw_mirror(
+def plot_flip_map(
     shape,  # (n, 2), y down
-    pairs,  # of the mirror map
+    flip_indices,  # of the flip map
 ):
     "Each pair of points joined by a line; the points that are their own mirror image in another colour."
     from matplotlib import pyplot as plt
     from matplotlib.collections import LineCollection
 
     _, ax = plt.subplots(figsize=(6, 6), dpi=120)
-    own = pairs == np.arange(len(pairs))
-    left = np.flatnonzero(pairs > np.arange(len(pairs)))
-    lines = np.stack([shape[left], shape[pairs[left]]], 1)
+    own = flip_indices == np.arange(len(flip_indices))
+    left = np.flatnonzero(flip_indices > np.arange(len(flip_indices)))
+    lines = np.stack([shape[left], shape[flip_indices[left]]], 1)
     ax.add_collection(LineCollection(lines, colors=plt.cm.hsv(np.linspace(0, 0.9, max(1, len(left)))), linewidths=0.6))
     size = 4 if len(shape) > 200 else 16
     ax.scatter(*shape[~own].T, s=size, c="black", linewidths=0)
@@ -96,7 +96,7 @@ def draw_mirror(
     ax.set_axis_off()
 
 
-def draw_rates(
+def plot_lr_find(
     rates,  # that were tried, of the body
     losses,  # smoothed training losses at them
     chosen: float,
@@ -111,7 +111,7 @@ def draw_rates(
     ax.legend()
 
 
-def draw_points(
+def plot_points(
     ax,
     image,  # (h, w, 3) in 0..1
     points,  # (n, 2) pixels of that image
@@ -134,5 +134,5 @@ def save_figure(path: Path):
         plt.savefig(picture := BytesIO(), format=path.suffix[1:])
     finally:
         plt.close()
-    with whole_file(path, "wb") as f:
+    with atomic_write(path, "wb") as f:
         f.write(picture.getbuffer())

@@ -1,4 +1,4 @@
-"What the tests share: a small drawn set with 68 points, and the doors, run in this process as a person types them."
+"What the tests share: a small drawn set with 68 points, and the three scripts, run in this process as a person types them."
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "Agg"  # before anything draws
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the processes of `-n auto` share the cores
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the doors are scripts beside the package, not modules of it
+sys.path.insert(0, str(ROOT))  # these are scripts beside the package, not modules of it
 
 import pytest  # noqa: E402
 
@@ -41,7 +41,7 @@ def data(drawn, tmp_path):
 
 
 @pytest.fixture
-def door(tmp_path, monkeypatch, capfd):
+def run_script(tmp_path, monkeypatch, capfd):
     "Type a line like `train.py -d data` in an empty folder: (exit code, stdout, stderr)."
     here = tmp_path / "here"
     here.mkdir(exist_ok=True)
@@ -56,11 +56,11 @@ def door(tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", words)
         code = 0
         try:
-            app.run_door(importlib.import_module(words[0].removesuffix(".py")).main)
+            app.run_main(importlib.import_module(words[0].removesuffix(".py")).main)
         except SystemExit as e:
             code = e.code
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a door takes it for its process
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a script takes it for its process
         out, err = capfd.readouterr()
         return code, out, err
 
@@ -84,7 +84,7 @@ def quick_run(drawn, tmp_path_factory):
 
 
 @pytest.fixture
-def finished_run(door, quick_run, tmp_path):
+def finished_run(run_script, quick_run, tmp_path):
     "`finished_run('c')`: what `train.py QUICK -n c -d drawn` would have left in `runs`, without the training."
     return lambda name: Path(shutil.copytree(quick_run, tmp_path / "here" / "runs" / name))
 

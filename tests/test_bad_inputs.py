@@ -1,4 +1,4 @@
-"""Bad input of every kind that we could think of, through the doors: what each gets.
+"""Bad input of every kind that we could think of, through the scripts: what each gets.
 
 A case is how to break a folder of drawn faces (or the output folder), the line that is typed, and what must be in the
 one line that is read (or in each of several). No traceback, nothing half-written, and what stood there stays as it was.
@@ -318,14 +318,14 @@ CASES = {
     "an older .json of garbage": (older(lambda text: text[:99]), FINETUNE, ["m_best.json cannot be read"]),
     "a deep older .json": (older(lambda text: "[" * 10**5), PREDICT, ["m_best.json cannot be read"]),
     "a folder of something else": (lambda data, out: [(out / "r").mkdir(), (out / "r/x").touch()], TRAIN, ["not the folder of a run"]),
-    "a score of NaN": (facts(lambda f: f | {"score": float("nan")}), PREDICT, ["score, nme and epoch must be finite"]),
+    "a score of NaN": (facts(lambda f: f | {"score": float("nan")}), PREDICT, ["score, nme_box_diag and epoch must be finite"]),
     "no settings": (facts(lambda f: f | {"settings": None}), PREDICT, ["setting missing or unknown"]),
     "an unknown setting": (setting(surprise=1), PREDICT, ["setting missing or unknown: surprise"]),
     "a setting of the wrong kind": (setting(size="large"), FINETUNE, ["size is 'large': int expected"]),
     "an unknown way with bad rows": (setting(on_bad="ignore"), FINETUNE, ["on_bad is 'ignore': one of stop, skip"]),
     "another network": (setting(arch="resnet18"), PREDICT, ["m/best.pth is not the network that its settings name"]),
     "no such network": (setting(arch="resnet19"), PREDICT, ["resnet19"]),
-    "another number of points": (setting(n_points=5, pairs=[]), PREDICT, ["5 points"]),
+    "another number of points": (setting(n_points=5, flip_indices=[]), PREDICT, ["5 points"]),
     "a .pth cut short": (lambda data, out: truncate(out / "m/best.pth"), PREDICT, ["m/best.pth"]),
     "a .pth of nothing": (lambda data, out: (out / "m/best.pth").write_bytes(b""), FINETUNE, ["m/best.pth"]),
     "a .pth that runs": (tensors(lambda t: t | {"p": Payload()}), PREDICT, ["m/best.pth is no file of tensors (it holds more"]),
@@ -375,12 +375,12 @@ def test_there_are_sixty_kinds_at_least():
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_bad_input_gets_its_line(door, data, trained, tmp_path, kind):
+def test_bad_input_gets_its_line(run_script, data, trained, tmp_path, kind):
     harm, line, parts = CASES[kind]
     out = Path(shutil.copytree(trained, tmp_path / "out"))
     harm(data, out)
     before = contents(data) | contents(out)
-    code, _, err = door(line.replace("OUT", str(out)).replace("DATA", str(data)))
+    code, _, err = run_script(line.replace("OUT", str(out)).replace("DATA", str(data)))
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1, err
     for part in parts:
         assert part in err, err
@@ -392,8 +392,8 @@ def test_bad_input_gets_its_line(door, data, trained, tmp_path, kind):
     "line",
     ["--on-bad ignore", "--workers -1", "--opt lion", "-b many", "--amp fp8", "--size", "--no-such-flag", "stray"],
 )
-def test_flags_that_do_not_parse_get_the_usage(door, data, tmp_path, line):
-    code, _, err = door(f"train.py -d {data} {line}")
+def test_flags_that_do_not_parse_get_the_usage(run_script, data, tmp_path, line):
+    code, _, err = run_script(f"train.py -d {data} {line}")
     assert code == 2 and "usage:" in err and "error:" in err and "Traceback" not in err
     assert not list((tmp_path / "here").rglob("*"))
 

@@ -1,4 +1,4 @@
-"The contest's files: what is asked is parsed and never evaluated, what is written reads back, what is scored is the contest's score."
+"The competition's files: test_points.csv is parsed and never evaluated, a submission reads back, the score is the competition's."
 
 import os
 
@@ -118,7 +118,7 @@ def test_rounding():
     assert competition.round_points(points, "none").tolist() == points.tolist()
 
 
-def test_a_submission_reads_back_equal_and_has_the_contest_s_form(tmp_path):
+def test_submission_reads_back_equal_in_the_competition_format(tmp_path):
     points = np.random.default_rng(0).normal(100, 60, (5, 3, 2)).astype(np.float32)
     names = [f"a,{i}.jpg" for i in range(5)]
     csv = tmp_path / "s.csv"

@@ -78,10 +78,10 @@ def test_unit_coordinates_are_those_that_grid_sample_warps_by(angle, scale, shif
     assert centroid(warped[0, 0].numpy()) == pytest.approx(expected.numpy(), abs=0.05)
 
 
-def test_a_batch_of_maps_is_each_image_s_own_map():
+def test_batch_of_maps_applies_each_map_to_its_image():
     maps = [pixel_map(w, h, "crop", 64) for w, h in SIZES]
     points = torch.rand(len(SIZES), 9, 2, dtype=torch.float64) * 64
-    together = PixelMap.of_batch(torch.tensor(maps, dtype=torch.float64)).to_image(points)
+    together = PixelMap.from_batch(torch.tensor(maps, dtype=torch.float64)).to_image(points)
     for one, own, p in zip(together, maps, points, strict=True):
         assert one.numpy() == pytest.approx(own.to_image(p.numpy()))
 

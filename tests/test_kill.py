@@ -86,9 +86,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole, drawn, tmp_path, kill):
     for path in whole.iterdir():  # the stages before, and this one under another name to compare with
         shutil.copytree(path, here / ("whole" if path.name == name else path.name))
     line, more = STAGES[name], [drawn] if name == "one" else []
-    door = line.split()[0]
+    script = line.split()[0]
     for again in range(1 + (kill % 7 == 2)):
-        process = start(tmp_path, f"{door} --resume -n {name}") if again else start(tmp_path, line, *more)
+        process = start(tmp_path, f"{script} --resume -n {name}") if again else start(tmp_path, line, *more)
         if kill % 5 == 4:
             time.sleep(rng.uniform(0.3, 4))
         else:
@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole, drawn, tmp_path, kill):
             time.sleep(rng.uniform(0, 0.2))
             process.send_signal(signal.SIGKILL)
             process.wait()
-    out = finish(start(tmp_path, f"{door} --resume -n {name}"))
+    out = finish(start(tmp_path, f"{script} --resume -n {name}"))
     print(f"kill {kill}: {name}: {[x for x in out.splitlines() if 'going on' in x or 'finished' in x]}")
     check_equal(here, "whole", name)
     assert not list(here.rglob("*.tmp")) and not list(here.rglob("*.lock"))

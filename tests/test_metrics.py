@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map, unit_to_input
-from landmarks_fastai.metrics import ImageMetric, mean_squared_error, nme_diagonal, points_in_image, stage_metrics
+from landmarks_fastai.metrics import ImageMetric, mean_squared_error, nme_box_diag, points_in_image, stage_metrics
 
 SIZE = 64
 
@@ -28,7 +28,7 @@ WIDE = (400, 200, [[0, 0], [30, 40]], [[1, 0], [30, 42]])  # errors 1 0 0 2: sco
 TALL = (100, 300, [[10, 10], [13, 14]], [[10, 10], [13, 17]])  # errors 0 0 0 3: score 9/4
 
 
-def test_score_and_nme_are_in_stored_pixels_whatever_the_image_s_scale():
+def test_score_and_nme_are_in_stored_pixels_at_any_image_scale():
     score, nme = stage_metrics(SIZE)
     for metric in (score, nme):
         metric.reset()
@@ -36,7 +36,7 @@ def test_score_and_nme_are_in_stored_pixels_whatever_the_image_s_scale():
         metric.accumulate(batch(TALL))
     assert score.name == "score" and score.value == pytest.approx((5 / 4 + 9 / 4) / 2)
     # the true boxes' diagonals are 50 and 5; mean distances (1 + 2) / 2 and (0 + 3) / 2
-    assert nme.name == "nme" and nme.value == pytest.approx((1.5 / 50 + 1.5 / 5) / 2)
+    assert nme.name == "nme_box_diag" and nme.value == pytest.approx((1.5 / 50 + 1.5 / 5) / 2)
 
 
 def test_a_short_batch_weighs_by_its_images():
@@ -62,7 +62,7 @@ def test_nothing_waits_for_the_device_until_the_value_is_asked_for(monkeypatch):
     assert not asked and metric.value == pytest.approx((5 / 4 + 9 / 4) / 2) and asked
 
 
-def test_a_set_s_score_is_the_mean_in_float64():
+def test_score_of_a_set_is_the_float64_mean():
     "To 1e-9: float32 is 2e-8 off."
     torch.manual_seed(0)
     metrics, each = stage_metrics(SIZE), []
@@ -87,10 +87,10 @@ def test_points_in_image_undoes_the_map():
 
 
 def test_nme_of_a_point_alone_is_its_distance():
-    assert nme_diagonal(torch.tensor([[[4.0, 6.0]]]), torch.tensor([[[1.0, 2.0]]])).tolist() == [5.0]
+    assert nme_box_diag(torch.tensor([[[4.0, 6.0]]]), torch.tensor([[[1.0, 2.0]]])).tolist() == [5.0]
 
 
 def test_nme_measures_each_image_by_its_own_box_however_small():
     truth = torch.tensor([[[0.0, 0.0], [0.3, 0.4]], [[100.0, 100.0], [106.0, 108.0]], [[5.0, 5.0], [5.0, 5.0]]])
     pred = truth + torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]], [[0.0, 7.0]]])
-    assert nme_diagonal(pred, truth).tolist() == pytest.approx([5 / 0.5, 2 / 10, 7])
+    assert nme_box_diag(pred, truth).tolist() == pytest.approx([5 / 0.5, 2 / 10, 7])

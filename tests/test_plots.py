@@ -6,7 +6,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from landmarks_fastai.data.block import landmark_dataloaders
-from landmarks_fastai.plots import PREDICTION, TRUTH, draw_points, save_figure
+from landmarks_fastai.plots import PREDICTION, TRUTH, plot_points, save_figure
 from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.utils.hardware import Machine
 from tests.conftest import ARCH
@@ -26,13 +26,13 @@ def rendered(figure):
 
 
 @pytest.mark.parametrize("point", [(0, 0), (20, 41), (63, 63)])
-def test_a_dot_is_drawn_at_its_pixel_s_centre(point):
+def test_dot_is_drawn_at_its_pixel_centre(point):
     figure = plt.figure(figsize=(4, 4), dpi=160)
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set_axis_off()
     image = np.zeros((64, 64, 3))
     image[point[1], point[0]] = 1  # one white pixel, the dot within it
-    draw_points(ax, image, np.array([point]), PREDICTION)
+    plot_points(ax, image, np.array([point]), PREDICTION)
     pixels = rendered(figure)
     plt.close(figure)
     v, u = np.nonzero(like(pixels, PREDICTION))
@@ -43,7 +43,7 @@ def test_a_dot_is_drawn_at_its_pixel_s_centre(point):
 def learn(drawn, tmp_path):
     machine = Machine(workers=0)
     dls = landmark_dataloaders(drawn, size=64, batch_size=8, machine=machine)
-    return landmark_learner(dls, ARCH, "none", start="random", machine=machine, path=tmp_path)
+    return landmark_learner(dls, ARCH, "none", init_head="random", machine=machine, path=tmp_path)
 
 
 def test_show_results_draws_truth_beside_prediction_with_the_score_above(learn, tmp_path):

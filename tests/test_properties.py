@@ -315,7 +315,7 @@ def test_every_map_leads_there_and_back(width, height, fit, size, reduced, kind,
     unit = input_to_unit(seen, size)
     assert np.abs(np.asarray(unit_to_input(unit, size) - seen)).max() < 1e-3
     assert np.abs(np.asarray(there.to_image(unit_to_input(unit, size))) - stored).max() < 1e-3
-    together = PixelMap.of_batch(torch.tensor([there, there], dtype=torch.float64)).to_image(
+    together = PixelMap.from_batch(torch.tensor([there, there], dtype=torch.float64)).to_image(
         torch.from_numpy(np.asarray(seen)).expand(2, -1, -1)
     )
     assert np.abs(together.numpy() - stored).max() < 1e-3

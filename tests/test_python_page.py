@@ -171,9 +171,9 @@ def test_get_preds_of_files_and_the_flip_test(learn, drawn):
     images = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     learn.model.eval()
     with torch.no_grad():
-        mirrored = learn.model(images.flip(-1))[:, list(learn.settings.pairs)] * torch.tensor([-1.0, 1.0])
+        mirrored = learn.model(images.flip(-1))[:, list(learn.settings.flip_indices)] * torch.tensor([-1.0, 1.0])
         assert torch.allclose(predictions, (learn.model(images) + mirrored) / 2, atol=1e-5)
-    learn.settings = learn.settings.replace(pairs=())
+    learn.settings = learn.settings.replace(flip_indices=())
     with pytest.raises(UserError, match="no flip map"):
         learn.tta()
 

@@ -80,10 +80,10 @@ def test_the_page_of_flags_is_up_to_date_and_complete(helps):
 
 
 def test_the_groups_of_defaults_parse():
-    "`--recipe seed`, and the drawn faces' defaults: as flags they give the same settings."
-    recipe, drawn = re.findall(r"`(--start .*?|--arch .*?)`", flags._footnotes())
+    "`--recipe baseline`, and the drawn faces' defaults: as flags they give the same settings."
+    recipe, drawn = re.findall(r"`(--init-head .*?|--arch .*?)`", flags._footnotes())
     as_flags = arguments.train_arguments(shlex.split(recipe) + ["-d", ""])
-    named = arguments.train_arguments(["--recipe", "seed", "-d", ""])
+    named = arguments.train_arguments(["--recipe", "baseline", "-d", ""])
     assert resolve.first_settings(as_flags, False) == resolve.first_settings(named, False)
     as_flags = arguments.train_arguments(shlex.split(drawn) + ["-d", ""])
     assert resolve.first_settings(as_flags, False) == resolve.first_settings(arguments.train_arguments([]), True)

@@ -15,8 +15,8 @@ def test_there_and_back_through_json():
     assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
-@pytest.mark.parametrize("recipe,lr", [("best", 2e-3), ("seed", 3e-4)])
-def test_the_seed_s_defaults(recipe, lr):
+@pytest.mark.parametrize("recipe,lr", [("best", 2e-3), ("baseline", 3e-4)])
+def test_recipe_defaults(recipe, lr):
     s = Settings(**RECIPES[recipe])
     assert (s.arch, s.size, s.fit, s.batch_size, s.epochs, s.lr) == ("resnext50_32x4d", 128, "crop", 32, 10, lr)
     assert (s.opt, s.wd, s.sched, s.valid_pct, s.valid_random, s.head) == (
@@ -36,8 +36,8 @@ def test_the_seed_s_defaults(recipe, lr):
         ("lr", "fast"), ("fit", "stretch"), ("mean", [0.5, 0.5]), ("std", [0.1, 0.0, 0.1]), ("mean", [0.5, 0.5, "x"]),
         ("arch", 5), ("n_points", -1), ("batch_size", 0), ("valid_pct", 0.0), ("valid_pct", 1.0), ("freeze", "yes"),
         ("opt", "lion"), ("surprise", 1), ("seed", -1), ("aug", 2.1),
-        ("aug", -0.1), ("loss", "l3"), ("ema", 1.0), ("head_rate", 0.0), ("targets", "cm"), ("mirror", "yes"), ("minutes", -1),
-        ("accumulate", 0), ("pairs", [1, 0]), ("pairs", "mirror"), ("patience", -1),
+        ("aug", -0.1), ("loss", "l3"), ("ema", 1.0), ("head_lr_mult", 0.0), ("targets", "cm"), ("mirror", "yes"), ("minutes", -1),
+        ("accumulate", 0), ("flip_indices", [1, 0]), ("flip_indices", "mirror"), ("patience", -1),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_refused_by_name(key, value):

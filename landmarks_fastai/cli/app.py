@@ -6,26 +6,27 @@ import sys
 import time
 import warnings
 
-from landmarks_fastai.cli.arguments import UNMAPPED, _let_go_of_unread
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.files import reason
-from landmarks_fastai.utils.signals import UNREAD, heed_sigterm
+from landmarks_fastai.utils.signals import UNREAD, exit_on_sigterm
 
+# how the system's loader says that there is no memory for a library
+UNMAPPED = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
 STARTED = time.monotonic()  # --minutes counts the imports too
 
 
 def started(state) -> float:
     "When the stage's minutes began to count: those that it trained before it was stopped are gone."
-    return STARTED - (state.facts["seconds"] if state else 0.0)
+    return STARTED - (state.metadata["seconds"] if state else 0.0)
 
 
-def goes_on(state) -> str:
+def resume_message(state) -> str:
     epoch, batch = state.place
-    return f"going on at epoch {epoch}, batch {batch}"
+    return f"resuming at epoch {epoch}, batch {batch}"
 
 
-def run_door(main):
-    "Run a door: a user's mistake becomes one line on stderr and exit code 1, Ctrl-C exit code 130, `| head` 141."
+def run_main(main):
+    "Run a script's main function: a user's mistake becomes one line on stderr and exit code 1, Ctrl-C 130, `| head` 141."
     # What torch and fastai say of their own parts is not for this program's user to act upon.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -35,7 +36,7 @@ def run_door(main):
     if hasattr(sys.stdout, "reconfigure"):  # a name in Cyrillic must not stop a run in a terminal of another encoding
         sys.stdout.reconfigure(errors="replace")
         sys.stderr.reconfigure(errors="replace")
-    heed_sigterm()
+    exit_on_sigterm()
     try:
         main()
         sys.stdout.flush()
@@ -62,3 +63,11 @@ def run_door(main):
         _let_go_of_unread()
         print(f"error: the output cannot be written ({e.strerror}): make room where it goes", file=sys.stderr)
         sys.exit(1)
+
+
+def _let_go_of_unread():
+    "Python would try again at its end to write what nobody reads."
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,18 +1,17 @@
-"""Arguments shared by the doors.
+"""The flags of the three scripts.
 
 Nothing heavy is imported here, so that `--help` answers at once. Every default lives in settings.py; a flag that was
-not given is None, which is how a later stage knows what to take from the checkpoint.
+not given is None, and a later stage then takes the value from the checkpoint.
 """
 
 import argparse
 import dataclasses
-import os
 import sys
 
 from landmarks_fastai.cli.resume import FLAGS, flag_of, resumed
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
-    FINETUNE_RATE,
+    FINETUNE_LR_MULT,
     INPUT,
     NETWORK,
     OUT,
@@ -23,9 +22,8 @@ from landmarks_fastai.settings import (
 )
 from landmarks_fastai.utils.hardware import AMP, Machine
 
-# how the system's loader says that there is no memory for a library
-UNMAPPED = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
-WORDS = {"data": "DIR", "arch": "NAME", "head": "LAYERS"}  # what --help calls a flag's value
+METAVARS = {"data": "DIR", "arch": "NAME", "head": "LAYERS"}
+ALIASES = {"init_head": "--start", "head_lr_mult": "--head-rate"}  # spellings of earlier versions
 
 
 class _Ignored(argparse.Action):
@@ -54,8 +52,10 @@ def _add_setting(group, name, default=None):
         group.add_argument(*flags, dest=name, action="store_true", default=None, help=about)
     else:
         kind, choices = _rate if name == "lr" else type(f.default), f.metadata["choices"]
-        word = None if choices else WORDS.get(name) or {int: "N", float: "X", _rate: "X|find"}[kind]
+        word = None if choices else METAVARS.get(name) or {int: "N", float: "X", _rate: "X|find"}[kind]
         group.add_argument(*flags, dest=name, type=kind, choices=choices, help=about, metavar=word)
+        if name in ALIASES:
+            group.add_argument(ALIASES[name], dest=name, type=kind, choices=choices, help=argparse.SUPPRESS)
 
 
 def _add_settings(parser, title, names, defaults=None):
@@ -67,14 +67,17 @@ def _add_settings(parser, title, names, defaults=None):
 
 def _add_machine(parser, amp="auto"):
     group = parser.add_argument_group("machine")
-    group.add_argument("--gpu", action="store_true", help="use the GPU (default: off; without one the CPU goes on)")
+    group.add_argument("--gpu", action="store_true", help="train on the GPU (default: off; falls back to the CPU)")
     group.add_argument(
-        "--workers", type=_workers, metavar="N", help="processes that decode images (default: by the machine's cores)"
+        "--workers",
+        type=_workers,
+        metavar="N",
+        help="worker processes that load images (default: by the number of cores)",
     )
     group.add_argument("--max-pixels", type=_megapixels, default=Machine.max_pixels, metavar="X",
-                       help="millions of pixels that an image may have; decoding takes 10 MB a million, in each worker "
+                       help="largest image, in millions of pixels; decoding takes 10 MB per million, in each worker "
                        f"(default: {Machine.max_pixels:g})")  # fmt: skip
-    about = "; auto: what the GPU is best at, off on a CPU and on GTX 16xx cards" if amp == "auto" else ""
+    about = "; auto: the GPU's best type, off on a CPU and on GTX 16xx cards" if amp == "auto" else ""
     group.add_argument("--amp", choices=AMP, default=amp,
                        help=f"mixed precision{about} (default: {amp})")  # fmt: skip
     for flag, on, about in SWITCHES:
@@ -84,9 +87,9 @@ def _add_machine(parser, amp="auto"):
                            help=f"{about} (default: {'on' if on else 'off'})")  # fmt: skip
     if amp == "auto":
         group.add_argument("--save-every", type=_minutes, default=Machine.save_every, metavar="MIN",
-                           help="minutes from one writing of the run's state to the next; each epoch's end has its own "
+                           help="save the state for --resume every so many minutes, and after each epoch "
                            f"(default: {Machine.save_every:g})")  # fmt: skip
-    group.add_argument("--out", default=OUT, metavar="DIR", help=f"folder that the run's files go to (default: {OUT})")
+    group.add_argument("--out", default=OUT, metavar="DIR", help=f"output folder (default: {OUT})")
 
 
 def _rate(text: str):
@@ -113,22 +116,20 @@ def _megapixels(text: str) -> float:
 
 
 def _add_name(group):
-    group.add_argument(
-        "-n", "--name", help="name of the run, and so of its folder (default: a free one made from its settings)"
-    )
-    group.add_argument("--overwrite", action="store_true", help="let the new run replace one of that name")
+    group.add_argument("-n", "--name", help="name of the run and of its folder (default: made from the settings)")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing run of that name")
     group.add_argument("--resume", action="store_true",
-                       help="go on with the run -n from where it was stopped, with the flags that it was started with")  # fmt: skip
+                       help="resume the run -n where it was stopped, with the flags that it was started with")  # fmt: skip
 
 
 SWITCHES = [
-    ("--cache", False, "keep the fitted images on disk, and read them there in later epochs and stages"),
-    ("--compile", False, "torch.compile the network: a minute's start, faster steps; needs a C++ compiler"),
-    ("--channels-last", True, "the memory order that convolutions are faster in"),
-    ("--pin-memory", True, "with a GPU: batches in page-locked memory, which are copied faster"),
-    ("--tf32", True, "with a GPU that has it: matrices are multiplied with 10 bits of mantissa"),
+    ("--cache", False, "cache the fitted images on disk, for later epochs and stages"),
+    ("--compile", False, "torch.compile the network: a minute to start, faster steps; needs a C++ compiler"),
+    ("--channels-last", True, "channels_last memory format"),
+    ("--pin-memory", True, "with a GPU: pin memory of the batches"),
+    ("--tf32", True, "with a GPU that has it: allow TF32 matrix multiplication"),
 ]
-TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_rate", "loss", "opt", "wd", "accumulate", "sched",
+TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
             "step_size", "gamma", "seed"]  # fmt: skip
 IMAGES = ["aug", "mirror", "ema", "tta"]
 
@@ -137,49 +138,49 @@ def train_parser() -> argparse.ArgumentParser:
     "The flags of train.py."
     parser = _parser(
         "Train a network that finds many landmarks in a picture: the first stage.\n\n"
-        "Without -d it draws a small set of faces (once), and trains on those.",
+        "Without -d it makes a small set of drawn faces (once) and trains on them.",
         "Reads DIR/train/landmarks.csv and DIR/train/images; writes the folder runs/NAME: best.pth (the checkpoint),\n"
-        "history.csv, batch.png (what was trained on), mirror.png (the mirror map), results.png (truth beside prediction),\n"
+        "history.csv, batch.png (a training batch), mirror.png (the flip map), results.png (targets and predictions),\n"
         "lr.png (--lr find). The next stage: python finetune.py -pm NAME",
     )
-    parser.add_argument("--recipe", choices=RECIPES, default="best",
-                        help="best: the defaults below; seed: the published entry, every later addition off (default: best)")  # fmt: skip
+    parser.add_argument("--recipe", type=lambda name: {"seed": "baseline"}.get(name, name), choices=RECIPES, default="best",
+                        help="best: the defaults below; baseline: the published entry (default: best)")  # fmt: skip
     data = _add_settings(
         parser, "data", ["data", "on_bad", "valid_pct", "valid_random", "all_rows"], {"data": "drawn faces"}
     )
     _add_name(data)
-    network = _add_settings(parser, "network", ["arch", "head", "start", "targets", "freeze", *INPUT])
-    network.add_argument("--weights", metavar="W", help="what the body starts from: imagenet, none, or a .safetensors or .pth file "
+    network = _add_settings(parser, "network", ["arch", "head", "init_head", "targets", "freeze", *INPUT])
+    network.add_argument("--weights", metavar="W", help="weights of the body: imagenet, none, or a .safetensors or .pth file "
                          "(default: imagenet; drawn faces: none)")  # fmt: skip
     _add_settings(parser, "training", TRAINING)
-    _add_settings(parser, "what the images go through, and what is kept", IMAGES)
+    _add_settings(parser, "augmentation and evaluation", IMAGES)
     _add_machine(parser)
     return parser
 
 
 def train_arguments(argv=None):
-    "What train.py was asked for."
+    "The parsed command line of train.py."
     return _parse(train_parser(), argv, "train.py")
 
 
 def finetune_parser() -> argparse.ArgumentParser:
     "The flags of finetune.py."
     parser = _parser(
-        "Train on from the best checkpoint of a stage before, at a lower rate.\n\n"
-        "Network, head, input, split, optimiser, schedule and data are the checkpoint's where no flag says otherwise.\n"
-        "The stage ends with the best of its own epochs and of the model that it was given.",
+        "Continue training from the best checkpoint of a previous stage, at a lower learning rate.\n\n"
+        "Settings that are not given are taken from the checkpoint.\n"
+        "The stage saves the best of its epochs, or the loaded model where no epoch beats it.",
     )
     _add_checkpoint(parser, required=False)
     own = {
         "epochs": FINETUNE_EPOCHS,
-        "lr": f"{FINETUNE_RATE} of the rate that the stage before began with",
-        "seed": "one above the checkpoint's",
+        "lr": f"{FINETUNE_LR_MULT} of the previous stage's",
+        "seed": "the checkpoint's plus 1",
         "minutes": "0",
         "freeze": "off",
     }
     its = {f.name: own.get(f.name, "the checkpoint's") for f in dataclasses.fields(Settings)}
     training = _add_settings(parser, "training", [*TRAINING, "data", "on_bad", "freeze", "all_rows"], its)
-    _add_settings(parser, "what the images go through, and what is kept", [*INPUT, *IMAGES], its)
+    _add_settings(parser, "augmentation and evaluation", [*INPUT, *IMAGES], its)
     _add_name(training)
     _add_settings(parser, "must agree with the checkpoint", NETWORK + SPLIT, its)
     _add_machine(parser)
@@ -187,7 +188,7 @@ def finetune_parser() -> argparse.ArgumentParser:
 
 
 def finetune_arguments(argv=None):
-    "What finetune.py was asked for."
+    "The parsed command line of finetune.py."
     parser = finetune_parser()
     args = _parse(parser, argv, "finetune.py")
     if args.pretrained_model is None:
@@ -196,7 +197,7 @@ def finetune_arguments(argv=None):
 
 
 def _parse(parser, argv, script: str):
-    "What was typed; with --resume what the run was started with."
+    "The parsed flags; with --resume those that the run was started with."
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(words)
     args.script = script
@@ -206,7 +207,7 @@ def _parse(parser, argv, script: str):
 def predict_parser() -> argparse.ArgumentParser:
     "The flags of predict.py."
     parser = _parser(
-        "Predict the test images' points and write the submission.\n\n"
+        "Predict the points of the test images and write the submission.\n\n"
         "Reads DIR/test/test_points.csv and DIR/test/images; writes runs/NAME/submit.csv (the submission),\n"
         "points.npy (every point of every image, in pixels of the image as stored) and points.json (its file names).",
     )
@@ -215,9 +216,9 @@ def predict_parser() -> argparse.ArgumentParser:
         parser, "data", ["data", "batch_size"], {"data": "the checkpoint's", "batch_size": "the checkpoint's"}
     )
     parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, default=ROUNDINGS[0],
-                        help=f"how submitted coordinates become whole (default: {ROUNDINGS[0]})")  # fmt: skip
-    parser.add_argument("--tta", action=argparse.BooleanOptionalAction, default=None, dest="second_look",
-                        help="look a second time, at the mirrored image (default: where the checkpoint has a mirror map)")  # fmt: skip
+                        help=f"rounding of the submitted coordinates (default: {ROUNDINGS[0]})")  # fmt: skip
+    parser.add_argument("--tta", action=argparse.BooleanOptionalAction, default=None, dest="flip_test",
+                        help="flip test: average the points of image and mirror image (default: on with flip indices)")  # fmt: skip
     fixed = NETWORK + INPUT
     _add_settings(parser, "must agree with the checkpoint", fixed, dict.fromkeys(fixed, "the checkpoint's"))
     _add_machine(parser, amp="off")
@@ -225,18 +226,10 @@ def predict_parser() -> argparse.ArgumentParser:
 
 
 def predict_arguments(argv=None):
-    "What predict.py was asked for."
+    "The parsed command line of predict.py."
     return predict_parser().parse_args(argv)
 
 
 def _add_checkpoint(parser, required=True):
     parser.add_argument("-pm", "--pretrained-model", required=required, metavar="NAME",
-                        help="checkpoint: a run's name in the output folder, or a path")  # fmt: skip
-
-
-def _let_go_of_unread():
-    "Python would try again at its end to write what nobody reads."
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                        help="checkpoint: the name of a run in the output folder, or a path")  # fmt: skip

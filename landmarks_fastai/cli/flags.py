@@ -82,7 +82,7 @@ def _table(title, rows) -> str:
 
 def _footnotes() -> str:
     return (
-        f"## Groups of defaults\n\n`--recipe seed` stands for: `{_typed(RECIPES['seed'])}`.\n\n"
+        f"## Groups of defaults\n\n`--recipe baseline` stands for: `{_typed(RECIPES['baseline'])}`.\n\n"
         f"`python train.py` without `-d` trains on drawn faces with: `{_typed(resolve.DRAWN)}`, and `--weights none`.\n"
     )
 

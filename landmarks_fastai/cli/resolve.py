@@ -9,7 +9,7 @@ from landmarks_fastai.cli.resume import flag_of
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
-    FINETUNE_RATE,
+    FINETUNE_LR_MULT,
     INPUT,
     NETWORK,
     RECIPES,
@@ -23,11 +23,11 @@ from landmarks_fastai.utils.hardware import Machine
 # sit right. Measured on 1,260 drawn faces at 64 px, nine epochs from random weights, score on the 130 held out: one
 # cycle up to 4e-3 29.6; the defaults' rate with two steps down 30.7; that with a norm before the last layer 30.8.
 DRAWN = {
-    "arch": "resnet18", "size": 64, "epochs": 9, "valid_pct": 0.1, "sched": "onecycle", "lr": 4e-3, "head_rate": 0.05,
+    "arch": "resnet18", "size": 64, "epochs": 9, "valid_pct": 0.1, "sched": "onecycle", "lr": 4e-3, "head_lr_mult": 0.05,
 }  # fmt: skip
 
 
-def given(args) -> dict:
+def explicit_settings(args) -> dict:
     "The settings that were typed."
     names = {f.name for f in dataclasses.fields(Settings)}
     return {k: v for k, v in vars(args).items() if k in names and v is not None and (k, v) != ("lr", "find")}
@@ -37,23 +37,23 @@ def first_settings(args, drawn: bool) -> Settings:
     "The settings of a first stage."
     recipe = RECIPES[args.recipe]
     start = {k: v for k, v in DRAWN.items() if not recipe or k in ("arch", "size", "valid_pct")} if drawn else {}
-    typed = start | recipe | given(args)
+    typed = start | recipe | explicit_settings(args)
     typed.setdefault("wd", WEIGHT_DECAY[typed.get("opt", Settings.opt)])
     return Settings(**typed | {"data": os.path.abspath(typed.get("data") or ".")})
 
 
-def default_rate(args, drawn: bool) -> float:
+def default_lr(args, drawn: bool) -> float:
     "The rate of a first stage where none is typed."
     return first_settings(argparse.Namespace(**vars(args) | {"lr": None}), drawn).lr
 
 
 def next_settings(args, before: Settings) -> Settings:
     "The settings of a later stage. Raises `UserError` for a flag that contradicts what cannot change."
-    typed = given(args)
+    typed = explicit_settings(args)
     check_fixed(typed, before, NETWORK + SPLIT)
     changes = {
         "epochs": FINETUNE_EPOCHS,
-        "lr": before.lr * FINETUNE_RATE,
+        "lr": before.lr * FINETUNE_LR_MULT,
         "seed": (before.seed + 1) % 2**32,
         "minutes": 0.0,
         "freeze": False,
@@ -65,7 +65,7 @@ def next_settings(args, before: Settings) -> Settings:
     after = before.replace(**changes | typed)
     if after.targets == "pixels" and after.of(INPUT) != before.of(INPUT):
         raise UserError(
-            f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): leave --size and --fit away"
+            f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): run without --size and --fit"
         )
     return after
 
@@ -90,11 +90,11 @@ def drawn_faces(settings: Settings, out, weights: str) -> Settings:
 
 def predict_settings(args, checkpoint: Settings) -> Settings:
     "The checkpoint's settings, with the data and batch size that were typed."
-    typed = given(args)
+    typed = explicit_settings(args)
     check_fixed(typed, checkpoint, NETWORK + INPUT)
-    if args.second_look and not checkpoint.pairs:
+    if args.flip_test and not checkpoint.flip_indices:
         raise UserError(
-            "--tta: the checkpoint has no mirror map (its landmarks have none, or --mirror none): run without --tta"
+            "--tta: the checkpoint has no flip map (its landmarks have none, or --mirror none): run without --tta"
         )
     return checkpoint.replace(**typed)
 
@@ -104,7 +104,7 @@ def check_fixed(typed: dict, before: Settings, names):
         if name in typed and typed[name] != getattr(before, name):
             flag = flag_of(name)
             raise UserError(
-                f"{flag} {typed[name]} contradicts the checkpoint, which has {getattr(before, name)}: run without {flag}, or train anew"
+                f"{flag} {typed[name]} contradicts the checkpoint, which has {getattr(before, name)}: run without {flag}, or train again"
             )
 
 
@@ -114,7 +114,7 @@ def machine(args):
 
     if args.gpu and not torch.cuda.is_available():
         why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
-        print(f"warning: --gpu was given, {why}: going on with the CPU", file=sys.stderr)
+        print(f"warning: --gpu was given, {why}: using the CPU", file=sys.stderr)
     device = "cuda" if args.gpu and torch.cuda.is_available() else "cpu"
     names = {f.name for f in dataclasses.fields(Machine)} - {"device"}
     found = Machine(device, **{k: v for k, v in vars(args).items() if k in names})

@@ -33,11 +33,11 @@ class Augment(ItemTransform):
     def __init__(
         self,
         strength: float,  # 0 leaves all but the mirror away
-        pairs=None,  # of the mirror map; None never mirrors
+        flip_indices=None,  # of the flip map; None never mirrors
         seed: int = 0,
     ):
         self.strength, self.seed = strength, seed
-        self.pairs = None if pairs is None else torch.as_tensor(pairs)
+        self.flip_indices = None if flip_indices is None else torch.as_tensor(flip_indices)
         self.begin(0)
 
     def begin(self, epoch: int, batch: int = 0):
@@ -48,29 +48,29 @@ class Augment(ItemTransform):
         images, points, *maps = item
         rng = np.random.default_rng([self.seed, self.epoch, self.batch])
         self.batch += 1
-        matrix, mirrored = self.draw_warp(rng, len(images))
+        matrix, mirrored = self.sample_warp(rng, len(images))
         back = invert(matrix).to(
             images.device
         )  # on the CPU: on a GPU, an inverse that checks itself waits for the step
         matrix, mirrored = matrix.to(images.device), mirrored.to(images.device)
-        colours = [c.to(images.device) for c in self.draw_colour(rng, len(images))]
+        colours = [c.to(images.device) for c in self.sample_colour(rng, len(images))]
         moved = warp_images(images.as_subclass(torch.Tensor), back)
         if self.strength:
-            moved = recolour(moved, *colours)
-        renamed = warp_points(rename(points.as_subclass(torch.Tensor), mirrored, self.pairs), matrix)
+            moved = change_colours(moved, *colours)
+        renamed = warp_points(rename(points.as_subclass(torch.Tensor), mirrored, self.flip_indices), matrix)
         return TensorImage(moved), TensorPoint(renamed), *maps
 
-    def draw_warp(self, rng, n: int):
+    def sample_warp(self, rng, n: int):
         "Matrices (n, 2, 3) that take unit coordinates before to those after, and which faces are mirrored (n,)."
         turn, scale = self._spread(rng, math.radians(TURN), n), self._spread(rng, SCALE, n).exp()
         x, y = self._spread(rng, 2 * SHIFT, n), self._spread(rng, 2 * SHIFT, n)
-        mirrored = torch.from_numpy(rng.random(n) < 0.5) & (self.pairs is not None)
+        mirrored = torch.from_numpy(rng.random(n) < 0.5) & (self.flip_indices is not None)
         sign = 1 - 2 * mirrored.float()
         cos, sin = turn.cos() * scale, turn.sin() * scale
         rows = [torch.stack([cos * sign, -sin, x], 1), torch.stack([sin * sign, cos, y], 1)]
         return torch.stack(rows, 1), mirrored
 
-    def draw_colour(self, rng, n: int):
+    def sample_colour(self, rng, n: int):
         "Contrast, saturation (n, 1, 1, 1) and what is added to each channel (n, 3, 1, 1)."
         grey, channel = (n, 1, 1, 1), (n, 3, 1, 1)
         contrast, saturation = self._spread(rng, COLOUR, grey).exp(), self._spread(rng, COLOUR, grey).exp()
@@ -85,11 +85,11 @@ def warp_points(points, matrix):
     return points @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
 
 
-def rename(points, mirrored, pairs):
+def rename(points, mirrored, flip_indices):
     "The points of mirrored faces under their new names: (batch, n, 2), not moved."
-    if pairs is None:
+    if flip_indices is None:
         return points
-    return torch.where(mirrored[:, None, None], points[:, pairs.to(points.device)], points)
+    return torch.where(mirrored[:, None, None], points[:, flip_indices.to(points.device)], points)
 
 
 def invert(matrix):
@@ -108,7 +108,7 @@ def warp_images(images, back):
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def recolour(images, contrast, saturation, added):
+def change_colours(images, contrast, saturation, added):
     "Contrast about each image's mean, saturation about each pixel's grey, then the channels' shifts; in 0..1."
     mean = images.mean((1, 2, 3), keepdim=True)
     images = (images - mean) * contrast + mean

@@ -14,7 +14,7 @@ from fastai.vision.data import ImageBlock, PointBlock
 from fastcore.foundation import L
 
 from landmarks_fastai.data.augment import Augment
-from landmarks_fastai.data.flip import ROWS, NoMirror, learn_mirror
+from landmarks_fastai.data.flip import ROWS, NoFlipMap, learn_flip_map
 from landmarks_fastai.data.image_cache import Inputs, open_cache
 from landmarks_fastai.data.items import LabelledImages, labelled_images
 from landmarks_fastai.data.loader import LandmarkDL
@@ -42,8 +42,8 @@ def landmark_block(
     """
     settings = (settings or Settings()).replace(**changes)
     augment = []
-    if settings.aug or settings.pairs:
-        augment = [Augment(settings.aug, settings.pairs or None, settings.seed)]
+    if settings.aug or settings.flip_indices:
+        augment = [Augment(settings.aug, settings.flip_indices or None, settings.seed)]
     block = DataBlock(
         blocks=(ImageBlock, PointBlock),
         dl_type=LandmarkDL,
@@ -81,7 +81,7 @@ def landmark_dataloaders(
 ) -> DataLoaders:
     """Training and validation `DataLoaders` of checked rows, their flip map learned from the training rows' points.
 
-    `dls.settings` has the settings that they were made by, `dls.flip` the `MirrorMap` or the `NoMirror` that says why
+    `dls.settings` has the settings that they were made by, `dls.flip` the `FlipMap` or the `NoFlipMap` that says why
     there is none, where it was learned. Raises `UserError`, and `BadData` with every bad row.
 
     >>> dls = landmark_dataloaders("faces", size=128, batch_size=32)
@@ -105,12 +105,12 @@ def with_flip_map(settings: Settings, images: LabelledImages) -> "tuple[Settings
     if settings.mirror == "none":
         if settings.tta:
             raise UserError("--tta scores the mirrored image too, --mirror none forbids it: run without one of them")
-        return settings.replace(pairs=()), None
-    if settings.pairs:
+        return settings.replace(flip_indices=()), None
+    if settings.flip_indices:
         return settings, None
     train, _ = RowSplitter(settings)(images)
     try:
-        found = learn_mirror(np.stack([item.points for item in images[train].sample(ROWS)]))
-    except NoMirror as e:
+        found = learn_flip_map(np.stack([item.points for item in images[train].sample(ROWS)]))
+    except NoFlipMap as e:
         return settings.replace(tta=False), e
-    return settings.replace(pairs=tuple(found.pairs.tolist())), found
+    return settings.replace(flip_indices=tuple(found.flip_indices.tolist())), found

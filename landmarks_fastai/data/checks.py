@@ -20,7 +20,7 @@ import numpy as np
 
 from landmarks_fastai.data.images import check_mode, image_end, is_deep, is_turned, max_pixels, opened
 from landmarks_fastai.errors import Problem, UserError
-from landmarks_fastai.utils.files import cache_places, whole_file
+from landmarks_fastai.utils.files import atomic_write, cache_places
 from landmarks_fastai.utils.parallel import bar
 
 FORMAT = 1  # of the file that the result is kept in
@@ -167,7 +167,7 @@ def _check_block(table, folder, rows, points, faults, details, notes):
             continue
         if text := _far_outside(values[k], width, height):
             faults[row] = DAMAGED
-            details[row] = f"{text} the {width} x {height} image {folder / table.name(row)}: mend or remove the line"
+            details[row] = f"{text} the {width} x {height} image {folder / table.name(row)}: fix or remove the line"
 
 
 def look_inside(path) -> tuple[tuple[int, int], list[str]]:
@@ -226,7 +226,7 @@ def _print_notes(table, notes):
 
 def write_listing(path, problems):
     "The bad rows as a CSV: line, file_name, problem."
-    with whole_file(Path(path)) as f:
+    with atomic_write(Path(path)) as f:
         rows = csv.writer(f, lineterminator="\n")
         rows.writerow(["line", "file_name", "problem"])
         rows.writerows((p.line, p.file_name, p.text) for p in problems)
@@ -268,7 +268,7 @@ def _keep(table, stamps):
     for place in _places(table):
         with suppress(OSError):  # a read-only or full place: without it the next start checks again
             place.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(place, "wb") as f:
+            with atomic_write(place, "wb") as f:
                 f.write(head + b"\n" + data)
             return
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from landmarks_fastai.utils.files import whole_file
+from landmarks_fastai.utils.files import atomic_write
 
 ROWS = 2000  # shapes that the mean is taken of
 MIN_POINTS = 5  # of 200 random sets of 3 points 45 fit their reflection by chance, of 4 points 7, of 5 points 1
@@ -24,40 +24,40 @@ MAX_POINTS = 4000  # the matrix of distances grows with the square
 FIT_SPACING, FIT_RADIUS = 0.5, 0.08
 
 
-class NoMirror(Exception):
-    "The points have no mirror map; the message says why."
+class NoFlipMap(Exception):
+    "The points have no flip map; the message says why."
 
 
 @dataclass(frozen=True)
-class MirrorMap:
-    "`pairs[k]` is the index of the mirrored k-th point; `shape` is the mean shape it was found on, for drawing."
+class FlipMap:
+    "`flip_indices[k]` is the index of the mirrored k-th point; `shape` is the mean shape it was found on, for drawing."
 
-    pairs: np.ndarray  # (n_points,) int64, its own inverse
+    flip_indices: np.ndarray  # (n_points,) int64, its own inverse
     shape: np.ndarray  # (n_points, 2), centred, of radius 1, y down
     miss: float  # root mean square distance of a mirrored point from its partner, in radii of the shape
 
 
-def learn_mirror(
+def learn_flip_map(
     shapes,  # (rows, n_points, 2), pixels of the images as stored: each shape at its own place, size and tilt
-) -> MirrorMap:
-    "The mirror map of the shapes. Raises `NoMirror` where they have none."
+) -> FlipMap:
+    "The flip map of the shapes. Raises `NoFlipMap` where they have none."
     shapes = np.asarray(shapes, np.float64)
     if shapes.shape[1] < MIN_POINTS:
-        raise NoMirror(f"{shapes.shape[1]} points are too few to tell, {MIN_POINTS} are needed")
+        raise NoFlipMap(f"{shapes.shape[1]} points are too few to tell, {MIN_POINTS} are needed")
     if shapes.shape[1] > MAX_POINTS:
-        raise NoMirror(f"{shapes.shape[1]} points are too many to match ({MAX_POINTS} at the most)")
+        raise NoFlipMap(f"{shapes.shape[1]} points are too many to match ({MAX_POINTS} at the most)")
     mean = _mean_shape(shapes[..., 0] + 1j * shapes[..., 1])
-    pairs, miss, spacing = _best_reflection(mean)
-    order = np.arange(len(pairs))
-    if not np.array_equal(pairs[pairs], order):
-        raise NoMirror("the match is not its own inverse")
-    if np.array_equal(pairs, order):
-        raise NoMirror("every point would be its own mirror image")
+    flip_indices, miss, spacing = _best_reflection(mean)
+    order = np.arange(len(flip_indices))
+    if not np.array_equal(flip_indices[flip_indices], order):
+        raise NoFlipMap("the match is not its own inverse")
+    if np.array_equal(flip_indices, order):
+        raise NoFlipMap("every point would be its own mirror image")
     if miss > FIT_RADIUS or miss > FIT_SPACING * spacing:
-        raise NoMirror(
+        raise NoFlipMap(
             f"mirrored points miss their partners by {miss:.3f} of the shape's radius; neighbours are {spacing:.3f} apart"
         )
-    return MirrorMap(pairs, _xy(mean), miss)
+    return FlipMap(flip_indices, _xy(mean), miss)
 
 
 def _mean_shape(shapes):
@@ -66,7 +66,7 @@ def _mean_shape(shapes):
     radius = np.sqrt((abs(shapes) ** 2).mean(1, keepdims=True))
     shapes = shapes[radius[:, 0] > 0] / radius[radius[:, 0] > 0][:, :1]
     if not len(shapes):
-        raise NoMirror("in every row all points are equal")
+        raise NoFlipMap("in every row all points are equal")
     mean = shapes.mean(0)
     if abs(mean).max() < 1e-9:
         mean = shapes[0]
@@ -113,18 +113,18 @@ def _match(mean, degrees, tree):
     "Match the shape with its reflection; the axis settles with the match, on nearest neighbours first."
     from scipy.optimize import linear_sum_assignment
 
-    turn, pairs = np.exp(2j * np.deg2rad(degrees)), None
+    turn, flip_indices = np.exp(2j * np.deg2rad(degrees)), None
     for _ in range(20):
         near = tree.query(_xy(-mean.conj() * turn))[1]
         turn = _turn(-mean.conj(), mean[near])
     for _ in range(5):
-        before = pairs
+        before = flip_indices
         # rows: the points; columns: the reflected ones
-        pairs = linear_sum_assignment(abs(mean[:, None] + mean.conj() * turn) ** 2)[1]
-        turn = _turn(-mean[pairs].conj(), mean)
-        if before is not None and np.array_equal(pairs, before):
+        flip_indices = linear_sum_assignment(abs(mean[:, None] + mean.conj() * turn) ** 2)[1]
+        turn = _turn(-mean[flip_indices].conj(), mean)
+        if before is not None and np.array_equal(flip_indices, before):
             break
-    return pairs, float(np.sqrt((abs(mean + mean[pairs].conj() * turn) ** 2).mean()))
+    return flip_indices, float(np.sqrt((abs(mean + mean[flip_indices].conj() * turn) ** 2).mean()))
 
 
 def _spacing(mean):
@@ -138,20 +138,20 @@ def _xy(shape):
     return np.stack([shape.real, shape.imag], -1)
 
 
-def write_pairs(path: Path, pairs):
+def write_flip_indices(path: Path, flip_indices):
     "mirror.json: a list whose k-th entry is the index of the mirrored k-th point."
-    with whole_file(path) as f:
-        json.dump([int(p) for p in pairs], f)
+    with atomic_write(path) as f:
+        json.dump([int(p) for p in flip_indices], f)
 
 
-def two_looks(
+def predict_with_flip(
     model,  # images -> unit coordinates (batch, n_points, 2)
     images,  # (batch, 3, h, w), normalised
-    pairs=(),  # of the mirror map; empty: one look
+    flip_indices=(),  # of the flip map; empty: no flip test
 ):
     "Unit coordinates (batch, n_points, 2): the mean of what the model says of the images and of their mirror images."
     first = model(images)
-    if not len(pairs):
+    if not len(flip_indices):
         return first
-    second = model(images.flip(-1))[:, torch.as_tensor(pairs, device=images.device)]
+    second = model(images.flip(-1))[:, torch.as_tensor(flip_indices, device=images.device)]
     return (first + second * torch.tensor([-1.0, 1.0], device=images.device)) / 2

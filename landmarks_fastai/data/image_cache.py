@@ -14,7 +14,7 @@ from PIL import Image
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap
-from landmarks_fastai.utils.files import cache_places, read_at, whole_file, write_at
+from landmarks_fastai.utils.files import atomic_write, cache_places, read_at, write_at
 
 FORMAT = 3  # of the cache file
 HEADER = 4096  # bytes of it
@@ -50,7 +50,7 @@ class InputCache:
             if read_at(self.file, HEADER, 0) == head:
                 return
             self.file.close()
-        with whole_file(self.path, "wb") as f:
+        with atomic_write(self.path, "wb") as f:
             f.write(head + bytes(PLACE.size * self.rows))
         self.file = open(self.path, "r+b", buffering=0)
 
@@ -117,7 +117,7 @@ def open_cache(folder: Path, rows: int, fit: str, size: int, key: dict) -> Input
         if cache.missing_bytes > free:
             raise UserError(
                 f"--cache: {place} may grow by {cache.missing_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-                "make room, or leave --cache away"
+                "make room, or run without --cache"
             )
         return cache
     raise UserError(f"--cache: no place beside {folder} or in the cache folder can be written to: {refused}")

@@ -166,11 +166,11 @@ def labelled_images(
         return LabelledImages(labels, folder, left_out, listing)
     rows = np.union1d(found.rows, list(faults)).astype(np.int64)
     problems = (labels.problem(r, faults[r]) if r in faults else found.problem(r) for r in rows.tolist())
-    _tell_bad_rows(rows, problems, labels, on_bad, listing)
+    _report_bad_rows(rows, problems, labels, on_bad, listing)
     return LabelledImages(labels, folder, rows, listing)
 
 
-def _tell_bad_rows(rows, problems, labels, on_bad, listing):
+def _report_bad_rows(rows, problems, labels, on_bad, listing):
     "Stop with the bad rows, or list them and print how many are left out."
     stops = len(rows) > 0 and (on_bad == "stop" or len(rows) == len(labels))
     if listing and len(rows) > (SHOWN if stops else 0):

@@ -15,7 +15,7 @@ import numpy as np
 
 from landmarks_fastai.data.landmarks_csv import KEPT, read_rows
 from landmarks_fastai.errors import BadData, Problem, UserError
-from landmarks_fastai.utils.files import cache_places, read_at, whole_file
+from landmarks_fastai.utils.files import atomic_write, cache_places, read_at
 
 FORMAT = 2  # of the cache file: another number in a file makes it stale
 HEADER = 4096  # bytes kept for the header, so that the numbers behind it start on a page
@@ -94,7 +94,7 @@ class Labels:
         place = HEADER + self._points_bytes + self._rows * (self._width + (8 if self._blank_lines else 0))
         rows = np.frombuffer(read_at(self._file, 8 * self._faulty, place), np.int64).tolist()
         texts = json.loads(read_at(self._file, self._texts, place + 8 * self._faulty))
-        return dict.fromkeys(rows, "malformed, like others: mend or remove the line") | dict(texts)
+        return dict.fromkeys(rows, "malformed, like others: fix or remove the line") | dict(texts)
 
     def problem(self, row: int, text: str) -> Problem:
         return Problem(self.csv, self.line(row), self.name(row), text)
@@ -188,7 +188,7 @@ def _read_header(f) -> dict:
 def _write_cache(csv: Path, cache: Path, key: dict):
     "Parse `csv` into `cache`: to a temporary file that is renamed when whole, so it is never seen torn."
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(cache, "w+b") as f:
+    with atomic_write(cache, "w+b") as f:
         head = _parse_into(f, csv)
         if identity(csv) != key:
             raise UserError(f"{csv} changed while it was read: wait until it is written, then start again")
@@ -242,7 +242,7 @@ def _widen(out, count: int, step: int = 1 << 20):
 
 
 def data_folder(data) -> Path:
-    "The contest folder that `-d` names; an empty name is the current directory. Raises `UserError` where there is none."
+    "The competition's folder that `-d` names; an empty name is the current directory. Raises `UserError` where there is none."
     folder = Path(data or ".")
     try:
         os.listdir(folder)

@@ -1,6 +1,6 @@
 """The text of a `landmarks.csv`: blocks of rows become names and numbers, and what is wrong with them by the line.
 
-Whole numbers, which is what the contest's file holds, are read by a few passes of numpy over the bytes. What those do
+Whole numbers, which is what the competition's file holds, are read by a few passes of numpy over the bytes. What those do
 not take (decimals, signs, spaces, mistakes) pandas parses, block by block, and says what is wrong with it.
 `benchmarks/startup.py` has the time and memory of both.
 """
@@ -187,20 +187,20 @@ def _check_lines(texts, tabs, n_values, faults):
     "Which rows have the right number of fields, a file name, and are text."
     whole = np.ones(len(texts), bool)
     for wrong, text in (
-        ([not _is_utf8(t) for t in texts], lambda row, k: "not UTF-8 text: mend or remove the line"),
-        ([b"\0" in t for t in texts], lambda row, k: "holds a NUL byte: mend or remove the line"),
-        ([b"\r" in t for t in texts], lambda row, k: "holds a carriage return within the line: mend or remove it"),
+        ([not _is_utf8(t) for t in texts], lambda row, k: "not UTF-8 text: fix or remove the line"),
+        ([b"\0" in t for t in texts], lambda row, k: "holds a NUL byte: fix or remove the line"),
+        ([b"\r" in t for t in texts], lambda row, k: "holds a carriage return within the line: fix or remove it"),
         (
             tabs != n_values,
             lambda row, k: (
                 f"{tabs[row] + 1} fields found, {n_values + 1} expected "
-                f"(file_name and {n_values // 2} points, TAB-separated): mend or remove the line"
+                f"(file_name and {n_values // 2} points, TAB-separated): fix or remove the line"
             ),
         ),
-        ([t.startswith(b"\t") for t in texts], lambda row, k: "the file name is empty: mend or remove the line"),
+        ([t.startswith(b"\t") for t in texts], lambda row, k: "the file name is empty: fix or remove the line"),
         (
             [t.find(b"\t") > LONGEST for t in texts],
-            lambda row, k: f"the file name has more than {LONGEST} bytes: mend or remove the line",
+            lambda row, k: f"the file name has more than {LONGEST} bytes: fix or remove the line",
         ),
         # before pandas sees them: of a column with one word in it it makes objects, and is thirty times as slow
         ([_is_odd(t) for t in texts], lambda row, k: _odd_field(texts[row])),
@@ -246,7 +246,7 @@ def _parse_rows(block: bytes, rows: np.ndarray, faults: Faults) -> np.ndarray:
     "The numbers of whole rows, (rows, n_points, 2) of int64 or float64; what is no number, or does not fit, is a fault."
     import pandas as pd  # 0.2 s of import that a start with a cache file does not need
 
-    # Quotes mean nothing in the contest's files; na_filter off makes an empty field an error, not a NaN.
+    # Quotes mean nothing in the competition's files; na_filter off makes an empty field an error, not a NaN.
     kwargs = dict(sep="\t", header=None, quoting=3, na_filter=False, low_memory=False, dtype={0: str})
     frame = pd.read_csv(BytesIO(block), skip_blank_lines=False, **kwargs).iloc[:, 1:]
     texts = frame.select_dtypes(exclude="number").astype(str)
@@ -287,9 +287,7 @@ def _check_equal(values, faults, without=()):
     if len(rows):
         faults.add(
             rows,
-            lambda row, k: (
-                f"all {n} points are ({values[row, 0, 0]:g}, {values[row, 0, 1]:g}): mend or remove the line"
-            ),
+            lambda row, k: f"all {n} points are ({values[row, 0, 0]:g}, {values[row, 0, 1]:g}): fix or remove the line",
         )
 
 

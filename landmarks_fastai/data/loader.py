@@ -131,13 +131,13 @@ class LandmarkDL(TfmdDL):
         "Draw the truth on each input."
         if not show:
             return super().show_batch(b, max_n, ctxs, show, **kwargs)
-        plots.draw_batch(self.one_batch() if b is None else b, self.picture, max_n)
+        plots.plot_batch(self.one_batch() if b is None else b, self.picture, max_n)
 
     def show_results(self, b, out, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         "Draw truth beside prediction on each input, the score of the image in its title."
         if not show:
             return super().show_results(b, out, max_n, ctxs, show, **kwargs)
-        plots.draw_batch(b, self.picture, max_n, out)
+        plots.plot_batch(b, self.picture, max_n, out)
 
     def picture(self, images: torch.Tensor) -> np.ndarray:
         "Images of a batch (batch, 3, h, w) -> pixels to show (batch, h, w, 3) in 0..1."

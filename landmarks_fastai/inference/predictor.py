@@ -20,7 +20,7 @@ from landmarks_fastai.competition import (
     submission_line,
 )
 from landmarks_fastai.data.checks import check_images
-from landmarks_fastai.data.flip import two_looks
+from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.image_cache import Inputs
 from landmarks_fastai.data.labels import data_folder
 from landmarks_fastai.errors import BadData, UserError
@@ -28,10 +28,10 @@ from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.settings import INPUT, Settings
-from landmarks_fastai.utils.files import whole_file
+from landmarks_fastai.utils.files import atomic_write
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.memory import batch_that_fits, check_shared_memory, check_worker_died, out_of_memory
-from landmarks_fastai.utils.parallel import side_by_side
+from landmarks_fastai.utils.parallel import threaded_map
 from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
 
 
@@ -65,7 +65,7 @@ def predict_batches(
     images: Dataset,  # of FittedImages
     machine: Machine = Machine(),  # noqa: B008
     batch_size: int = 32,
-    pairs=(),  # of the flip map, for the flip test
+    flip_indices=(),  # of the flip map, for the flip test
 ):
     "Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the images' order."
     settings, device = checkpoint.settings, machine.device
@@ -79,7 +79,7 @@ def predict_batches(
         pixels, maps = batch
         inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
         with torch.inference_mode(), machine.autocast():
-            unit = two_looks(model, inputs.contiguous(memory_format=machine.memory_format), pairs)
+            unit = predict_with_flip(model, inputs.contiguous(memory_format=machine.memory_format), flip_indices)
         return points_in_image(unit, maps, settings.size).float().cpu().numpy()
 
     def one_step(n):
@@ -111,7 +111,7 @@ def batches_of_points(points_of, images, machine, batch_size):
         yield from map(points_of, batches)
     else:
         rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
-        yield from side_by_side(lambda rows: points_of(default_collate([images[row] for row in rows])), rows)
+        yield from threaded_map(lambda rows: points_of(default_collate([images[row] for row in rows])), rows)
 
 
 def fuse_norms(model, size: int):
@@ -133,12 +133,12 @@ def fuse_norms(model, size: int):
 
 def predict_test(
     checkpoint: Checkpoint,
-    data,  # the contest folder
+    data,  # the competition's folder
     run: Run,  # whose submit.csv, points.npy and points.json are written
     rounding: str = "nearest",
     machine: Machine = Machine(),  # noqa: B008
     batch_size: int = 32,
-    second_look: bool = False,  # also at the mirrored image, where the checkpoint has a mirror map
+    flip_test: bool = False,  # also at the mirrored image, where the checkpoint has a flip map
     progress=lambda batches, total: batches,
 ) -> int:
     """Write the submission, and every point of every test image, as they come; returns the number of images.
@@ -149,28 +149,30 @@ def predict_test(
     side = data_folder(data) / "test"
     if not os.path.isfile(side / "test_points.csv"):
         raise UserError(f"{side / 'test_points.csv'} not found: it says which points of which images to submit")
-    asked = read_test_points(side / "test_points.csv")
+    test_points = read_test_points(side / "test_points.csv")
     n_points = checkpoint.settings.n_points
-    asked.check_range(n_points)
-    found = check_images(asked, side / "images")
+    test_points.check_range(n_points)
+    found = check_images(test_points, side / "images")
     if len(found.rows):
         raise BadData(map(found.problem, found.rows.tolist()), len(found.rows))
-    images = FittedImages(side / "images", asked.names, checkpoint.settings, LineOf(asked))
-    pairs = checkpoint.settings.pairs if second_look else ()
-    batches = predict_batches(checkpoint, images, machine, batch_size, pairs)
+    images = FittedImages(side / "images", test_points.names, checkpoint.settings, LineOf(test_points))
+    flip_indices = checkpoint.settings.flip_indices if flip_test else ()
+    batches = predict_batches(checkpoint, images, machine, batch_size, flip_indices)
     with (
-        whole_file(run.file("points.json")) as names,
-        whole_file(run.file("points.npy"), "wb") as points,
-        whole_file(run.file("submit.csv")) as submission,
+        atomic_write(run.file("points.json")) as names,
+        atomic_write(run.file("points.npy"), "wb") as points,
+        atomic_write(run.file("submit.csv")) as submission,
     ):
-        json.dump(asked.names, names, ensure_ascii=False, indent=0)
-        head = {"descr": "<f4", "fortran_order": False, "shape": (len(asked), n_points, 2)}
+        json.dump(test_points.names, names, ensure_ascii=False, indent=0)
+        head = {"descr": "<f4", "fortran_order": False, "shape": (len(test_points), n_points, 2)}
         np.lib.format.write_array_header_1_0(points, head)
-        submission.write(submission_header(asked.indices.shape[1]))
+        submission.write(submission_header(test_points.indices.shape[1]))
         row = 0
-        for batch in progress(batches, -(-len(asked) // batch_size)):
+        for batch in progress(batches, -(-len(test_points) // batch_size)):
             points.write(np.ascontiguousarray(batch).data)
             for each in batch:
-                submission.write(submission_line(asked.names[row], round_points(each[asked.indices[row]], rounding)))
+                submission.write(
+                    submission_line(test_points.names[row], round_points(each[test_points.indices[row]], rounding))
+                )
                 row += 1
     return row

@@ -16,7 +16,7 @@ def make_head(
 ) -> nn.Sequential:
     """The layers between features and points, closed by a linear layer to 2 * n_points.
 
-    `linear` is that closing layer alone, the seed's choice. Its two- and three-layer heads were like
+    `linear` is that closing layer alone, the published entry's choice. Its two- and three-layer heads were like
     `512,relu,drop0.2` and `1024,bn,relu,drop0.5,512,bn,relu`.
     """
     layers = []
@@ -38,7 +38,7 @@ def make_head(
 
 
 class PixelsToUnit(nn.Module):
-    "Behind a last layer that speaks in pixels of the input, as the seed's did: the weights see what they saw there."
+    "After a last layer whose output is in pixels of the input, as the published entry's: its weights keep that meaning."
 
     def __init__(self, size: int):
         super().__init__()
@@ -48,10 +48,10 @@ class PixelsToUnit(nn.Module):
         return input_to_unit(pixels, self.size)
 
 
-def start_at(model: nn.Sequential, shape):
+def init_head(model: nn.Sequential, shape):
     """Let the last layer begin at `shape`, (n_points, 2) unit coordinates: its bias is the shape, its weights a tenth.
 
-    The seed's random start spends its first epochs finding the mean face, and each of a thousand outputs for itself.
+    The published entry's random initialisation spends its first epochs finding the mean face, and each of a thousand outputs for itself.
     """
     last = [layer for layer in model[1] if isinstance(layer, nn.Linear)][-1]
     shape = torch.as_tensor(shape)

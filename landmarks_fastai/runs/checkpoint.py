@@ -17,7 +17,7 @@ from landmarks_fastai.models.networks import METADATA, build_model
 from landmarks_fastai.models.weights import read_state_dict
 from landmarks_fastai.runs.run import Run, find_checkpoint_file, run_name
 from landmarks_fastai.settings import Settings
-from landmarks_fastai.utils.files import reason, whole_file
+from landmarks_fastai.utils.files import atomic_write, reason
 
 FORMAT = 4  # of the metadata; 3 stood in a .json beside the .pth; 1 and 2 lacked settings and are refused
 
@@ -29,7 +29,7 @@ class Checkpoint:
     path: Path
     settings: Settings
     score: float | None  # on the validation rows, as the stage reported it; None where `learn.save` wrote the file
-    nme: float | None
+    nme: float | None  # by the diagonal of the box of the true points
     epoch: int | None  # that it was reached in; -1 is the loaded model, before the stage's first
 
     @property
@@ -67,14 +67,14 @@ def checkpoint_metadata(
     epoch: int | None = None,
 ) -> dict:
     "What a checkpoint says of itself, of JSON kinds: assign it to a network's `metadata`, and `learn.save` writes it."
-    return {"format": FORMAT, "settings": settings.to_dict(), "score": score, "nme": nme, "epoch": epoch}
+    return {"format": FORMAT, "settings": settings.to_dict(), "score": score, "nme_box_diag": nme, "epoch": epoch}
 
 
 def write_checkpoint(run: Run, model, settings: Settings, score: float, nme: float, epoch: int):
     "Write best.pth: to a temporary file that is synced and renamed. Raises `UserError` where the disk is full."
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != METADATA}
     state[METADATA] = checkpoint_metadata(settings, score, nme, epoch)
-    with whole_file(run.file("best.pth"), "wb") as f:
+    with atomic_write(run.file("best.pth"), "wb") as f:
         torch.save(state, zipped := io.BytesIO())  # into a file, torch would hide that the disk is full
         f.write(zipped.getbuffer())
     run.publish()
@@ -98,11 +98,12 @@ def read_checkpoint(path) -> Checkpoint:
         )
     if metadata.get("format") != (FORMAT if source == path else 3):
         raise UserError(
-            f"{source} was written by another version of this program (format {metadata.get('format')}): train anew"
+            f"{source} was written by another version of this program (format {metadata.get('format')}): train again"
         )
-    numbers = [metadata.get(k) for k in ("score", "nme", "epoch")]
+    nme = metadata.get("nme_box_diag", metadata.get("nme"))  # its name in earlier versions
+    numbers = [metadata.get("score"), nme, metadata.get("epoch")]
     if not all(n is None or (isinstance(n, (int, float)) and abs(n) < 1e18) for n in numbers):  # False for NaN too
-        raise UserError(f"{source}: score, nme and epoch must be finite numbers")
+        raise UserError(f"{source}: score, nme_box_diag and epoch must be finite numbers")
     try:
         return Checkpoint(path, Settings.from_dict(metadata["settings"]), *numbers)
     except UserError as e:

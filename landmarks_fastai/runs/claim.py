@@ -12,7 +12,7 @@ from pathlib import Path
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import LISTING, MARKS, MAX_NAME, Record, Run, read_record, write_record
-from landmarks_fastai.utils.files import reason, take_lock
+from landmarks_fastai.utils.files import process_lock, reason
 from landmarks_fastai.utils.signals import UNREAD, Stopped
 
 
@@ -125,8 +125,8 @@ def _held(out, name, wanted):
 
 
 def lock(run: Run):
-    "The lock of the run's name, as `take_lock`; beside the folder, which may be renamed."
-    return take_lock(run.out / f".{run.name}.lock")
+    "The lock of the run's name, as `process_lock`; beside the folder, which may be renamed."
+    return process_lock(run.out / f".{run.name}.lock")
 
 
 @contextmanager

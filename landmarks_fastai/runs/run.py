@@ -15,7 +15,7 @@ from pathlib import Path
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import OUT, Settings
-from landmarks_fastai.utils.files import reason, rename, whole_file
+from landmarks_fastai.utils.files import atomic_write, reason, rename
 
 FORMAT = 2  # of run.json; 1 stored the words of the command line
 MAX_NAME = 200  # bytes: with a suffix a name must stay below a file system's 255
@@ -132,7 +132,7 @@ def read_record(run: Run) -> Record | None:
 
 def write_record(run: Run, record: Record):
     "Write run.json, and let the run have that record."
-    with whole_file(run.file("run.json")) as f:
+    with atomic_write(run.file("run.json")) as f:
         json.dump({"format": FORMAT} | asdict(record), f, indent=1)
     run.record = record
 

@@ -253,7 +253,7 @@ def _unfold(order: np.ndarray, units: np.ndarray, k: int, m: int) -> tuple[np.nd
     return places, weights, np.array(pairs)
 
 
-def mirror_pairs(n_points: int = 971) -> np.ndarray:
+def flip_indices_of_template(n_points: int = 971) -> np.ndarray:
     """Index of the landmark that each landmark becomes in a mirrored face, int (n_points,); an involution."""
     return landmark_layout(n_points)[2].copy()
 

@@ -194,7 +194,7 @@ def _develop(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
 
-def draw_face(rng: np.random.Generator, n_points: int = 971) -> tuple[Image.Image, np.ndarray]:
+def render_face(rng: np.random.Generator, n_points: int = 971) -> tuple[Image.Image, np.ndarray]:
     """Draw one random face: an RGB picture and its landmarks, float64 (n_points, 2).
 
     Landmarks are (x, y) in pixels of the image as stored, integers being pixel centres. They come in order of

@@ -1,4 +1,4 @@
-"""Make a set of drawn faces with exact landmarks in the contest's layout: `python -m landmarks_fastai.synthetic DIR`."""
+"""Make a set of drawn faces with exact landmarks in the competition's layout: `python -m landmarks_fastai.synthetic DIR`."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from pathlib import Path
 import numpy as np
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.synthetic.face_template import mirror_pairs
-from landmarks_fastai.synthetic.faces import draw_face
+from landmarks_fastai.synthetic.face_template import flip_indices_of_template
+from landmarks_fastai.synthetic.faces import render_face
 
-__all__ = ["draw_face", "main", "make_sample", "mirror_pairs"]
+__all__ = ["render_face", "main", "make_sample", "flip_indices_of_template"]
 
 FORMAT = 1  # raise it when the same arguments begin to give other bytes
 SIDES = ("train", "test")
 
 
 def _name(seed: int, side: int, index: int) -> str:
-    """A file name like the contest's: 32 hex digits."""
+    """A file name like the competition's: 32 hex digits."""
     return hashlib.md5(f"{seed}/{side}/{index}".encode(), usedforsecurity=False).hexdigest() + ".jpg"
 
 
-def _draw_one(job: tuple[int, int], folder: str, n_points: int, n_asked: int, seed: int) -> tuple[str, str]:
+def _render_one(job: tuple[int, int], folder: str, n_points: int, n_asked: int, seed: int) -> tuple[str, str]:
     """Write the picture (side, index); return its row of landmarks.csv and of test_points.csv."""
     side, index = job
     rng = np.random.default_rng([seed, side, index])
-    image, points = draw_face(rng, n_points)
+    image, points = render_face(rng, n_points)
     name = _name(seed, side, index)
     image.save(Path(folder, SIDES[side], "images", name), quality=int(rng.integers(72, 96)))
     asked = rng.permutation(n_points)[:n_asked].tolist()
@@ -66,7 +66,7 @@ def _fill(folder: Path, recipe: dict, processes: int, progress: Callable[[int, i
     jobs = [(side, index) for side in (0, 1) for index in range(counts[side])]
     for side in SIDES:
         (folder / side / "images").mkdir(parents=True)
-    draw = functools.partial(_draw_one, folder=str(folder), **{k: recipe[k] for k in ("n_points", "n_asked", "seed")})
+    draw = functools.partial(_render_one, folder=str(folder), **{k: recipe[k] for k in ("n_points", "n_asked", "seed")})
     rows = []
     with _mapper(min(processes, len(jobs) // 8)) as run:
         for row in run(draw, jobs):
@@ -115,7 +115,7 @@ def make_sample(
     processes: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Path:
-    """Write drawn faces in the contest's layout into folder and return it; the test side's truth is written as well.
+    """Write drawn faces in the competition's layout into folder and return it; the test side's truth is written as well.
 
     Coordinates in the files are pixels of the image as stored, rounded to integers (pixel centres). The same numbers
     give the same bytes, whatever `processes` (default: one a core). A folder that already holds this set is kept.

@@ -4,7 +4,7 @@ import numpy as np
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.block import landmark_dataloaders
-from landmarks_fastai.data.flip import MirrorMap, NoMirror, write_pairs
+from landmarks_fastai.data.flip import FlipMap, NoFlipMap, write_flip_indices
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint
@@ -51,9 +51,9 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
         settings,
         machine=machine,
         listing=run.listing,
-        left_out=np.array(state.facts["left_out"], np.int64),
+        left_out=np.array(state.metadata["left_out"], np.int64),
     )
-    if dls.items.labels.identity != state.facts["labels"]:
+    if dls.items.labels.identity != state.metadata["labels"]:
         raise UserError(
             f"{dls.items.labels.csv} has changed since the run {run.name} was stopped: put it back, or start over with --overwrite"
         )
@@ -64,16 +64,16 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
 
 def report_flip_map(dls, run: Run):
     "Say what was found of a flip map, and write and draw it."
-    pairs, found = dls.settings.pairs, dls.flip
-    if isinstance(found, NoMirror):
+    flip_indices, found = dls.settings.flip_indices, dls.flip
+    if isinstance(found, NoFlipMap):
         print(f"no flip map, images are not mirrored: {found}")
-    if isinstance(found, MirrorMap):
-        plots.draw_mirror(found.shape, found.pairs)
+    if isinstance(found, FlipMap):
+        plots.plot_flip_map(found.shape, found.flip_indices)
         plots.save_figure(run.file("mirror.png"))
-        own = int((found.pairs == np.arange(len(found.pairs))).sum())
+        own = int((found.flip_indices == np.arange(len(found.flip_indices))).sum())
         print(
-            f"flip map learned: {(len(found.pairs) - own) // 2} pairs, {own} points on the axis, "
+            f"flip map learned: {(len(found.flip_indices) - own) // 2} pairs, {own} points on the axis, "
             f"{found.miss:.3f} of the radius off; look at {run.folder / 'mirror.png'}"
         )
-    if pairs:
-        write_pairs(run.file("mirror.json"), pairs)
+    if flip_indices:
+        write_flip_indices(run.file("mirror.json"), flip_indices)

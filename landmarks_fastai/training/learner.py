@@ -21,13 +21,13 @@ from fastcore.basics import listify
 from fastcore.foundation import L
 
 from landmarks_fastai import plots
-from landmarks_fastai.data.flip import two_looks
+from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.images import image_size
 from landmarks_fastai.data.items import LabelledImages
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import input_to_unit, pixel_map
 from landmarks_fastai.metrics import points_in_image, stage_metrics
-from landmarks_fastai.models.heads import start_at
+from landmarks_fastai.models.heads import init_head
 from landmarks_fastai.models.networks import build_model
 from landmarks_fastai.models.weights import input_stats, load_weights
 from landmarks_fastai.runs.checkpoint import checkpoint_metadata
@@ -74,7 +74,7 @@ class LandmarkLearner(ResumableLearner):
     network's input; decoded, as `predict`'s first value, in pixels of the network's input. `predict_points` gives pixels
     of the image as stored.
 
-    A rate is the body's: the head learns at `settings.head_rate` of it. What enters the head is a vector of some
+    A rate is the body's: the head learns at `settings.head_lr_mult` of it. What enters the head is a vector of some
     thousand features, none of them negative, and Adam moves every weight by the rate: all points of a face then jump by
     the rate times the sum of the features.
     """
@@ -92,11 +92,11 @@ class LandmarkLearner(ResumableLearner):
             wd=settings.wd,
             train_bn=False,
             splitter=body_and_head,
-            cbs=[callbacks.CarryMaps(), callbacks.DrawByStep(), *on_machine(machine), *scheduler(settings)],
+            cbs=[callbacks.CarryMaps(), callbacks.SeedEveryStep(), *on_machine(machine), *scheduler(settings)],
             path=Path(path),
             model_dir=".",
         )
-        self.metrics = [*stage_metrics(settings.size), ValueMetric(partial(body_rate, self), "lr")]
+        self.metrics = [*stage_metrics(settings.size), ValueMetric(partial(body_lr, self), "lr")]
         self.create_opt()  # so that `validate` and `show_results` find a rate before the first fit
         if settings.freeze:
             self.freeze()
@@ -104,18 +104,18 @@ class LandmarkLearner(ResumableLearner):
         if settings.accumulate > 1:
             self.add_cb(GradientAccumulation(settings.accumulate * settings.batch_size))
 
-    def group_rates(self, lr: float | np.ndarray | None = None) -> np.ndarray:
+    def param_group_lrs(self, lr: float | np.ndarray | None = None) -> np.ndarray:
         "The rates of body and head, of the body's; None: the settings'. Rates of several groups are left as they are."
         lr = self.settings.lr if lr is None else lr
-        return lr * np.array([1.0, self.settings.head_rate]) if np.ndim(lr) == 0 else lr
+        return lr * np.array([1.0, self.settings.head_lr_mult]) if np.ndim(lr) == 0 else lr
 
     def fit(self, n_epoch: int, lr: float | np.ndarray | None = None, **kwargs):
         "As fastai's; a rate that is one number is the body's."
-        super().fit(n_epoch, self.group_rates(lr), **kwargs)
+        super().fit(n_epoch, self.param_group_lrs(lr), **kwargs)
 
     def fit_one_cycle(self, n_epoch: int, lr_max: float | np.ndarray | None = None, **kwargs):
         "As fastai's; a rate that is one number is the body's."
-        super().fit_one_cycle(n_epoch, self.group_rates(lr_max), **kwargs)
+        super().fit_one_cycle(n_epoch, self.param_group_lrs(lr_max), **kwargs)
 
     def lr_find(
         self,
@@ -133,10 +133,10 @@ class LandmarkLearner(ResumableLearner):
         """
         funcs = listify(suggest_funcs)
         found = super().lr_find(
-            self.group_rates(start_lr), self.group_rates(end_lr), show_plot=False, suggest_funcs=funcs, **kwargs
+            self.param_group_lrs(start_lr), self.param_group_lrs(end_lr), show_plot=False, suggest_funcs=funcs, **kwargs
         )
-        self.recorder.lrs = [lr / self.settings.head_rate for lr in self.recorder.lrs]
-        found = type(found)(*(lr / self.settings.head_rate for lr in found))
+        self.recorder.lrs = [lr / self.settings.head_lr_mult for lr in self.recorder.lrs]
+        found = type(found)(*(lr / self.settings.head_lr_mult for lr in found))
         if show_plot:
             self.recorder.plot_lr_find()
         return found
@@ -147,9 +147,9 @@ class LandmarkLearner(ResumableLearner):
         fastai's own averages predictions of images that were warped differently: for points that has no meaning. Raises
         `UserError` where the landmarks have no flip map.
         """
-        if not self.settings.pairs:
+        if not self.settings.flip_indices:
             raise UserError("the landmarks have no flip map, the mirrored image cannot be scored")
-        return self.get_preds(ds_idx, dl, cbs=FlipTest(self.settings.pairs), **kwargs)
+        return self.get_preds(ds_idx, dl, cbs=FlipTest(self.settings.flip_indices), **kwargs)
 
     def predict_points(self, images, flip_test: bool | None = None) -> np.ndarray:
         """Points (images, n_points, 2), float32, in pixels of the images as stored.
@@ -157,32 +157,32 @@ class LandmarkLearner(ResumableLearner):
         `images` is a path, a PIL image, an array (h, w, 3) uint8, or a list of those; `flip_test` None: where there is a
         flip map. Raises `UserError` for a file that is no image.
         """
-        gather = GatherPoints(self.settings.size)
-        flip = bool(self.settings.pairs) if flip_test is None else flip_test
+        collect = CollectPoints(self.settings.size)
+        flip = bool(self.settings.flip_indices) if flip_test is None else flip_test
         dl = self.dls.test_dl(images if isinstance(images, list) else [images], num_workers=0)
-        self.get_preds(dl=dl, with_preds=False, cbs=[gather, *([FlipTest(self.settings.pairs)] if flip else [])])
-        return np.concatenate(gather.points)
+        self.get_preds(dl=dl, with_preds=False, cbs=[collect, *([FlipTest(self.settings.flip_indices)] if flip else [])])
+        return np.concatenate(collect.points)
 
 
 @fastai_plot_top_losses.dispatch
 def plot_top_losses(x: TensorImage, y: TensorPoint, samples, outs, raws, losses, **kwargs):
     "What `Interpretation.plot_top_losses` draws: truth and prediction on each input, its loss in the title."
     images = [image.permute(1, 2, 0).numpy().astype(np.uint8) for image, *_ in samples]
-    pairs = [(points, predicted) for (_, points, *_), (predicted, *_) in zip(samples, outs, strict=True)]
-    plots.draw_losses(images, pairs, losses.tolist())
+    flip_indices = [(points, predicted) for (_, points, *_), (predicted, *_) in zip(samples, outs, strict=True)]
+    plots.plot_losses(images, flip_indices, losses.tolist())
 
 
 class FlipTest(Callback):
     "Predictions of a pass over images become the mean of the image's and its mirror image's."
 
-    def __init__(self, pairs):
-        self.pairs = pairs
+    def __init__(self, flip_indices):
+        self.flip_indices = flip_indices
 
     def after_pred(self):
-        self.learn.pred = two_looks(self.learn.model, *self.xb, self.pairs)
+        self.learn.pred = predict_with_flip(self.learn.model, *self.xb, self.flip_indices)
 
 
-class GatherPoints(Callback):
+class CollectPoints(Callback):
     "Keep each batch's points, in pixels of the images as stored."
 
     order = 1  # behind FlipTest
@@ -205,7 +205,7 @@ def landmark_learner(
 ) -> LandmarkLearner:
     """A `LandmarkLearner`: AdamW with weight decay 0.05, the plateau schedule, the competition's score as metric.
 
-    The last layer starts at the training rows' mean shape (`start="random"` for the opposite). Raises `UserError` for a
+    The last layer starts at the training rows' mean shape (`init_head="random"` for the opposite). Raises `UserError` for a
     network that does not exist or cannot take the input, and for weights that cannot be had or do not fit.
 
     >>> learn = landmark_learner(dls, "resnext50_32x4d")
@@ -226,8 +226,8 @@ def landmark_learner(
     check_batch(model, settings)
     if weights is not None:
         load_weights(model, settings.arch, weights, settings.size)
-        if settings.start == "mean":
-            start_at(model, mean_shape(dls.train.items, settings))
+        if settings.init_head == "mean":
+            init_head(model, mean_shape(dls.train.items, settings))
     model.metadata = checkpoint_metadata(settings)
     return LandmarkLearner(dls, model, settings, machine, path)
 
@@ -240,7 +240,7 @@ def normalize(dls: DataLoaders, mean: tuple, std: tuple):
         dl.device = dl.device  # moves the statistics there
 
 
-def body_rate(learn: Learner) -> float | None:
+def body_lr(learn: Learner) -> float | None:
     "The body's present rate; None where an exported Learner has no optimiser."
     return learn.opt.hypers[0]["lr"] if learn.opt else None
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.files import reason, whole_path
+from landmarks_fastai.utils.files import atomic_path, reason
 
 FORMAT = 2
 # What the callbacks of a stage remember from epoch to epoch, by the name that a Learner has them under.
@@ -30,18 +30,18 @@ REMEMBERED = {
 class State:
     "A stage at rest: `batch` batches of `epoch` are trained on."
 
-    facts: dict
+    metadata: dict
     tensors: dict
 
     @property
     def place(self) -> tuple[int, int]:
-        return self.facts["epoch"], self.facts["batch"]
+        return self.metadata["epoch"], self.metadata["batch"]
 
 
-def gather(learn) -> State:
+def capture_state(learn) -> State:
     "The Learner's part of the state, after a step or between epochs."
     smooth = learn.recorder.smooth_loss
-    facts = {
+    metadata = {
         "hypers": [{k: v for k, v in h.items() if isinstance(v, float)} for h in learn.opt.hypers],
         "pct_train": learn.pct_train,
         "train_iter": learn.train_iter,
@@ -61,7 +61,7 @@ def gather(learn) -> State:
             tensors[f"grad.{k}"] = p.grad
     if hasattr(learn, "average"):
         tensors |= {f"average.{k}": t for k, t in _tensors_of(learn.average.twin)}
-    return State(facts, tensors | {"smooth": torch.as_tensor(smooth.val)})
+    return State(metadata, tensors | {"smooth": torch.as_tensor(smooth.val)})
 
 
 def _tensors_of(module):
@@ -69,9 +69,9 @@ def _tensors_of(module):
     return [(k, t) for k, t in module.state_dict().items() if isinstance(t, torch.Tensor)]
 
 
-def put_back(learn, state: State):
-    "The Learner as `gather` found it; called within a fit, which has made all that there is to fill."
-    facts, tensors = state.facts, state.tensors
+def restore_state(learn, state: State):
+    "The Learner as `capture_state` found it; called within a fit, which has made all that there is to fill."
+    metadata, tensors = state.metadata, state.tensors
     learn.model.load_state_dict(_part(tensors, "model."))
     if hasattr(learn, "average"):
         learn.average.twin.load_state_dict(_part(tensors, "average."))
@@ -81,18 +81,18 @@ def put_back(learn, state: State):
         own.setdefault(int(k), {})[name] = _like(t, parameters[int(k)])
     groups = learn.opt.opt.state_dict()["param_groups"]
     learn.opt.opt.load_state_dict({"state": own, "param_groups": groups})
-    for name in facts["hypers"][0]:
-        learn.opt.set_hyper(name, [h[name] for h in facts["hypers"]])
+    for name in metadata["hypers"][0]:
+        learn.opt.set_hyper(name, [h[name] for h in metadata["hypers"]])
     for k, t in _part(tensors, "grad.").items():
         parameters[int(k)].grad = _like(t, parameters[int(k)])
-    learn.pct_train, learn.train_iter = facts["pct_train"], facts["train_iter"]
+    learn.pct_train, learn.train_iter = metadata["pct_train"], metadata["train_iter"]
     smooth = learn.recorder.smooth_loss
-    smooth.val, smooth.count = tensors["smooth"], facts["smooth_count"]  # fastai keeps it on the CPU
-    for name, values in facts["remembered"].items():
+    smooth.val, smooth.count = tensors["smooth"], metadata["smooth_count"]  # fastai keeps it on the CPU
+    for name, values in metadata["remembered"].items():
         for k, value in values.items():
             setattr(getattr(learn, name), k, value)
-    if facts["scaler"]:
-        learn.scaler.load_state_dict(facts["scaler"])
+    if metadata["scaler"]:
+        learn.scaler.load_state_dict(metadata["scaler"])
 
 
 def _parameters(learn) -> list:
@@ -117,11 +117,11 @@ def _part(tensors, prefix) -> dict:
 
 def write_state(run: Run, state: State):
     "Write the state whole: to a temporary file that is synced and renamed. Raises `UserError` where the disk is full."
-    path, facts = run.file("state.safetensors"), {"format": FORMAT} | state.facts
+    path, metadata = run.file("state.safetensors"), {"format": FORMAT} | state.metadata
     tensors = {k: t.detach().cpu().contiguous() for k, t in state.tensors.items()}
-    with whole_path(path) as temporary:
+    with atomic_path(path) as temporary:
         try:
-            save_file(tensors, temporary, {"facts": json.dumps(facts)})
+            save_file(tensors, temporary, {"facts": json.dumps(metadata)})
         except SafetensorError as e:
             raise UserError(
                 f"{path} cannot be written ({reason(e)}): make room (it takes {_megabytes(tensors)} MB, twice while it is written)"
@@ -143,10 +143,10 @@ def read_state(run: Run) -> State | None:
         return None
     try:
         with safe_open(path, "pt") as f:
-            facts = json.loads((f.metadata() or {})["facts"])
-            state = State(facts, {k: f.get_tensor(k) for k in f.keys()})
-        if facts["format"] != FORMAT:
-            raise ValueError(f"format {facts['format']}, {FORMAT} expected")
+            metadata = json.loads((f.metadata() or {})["facts"])
+            state = State(metadata, {k: f.get_tensor(k) for k in f.keys()})
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format {metadata['format']}, {FORMAT} expected")
         _check(state)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError) as e:
         raise UserError(
@@ -157,15 +157,15 @@ def read_state(run: Run) -> State | None:
 
 def _check(state: State):
     "Raise `ValueError` and the like unless the facts are of the kinds that are put back."
-    facts = state.facts
-    numbers = [facts[k] for k in ("epoch", "batch", "train_iter", "smooth_count")]
-    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(facts["history"], str):
+    metadata = state.metadata
+    numbers = [metadata[k] for k in ("epoch", "batch", "train_iter", "smooth_count")]
+    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(metadata["history"], str):
         raise ValueError("a number or the history is missing")
-    hypers = [v for h in facts["hypers"] for v in h.values()]
-    remembered = [v for name, of in facts["remembered"].items() for k, v in of.items() if k in REMEMBERED[name]]
-    if not all(isinstance(v, (int, float)) for v in [*hypers, *remembered, facts["pct_train"], facts["seconds"]]):
+    hypers = [v for h in metadata["hypers"] for v in h.values()]
+    remembered = [v for name, of in metadata["remembered"].items() for k, v in of.items() if k in REMEMBERED[name]]
+    if not all(isinstance(v, (int, float)) for v in [*hypers, *remembered, metadata["pct_train"], metadata["seconds"]]):
         raise ValueError("a value is no number")
-    if len(remembered) != sum(map(len, facts["remembered"].values())):
+    if len(remembered) != sum(map(len, metadata["remembered"].values())):
         raise ValueError("an unknown value")
-    if not all(type(row) is int for row in facts["left_out"]):
+    if not all(type(row) is int for row in metadata["left_out"]):
         raise ValueError("left_out holds what is no row")

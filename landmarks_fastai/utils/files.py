@@ -23,7 +23,7 @@ class NotWritten(UserError, OSError):
 
 
 @contextmanager
-def whole_path(path: Path):
+def atomic_path(path: Path):
     """The name of a temporary sibling of `path`: what the block writes there takes its name when the block ends well.
 
     The folder that `path` is in is made where it is absent.
@@ -55,10 +55,10 @@ def whole_path(path: Path):
 
 
 @contextmanager
-def whole_file(path: Path, mode: str = "w"):
-    "As `whole_path`, opened to write."
+def atomic_write(path: Path, mode: str = "w"):
+    "As `atomic_path`, opened to write."
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    with whole_path(path) as temporary, open(temporary, mode, **text) as f:
+    with atomic_path(path) as temporary, open(temporary, mode, **text) as f:
         yield f
 
 
@@ -85,7 +85,7 @@ def rename(temporary: Path, path: Path, tries: int = 20):
 
 
 @contextmanager
-def take_lock(path: Path):
+def process_lock(path: Path):
     """Yield whether this process got the lock of that name, for the time of the block; the file goes with it.
 
     It is the process's own: a POSIX record lock is not handed down to a forked worker, as `flock`'s is, so that a killed

@@ -16,7 +16,7 @@ def bar(items, total: int, comment: str = ""):
     return shown
 
 
-def side_by_side(func, items):
+def threaded_map(func, items):
     """`func` of each item, in order; each core computes one item by itself, and few are ahead of what was taken.
 
     Two cores that share each layer of a network wait for each other at its end, and both wait while one decodes images.

@@ -20,7 +20,7 @@ class Stopped(KeyboardInterrupt):
         self.code = code
 
 
-class Asked:
+class SignalFlag:
     "Which signal came first; None: none did."
 
     number: int | None = None
@@ -39,23 +39,23 @@ class Asked:
 
 
 @contextmanager
-def signals_remembered():
+def signal_flag():
     "For a while, `Asked` takes Ctrl-C and SIGTERM. Only a program's main thread can have that: elsewhere it stays empty."
-    asked = Asked()
+    flag = SignalFlag()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield flag
         return
-    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # as `nohup` sets SIGHUP
-    old = {number: signal.signal(number, asked) for number in heeded}
+    handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # as `nohup` sets SIGHUP
+    old = {number: signal.signal(number, flag) for number in handled}
     try:
-        yield asked
+        yield flag
     finally:
         for number, handler in old.items():
             with suppress(TypeError):  # None: a handler that was not set from Python
                 signal.signal(number, handler)
 
 
-def heed_sigterm():
+def exit_on_sigterm():
     "Let SIGTERM end the program as Ctrl-C does, with its own exit code."
 
     def stop(number, frame):

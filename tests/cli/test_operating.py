@@ -79,10 +79,10 @@ def is_running(pid) -> bool:
 
 def test_what_goes_wrong_after_a_signal_is_told(tmp_path):
     from landmarks_fastai.errors import UserError
-    from landmarks_fastai.training.callbacks.resume_state import Keep
+    from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 
-    keep = Keep(None, {}, None)
-    with pytest.raises(UserError, match="cannot be written"), keep.heeding_signals():
+    keep = SaveResumeState(None, {}, None)
+    with pytest.raises(UserError, match="cannot be written"), keep.stopping_on_signals():
         signal.raise_signal(signal.SIGINT)
         raise UserError("state.safetensors cannot be written")
 
@@ -94,7 +94,7 @@ from landmarks_fastai.runs.claim import claimed_run
 def main():
     with claimed_run("runs", "r", "", Record("train.py")):
         for _ in range(100): print("epoch", flush=True)
-app.run_door(main)
+app.run_main(main)
 """
 
 
@@ -110,7 +110,7 @@ def test_output_that_nobody_reads(tmp_path):
 
 def test_output_read_no_more_at_the_end():
     process = python(
-        "import time; from landmarks_fastai.cli import app\napp.run_door(lambda: [time.sleep(1), print(1)])"
+        "import time; from landmarks_fastai.cli import app\napp.run_main(lambda: [time.sleep(1), print(1)])"
     )
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == ("stopped: its output is read no more\n", 141)
@@ -118,7 +118,7 @@ def test_output_read_no_more_at_the_end():
 
 @posix
 def test_closed_outputs_do_not_stop_a_run(tmp_path):
-    code = "import sys; from landmarks_fastai.cli import app\napp.run_door(lambda: open('f', 'w').write(str(sys.stdout.isatty())))"
+    code = "import sys; from landmarks_fastai.cli import app\napp.run_main(lambda: open('f', 'w').write(str(sys.stdout.isatty())))"
     command = f'"{sys.executable}" -c "$CODE" >&- 2>&-'
     env = os.environ | {"PYTHONPATH": str(ROOT), "CODE": code}
     assert subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env).returncode == 0
@@ -140,7 +140,7 @@ def test_a_full_disk_behind_the_output_is_told_in_one_line(tmp_path):
 def test_too_little_memory_to_load_torch_is_told_in_one_line():
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); from landmarks_fastai.cli import app\n"
-        "def main(): import torch\napp.run_door(main)"
+        "def main(): import torch\napp.run_main(main)"
     )
     process = python(code)
     err = process.stderr.read()
@@ -207,5 +207,5 @@ def main():
         check_worker_died(e)
         raise
 
-app.run_door(main)
+app.run_main(main)
 """

@@ -1,4 +1,4 @@
-"The doors: what a person may mistype, and the line that they get. A traceback is a failure."
+"The scripts: what a person may mistype, and the line that they get. A traceback is a failure."
 
 import os
 import shutil
@@ -73,10 +73,10 @@ def test_borders_is_accepted_undocumented_and_does_nothing(capsys):
         assert "--borders" not in capsys.readouterr().out
 
 
-def test_gpu_without_a_gpu_warns_in_one_line_and_goes_on(door, drawn):
+def test_gpu_without_a_gpu_warns_in_one_line_and_goes_on(run_script, drawn):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    code, out, err = door(f"train.py {QUICK} --gpu -n g -d", drawn)
+    code, out, err = run_script(f"train.py {QUICK} --gpu -n g -d", drawn)
     why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
     assert code == 0 and err.count("\n") == 1 and "--gpu" in err and why in err
 
@@ -92,42 +92,42 @@ def test_gpu_says_whether_the_gpu_or_torch_lacks(monkeypatch, capsys, built, why
     assert err.count("\n") == 1 and "--gpu" in err and why in err
 
 
-def test_the_current_directory_and_a_path_with_spaces_and_cyrillic(door, drawn, tmp_path, monkeypatch):
+def test_the_current_directory_and_a_path_with_spaces_and_cyrillic(run_script, drawn, tmp_path, monkeypatch):
     here = tmp_path / "мои данные 1"
     shutil.copytree(drawn, here)
     shutil.rmtree(here / "test")  # a data folder without test/ trains
-    code, out, err = door(f"train.py {QUICK} -n 'имя раз' -d", here)
+    code, out, err = run_script(f"train.py {QUICK} -n 'имя раз' -d", here)
     assert (code, err) == (0, "") and "-pm 'имя раз'" in out
     monkeypatch.chdir(here)
-    code, out, err = door(f"train.py {QUICK} -n r -d ''")
+    code, out, err = run_script(f"train.py {QUICK} -n r -d ''")
     assert (code, err) == (0, "") and (here / "runs" / "r/best.pth").is_file()
-    assert door("finetune.py -e 1 --workers 0 -d '' -pm r_best.pth")[0] == 0
+    assert run_script("finetune.py -e 1 --workers 0 -d '' -pm r_best.pth")[0] == 0
 
 
-def test_names(door, drawn, tmp_path):
+def test_names(run_script, drawn, tmp_path):
     for _ in (1, 2):
-        assert door(f"train.py {QUICK} --arch mobilenetv3_small_050 -d", drawn)[0] == 0
+        assert run_script(f"train.py {QUICK} --arch mobilenetv3_small_050 -d", drawn)[0] == 0
     name = "mobilenetv3_small_050_b_8_e_1"
     runs = tmp_path / "here" / "runs"
     assert {p.name for p in runs.iterdir()} == {name, f"{name}_2"}
     before = (runs / f"{name}/best.pth").read_bytes()
     check_refused(
-        door(f"train.py {QUICK} --seed 9 -n {name} -d", drawn),
+        run_script(f"train.py {QUICK} --seed 9 -n {name} -d", drawn),
         "already has a run",
         "--overwrite",
     )
     assert (runs / f"{name}/best.pth").read_bytes() == before
-    assert door(f"train.py {QUICK} --seed 9 --overwrite -n {name} -d", drawn)[0] == 0
+    assert run_script(f"train.py {QUICK} --seed 9 --overwrite -n {name} -d", drawn)[0] == 0
     assert (runs / f"{name}/best.pth").read_bytes() != before
     check_refused(
-        door(f"finetune.py --overwrite -n {name} -pm {name}"),
+        run_script(f"finetune.py --overwrite -n {name} -pm {name}"),
         "is the run that -pm loads",
     )
     for wrong in ("../x", "/tmp/x", "a/b", "..", "a\\b", "c:x"):
         check_refused(
-            door(f"train.py {QUICK} -d {drawn} -n", wrong)
+            run_script(f"train.py {QUICK} -d {drawn} -n", wrong)
             if "\\" not in wrong
-            else door(f"train.py {QUICK} -n 'a\\b' -d", drawn),
+            else run_script(f"train.py {QUICK} -n 'a\\b' -d", drawn),
             "-n",
         )
 
@@ -178,11 +178,11 @@ IN_A_WORKER = ("image cut short", "image of no bytes")  # what only decoding fin
 
 
 @pytest.mark.parametrize("kind,workers", [(k, 0) for k in BROKEN] + [(k, 1) for k in IN_A_WORKER])
-def test_broken_data(door, data, tmp_path, kind, workers):
+def test_broken_data(run_script, data, tmp_path, kind, workers):
     harm, parts = BROKEN[kind]
     harm(data)
     before = snapshot(data) if data.exists() else {}
-    check_refused(door(f"train.py {QUICK} --workers {workers} -n r -d", data), *parts)
+    check_refused(run_script(f"train.py {QUICK} --workers {workers} -n r -d", data), *parts)
     assert (snapshot(data) if data.exists() else {}) == before
     assert not [p for p in (tmp_path / "here").rglob("*") if p.is_file()]
 
@@ -197,65 +197,67 @@ def test_broken_data(door, data, tmp_path, kind, workers):
         ("--arch timm:resnet50.foo", "resnet50.foo"), ("--out /proc/nothing", "cannot be written"),
     ],
 )  # fmt: skip
-def test_flags_that_cannot_be(door, drawn, line, part):
-    check_refused(door(f"train.py {QUICK} -d {drawn} {line}"), part)
+def test_flags_that_cannot_be(run_script, drawn, line, part):
+    check_refused(run_script(f"train.py {QUICK} -d {drawn} {line}"), part)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_that_would_run_code_are_refused(door, drawn, tmp_path, suffix):
+def test_weights_that_would_run_code_are_refused(run_script, drawn, tmp_path, suffix):
     class Payload:
         def __reduce__(self):
             return os.mkdir, ("owned",)
 
     weights = tmp_path / f"stranger{suffix}"
     torch.save({"conv1.weight": Payload()}, weights)
-    check_refused(door(f"train.py {QUICK} --weights {weights} -n r -d", drawn), weights.name, "is no file of tensors")
+    check_refused(
+        run_script(f"train.py {QUICK} --weights {weights} -n r -d", drawn), weights.name, "is no file of tensors"
+    )
     assert not (tmp_path / "here" / "owned").exists()
 
 
 @pytest.mark.parametrize(
     "line", ["train.py --workers -1", "train.py --opt lion", "predict.py", "finetune.py --round up"]
 )
-def test_flags_that_do_not_parse(door, line):
-    code, _, err = door(line)
+def test_flags_that_do_not_parse(run_script, line):
+    code, _, err = run_script(line)
     assert code == 2 and "usage:" in err
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", "x" * 300, "gone"])
-def test_checkpoints_that_are_nowhere(door, name):
-    check_refused(door("predict.py -pm", name), "not found, neither as a path nor in runs; there are: none")
+def test_checkpoints_that_are_nowhere(run_script, name):
+    check_refused(run_script("predict.py -pm", name), "not found, neither as a path nor in runs; there are: none")
 
 
-def test_a_run_that_is_overwritten_keeps_its_checkpoint_until_there_is_another(door, data, tmp_path):
+def test_a_run_that_is_overwritten_keeps_its_checkpoint_until_there_is_another(run_script, data, tmp_path):
     runs = tmp_path / "here" / "runs"
-    assert door(f"train.py {QUICK} -n r -d", data)[0] == 0
-    assert door("predict.py --workers 0 -pm r")[0] == 0 and (runs / "r/submit.csv").exists()
+    assert run_script(f"train.py {QUICK} -n r -d", data)[0] == 0
+    assert run_script("predict.py --workers 0 -pm r")[0] == 0 and (runs / "r/submit.csv").exists()
     before = (runs / "r/best.pth").read_bytes()
     image = first_image(data, 12)
     whole = image.read_bytes()
     cut_image(data)
-    assert door(f"train.py {QUICK} -n r --overwrite -d", data)[0] == 1
+    assert run_script(f"train.py {QUICK} -n r --overwrite -d", data)[0] == 1
     assert (runs / "r/best.pth").read_bytes() == before
     image.write_bytes(whole)
-    assert door(f"train.py {QUICK} -n r --seed 4 --overwrite -d", data)[0] == 0
+    assert run_script(f"train.py {QUICK} -n r --seed 4 --overwrite -d", data)[0] == 0
     assert (runs / "r/best.pth").read_bytes() != before
     assert not list((runs / "r").glob("submit.csv")) and not list((runs / "r").glob("points.*"))  # the old network's
 
 
-def test_finetune_on_data_with_another_number_of_points(door, finished_run, data):
+def test_finetune_on_data_with_another_number_of_points(run_script, finished_run, data):
     finished_run("r")
     csv = data / "train" / "landmarks.csv"
     csv.write_text("\n".join(line.rsplit("\t", 2)[0] for line in csv.read_text().splitlines()) + "\n")
     check_refused(
-        door("finetune.py --workers 0 -pm r -d", data), f"has {N_POINTS - 1} points", f"trained on {N_POINTS}"
+        run_script("finetune.py --workers 0 -pm r -d", data), f"has {N_POINTS - 1} points", f"trained on {N_POINTS}"
     )
 
 
-def test_a_run_that_ends_badly_leaves_its_name_free(door, data):
-    "A mistake must not cost the name: mend the data and type the line again."
+def test_a_run_that_ends_badly_leaves_its_name_free(run_script, data):
+    "A mistake must not cost the name: fix the data and type the line again."
     image = first_image(data, 12)
     whole = image.read_bytes()
     cut_image(data)
-    assert door(f"train.py {QUICK} -n r -d", data)[0] == 1
+    assert run_script(f"train.py {QUICK} -n r -d", data)[0] == 1
     image.write_bytes(whole)
-    assert door(f"train.py {QUICK} -n r -d", data)[0] == 0
+    assert run_script(f"train.py {QUICK} -n r -d", data)[0] == 0

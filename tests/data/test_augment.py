@@ -11,7 +11,7 @@ from landmarks_fastai.data.augment import Augment, invert, warp_images, warp_poi
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.settings import Settings
-from landmarks_fastai.synthetic.sample import mirror_pairs
+from landmarks_fastai.synthetic.sample import flip_indices_of_template
 from landmarks_fastai.utils.hardware import Machine
 from tests.conftest import N_POINTS
 
@@ -60,47 +60,49 @@ def test_the_dot_through_the_whole_dataloader(tmp_path):
         Image.fromarray(np.rint(light).astype(np.uint8)).convert("RGB").save(tmp_path / "train" / "images" / f"{i}.png")
         rows.append(f"{i}.png\t{x:.0f}\t{y:.0f}")
     (tmp_path / "train" / "landmarks.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    settings = Settings(size=80, batch_size=16, n_points=1, pairs=(0,), aug=1.5)
+    settings = Settings(size=80, batch_size=16, n_points=1, flip_indices=(0,), aug=1.5)
     images, points, _ = landmark_dataloaders(tmp_path, settings, machine=Machine(workers=0)).train.one_batch()
     expected = unit_to_input(points[:, 0].as_subclass(torch.Tensor), 80)
     assert centres(images, expected).numpy() == pytest.approx(expected.numpy(), abs=0.1)
 
 
-def sides(points, pairs):
+def sides(points, flip_indices):
     "Share of pairs whose lower-numbered point lies left of its partner."
-    points, k = points.as_subclass(torch.Tensor), torch.arange(len(pairs))
-    left = k < pairs
-    return (points[:, left, 0] < points[:, pairs[left], 0]).float().mean().item()
+    points, k = points.as_subclass(torch.Tensor), torch.arange(len(flip_indices))
+    left = k < flip_indices
+    return (points[:, left, 0] < points[:, flip_indices[left], 0]).float().mean().item()
 
 
-def test_fastai_s_flip_ruins_the_labels_and_ours_does_not(drawn):
+def test_flip_renames_points_where_fastai_does_not(drawn):
     "In every drawn face one eye's points lie left of the other's. After `Flip` the names say the opposite."
     dls = landmark_dataloaders(drawn, size=48, aug=0.0, machine=Machine(workers=0))
     images, points, maps = dls.valid.one_batch()
-    pairs = torch.from_numpy(mirror_pairs(N_POINTS))
-    before = sides(points, pairs)
+    flip_indices = torch.from_numpy(flip_indices_of_template(N_POINTS))
+    before = sides(points, flip_indices)
     side = before > 0.5
     assert abs(before - side) < 0.1  # all but a few near the axis
     flip = Flip(p=1.0)
     flip.before_call((images, points), 0)
-    assert abs(sides(flip.encodes(points), pairs) - (not side)) < 0.1
+    assert abs(sides(flip.encodes(points), flip_indices) - (not side)) < 0.1
 
     class Always(Augment):
-        def draw_warp(self, rng, n):
+        def sample_warp(self, rng, n):
             return torch.tensor([[-1.0, 0, 0], [0, 1, 0]]).repeat(n, 1, 1), torch.ones(n, dtype=bool)
 
-    mirrored_images, mirrored, _ = Always(0.0, pairs).encodes((images, points, maps))
+    mirrored_images, mirrored, _ = Always(0.0, flip_indices).encodes((images, points, maps))
     assert torch.allclose(
         mirrored_images.as_subclass(torch.Tensor), images.flip(-1).as_subclass(torch.Tensor), atol=1e-5
     )
-    assert sides(mirrored, pairs) == pytest.approx(before, abs=0.02)
+    assert sides(mirrored, flip_indices) == pytest.approx(before, abs=0.02)
     # and nothing but the names differs from what Flip made
-    again = mirrored.as_subclass(torch.Tensor)[:, pairs]
+    again = mirrored.as_subclass(torch.Tensor)[:, flip_indices]
     assert torch.allclose(again, flip.encodes(points).as_subclass(torch.Tensor), atol=1e-5)
 
 
-def test_a_batch_s_changes_are_a_function_of_seed_epoch_and_batch(drawn):
-    settings = Settings(size=32, batch_size=8, n_points=N_POINTS, pairs=tuple(mirror_pairs(N_POINTS).tolist()))
+def test_augmentation_is_a_function_of_seed_epoch_and_batch(drawn):
+    settings = Settings(
+        size=32, batch_size=8, n_points=N_POINTS, flip_indices=tuple(flip_indices_of_template(N_POINTS).tolist())
+    )
 
     def epoch(seed, number):
         train = landmark_dataloaders(drawn, settings, seed=seed, machine=Machine(workers=0)).train
@@ -111,7 +113,7 @@ def test_a_batch_s_changes_are_a_function_of_seed_epoch_and_batch(drawn):
     assert all(torch.equal(a, b) for a, b in zip(first, epoch(0, 0), strict=True))
     assert not torch.equal(first[0], epoch(0, 1)[0]) and not torch.equal(first[0], epoch(1, 0)[0])
     warp = Augment(1.0)
-    a, b = (warp.draw_warp(np.random.default_rng([0, 0, k]), 4)[0] for k in (0, 1))
+    a, b = (warp.sample_warp(np.random.default_rng([0, 0, k]), 4)[0] for k in (0, 1))
     assert not torch.equal(a, b)
 
 
@@ -122,7 +124,7 @@ def test_validation_sees_the_images_as_they_are(drawn):
 
 def test_no_black_corners():
     "What a turned or shifted picture lacks is reflected in."
-    matrix, _ = Augment(2.0).draw_warp(np.random.default_rng(0), 32)
+    matrix, _ = Augment(2.0).sample_warp(np.random.default_rng(0), 32)
     assert warp_images(torch.ones(32, 3, 40, 40), invert(matrix)).min() > 0.999
 
 
@@ -134,7 +136,7 @@ def test_points_follow_the_matrix():
 def test_colour_stays_in_range_and_changes():
     images, points = torch.rand(16, 3, 8, 8), torch.zeros(16, 1, 2)
     warp = Augment(2.0)
-    warp.draw_warp = lambda rng, n: (torch.eye(2, 3).repeat(n, 1, 1), torch.zeros(n, dtype=bool))
+    warp.sample_warp = lambda rng, n: (torch.eye(2, 3).repeat(n, 1, 1), torch.zeros(n, dtype=bool))
     changed, _ = warp.encodes((TensorImage(images), TensorPoint(points)))
     assert 0 <= changed.min() and changed.max() <= 1
     assert (changed - images).abs().amax((1, 2, 3)).min() > 0.005

@@ -1,4 +1,4 @@
-"Rows become batches: the same map in training and validation, an order that the seed decides, pixels that are the file's."
+"Rows become batches: the same map in training and validation, an order that the random seed decides, pixels that are the file's."
 
 import numpy as np
 import pytest

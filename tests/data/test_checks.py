@@ -161,13 +161,13 @@ def test_what_is_odd_is_noted_once_in_a_line_a_kind(data, capsys):
     assert capsys.readouterr().out == ""  # told at the first check
 
 
-def test_all_that_is_wrong_is_told_at_once_in_the_file_s_order(door, data, tmp_path):
+def test_all_problems_are_listed_at_once_in_file_order(run_script, data, tmp_path):
     images, csv = data / "train" / "images", data / "train" / "landmarks.csv"
     (images / names(data)[1]).unlink()
     (images / names(data)[9]).write_bytes(b"")
     edit_line(csv, 5, lambda line: line + "\t1")
     edit_line(csv, 9, lambda line: line.split("\t")[0] + "\t5" * (line.count("\t")))
-    code, _, err = door(f"train.py {QUICK} -n r -d", data)
+    code, _, err = run_script(f"train.py {QUICK} -n r -d", data)
     lines = err.splitlines()
     for line, part in zip(
         lines,
@@ -175,16 +175,16 @@ def test_all_that_is_wrong_is_told_at_once_in_the_file_s_order(door, data, tmp_p
         strict=False,
     ):
         assert line.startswith("error: ") and part in line
-    assert lines[4:] == ["error: 4 rows are bad: mend them, or leave them out with --on-bad skip"] and code == 1
+    assert lines[4:] == ["error: 4 rows are bad: fix them, or leave them out with --on-bad skip"] and code == 1
     assert not list((tmp_path / "here" / "runs").iterdir())
 
 
-def test_of_many_problems_twenty_are_told_and_all_listed(door, data, tmp_path):
+def test_of_many_problems_twenty_are_told_and_all_listed(run_script, data, tmp_path):
     gone = names(data)[3:30]
     for name in gone:
         (data / "train" / "images" / name).unlink()
     listing = tmp_path / "here" / "runs" / "r/bad.csv"
-    code, _, err = door(f"train.py {QUICK} -n r -d", data)
+    code, _, err = run_script(f"train.py {QUICK} -n r -d", data)
     lines = err.splitlines()
     assert code == 1 and len(lines) == SHOWN + 2
     assert lines[-2] == "error: … and 7 more; all are listed in runs/r/bad.csv"
@@ -198,16 +198,16 @@ def test_of_many_problems_twenty_are_told_and_all_listed(door, data, tmp_path):
     assert "…" in e.value.problems[SHOWN] and "listed" not in e.value.problems[SHOWN]
     for name in gone:
         shutil.copy(data / "train" / "images" / names(data)[0], data / "train" / "images" / name)
-    assert door(f"train.py {QUICK} -n r -d", data)[0] == 0  # the list has not cost the name
+    assert run_script(f"train.py {QUICK} -n r -d", data)[0] == 0  # the list has not cost the name
     assert not listing.exists()
 
 
-def test_skip_leaves_bad_rows_out_and_moves_no_other(door, data, tmp_path):
+def test_skip_leaves_bad_rows_out_and_moves_no_other(run_script, data, tmp_path):
     images, csv = data / "train" / "images", data / "train" / "landmarks.csv"
     (images / names(data)[0]).unlink()
     (images / names(data)[35]).write_bytes(b"no image")
     edit_line(csv, 12, lambda line: 'a, "b".jpg\t1')
-    code, out, err = door(f"train.py {QUICK} --on-bad skip -n r -d", data)
+    code, out, err = run_script(f"train.py {QUICK} --on-bad skip -n r -d", data)
     assert (code, err) == (0, "") and "3 of 40 rows are bad and left out: runs/r/bad.csv" in out
     listed = pd.read_csv(tmp_path / "here" / "runs" / "r/bad.csv")
     assert listed.line.tolist() == [2, 12, 37] and listed.file_name[1] == 'a, "b".jpg'
@@ -219,9 +219,9 @@ def test_skip_leaves_bad_rows_out_and_moves_no_other(door, data, tmp_path):
             assert side.tolist() == [r for r in whole.tolist() if r not in (0, 10, 35)]
     settings = read_checkpoint(tmp_path / "here" / "runs" / "r/best.pth").settings
     assert settings.on_bad == "skip"
-    assert door("finetune.py --workers 0 -e 1 -n s -pm r")[0] == 0  # a later stage takes it over
+    assert run_script("finetune.py --workers 0 -e 1 -n s -pm r")[0] == 0  # a later stage takes it over
     assert (tmp_path / "here" / "runs" / "s/bad.csv").exists()
-    code, _, err = door("finetune.py --workers 0 -e 1 -n t --on-bad stop -pm r")
+    code, _, err = run_script("finetune.py --workers 0 -e 1 -n t --on-bad stop -pm r")
     assert code == 1 and err.count("\n") == 4
 
 
@@ -238,16 +238,16 @@ def test_what_is_listed(data, tmp_path):
     assert not listing.exists()  # nor is that of a start before
 
 
-def test_skipping_too_much_is_said(door, data):
+def test_skipping_too_much_is_said(run_script, data):
     for k, name in enumerate(names(data)):
         if k >= 32:
             (data / "train" / "images" / name).unlink()
-    code, _, err = door(f"train.py {QUICK} --on-bad skip -n r -d", data)
+    code, _, err = run_script(f"train.py {QUICK} --on-bad skip -n r -d", data)
     assert code == 1 and "40 rows, 8 of them bad, leave none to validate on" in err and err.count("\n") == 1
     for name in names(data)[:32]:
         (data / "train" / "images" / name).unlink()
-    code, _, err = door(f"train.py {QUICK} --on-bad skip -n r -d", data)
-    assert code == 1 and err.splitlines()[-1] == "error: 40 rows are bad: mend them"
+    code, _, err = run_script(f"train.py {QUICK} --on-bad skip -n r -d", data)
+    assert code == 1 and err.splitlines()[-1] == "error: 40 rows are bad: fix them"
 
 
 def test_a_checkpoint_from_before_the_choice_still_loads():
@@ -276,8 +276,8 @@ def test_what_was_found_good_is_not_opened_again_until_it_changes(data):
     labelled_images(data)
 
 
-def test_an_image_of_too_many_pixels_is_told_by_row_before_it_is_decoded(door, data, monkeypatch):
-    monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")  # the doors set it: it is put back behind the test
+def test_an_image_of_too_many_pixels_is_told_by_row_before_it_is_decoded(run_script, data, monkeypatch):
+    monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")  # the scripts set it: it is put back behind the test
     lines = [zlib.compress(bytes(13301) * 13300, 9)]  # 13,300 squared, grey: a file of 170 kB
     bomb = png(13300, 13300, 8, 0, b"").replace(zlib.compress(b""), b"")
     at = bomb.index(b"IDAT") - 4
@@ -285,23 +285,23 @@ def test_an_image_of_too_many_pixels_is_told_by_row_before_it_is_decoded(door, d
     bomb = bomb[:at] + struct.pack(">I", len(lines[0])) + chunk + struct.pack(">I", zlib.crc32(chunk))
     bomb += struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
     path = in_row(data, 4, bomb, "bomb.png")
-    code, _, err = door(f"train.py {QUICK} -n r -d", data)
+    code, _, err = run_script(f"train.py {QUICK} -n r -d", data)
     assert code == 1 and err.count("\n") == 1 and f"line 6: image {path} has 176.9 million pixels" in err
     assert "--max-pixels allows 64 million" in err and len(bomb) < 200_000
 
 
-def test_the_pixel_limit_is_the_flag_s_in_training_and_prediction(door, data, monkeypatch):
+def test_max_pixels_limits_training_and_prediction(run_script, data, monkeypatch):
     monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")
     width, height = Image.open(data / "train" / "images" / names(data)[4]).size
     most = max(w * h for w, h in (Image.open(p).size for p in (data / "train" / "images").iterdir())) / 1e6
-    assert door(f"train.py {QUICK} --max-pixels {most} -n r -d", data)[::2] == (0, "")
-    code, _, err = door(
+    assert run_script(f"train.py {QUICK} --max-pixels {most} -n r -d", data)[::2] == (0, "")
+    code, _, err = run_script(
         f"train.py {QUICK} --max-pixels {most - 2e-6} -n s -d", data
     )  # what was found good is checked anew
     assert code == 1 and "raise --max-pixels" in err
-    code, _, err = door("predict.py --workers 0 --max-pixels 0.001 -pm r")
+    code, _, err = run_script("predict.py --workers 0 --max-pixels 0.001 -pm r")
     assert code == 1 and "test_points.csv line 2: image" in err and "--max-pixels allows 0.001 million" in err
-    code, _, err = door(f"train.py {QUICK} --max-pixels 0 -n t -d", data)
+    code, _, err = run_script(f"train.py {QUICK} --max-pixels 0 -n t -d", data)
     assert code == 2 and "no number of millions" in err
 
 
@@ -379,10 +379,10 @@ def delete_in_epoch(epoch, paths):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_vanishes_costs_that_image(door, data, tmp_path, workers):
+def test_an_image_that_vanishes_costs_that_image(run_script, data, tmp_path, workers):
     paths = [data / "train" / "images" / names(data)[row] for row in (3, 36)]  # one of each side
     with delete_in_epoch(1, paths):
-        code, out, err = door(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
+        code, out, err = run_script(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
     assert code == 0 and err.count("\n") == 2, err
     for path, line in zip(paths, (5, 38), strict=True):
         assert f"line {line}: image {path} not found: the run goes on without it\n" in err
@@ -391,17 +391,17 @@ def test_an_image_that_vanishes_costs_that_image(door, data, tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_that_vanishes_stops_the_run_in_one_line(door, data, tmp_path, workers):
+def test_a_folder_that_vanishes_stops_the_run_in_one_line(run_script, data, tmp_path, workers):
     with delete_in_epoch(0, [data / "train" / "images" / name for name in names(data)]):
-        code, _, err = door(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
+        code, _, err = run_script(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
     assert code == 1 and err.count("\n") == 1 and "is the folder still there?" in err
     assert not [p for p in (tmp_path / "here" / "runs").iterdir()]
 
 
-def test_the_last_image_of_a_training_batch_is_taken_twice(data, door):
+def test_the_last_image_of_a_training_batch_is_taken_twice(data, run_script):
     "Of batches of two, one image vanished from many: a batch norm would refuse what is left."
     with delete_in_epoch(0, [data / "train" / "images" / name for name in names(data)[:6]]):
-        code, _, err = door(f"train.py {QUICK} -b 2 -n r -d", data)
+        code, _, err = run_script(f"train.py {QUICK} -b 2 -n r -d", data)
     assert code == 0 and err.count("\n") == 6
 
 
@@ -416,12 +416,12 @@ def broken_inside(data, row):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_only_decoding_tells_stops_the_run_or_is_skipped(door, data, tmp_path, workers):
+def test_what_only_decoding_tells_stops_the_run_or_is_skipped(run_script, data, tmp_path, workers):
     path = broken_inside(data, 7)
-    code, _, err = door(f"train.py {QUICK} --workers {workers} -n r -d", data)
+    code, _, err = run_script(f"train.py {QUICK} --workers {workers} -n r -d", data)
     assert code == 1 and err.count("\n") == 1 and f"line 9: image {path}" in err
     assert not list((tmp_path / "here" / "runs").iterdir())
-    code, _, err = door(f"train.py {QUICK} --on-bad skip --workers {workers} -n r -d", data)
+    code, _, err = run_script(f"train.py {QUICK} --on-bad skip --workers {workers} -n r -d", data)
     assert code == 0 and err.count("\n") == 1 and f"line 9: image {path}" in err and "goes on without it" in err
     assert pd.read_csv(tmp_path / "here" / "runs" / "r/bad.csv").file_name.tolist() == ["7.png"]
 
@@ -436,7 +436,7 @@ def test_a_csv_that_is_wrong_from_end_to_end_is_told_and_not_kept_whole_in_memor
         from landmarks_fastai.data.labels import read_labels
 
         read_labels(csv)
-    assert e.value.problems[-1] == f"{5 * KEPT} rows are bad: mend them" and len(e.value.problems) == SHOWN + 2
+    assert e.value.problems[-1] == f"{5 * KEPT} rows are bad: fix them" and len(e.value.problems) == SHOWN + 2
     labels = open_labels(csv)
     faults = labels.faults()
     assert len(faults) == 5 * KEPT and len(set(faults.values())) == 2 and len(labels) == 5 * KEPT

@@ -1,4 +1,4 @@
-"The mirror map: found on drawn faces, whose true pairs are known; refused where there is none."
+"The flip map: found on drawn faces, whose true pairs are known; refused where there is none."
 
 import json
 
@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from landmarks_fastai.data import flip
-from landmarks_fastai.data.flip import NoMirror, learn_mirror, two_looks
-from landmarks_fastai.synthetic.sample import draw_face, mirror_pairs
+from landmarks_fastai.data.flip import NoFlipMap, learn_flip_map, predict_with_flip
+from landmarks_fastai.synthetic.sample import flip_indices_of_template, render_face
 
 
 @pytest.fixture(scope="module")
 def faces():
     "Landmarks of 100 drawn faces, (100, 971, 2), pixels."
     rng = np.random.default_rng(0)
-    return np.stack([draw_face(rng, 971)[1] for _ in range(100)]).astype(float)
+    return np.stack([render_face(rng, 971)[1] for _ in range(100)]).astype(float)
 
 
 def noisy(shapes, share, seed=1):
@@ -49,13 +49,13 @@ def tilted(shapes, degrees, all_by=0.0, seed=2):
     ],
 )  # fmt: skip
 def test_every_one_of_971_pairs_is_found(faces, change):
-    assert np.array_equal(learn_mirror(change(faces)).pairs, mirror_pairs(971))
+    assert np.array_equal(learn_flip_map(change(faces)).flip_indices, flip_indices_of_template(971))
 
 
 def test_one_percent_of_shifted_labels_changes_nothing(faces):
     spoiled = faces.copy()
     spoiled[7] = np.roll(spoiled[7], 100, axis=0)
-    assert np.array_equal(learn_mirror(spoiled).pairs, mirror_pairs(971))
+    assert np.array_equal(learn_flip_map(spoiled).flip_indices, flip_indices_of_template(971))
 
 
 @pytest.mark.parametrize("n", [5, 20, 68, 300, 971])
@@ -63,33 +63,33 @@ def test_one_percent_of_shifted_labels_changes_nothing(faces):
 def test_a_set_of_points_without_symmetry_is_refused(n, seed):
     rng = np.random.default_rng([n, seed])
     shapes = rng.normal(size=(1, n, 2)) + rng.normal(size=(50, n, 2)) * 0.01
-    with pytest.raises(NoMirror, match="miss their partners"):
-        learn_mirror(shapes)
+    with pytest.raises(NoFlipMap, match="miss their partners"):
+        learn_flip_map(shapes)
 
 
 def test_what_has_no_two_sides_is_refused():
-    with pytest.raises(NoMirror, match="all points are equal"):
-        learn_mirror(np.ones((5, 6, 2)))
+    with pytest.raises(NoFlipMap, match="all points are equal"):
+        learn_flip_map(np.ones((5, 6, 2)))
     for few in (1, 2, 4):
-        with pytest.raises(NoMirror, match=f"{few} points are too few"):
-            learn_mirror(np.random.default_rng(0).normal(size=(5, few, 2)))
-    with pytest.raises(NoMirror, match="its own mirror image"):  # a line of points, seen from its end
-        learn_mirror(np.stack([np.zeros(9), np.arange(9.0)], -1)[None])
-    with pytest.raises(NoMirror, match="too many"):
-        learn_mirror(np.zeros((1, flip.MAX_POINTS + 1, 2)))
+        with pytest.raises(NoFlipMap, match=f"{few} points are too few"):
+            learn_flip_map(np.random.default_rng(0).normal(size=(5, few, 2)))
+    with pytest.raises(NoFlipMap, match="its own mirror image"):  # a line of points, seen from its end
+        learn_flip_map(np.stack([np.zeros(9), np.arange(9.0)], -1)[None])
+    with pytest.raises(NoFlipMap, match="too many"):
+        learn_flip_map(np.zeros((1, flip.MAX_POINTS + 1, 2)))
 
 
 def test_a_match_that_is_not_its_own_inverse_is_refused(monkeypatch, faces):
     monkeypatch.setattr("scipy.optimize.linear_sum_assignment", lambda cost: (None, np.roll(np.arange(len(cost)), 1)))
-    with pytest.raises(NoMirror, match="its own inverse"):
-        learn_mirror(faces[:5])
+    with pytest.raises(NoFlipMap, match="its own inverse"):
+        learn_flip_map(faces[:5])
 
 
 def test_few_points_that_do_have_two_sides():
     "Nose, eyes, corners of the mouth."
     face = np.array([[0, 0], [-2, -3], [2, -3], [-1.5, 3], [1.5, 3.0]])
     shapes = face + np.random.default_rng(0).normal(size=(30, 5, 2)) * 0.1
-    assert learn_mirror(shapes).pairs.tolist() == [0, 2, 1, 4, 3]
+    assert learn_flip_map(shapes).flip_indices.tolist() == [0, 2, 1, 4, 3]
 
 
 class Reader(torch.nn.Module):
@@ -102,32 +102,32 @@ class Reader(torch.nn.Module):
         return torch.stack([x, torch.zeros_like(x), x + 0.1, torch.zeros_like(x)], 1).reshape(-1, 2, 2)
 
 
-def test_two_looks_average_the_image_and_its_mirror_image():
+def test_flip_test_averages_image_and_mirror_image():
     images = torch.zeros(2, 3, 4, 5)
     images[0, :, 1, 0], images[1, :, 2, 3] = 1, 2
-    once = two_looks(Reader(), images)
+    once = predict_with_flip(Reader(), images)
     assert once[:, :, 0].numpy() == pytest.approx(np.array([[-1, -0.9], [0.5, 0.6]]))
     # the mirrored look says the points are at 1 and 1.1; named and placed back: -1.1 and -1
-    twice = two_looks(Reader(), images, (1, 0))
+    twice = predict_with_flip(Reader(), images, (1, 0))
     assert twice[:, :, 0].numpy() == pytest.approx(np.array([[-1.05, -0.95], [0.45, 0.55]]))
 
 
-def test_a_run_leaves_its_map_and_a_later_stage_keeps_it(door, data, tmp_path):
+def test_a_run_leaves_its_map_and_a_later_stage_keeps_it(run_script, data, tmp_path):
     from tests.conftest import N_POINTS, QUICK
 
-    assert door(f"train.py {QUICK} -n m -d", data)[0] == 0
+    assert run_script(f"train.py {QUICK} -n m -d", data)[0] == 0
     runs = tmp_path / "here" / "runs"
-    pairs = json.loads((runs / "m/mirror.json").read_text(encoding="utf-8"))
-    assert pairs == mirror_pairs(N_POINTS).tolist()
-    assert door("finetune.py -e 1 --workers 0 -n m2 -pm m")[0] == 0
+    flip_indices = json.loads((runs / "m/mirror.json").read_text(encoding="utf-8"))
+    assert flip_indices == flip_indices_of_template(N_POINTS).tolist()
+    assert run_script("finetune.py -e 1 --workers 0 -n m2 -pm m")[0] == 0
     assert (runs / "m2/mirror.json").read_bytes() == (runs / "m/mirror.json").read_bytes()
-    code, out, _ = door("finetune.py -e 1 --workers 0 --mirror none -n m3 -pm m")
+    code, out, _ = run_script("finetune.py -e 1 --workers 0 --mirror none -n m3 -pm m")
     assert code == 0 and "with the flip test" not in out and not (runs / "m3/mirror.json").exists()
-    code, _, err = door("predict.py --tta --workers 0 -pm m3")
-    assert code == 1 and "--tta" in err and "no mirror map" in err
+    code, _, err = run_script("predict.py --tta --workers 0 -pm m3")
+    assert code == 1 and "--tta" in err and "no flip map" in err
 
 
-def test_landmarks_without_symmetry_train_without_mirroring(door, data, tmp_path):
+def test_landmarks_without_symmetry_train_without_mirroring(run_script, data, tmp_path):
     from tests.conftest import QUICK
 
     csv = data / "train" / "landmarks.csv"
@@ -135,7 +135,7 @@ def test_landmarks_without_symmetry_train_without_mirroring(door, data, tmp_path
     shape = np.random.default_rng(0).integers(20, 90, 136)
     rows = [line.split("\t")[0] + "".join(f"\t{v}" for v in shape + i % 5) for i, line in enumerate(lines[1:])]
     csv.write_text("\n".join([lines[0], *rows]) + "\n", encoding="utf-8")
-    code, out, err = door(f"train.py {QUICK} -n r -d", data)
+    code, out, err = run_script(f"train.py {QUICK} -n r -d", data)
     assert (code, err) == (0, "") and "no flip map, images are not mirrored: mirrored points miss" in out
     assert not list((tmp_path / "here" / "runs").glob("r_mirror*"))
-    assert door("predict.py --workers 0 -pm r")[0] == 0
+    assert run_script("predict.py --workers 0 -pm r")[0] == 0

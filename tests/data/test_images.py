@@ -150,7 +150,9 @@ def test_processes_that_fill_a_cache_at_once_leave_it_whole(tmp_path):
     assert sum(k is not None for k in kept) >= 1 and not list(tmp_path.glob("*.tmp"))
 
 
-def test_no_room_is_said_before_training_and_a_full_disk_later_costs_the_cache_only(tmp_path, monkeypatch, door, drawn):
+def test_no_room_is_said_before_training_and_a_full_disk_later_costs_the_cache_only(
+    tmp_path, monkeypatch, run_script, drawn
+):
     folder, inputs = cached(tmp_path)
     real = InputCache.put
     monkeypatch.setattr(
@@ -159,15 +161,15 @@ def test_no_room_is_said_before_training_and_a_full_disk_later_costs_the_cache_o
     assert inputs(0, folder / "0.jpg")[0].size == (32, 32) and inputs.cache.get(0, folder / "0.jpg") is None
     assert InputCache.put is real
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    code, out, err = door(f"train.py {QUICK} --cache -n r -d", drawn)
+    code, out, err = run_script(f"train.py {QUICK} --cache -n r -d", drawn)
     assert code == 1 and err.count("\n") == 1 and "--cache" in err and "make room" in err
 
 
-def test_training_from_the_cache_is_training(door, drawn, tmp_path):
+def test_training_from_the_cache_is_training(run_script, drawn, tmp_path):
     "The same weights to the last bit: from files, while the cache is written, and from the cache."
     weights = []
     for name, more in [("a", ""), ("b", "--cache"), ("c", "--cache"), ("d", "--cache --workers 1")]:
-        assert door(f"train.py {QUICK} {more} -n {name} -d", drawn)[::2] == (0, "")
+        assert run_script(f"train.py {QUICK} {more} -n {name} -d", drawn)[::2] == (0, "")
         weights.append(torch.load(tmp_path / "here" / "runs" / name / "best.pth", weights_only=True))
     stored = list((drawn / "train").glob("images-*.cache"))
     assert len(stored) == 1 and stored[0].stat().st_blocks * 512 >= 40 * 32 * 32 * 3

@@ -256,9 +256,9 @@ def test_processes_that_start_at_once_all_read_it_right(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]
 
 
-def test_a_read_only_folder_s_cache_goes_to_the_cache_folder(csv, tmp_path, monkeypatch):
+def test_cache_of_a_read_only_folder_goes_to_the_cache_folder(csv, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(labels, "whole_file", _refuse_in(csv.parent, labels.whole_file))
+    monkeypatch.setattr(labels, "atomic_write", _refuse_in(csv.parent, labels.atomic_write))
     assert len(read_labels(csv)) == 3
     assert not cache_of(csv).exists() and len(list((tmp_path / "home" / "landmarks_fastai").glob("*.cache"))) == 1
     assert len(read_labels(csv)) == 3  # found again
@@ -267,12 +267,12 @@ def test_a_read_only_folder_s_cache_goes_to_the_cache_folder(csv, tmp_path, monk
 def _refuse_in(folder, real):
     "A read-only folder: root, who runs the tests in many containers, is refused by no mode bits."
 
-    def whole_file(path, mode):
+    def atomic_write(path, mode):
         if path.parent == folder:
             raise PermissionError(13, "Permission denied")
         return real(path, mode)
 
-    return whole_file
+    return atomic_write
 
 
 def test_labels_pickle_as_a_file_name(csv):

@@ -23,12 +23,12 @@ def trained(quick_run, tmp_path_factory):
     return out
 
 
-def predict(door, trained, line, *more):
-    return door(f"predict.py --workers 0 --out {trained} -pm m {line}", *more)
+def predict(run_script, trained, line, *more):
+    return run_script(f"predict.py --workers 0 --out {trained} -pm m {line}", *more)
 
 
-def test_submission_and_points_agree(door, drawn, trained):
-    code, out, err = predict(door, trained, "")
+def test_submission_and_points_agree(run_script, drawn, trained):
+    code, out, err = predict(run_script, trained, "")
     assert (code, err) == (0, "") and out.startswith("6 images: ")
     asked = read_test_points(drawn / "test" / "test_points.csv")
     points = np.load(trained / "m/points.npy")
@@ -39,7 +39,7 @@ def test_submission_and_points_agree(door, drawn, trained):
     expected = np.stack([p[i] for p, i in zip(points, asked.indices, strict=True)])
     assert (submitted == np.rint(expected)).all()
     for rounding, what in [("floor", np.floor), ("none", np.asarray)]:
-        assert predict(door, trained, f"--round {rounding}")[0] == 0
+        assert predict(run_script, trained, f"--round {rounding}")[0] == 0
         assert (read_submission(trained / "m/submit.csv")[1].astype(np.float32) == what(expected)).all()
     # the score, worked out from the truth file's own text
     rows = [line.split("\t") for line in (drawn / "test" / "landmarks.csv").read_text().splitlines()[1:]]
@@ -49,34 +49,34 @@ def test_submission_and_points_agree(door, drawn, trained):
     assert found == pytest.approx(np.mean(errors), rel=1e-5)
 
 
-def test_batch_size_and_workers_change_nothing(door, trained):
-    assert predict(door, trained, "-b 4")[0] == 0
+def test_batch_size_and_workers_change_nothing(run_script, trained):
+    assert predict(run_script, trained, "-b 4")[0] == 0
     first = np.load(trained / "m/points.npy")
-    assert door(f"predict.py --workers 2 -b 1 --out {trained} -pm m")[0] == 0
+    assert run_script(f"predict.py --workers 2 -b 1 --out {trained} -pm m")[0] == 0
     assert np.load(trained / "m/points.npy") == pytest.approx(first, abs=1e-2)
 
 
-def test_an_index_out_of_range(door, data, trained):
+def test_an_index_out_of_range(run_script, data, trained):
     edit_line(
         data / "test" / "test_points.csv", 4, lambda line: line.split("\t")[0] + f"\t[0, 1, 2, 3, 4, 5, {N_POINTS}]"
     )
     before = sorted(trained.rglob("*"))
-    code, out, err = predict(door, trained, "-d", data)
+    code, out, err = predict(run_script, trained, "-d", data)
     assert code == 1 and f"test_points.csv line 4: point index {N_POINTS} asked for" in err and err.count("\n") == 1
     assert sorted(trained.rglob("*")) == before
 
 
-def test_a_broken_image_stops_it_and_what_stood_there_stays(door, data, trained):
-    assert predict(door, trained, "")[0] == 0
+def test_a_broken_image_stops_it_and_what_stood_there_stays(run_script, data, trained):
+    assert predict(run_script, trained, "")[0] == 0
     before = {p.name: p.read_bytes() for p in (trained / "m").iterdir()}
     name = read_test_points(data / "test" / "test_points.csv").names[3]
     image = data / "test" / "images" / name
     image.write_bytes(image.read_bytes()[:500])
     for workers in (0, 1):
-        code, _, err = door(f"predict.py --workers {workers} -b 1 --out {trained} -pm m -d", data)
+        code, _, err = run_script(f"predict.py --workers {workers} -b 1 --out {trained} -pm m -d", data)
         assert code == 1 and f"line 5: image {image}" in err and err.count("\n") == 1, err
     image.unlink()
-    code, _, err = predict(door, trained, "-d", data)
+    code, _, err = predict(run_script, trained, "-d", data)
     assert code == 1 and f"line 5: image {name} not found" in err and err.count("\n") == 1
     assert {p.name: p.read_bytes() for p in (trained / "m").iterdir()} == before
 
@@ -90,7 +90,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("script", ["predict.py", "finetune.py"])
-def test_checkpoints_that_are_not_what_they_say(door, trained, tmp_path, script):
+def test_checkpoints_that_are_not_what_they_say(run_script, trained, tmp_path, script):
     "A stranger's file; another network; another point count; no metadata; no tensors."
     out = tmp_path / "out"
     out.mkdir()
@@ -99,7 +99,7 @@ def test_checkpoints_that_are_not_what_they_say(door, trained, tmp_path, script)
 
     def refused(message, tensors=good, **settings):
         torch.save(tensors | {METADATA: facts | {"settings": facts["settings"] | settings}}, out / "x.pth")
-        code, _, err = door(f"{script} --workers 0 --out {out} -pm x")
+        code, _, err = run_script(f"{script} --workers 0 --out {out} -pm x")
         assert code == 1 and message in err and err.count("\n") == 1 and "Traceback" not in err, err
         assert [p.name for p in out.iterdir()] == ["x.pth"]
 
@@ -116,12 +116,12 @@ def test_checkpoints_that_are_not_what_they_say(door, trained, tmp_path, script)
     refused("no file of tensors", {1: torch.zeros(1)})
     for empty in (good, good | {METADATA: {}}, good | {METADATA: good["1.0.bias"]}, good | {METADATA: [1]}):
         torch.save(empty, out / "x.pth")
-        assert "it has no settings" in door(f"{script} --out {out} -pm x")[2]
+        assert "it has no settings" in run_script(f"{script} --out {out} -pm x")[2]
 
 
-def test_a_checkpoint_alone_predicts_on_another_machine(door, drawn, trained, tmp_path):
+def test_a_checkpoint_alone_predicts_on_another_machine(run_script, drawn, trained, tmp_path):
     "The .pth and the images; by path, from the run's folder, as `learn.save` writes it, and as version 3 wrote it."
-    assert predict(door, trained, "")[0] == 0
+    assert predict(run_script, trained, "")[0] == 0
     points = np.load(trained / "m/points.npy")
     state = torch.load(trained / "m/best.pth", weights_only=True)
     (tmp_path / "here" / "y").mkdir()
@@ -133,10 +133,10 @@ def test_a_checkpoint_alone_predicts_on_another_machine(door, drawn, trained, tm
     Path("w_best.json").write_text(json.dumps(metadata | {"format": 3}))
     for typed, name in [("x.pth", "x"), ("./x", "x"), ("y", "y"), ("y/best.pth", "y"), ("y/", "y"), ("z.pth", "z"),
                         ("w_best.pth", "w"), ("w", "w")]:  # fmt: skip
-        assert door("predict.py --workers 0 --out o -pm", typed)[::2] == (0, ""), typed
+        assert run_script("predict.py --workers 0 --out o -pm", typed)[::2] == (0, ""), typed
         assert np.array_equal(np.load(f"o/{name}/points.npy"), points)
         shutil.rmtree("o")
-    assert door("finetune.py -e 1 --workers 0 -pm w")[::2] == (0, "")
+    assert run_script("finetune.py -e 1 --workers 0 -pm w")[::2] == (0, "")
 
 
 def test_a_run_name_in_every_form_finds_its_checkpoint(trained, tmp_path):
@@ -150,22 +150,22 @@ def test_a_run_name_in_every_form_finds_its_checkpoint(trained, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["predict.py", "finetune.py"])
-def test_a_flag_that_contradicts_the_checkpoint(door, trained, script):
+def test_a_flag_that_contradicts_the_checkpoint(run_script, trained, script):
     line = f"{script} --workers 0 --out {trained} -pm m "
     for flag, value, have in [("--arch", "resnet34", ARCH), ("--head", "512", "linear")]:
-        code, _, err = door(line + f"{flag} {value}")
+        code, _, err = run_script(line + f"{flag} {value}")
         assert code == 1 and f"{flag} {value} contradicts the checkpoint, which has {have}" in err
     if script == "predict.py":
-        assert door(line + f"--arch {ARCH} --head linear --size 32")[0] == 0
+        assert run_script(line + f"--arch {ARCH} --head linear --size 32")[0] == 0
 
 
-def test_a_checkpoint_that_is_not_there_names_those_that_are(door, trained):
-    code, _, err = door(f"predict.py --out {trained} -pm n_best.pth")
+def test_a_checkpoint_that_is_not_there_names_those_that_are(run_script, trained):
+    code, _, err = run_script(f"predict.py --out {trained} -pm n_best.pth")
     assert code == 1 and "-pm n_best.pth not found" in err and "there are: m" in err
 
 
-def test_data_without_a_test_side_is_said(door, trained, tmp_path):
-    code, _, err = predict(door, trained, "-d", tmp_path)
+def test_data_without_a_test_side_is_said(run_script, trained, tmp_path):
+    code, _, err = predict(run_script, trained, "-d", tmp_path)
     assert code == 1 and "test_points.csv not found" in err
 
 
@@ -231,7 +231,7 @@ def test_a_network_that_fx_cannot_follow_or_misreads_is_left_as_it_is():
 
 
 @pytest.mark.slow
-def test_memory_of_a_prediction_does_not_grow_with_the_folder(door, trained, drawn, tmp_path):
+def test_memory_of_a_prediction_does_not_grow_with_the_folder(run_script, trained, drawn, tmp_path):
     """The peaks of fresh processes, of a few images and of many, links to six files.
 
     Inputs that were kept would be 98 MB more; what two batches at a time take differs by 10 MB from run to run.

@@ -30,7 +30,7 @@ def test_every_network_gives_points_and_learns_in_all_its_parts(arch):
     assert not dead
 
 
-def test_torchvision_s_where_both_have_it_and_timm_s_by_force():
+def test_torchvision_is_preferred_and_timm_can_be_forced():
     assert find_arch("resnet18") == ("torchvision", "resnet18") and find_arch("timm:resnet18") == ("timm", "resnet18")
     assert find_arch("tf_efficientnet_lite0") == ("timm", "tf_efficientnet_lite0")
 
@@ -45,7 +45,7 @@ def test_a_size_that_the_network_cannot_take():
         build_model("alexnet", "linear", 7, 16)
 
 
-def test_the_normalisation_is_the_body_s_own():
+def test_normalisation_is_that_of_the_body():
     imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert input_stats("resnext50_32x4d") == imagenet
     assert input_stats("tf_efficientnet_lite0") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -72,7 +72,7 @@ def test_a_head_that_is_none(head):
 
 def test_start_at_the_mean_shape():
     model, shape = build_model("resnet18", "linear", 7, 64), torch.rand(7, 2)
-    heads.start_at(model, shape)
+    heads.init_head(model, shape)
     out = model.eval()(torch.rand(3, 3, 64, 64))
     assert (out.view(3, 7, 2) - shape).abs().max() < 0.2
 
@@ -105,7 +105,7 @@ def test_weights_from_a_file_arrive_in_the_body(tmp_path, other, form):
         assert torch.equal(v, other[0].state_dict()[k]), k
 
 
-def test_densenet_s_old_names(tmp_path):
+def test_densenet_old_names(tmp_path):
     model = build_model("densenet121", "linear", 7, 64)
     old = {k.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): v for k, v in model[0].state_dict().items()}
     torch.save(old, tmp_path / "d.pth")
@@ -172,7 +172,7 @@ def test_files_that_do_not_fit(tmp_path, other):
             load_weights(build_model(arch, "linear", 7, 64), arch, str(tmp_path / name), 64)
 
 
-def test_timm_s_names_for_torchvision_s_network_get_a_hint(tmp_path):
+def test_timm_weights_for_a_torchvision_network_get_a_hint(tmp_path):
     torch.save(build_model("timm:efficientnet_b0", "linear", 7, 64)[0].state_dict(), tmp_path / "e.pth")
     with pytest.raises(UserError, match="try --arch timm:efficientnet_b0"):
         load_weights(build_model("efficientnet_b0", "linear", 7, 64), "efficientnet_b0", str(tmp_path / "e.pth"), 64)

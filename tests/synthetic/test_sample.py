@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.synthetic.sample import draw_face, main, make_sample, mirror_pairs
+from landmarks_fastai.synthetic.sample import flip_indices_of_template, main, make_sample, render_face
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = dict(n_train=12, n_test=4, n_points=68, seed=3, processes=1)
@@ -27,7 +27,7 @@ def made(tmp_path_factory):
 
 @cache
 def faces(n=120, n_points=18):
-    return [draw_face(np.random.default_rng([5, i]), n_points) for i in range(n)]
+    return [render_face(np.random.default_rng([5, i]), n_points) for i in range(n)]
 
 
 def contents(folder):
@@ -86,7 +86,7 @@ def test_asked_points(made):
 def test_files_hold_what_is_drawn(made):
     for side, name in enumerate(("train", "test")):
         for index, row in enumerate(table(made / name / "landmarks.csv")[1:]):
-            image, points = draw_face(np.random.default_rng([3, side, index]), 68)
+            image, points = render_face(np.random.default_rng([3, side, index]), 68)
             assert np.array_equal(np.array(row[1:], float).reshape(-1, 2), np.rint(points))
             with Image.open(made / name / "images" / row[0]) as stored:
                 assert stored.size == image.size
@@ -181,8 +181,8 @@ def test_command_mistakes(args, tmp_path, capsys):
 # ---------------------------------------------------------------- the landmarks
 @pytest.mark.parametrize("n", [1, 2, 5, 68, 971, 2000])
 def test_any_number_of_points(n):
-    image, points = draw_face(np.random.default_rng(1), n)
-    same, five = draw_face(np.random.default_rng(1), 5)
+    image, points = render_face(np.random.default_rng(1), n)
+    same, five = render_face(np.random.default_rng(1), 5)
     assert points.shape == (n, 2) and points.dtype == np.float64 and np.isfinite(points).all()
     assert image.mode == "RGB" and image.tobytes() == same.tobytes()  # the face does not depend on n
     if n >= 5:
@@ -192,16 +192,16 @@ def test_any_number_of_points(n):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 68, 971])
 def test_mirror_pairs(n):
-    pairs = mirror_pairs(n)
+    pairs = flip_indices_of_template(n)
     assert pairs.shape == (n,) and np.issubdtype(pairs.dtype, np.integer)
     assert np.array_equal(pairs[pairs], np.arange(n))
     assert n < 5 or (pairs[TIP] == TIP and pairs[PUPIL] == PUPIL + 1 and pairs[CORNER] == CORNER + 1)
     pairs[:] = 0  # the caller's own copy
-    assert n == 1 or mirror_pairs(n).any()
+    assert n == 1 or flip_indices_of_template(n).any()
 
 
 def test_zero_points_are_refused():
-    for function in (mirror_pairs, lambda n: draw_face(np.random.default_rng(0), n)):
+    for function in (flip_indices_of_template, lambda n: render_face(np.random.default_rng(0), n)):
         with pytest.raises(ValueError):
             function(0)
 
@@ -209,14 +209,14 @@ def test_zero_points_are_refused():
 def test_mean_face_is_symmetric_and_spread():
     shapes = []
     for i in range(150):
-        points = draw_face(np.random.default_rng([8, i]), 971)[1]
+        points = render_face(np.random.default_rng([8, i]), 971)[1]
         z = points @ [1, 1j]  # as complex numbers: put the pupils at -0.5 and 0.5
         shapes.append((z - (z[1] + z[2]) / 2) / (z[1] - z[2]))
     mean = np.mean(shapes, axis=0)
-    mirrored = -mean.conj()[mirror_pairs()]
+    mirrored = -mean.conj()[flip_indices_of_template()]
     gap = np.abs(mirrored - mean)
     assert gap.mean() < 0.05 and gap.max() < 0.15  # in distances between the pupils; pose averages out only so far
-    fixed = mirror_pairs() == np.arange(971)
+    fixed = flip_indices_of_template() == np.arange(971)
     assert np.abs(mean.real[fixed]).max() < 0.15 and np.abs(mean.real[~fixed]).mean() > 0.3
     near = np.abs(mean[:, None] - mean) + np.eye(971)
     assert near.min() > 0.002

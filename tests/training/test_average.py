@@ -85,12 +85,12 @@ def check(body):
 
 
 @pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a in QUICK else pytest.mark.slow) for a in TORCHVISION])
-def test_torchvision_s_networks(arch):
+def test_torchvision_networks(arch):
     check(make_body(arch, 224))
 
 
 @pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a in QUICK else pytest.mark.slow) for a in TIMM])
-def test_timm_s_networks(arch):
+def test_timm_networks(arch):
     import timm
 
     if not timm.is_model(arch):
@@ -118,7 +118,7 @@ def test_a_state_goes_on_counting():
     assert one["n_averaged"] == 6 and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_floats_are_averaged_as_pytorch_s_own_average_does():
+def test_floats_are_averaged_as_by_pytorch():
     "To the last bit."
     body = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5))
     average, n_of = Average(DECAY), lambda n: min(DECAY, (1 + n.item()) / (10 + n.item()))

@@ -77,22 +77,22 @@ SCORES = {
 
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 @pytest.mark.parametrize("opt", OPTIMISERS)
-def test_plateau_gives_pytorch_s_rates_in_the_real_optimiser(scores, opt):
+def test_plateau_matches_pytorch_in_the_real_optimiser(scores, opt):
     assert rates(scores, PlateauLR(), opt) == pytest.approx(torch_rates(scores, torch_plateau), rel=1e-12)
 
 
-def test_fastai_s_own_plateau_changes_nothing_here():
+def test_fastai_plateau_callback_has_no_effect_here():
     "Why PlateauLR exists: through OptimWrapper, `opt.hypers` are fresh dicts. If this fails, fastai has mended it."
     assert set(rates([5] * 8, ReduceLROnPlateau("score", comp=np.less, patience=1))) == {3e-4}
 
 
-def test_step_gives_pytorch_s_rates():
+def test_step_schedule_matches_pytorch():
     make = partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
     assert rates([1] * 10, StepLR(3, 0.5)) == pytest.approx(torch_rates([1] * 10, make), rel=1e-12)
 
 
 @pytest.mark.parametrize("opt,kind", [("adamw", "AdamW"), ("adam", "Adam"), ("sgd", "SGD")])
-def test_the_optimiser_is_pytorch_s_and_every_parameter_decays_through_fit(opt, kind):
+def test_optimiser_is_pytorch_and_every_parameter_decays(opt, kind):
     learn = learner([1, 1], opt)
     learn.fit(2, lr=3e-4, wd=0.05)
     real = learn.opt.opt
@@ -101,7 +101,7 @@ def test_the_optimiser_is_pytorch_s_and_every_parameter_decays_through_fit(opt, 
     assert opt == "sgd" or all(g["amsgrad"] for g in real.param_groups)
 
 
-def test_a_step_is_adamw_s_step_biases_and_norms_decayed():
+def test_step_is_that_of_adamw_with_biases_and_norms_decayed():
     learn = learner([1])
     torch.manual_seed(0)
     twin = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(4, 2)))

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 
 from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.files import take_lock
+from landmarks_fastai.utils.files import process_lock
 from tests.cli.test_scripts import check_refused, first_image
 from tests.conftest import ARCH, QUICK, ROOT, every_learner_has
 
@@ -68,7 +68,7 @@ KINDS = {
     "plateau, dropout, average": ("--head 16,drop0.5 -lr 0.02", [3, 7, 12]),
     "one cycle, momentum": ("--opt sgd -lr 1e-4 --sched onecycle", [5]),
     "gradients over batches, patience": ("--accumulate 3 --patience 2 --sched step --step-size 1", [4, 11]),
-    "wing loss, half precision, two looks": ("--loss wing --amp bf16 --tta", [6]),
+    "wing loss, half precision, flip test": ("--loss wing --amp bf16 --tta", [6]),
     "head alone, no average": ("--freeze --ema 0 --aug 0", [9]),
     "a worker": ("--workers 1", [17]),
 }
@@ -77,98 +77,103 @@ KINDS = {
 @pytest.mark.parametrize(
     "flags,steps", [pytest.param(*v, id=k, marks=[pytest.mark.slow] * (k == "a worker")) for k, v in KINDS.items()]
 )
-def test_a_stage_that_went_on_is_one_that_was_never_stopped(door, drawn, tmp_path, flags, steps):
+def test_a_stage_that_went_on_is_one_that_was_never_stopped(run_script, drawn, tmp_path, flags, steps):
     runs = tmp_path / "here" / "runs"
-    assert door(f"train.py {SHORT} {flags} -n whole -d", drawn)[0] == 0
+    assert run_script(f"train.py {SHORT} {flags} -n whole -d", drawn)[0] == 0
     with stopping_at(steps[0]):
-        code, _, err = door(f"train.py {SHORT} {flags} -n parts -d", drawn)
+        code, _, err = run_script(f"train.py {SHORT} {flags} -n parts -d", drawn)
     for step in [*steps[1:], None]:
         assert code == 130 and err.count("\n") == 1 and err.endswith(STOPPED.format("train.py", "parts"))
         with stopping_at(step):
-            code, out, err = door("train.py --resume -n parts")
-        assert "going on at epoch" in out
+            code, out, err = run_script("train.py --resume -n parts")
+        assert "resuming at epoch" in out
     assert (code, err) == (0, "")
     check_equal(runs, "whole", "parts")
     files = {p.name for p in (runs / "parts").iterdir()}
     assert files == {p.name for p in (runs / "whole").iterdir()} and "batch.png" in files
     assert {p.name for p in runs.iterdir()} == {"parts", "whole"}
-    code, out, err = door("train.py --resume -n parts")
+    code, out, err = run_script("train.py --resume -n parts")
     assert (code, err) == (0, "") and "is finished, nothing is left to resume" in out
 
 
-def test_in_a_terminal_with_its_bars(door, drawn, tmp_path, monkeypatch):
+def test_in_a_terminal_with_its_bars(run_script, drawn, tmp_path, monkeypatch):
     for step, code in ((13, 130), (None, 0)):
         with stopping_at(step):
             line = f"train.py {SHORT} -n r -d {drawn}" if step else "train.py --resume -n r"
             monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-            found, out, err = door(line)
+            found, out, err = run_script(line)
         assert found == code and "Traceback" not in err and "train_loss" in out
 
 
 @pytest.mark.parametrize("flags", ["-e 2", pytest.param("-e 2 -lr 0.3", marks=pytest.mark.slow)])
-def test_a_later_stage_goes_on_and_ends_with_no_worse_than_it_was_given(door, finished_run, tmp_path, flags):
+def test_a_later_stage_goes_on_and_ends_with_no_worse_than_it_was_given(run_script, finished_run, tmp_path, flags):
     "At the rate of 0.3 no epoch beats what was loaded."
     runs = tmp_path / "here" / "runs"
     finished_run("one")
-    assert door(f"finetune.py {flags} --workers 0 --overwrite -n whole -pm one")[0] == 0
+    assert run_script(f"finetune.py {flags} --workers 0 --overwrite -n whole -pm one")[0] == 0
     with stopping_at(5, signal.SIGTERM):
-        code, _, err = door(f"finetune.py {flags} --workers 0 --overwrite -n parts -pm one")
+        code, _, err = run_script(f"finetune.py {flags} --workers 0 --overwrite -n parts -pm one")
     assert code == 143 and err.count("\n") == 1 and err.endswith(STOPPED.format("finetune.py", "parts"))
-    check_refused(door("train.py --resume -n parts"), "started by finetune.py", "python finetune.py --resume -n parts")
-    assert door("finetune.py --resume -n parts")[0] == 0
+    check_refused(
+        run_script("train.py --resume -n parts"), "started by finetune.py", "python finetune.py --resume -n parts"
+    )
+    assert run_script("finetune.py --resume -n parts")[0] == 0
     check_equal(runs, "whole", "parts")
 
 
-def test_what_a_later_stage_was_given_may_not_change_under_it(door, drawn, tmp_path):
+def test_what_a_later_stage_was_given_may_not_change_under_it(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
-    assert door(f"train.py {SHORT} -n one -d", drawn)[0] == 0
+    assert run_script(f"train.py {SHORT} -n one -d", drawn)[0] == 0
     with stopping_at(5):
-        assert door("finetune.py -e 2 --workers 0 -n two -pm one")[0] == 130
-    assert door(f"train.py {SHORT} --seed 8 -n one --overwrite -d", drawn)[0] == 0
+        assert run_script("finetune.py -e 2 --workers 0 -n two -pm one")[0] == 130
+    assert run_script(f"train.py {SHORT} --seed 8 -n one --overwrite -d", drawn)[0] == 0
     before = (runs / "two/state.safetensors").read_bytes()
-    check_refused(door("finetune.py --resume -n two -pm other"), "-pm other", "run without -pm")
-    check_refused(door("finetune.py --resume -n two"), "one/best.pth has changed since two was started from it")
+    check_refused(run_script("finetune.py --resume -n two -pm other"), "-pm other", "run without -pm")
+    check_refused(run_script("finetune.py --resume -n two"), "one/best.pth has changed since two was started from it")
     assert (runs / "two/state.safetensors").read_bytes() == before
 
 
-def test_the_name_of_a_stopped_run_is_taken(door, drawn, tmp_path):
+def test_the_name_of_a_stopped_run_is_taken(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     with stopping_at(5):
-        assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
+        assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
     state = (runs / "r/state.safetensors").read_bytes()
     check_refused(
-        door(f"train.py {SHORT} -n r -d", drawn), "already has a run", "--resume -n r goes on with it", "--overwrite"
+        run_script(f"train.py {SHORT} -n r -d", drawn),
+        "already has a run",
+        "--resume -n r goes on with it",
+        "--overwrite",
     )
     # a mistake in what overwrites it costs nothing
-    check_refused(door(f"train.py {SHORT} -n r --overwrite --weights gone.pth -d", drawn), "gone.pth not found")
+    check_refused(run_script(f"train.py {SHORT} -n r --overwrite --weights gone.pth -d", drawn), "gone.pth not found")
     assert (runs / "r/state.safetensors").read_bytes() == state
-    check_refused(door("train.py --resume"), "--resume goes with -n NAME", "stopped runs in runs: r")
-    check_refused(door("train.py --resume -n typo"), "nothing of that run", "stopped runs there: r")
-    check_refused(door("train.py --resume -n ../runs/r"), "is no plain file name")
-    check_refused(door("train.py --resume -n r -e 5"), "-e 5", "was started with (-e was 3)", "run without -e")
-    check_refused(door("train.py --resume -n r --arch resnext50_32x4d"), f"--arch was {ARCH}")  # the default
-    code, out, err = door(f"train.py {SHORT} --resume -n r -d", drawn)  # the same flags may stand there
-    assert (code, err) == (0, "") and "going on at epoch" in out
+    check_refused(run_script("train.py --resume"), "--resume goes with -n NAME", "stopped runs in runs: r")
+    check_refused(run_script("train.py --resume -n typo"), "nothing of that run", "stopped runs there: r")
+    check_refused(run_script("train.py --resume -n ../runs/r"), "is no plain file name")
+    check_refused(run_script("train.py --resume -n r -e 5"), "-e 5", "was started with (-e was 3)", "run without -e")
+    check_refused(run_script("train.py --resume -n r --arch resnext50_32x4d"), f"--arch was {ARCH}")  # the default
+    code, out, err = run_script(f"train.py {SHORT} --resume -n r -d", drawn)  # the same flags may stand there
+    assert (code, err) == (0, "") and "resuming at epoch" in out
 
 
-def test_what_came_to_nothing_leaves_the_run_that_it_was_to_overwrite(door, drawn, tmp_path):
+def test_what_came_to_nothing_leaves_the_run_that_it_was_to_overwrite(run_script, drawn, tmp_path):
     "A loss that is no number, an error and Ctrl-C, over a stopped run and over a finished one."
     runs = tmp_path / "here" / "runs"
-    ruin = f"{SHORT} --opt sgd -lr 999 --head-rate 1 --targets pixels --ema 0 --seed 5 -n r --overwrite -d"
+    ruin = f"{SHORT} --opt sgd -lr 999 --head-lr-mult 1 --targets pixels --ema 0 --seed 5 -n r --overwrite -d"
     with stopping_at(13):
-        assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
-    assert door("predict.py --workers 0 -pm r")[0] == 0  # what others wrote into its folder stays too
+        assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
+    assert run_script("predict.py --workers 0 -pm r")[0] == 0  # what others wrote into its folder stays too
     for _ in ("stopped", "finished"):
         before = snapshot(runs)
-        check_refused(door(f"train.py {ruin}", drawn), "NaN or infinite", "nothing was saved")
+        check_refused(run_script(f"train.py {ruin}", drawn), "NaN or infinite", "nothing was saved")
         assert snapshot(runs) == before
-        check_refused(door(f"train.py {ruin} {drawn} --weights gone.pth"), "gone.pth not found")
+        check_refused(run_script(f"train.py {ruin} {drawn} --weights gone.pth"), "gone.pth not found")
         assert snapshot(runs) == before
         with every_learner_has(CtrlC):
-            code, _, err = door(f"train.py {SHORT} -n r --overwrite -d", drawn)
+            code, _, err = run_script(f"train.py {SHORT} -n r --overwrite -d", drawn)
         assert code == 130 and "the run that was to be overwritten stands as it stood" in err
         assert snapshot(runs) == before
-        assert door("train.py --resume -n r")[0] == 0
+        assert run_script("train.py --resume -n r")[0] == 0
 
 
 @pytest.mark.parametrize("moment", ["before it saved", "old moved away", "new in place"])
@@ -190,9 +195,9 @@ def test_a_process_killed_while_it_overwrites_leaves_one_whole_run(tmp_path, mom
     assert (run.folder / "best.pth").read_bytes() == (b"old" if moment == "before it saved" else b"new")
 
 
-def test_the_run_that_is_overwritten_stands_until_the_new_one_has_a_state(door, drawn, tmp_path):
+def test_the_run_that_is_overwritten_stands_until_the_new_one_has_a_state(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
-    assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 0
+    assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 0
     before, seen = snapshot(runs / "r"), []
     publish = Run.publish
 
@@ -202,82 +207,86 @@ def test_the_run_that_is_overwritten_stands_until_the_new_one_has_a_state(door, 
 
     with pytest.MonkeyPatch.context() as patch, stopping_at(5):
         patch.setattr(Run, "publish", watched)
-        assert door(f"train.py {SHORT} --seed 3 --overwrite -n r -d", drawn)[0] == 130
+        assert run_script(f"train.py {SHORT} --seed 3 --overwrite -n r -d", drawn)[0] == 130
     assert seen[0] and [p.name for p in runs.iterdir()] == ["r"] and not (runs / "r" / "best.pth").exists()
-    assert door("train.py --resume -n r")[0] == 0
-    assert door(f"train.py {SHORT} --seed 3 -n whole -d", drawn)[0] == 0
+    assert run_script("train.py --resume -n r")[0] == 0
+    assert run_script(f"train.py {SHORT} --seed 3 -n whole -d", drawn)[0] == 0
     check_equal(runs, "whole", "r")
 
 
-def test_a_run_of_an_earlier_version_is_not_resumed(door, drawn, tmp_path):
+def test_a_run_of_an_earlier_version_is_not_resumed(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     runs.mkdir()
     (runs / "r_run.json").write_text("{}")
-    check_refused(door("train.py --resume -n r"), "of an earlier version", "start over with --overwrite")
+    check_refused(run_script("train.py --resume -n r"), "of an earlier version", "start over with --overwrite")
     (runs / "s").mkdir()
     (runs / "s" / "run.json").write_text('{"format": 1}')
-    check_refused(door("train.py --resume -n s"), "not of this version", "start over with --overwrite")
-    assert door(f"train.py {SHORT} --overwrite -n s -d", drawn)[0] == 0
+    check_refused(run_script("train.py --resume -n s"), "not of this version", "start over with --overwrite")
+    assert run_script(f"train.py {SHORT} --overwrite -n s -d", drawn)[0] == 0
 
 
 def snapshot(runs):
     return {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
 
 
-def test_a_run_that_saved_nothing_yet_starts_over_with_its_flags(door, drawn, tmp_path):
+def test_a_run_that_saved_nothing_yet_starts_over_with_its_flags(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     with every_learner_has(CtrlC):
-        code, _, err = door(f"train.py {SHORT} --seed 4 -n r -d", drawn)
+        code, _, err = run_script(f"train.py {SHORT} --seed 4 -n r -d", drawn)
     assert code == 130 and "nothing was saved yet" in err and err.endswith(STOPPED.format("train.py", "r"))
     assert [p.name for p in runs.rglob("*")] == ["r", "run.json"]
-    code, out, _ = door("train.py --resume -n r")
+    code, out, _ = run_script("train.py --resume -n r")
     assert code == 0 and "going on" not in out
-    assert door(f"train.py {SHORT} --seed 4 -n whole -d", drawn)[0] == 0
+    assert run_script(f"train.py {SHORT} --seed 4 -n whole -d", drawn)[0] == 0
     check_equal(runs, "whole", "r")
-    assert door(f"train.py {SHORT} --seed 4 --resume -n new -d", drawn)[0] == 0  # nothing of it is there: it starts
+    assert (
+        run_script(f"train.py {SHORT} --seed 4 --resume -n new -d", drawn)[0] == 0
+    )  # nothing of it is there: it starts
     check_equal(runs, "whole", "new")
 
 
-def test_from_another_folder(door, drawn, tmp_path, monkeypatch):
+def test_from_another_folder(run_script, drawn, tmp_path, monkeypatch):
     with stopping_at(5):
-        code, _, err = door(f"train.py {SHORT} -n 'a b' --out 'my runs' -d", os.path.relpath(drawn, tmp_path / "here"))
+        code, _, err = run_script(
+            f"train.py {SHORT} -n 'a b' --out 'my runs' -d", os.path.relpath(drawn, tmp_path / "here")
+        )
     assert code == 130 and err.endswith("python train.py --resume -n 'a b' --out 'my runs'\n")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert door("train.py --resume -n 'a b' --out '../here/my runs'")[0] == 0
+    assert run_script("train.py --resume -n 'a b' --out '../here/my runs'")[0] == 0
 
 
 @pytest.mark.parametrize("row", [0, 3])
-def test_an_image_that_is_lost_while_the_run_is_stopped_costs_that_image(door, data, tmp_path, row):
+def test_an_image_that_is_lost_while_the_run_is_stopped_costs_that_image(run_script, data, tmp_path, row):
     with stopping_at(5):
-        assert door(f"train.py {SHORT} -n r -d", data)[0] == 130
+        assert run_script(f"train.py {SHORT} -n r -d", data)[0] == 130
     image = first_image(data, row)  # fastai looks at the first one to learn what an item is
     image.unlink()
-    code, out, err = door("train.py --resume -n r")
+    code, out, err = run_script("train.py --resume -n r")
     assert code == 0 and f"{image.name} not found: the run goes on without it" in err
     assert err.count("\n") == 1 and (tmp_path / "here" / "runs" / "r/bad.csv").read_text().count(image.name) == 2
 
 
-def test_rows_that_were_left_out_stay_so(door, data, tmp_path):
+def test_rows_that_were_left_out_stay_so(run_script, data, tmp_path):
     "The image is mended while the run is stopped: the order of the epochs is still that of the rows it began with."
     runs, image = tmp_path / "here" / "runs", sorted((data / "train" / "images").iterdir())[3]
     whole = image.read_bytes()
     image.write_bytes(b"")
-    assert door(f"train.py {SHORT} --on-bad skip -n whole -d", data)[0] == 0
+    assert run_script(f"train.py {SHORT} --on-bad skip -n whole -d", data)[0] == 0
     with stopping_at(5):
-        assert door(f"train.py {SHORT} --on-bad skip -n parts -d", data)[0] == 130
+        assert run_script(f"train.py {SHORT} --on-bad skip -n parts -d", data)[0] == 130
     image.write_bytes(whole)
-    assert door("train.py --resume -n parts")[0] == 0
+    assert run_script("train.py --resume -n parts")[0] == 0
     check_equal(runs, "whole", "parts")
 
 
-def test_labels_may_not_change_under_a_stopped_run(door, data, tmp_path):
+def test_labels_may_not_change_under_a_stopped_run(run_script, data, tmp_path):
     from tests.conftest import edit_line
 
     with stopping_at(5):
-        assert door(f"train.py {SHORT} -n r -d", data)[0] == 130
+        assert run_script(f"train.py {SHORT} -n r -d", data)[0] == 130
     edit_line(data / "train" / "landmarks.csv", 9, lambda x: x.rsplit("\t", 1)[0] + "\t3")
-    check_refused(door("train.py --resume -n r"), "landmarks.csv has changed since the run r was stopped")
+    check_refused(run_script("train.py --resume -n r"), "landmarks.csv has changed since the run r was stopped")
 
 
 def payload():
@@ -292,10 +301,10 @@ def payload():
     return pickle.dumps(Payload())
 
 
-def damage(facts):
+def damage(metadata):
     from safetensors.torch import save
 
-    return save({"model.x": torch.zeros(1)}, {"facts": json.dumps(facts)})
+    return save({"model.x": torch.zeros(1)}, {"facts": json.dumps(metadata)})
 
 
 @pytest.mark.parametrize(
@@ -311,19 +320,19 @@ def damage(facts):
         "its settings",
     ],
 )
-def test_a_state_that_is_none_is_refused_and_never_run(door, drawn, tmp_path, kind):
+def test_a_state_that_is_none_is_refused_and_never_run(run_script, drawn, tmp_path, kind):
     runs = tmp_path / "here" / "runs"
     with stopping_at(5):
-        assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
+        assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
     path, record = runs / "r/state.safetensors", json.loads((runs / "r/run.json").read_text())
     whole = path.read_bytes()
-    facts = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]["facts"]
+    metadata = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]["facts"]
     bad = {
         "payload": payload,
         "cut": lambda: whole[:-9],
         "empty": lambda: b"",
         "facts of another kind": lambda: damage({"format": 2, "epoch": "x"}),
-        "no tensors": lambda: damage(json.loads(facts)),
+        "no tensors": lambda: damage(json.loads(metadata)),
         "torch's own format": lambda: torch.save({"a": torch.zeros(1)}, path) or path.read_bytes(),
         "its record": lambda: whole,
         "its settings": lambda: whole,
@@ -333,11 +342,11 @@ def test_a_state_that_is_none_is_refused_and_never_run(door, drawn, tmp_path, ki
         (runs / "r/run.json").write_text(json.dumps(record | {"args": record["args"] | {"no_such_flag": 1}}))
     if kind == "its settings":
         (runs / "r/run.json").write_text(json.dumps(record | {"settings": record["settings"] | {"size": "big"}}))
-    check_refused(door("train.py --resume -n r"), "start over with --overwrite")
+    check_refused(run_script("train.py --resume -n r"), "start over with --overwrite")
     assert not (tmp_path / "here" / "owned").exists() and path.read_bytes() == bad
 
 
-def test_a_checkpoint_that_was_put_in_place_of_a_stopped_run_is_not_run(door, drawn, tmp_path, monkeypatch):
+def test_a_checkpoint_that_was_put_in_place_of_a_stopped_run_is_not_run(run_script, drawn, tmp_path, monkeypatch):
     from landmarks_fastai.training import stage
 
     runs, draw = tmp_path / "here" / "runs", stage.load_best
@@ -346,20 +355,20 @@ def test_a_checkpoint_that_was_put_in_place_of_a_stopped_run_is_not_run(door, dr
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stage, "load_best", stopped)  # behind its last epoch, before its pictures
-    assert door(f"train.py {SHORT} -n r -d", drawn)[0] == 130
+    assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
     monkeypatch.setattr(stage, "load_best", draw)
     (runs / "r/best.pth").write_bytes(payload())
-    check_refused(door("train.py --resume -n r"), "r/best.pth is no file of tensors", "may run code")
+    check_refused(run_script("train.py --resume -n r"), "r/best.pth is no file of tensors", "may run code")
     assert not (tmp_path / "here" / "owned").exists()
 
 
-def test_two_processes_of_one_name(door, drawn, tmp_path):
+def test_two_processes_of_one_name(run_script, drawn, tmp_path):
     "The lock is another process's; what that process forked does not hold it once it is dead."
     runs = tmp_path / "here" / "runs"
     runs.mkdir()
     code = (
-        "import os, sys, time; from pathlib import Path; from landmarks_fastai.utils.files import take_lock\n"
-        "with take_lock(Path(sys.argv[1])) as held:\n"
+        "import os, sys, time; from pathlib import Path; from landmarks_fastai.utils.files import process_lock\n"
+        "with process_lock(Path(sys.argv[1])) as held:\n"
         "    child = os.fork()\n"
         "    if child: print(held, child, flush=True)\n"
         "    time.sleep(60)"
@@ -369,14 +378,14 @@ def test_two_processes_of_one_name(door, drawn, tmp_path):
     held, child = holder.stdout.readline().split()
     try:
         assert held == "True"
-        check_refused(door(f"train.py {SHORT} -n r -d", drawn), "another process is running it")
-        check_refused(door("train.py --resume -n r -d", drawn), "another process is running it")
-        with take_lock(runs / "other.lock") as other:
+        check_refused(run_script(f"train.py {SHORT} -n r -d", drawn), "another process is running it")
+        check_refused(run_script("train.py --resume -n r -d", drawn), "another process is running it")
+        with process_lock(runs / "other.lock") as other:
             assert other
     finally:
         holder.kill()
         holder.wait()
-    with take_lock(lock) as mine:  # though the child, a copy of the dead process, lives
+    with process_lock(lock) as mine:  # though the child, a copy of the dead process, lives
         assert mine
     os.kill(int(child), signal.SIGKILL)
     assert not lock.exists()

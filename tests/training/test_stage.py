@@ -1,4 +1,4 @@
-"Stages, by the doors that a person uses: what is written, what is equal, what is never worse than it was given."
+"Stages, through the scripts that a person uses: what is written, what is equal, what is never worse than it was given."
 
 import json
 
@@ -14,7 +14,7 @@ from landmarks_fastai.data.split import split_rows
 from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.training.learner import landmark_learner
-from landmarks_fastai.training.stage import fit_stage, note_low_rate
+from landmarks_fastai.training.stage import fit_stage, note_low_lr
 from landmarks_fastai.utils.hardware import Machine
 from tests.conftest import ARCH, N_POINTS, QUICK
 
@@ -28,19 +28,19 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_three_stages_and_a_submission(door, drawn, tmp_path):
+def test_three_stages_and_a_submission(run_script, drawn, tmp_path):
     "The four commands of the README, with a small network."
     runs = tmp_path / "here" / "runs"
-    code, out, err = door(f"train.py {QUICK} -e 2 -lr 1e-3 -d", drawn, "-n", "r_e_2")
+    code, out, err = run_script(f"train.py {QUICK} -e 2 -lr 1e-3 -d", drawn, "-n", "r_e_2")
     assert (code, err) == (0, "") and "run r_e_2" in out.splitlines() and "run r_e_2: score" in out
     first = read_checkpoint(runs / "r_e_2/best.pth")
     history = pd.read_csv(runs / "r_e_2/history.csv")
-    assert list(history.columns) == ["epoch", "train_loss", "valid_loss", "score", "nme", "lr", "ema", "time"]
+    assert list(history.columns) == ["epoch", "train_loss", "valid_loss", "score", "nme_box_diag", "lr", "ema", "time"]
     each = history[["score", "ema"]].min(axis=1)
     assert first.score == each.min() and first.epoch == each.idxmin()
     assert Image.open(runs / "r_e_2/results.png").width > 500
 
-    code, out, err = door("finetune.py -e 1 --workers 0 -n r_e_2+1 -pm r_e_2_best.pth")
+    code, out, err = run_script("finetune.py -e 1 --workers 0 -n r_e_2+1 -pm r_e_2_best.pth")
     assert (code, err) == (0, "")
     second = read_checkpoint(runs / "r_e_2+1/best.pth")
     assert f"loaded: score {first.score:.6g} on the validation rows; its stage reported {first.score:.6g}" in out
@@ -63,21 +63,21 @@ def test_three_stages_and_a_submission(door, drawn, tmp_path):
     )
     assert all(getattr(second.settings, k) == getattr(first.settings, k) for k in kept)
 
-    code, out, err = door("finetune.py -e 1 --workers 0 -pm", runs / "r_e_2+1/best.pth")
+    code, out, err = run_script("finetune.py -e 1 --workers 0 -pm", runs / "r_e_2+1/best.pth")
     assert code == 0 and "run r_e_2+1+1, from " in out and "run r_e_2+1+1:" in out
     third = read_checkpoint(runs / "r_e_2+1+1/best.pth")
     assert third.score <= second.score and third.settings.lr == pytest.approx(1e-5)
 
-    code, out, err = door("predict.py --workers 0 -pm r_e_2+1+1_best.pth")
+    code, out, err = run_script("predict.py --workers 0 -pm r_e_2+1+1_best.pth")
     assert (code, err) == (0, "")
     assert len((runs / "r_e_2+1+1/submit.csv").read_text().splitlines()) == 1 + 6
 
 
-def test_defaults_reach_the_checkpoint(door, drawn, tmp_path):
+def test_defaults_reach_the_checkpoint(run_script, drawn, tmp_path):
     "`finetune.py -pm X` alone is 6 epochs at a tenth; `--fit`, `--head`, `--opt` and `--sched` come from X."
     line = f"train.py {QUICK} --head 32,bn,relu,drop0.1 --fit pad --opt sgd --sched step --step-size 2 --gamma 0.5 -lr 0.01 -n x -d"
-    assert door(line, drawn)[0] == 0
-    assert door("finetune.py --workers 0 -pm x")[0] == 0
+    assert run_script(line, drawn)[0] == 0
+    assert run_script("finetune.py --workers 0 -pm x")[0] == 0
     s = read_checkpoint(tmp_path / "here" / "runs" / "x+6/best.pth").settings
     assert (s.epochs, s.lr, s.head, s.fit, s.opt, s.wd, s.sched, s.step_size) == (
         6, pytest.approx(1e-3), "32,bn,relu,drop0.1", "pad", "sgd", 0.0, "step", 2,
@@ -86,41 +86,41 @@ def test_defaults_reach_the_checkpoint(door, drawn, tmp_path):
     assert lr.tolist() == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4])
 
 
-def test_a_stage_never_ends_with_worse_than_it_was_given(door, drawn, tmp_path):
+def test_a_stage_never_ends_with_worse_than_it_was_given(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
-    assert door(f"train.py {QUICK} -e 2 -lr 1e-3 -n good -d", drawn)[0] == 0
-    code, out, _ = door("finetune.py -e 1 -lr 10 --workers 0 --opt sgd -n ruined -pm good_best.pth")
+    assert run_script(f"train.py {QUICK} -e 2 -lr 1e-3 -n good -d", drawn)[0] == 0
+    code, out, _ = run_script("finetune.py -e 1 -lr 10 --workers 0 --opt sgd -n ruined -pm good_best.pth")
     assert code == 0 and "the loaded model, which no epoch beat" in out
     good, kept = read_checkpoint(runs / "good/best.pth"), read_checkpoint(runs / "ruined/best.pth")
     assert kept.score == pytest.approx(good.score, abs=1e-3) and kept.epoch == -1
     assert same(runs / "good/best.pth", runs / "ruined/best.pth")
 
 
-def test_a_seed_makes_two_runs_equal_to_the_last_bit(door, drawn, tmp_path):
+def test_a_seed_makes_two_runs_equal_to_the_last_bit(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
-        assert door(f"train.py {QUICK} -n {name} --seed {seed} --head 16,drop0.5 -d", drawn)[0] == 0
+        assert run_script(f"train.py {QUICK} -n {name} --seed {seed} --head 16,drop0.5 -d", drawn)[0] == 0
     assert same(runs / "a/best.pth", runs / "b/best.pth")
     assert not same(runs / "a/best.pth", runs / "c/best.pth")
     strip = lambda n: pd.read_csv(runs / f"{n}/history.csv").drop(columns="time")  # noqa: E731
     assert strip("a").equals(strip("b"))
 
 
-def test_freeze_leaves_the_body_as_it_was_running_means_included(door, finished_run, tmp_path):
+def test_freeze_leaves_the_body_as_it_was_running_means_included(run_script, finished_run, tmp_path):
     runs = tmp_path / "here" / "runs"
     finished_run("whole")
-    assert door("finetune.py --freeze -e 3 -lr 1e-3 --workers 0 -n head -pm whole")[0] == 0
+    assert run_script("finetune.py --freeze -e 3 -lr 1e-3 --workers 0 -n head -pm whole")[0] == 0
     before, after = tensors(runs / "whole/best.pth"), tensors(runs / "head/best.pth")
     assert read_checkpoint(runs / "head/best.pth").epoch >= 0  # an epoch won: it did learn
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("0."))
     assert not torch.equal(before["1.0.weight"], after["1.0.weight"])
 
 
-def test_the_score_is_that_of_the_contest_on_the_validation_rows(door, drawn, tmp_path):
+def test_score_is_the_competition_score_of_the_validation_rows(run_script, drawn, tmp_path):
     "What the table says, against the predictions of predict.py's own path on the same images."
     from landmarks_fastai.inference.predictor import FittedImages, predict_batches
 
-    assert door(f"train.py {QUICK} --fit squish -n s -d", drawn)[0] == 0
+    assert run_script(f"train.py {QUICK} --fit squish -n s -d", drawn)[0] == 0
     best = read_checkpoint(tmp_path / "here" / "runs" / "s/best.pth")
     items = labelled_images(drawn)
     items = items[split_rows(len(items), best.settings)[1]]
@@ -147,8 +147,8 @@ def test_the_checkpoint_is_tensors_and_their_meaning(quick_run):
     assert sorted(p.name for p in quick_run.iterdir()) == files
 
 
-def test_a_rate_that_ruins_everything_says_so_and_saves_nothing(door, drawn, tmp_path):
-    code, out, err = door(f"train.py {QUICK} -e 2 -b 4 --opt sgd -lr 999 -n boom -d", drawn)
+def test_a_rate_that_ruins_everything_says_so_and_saves_nothing(run_script, drawn, tmp_path):
+    code, out, err = run_script(f"train.py {QUICK} -e 2 -b 4 --opt sgd -lr 999 -n boom -d", drawn)
     assert code == 1 and "try a lower -lr" in err and "epoch" in err and err.count("\n") == 1
     assert not (tmp_path / "here" / "runs" / "boom/best.pth").exists()
 
@@ -172,12 +172,12 @@ def test_a_stage_without_the_command_line(learn, tmp_path):
     assert learn.validate()[1] == pytest.approx(best.score, rel=1e-5)
 
 
-def test_what_learn_save_writes_predicts_and_trains_on(door, learn, drawn, tmp_path):
+def test_what_learn_save_writes_predicts_and_trains_on(run_script, learn, drawn, tmp_path):
     learn.save(tmp_path / "here" / "saved")
     learn.save(tmp_path / "here" / "weights", with_opt=False)
     for name in ("saved", "weights"):
-        assert door(f"predict.py --workers 0 -pm {name} -d", drawn)[::2] == (0, "")
-    code, out, err = door("finetune.py -e 1 --workers 0 -pm saved")
+        assert run_script(f"predict.py --workers 0 -pm {name} -d", drawn)[::2] == (0, "")
+    code, out, err = run_script("finetune.py -e 1 --workers 0 -pm saved")
     assert (code, err) == (0, "") and "reported" not in out
 
 
@@ -185,14 +185,14 @@ def test_few_steps_at_a_rate_far_below_the_default_are_noted(learn, capsys):
     "One epoch of four batches; with the competition's 393,930 images the published entry's 3e-4 has 98,000 steps."
     noted = lambda: "note:" in capsys.readouterr().out  # noqa: E731
     learn.settings = learn.settings.replace(lr=3e-4)
-    note_low_rate(learn, 2e-3)
+    note_low_lr(learn, 2e-3)
     out = capsys.readouterr().out
     assert "4 steps are few for -lr 0.0003" in out and "the default is -lr 0.002" in out
-    note_low_rate(learn, 3e-4)  # the default itself, of --recipe seed
+    note_low_lr(learn, 3e-4)  # the default itself, of --recipe baseline
     assert not noted()
     learn.settings = learn.settings.replace(lr=1e-3)
-    note_low_rate(learn, 2e-3)
+    note_low_lr(learn, 2e-3)
     assert not noted()
     learn.settings = learn.settings.replace(lr=3e-4, epochs=25_000)
-    note_low_rate(learn, 2e-3)
+    note_low_lr(learn, 2e-3)
     assert not noted()

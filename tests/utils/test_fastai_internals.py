@@ -112,7 +112,7 @@ def test_the_private_names_are_those_that_were_read():
 def test_the_smoothed_loss_stays_on_the_cpu_where_the_network_is_on_a_device(drawn, tmp_path):
     "fastai keeps it there, and `torch.lerp` refuses mixed devices. The meta device stands in for a GPU."
     from landmarks_fastai import landmark_dataloaders, landmark_learner
-    from landmarks_fastai.training.state import gather, put_back
+    from landmarks_fastai.training.state import capture_state, restore_state
     from landmarks_fastai.utils.hardware import Machine
 
     dls = landmark_dataloaders(drawn, size=32, batch_size=8, machine=Machine(workers=0))
@@ -120,8 +120,8 @@ def test_the_smoothed_loss_stays_on_the_cpu_where_the_network_is_on_a_device(dra
     learn.remove_cb(learn.progress)
     learn.logger = lambda values: None
     learn.fit(1)
-    state = gather(learn)
+    state = capture_state(learn)
     learn.model.to("meta")
     learn.create_opt()
-    put_back(learn, state)
+    restore_state(learn, state)
     assert next(learn.model.parameters()).is_meta and learn.recorder.smooth_loss.val.device.type == "cpu"

@@ -9,19 +9,19 @@ import pytest
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils import files
-from landmarks_fastai.utils.files import NotWritten, take_lock, whole_file, whole_path
+from landmarks_fastai.utils.files import NotWritten, atomic_path, atomic_write, process_lock
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     (tmp_path / "old").write_text("old")
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "old") as f:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "old") as f:
         f.write("half")
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == ["old"] and (tmp_path / "old").read_text() == "old"
 
 
 def test_what_is_written_stands_there(tmp_path):
-    with whole_file(tmp_path / "имя.txt") as f:
+    with atomic_write(tmp_path / "имя.txt") as f:
         f.write("строка\n")
     assert (tmp_path / "имя.txt").read_bytes() == "строка\n".encode() and len(os.listdir(tmp_path)) == 1
 
@@ -30,21 +30,21 @@ def test_a_full_disk_is_an_error_for_the_user_and_one_of_the_system():
     if not os.path.exists("/dev/full"):
         pytest.skip("no device that is always full")
     with pytest.raises(NotWritten, match="x cannot be written .No space left on device.: make room") as caught:
-        with whole_path(files.Path("/dev/shm/x")), open("/dev/full", "w") as f:
+        with atomic_path(files.Path("/dev/shm/x")), open("/dev/full", "w") as f:
             f.write("1")
     assert isinstance(caught.value, UserError) and isinstance(caught.value, OSError)
 
 
 def test_other_errors_of_the_block_are_left_alone(tmp_path):
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "x"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "x"):
         open(tmp_path / "gone")
 
 
-def test_a_folder_in_a_file_s_place_is_said(tmp_path):
+def test_folder_in_place_of_a_file_is_reported(tmp_path):
     (tmp_path / "x").mkdir()
-    with pytest.raises(NotWritten, match="x cannot be written .Is a directory"), whole_file(tmp_path / "x") as f:
+    with pytest.raises(NotWritten, match="x cannot be written .Is a directory"), atomic_write(tmp_path / "x") as f:
         f.write("1")
-    with pytest.raises(UserError, match="x cannot be opened .Is a directory"), take_lock(tmp_path / "x"):
+    with pytest.raises(UserError, match="x cannot be opened .Is a directory"), process_lock(tmp_path / "x"):
         pass
 
 
@@ -55,7 +55,7 @@ def test_where_nothing_can_be_locked_a_run_goes_on_without(tmp_path, monkeypatch
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with take_lock(tmp_path / "l") as held:
+    with process_lock(tmp_path / "l") as held:
         assert held
 
 
@@ -78,11 +78,11 @@ def windows(monkeypatch):
 
 def test_a_rename_waits_for_whoever_holds_the_file_on_windows(tmp_path, windows):
     (tmp_path / "x").write_text("old")
-    with whole_file(tmp_path / "x") as f:
+    with atomic_write(tmp_path / "x") as f:
         f.write("new")
     assert (tmp_path / "x").read_text() == "new"
     windows[0] = 1000
-    with pytest.raises(NotWritten, match="another process"), whole_file(tmp_path / "x") as f:
+    with pytest.raises(NotWritten, match="another process"), atomic_write(tmp_path / "x") as f:
         f.write("newer")
     assert (tmp_path / "x").read_text() == "new" and os.listdir(tmp_path) == ["x"]
 
@@ -100,13 +100,13 @@ def test_the_lock_by_windows_own_means(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
     monkeypatch.setattr(files, "ON_WINDOWS", True)
-    with take_lock(tmp_path / "l") as first, take_lock(tmp_path / "l") as second:
+    with process_lock(tmp_path / "l") as first, process_lock(tmp_path / "l") as second:
         assert (first, second) == (True, False)
     assert not os.listdir(tmp_path)
 
 
 def test_a_lock_is_free_again(tmp_path):
     for _ in range(2):
-        with take_lock(tmp_path / "l") as held:
+        with process_lock(tmp_path / "l") as held:
             assert held and (tmp_path / "l").exists()
         assert not os.listdir(tmp_path)

@@ -15,7 +15,7 @@ from landmarks_fastai.training.callbacks.precision import Amp
 from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.utils import hardware
 from landmarks_fastai.utils.hardware import Machine, keep_freed_memory
-from landmarks_fastai.utils.parallel import side_by_side
+from landmarks_fastai.utils.parallel import threaded_map
 from tests.conftest import QUICK
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -24,7 +24,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 def learner(drawn, **changes):
     machine = Machine(workers=0, **changes)
     dls = landmark_dataloaders(drawn, size=32, batch_size=8, aug=0.0, machine=machine)
-    learn = landmark_learner(dls, "resnet18", "none", start="random", machine=machine, path=drawn)
+    learn = landmark_learner(dls, "resnet18", "none", init_head="random", machine=machine, path=drawn)
     learn.logger = lambda values: None
     return learn
 
@@ -109,27 +109,27 @@ def test_memory_order_is_that_of_the_machine(drawn):
         assert weight.is_contiguous(memory_format=torch.channels_last) == on
 
 
-def test_fp16_on_a_cpu_is_refused(door, drawn):
-    code, _, err = door(f"train.py {QUICK} --amp fp16 -n r -d", drawn)
+def test_fp16_on_a_cpu_is_refused(run_script, drawn):
+    code, _, err = run_script(f"train.py {QUICK} --amp fp16 -n r -d", drawn)
     assert code == 1 and err.count("\n") == 1 and "--amp fp16" in err and "--amp bf16" in err
 
 
-def test_a_machine_without_a_compiler_is_told_in_one_line(door, drawn, monkeypatch):
+def test_a_machine_without_a_compiler_is_told_in_one_line(run_script, drawn, monkeypatch):
     def no_compiler(*args, **kwargs):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nin many lines")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    code, _, err = door(f"train.py {QUICK} --compile -n r -d", drawn)
+    code, _, err = run_script(f"train.py {QUICK} --compile -n r -d", drawn)
     assert code == 1 and err.count("\n") == 1 and "--compile" in err and "No working C++ compiler" in err
 
 
-def test_the_doors_take_the_flags_and_the_points_stay(door, drawn, tmp_path):
+def test_machine_flags_keep_the_points(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
-    assert door(f"train.py {QUICK} --amp bf16 --no-tf32 --no-pin-memory -n m -d", drawn)[::2] == (0, "")
-    assert door("finetune.py -e 1 --workers 0 --amp bf16 -pm m -n n")[::2] == (0, "")
+    assert run_script(f"train.py {QUICK} --amp bf16 --no-tf32 --no-pin-memory -n m -d", drawn)[::2] == (0, "")
+    assert run_script("finetune.py -e 1 --workers 0 --amp bf16 -pm m -n n")[::2] == (0, "")
     found = {}
     for flags in ("", "--no-channels-last", "--amp bf16"):
-        assert door(f"predict.py --workers 0 {flags} -pm n")[::2] == (0, "")
+        assert run_script(f"predict.py --workers 0 {flags} -pm n")[::2] == (0, "")
         found[flags] = np.load(runs / "n/points.npy")
     assert found["--no-channels-last"] == pytest.approx(found[""], abs=0.01)
     assert not np.array_equal(found["--amp bf16"], found[""]) and found["--amp bf16"] == pytest.approx(found[""], abs=5)
@@ -137,17 +137,17 @@ def test_the_doors_take_the_flags_and_the_points_stay(door, drawn, tmp_path):
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
-def test_compiled_networks_train_and_predict_the_same(door, drawn, tmp_path):
+def test_compiled_networks_train_and_predict_the_same(run_script, drawn, tmp_path):
     "Weights keep their names, so a compiled stage's checkpoint is anybody's; points equal to 0.01 px."
     runs = tmp_path / "here" / "runs"
     small = "--arch timm:test_resnet --weights none --size 32 -b 16 -e 1 --workers 0 --ema 0"
-    code, _, err = door(f"train.py {small} --compile -n c -d", drawn)
+    code, _, err = run_script(f"train.py {small} --compile -n c -d", drawn)
     assert code == 0, err
     names = set(torch.load(runs / "c/best.pth", weights_only=True))
     assert not any("_orig_mod" in name for name in names)
     found = []
     for flags in ("", "--compile"):
-        code, _, err = door(f"predict.py --workers 0 {flags} -pm c")
+        code, _, err = run_script(f"predict.py --workers 0 {flags} -pm c")
         assert code == 0, err
         found.append(np.load(runs / "c/points.npy"))
     assert found[1] == pytest.approx(found[0], abs=0.01)
@@ -170,7 +170,7 @@ def test_side_by_side_keeps_the_order_and_no_more_than_a_few_wait():
         return k, threading.get_ident()
 
     found, ahead = [], 0
-    for k, thread in side_by_side(work, range(40)):
+    for k, thread in threaded_map(work, range(40)):
         found.append(k)
         ahead = max(ahead, len(begun) - len(found))
         assert thread != threading.get_ident()
@@ -184,11 +184,11 @@ def test_side_by_side_passes_errors_on_and_can_be_left():
             raise UserError("line 7: gone")
         return k
 
-    found, before = side_by_side(work, range(10**9)), threading.active_count()
+    found, before = threaded_map(work, range(10**9)), threading.active_count()
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="line 7"):
         next(found)
-    left = side_by_side(lambda k: k, range(10**9))
+    left = threaded_map(lambda k: k, range(10**9))
     assert next(left) == 0
     left.close()
     assert threading.active_count() == before

@@ -41,16 +41,16 @@ def small_memory(monkeypatch):
         monkeypatch.setattr(room, "build_model", built)
 
 
-def test_too_little_memory_says_what_batch_fits(door, drawn, tmp_path, small_memory):
-    result = door(f"train.py {SHORT} -b 16 --accumulate 2 -n r -d", drawn)
+def test_too_little_memory_says_what_batch_fits(run_script, drawn, tmp_path, small_memory):
+    result = run_script(f"train.py {SHORT} -b 16 --accumulate 2 -n r -d", drawn)
     check_refused(
         result, "-b 16: not enough memory", "-b 4 fits (tried here); with --accumulate 8 it makes the same steps"
     )
     assert not list((tmp_path / "here" / "runs").iterdir())
-    assert door(f"train.py {SHORT} -b 4 --accumulate 8 -n r -d", drawn)[0] == 0
-    check_refused(door("predict.py --workers 0 -b 6 -pm r"), "-b 6: not enough memory", "-b 3 fits")
+    assert run_script(f"train.py {SHORT} -b 4 --accumulate 8 -n r -d", drawn)[0] == 0
+    check_refused(run_script("predict.py --workers 0 -b 6 -pm r"), "-b 6: not enough memory", "-b 3 fits")
     check_refused(
-        door("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), "-b 8: not enough memory", "-b 4 fits"
+        run_script("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), "-b 8: not enough memory", "-b 4 fits"
     )
     assert not list((tmp_path / "here" / "runs").glob("s"))
 
@@ -92,7 +92,7 @@ def test_the_shared_memory_of_a_container_is_too_small_for_a_worker(drawn, tmp_p
     assert all("error: 1 workers may need" in line and "use --workers 0, or a larger /dev/shm" in line for line in err)
 
 
-def test_a_worker_that_a_bus_error_killed_is_told_in_one_line(door, drawn, finished_run, monkeypatch):
+def test_a_worker_that_a_bus_error_killed_is_told_in_one_line(run_script, drawn, finished_run, monkeypatch):
     "As torch raises it: the signal's own text is the cause of `exited unexpectedly`."
     from landmarks_fastai.inference import predictor
 
@@ -107,9 +107,9 @@ def test_a_worker_that_a_bus_error_killed_is_told_in_one_line(door, drawn, finis
 
     finished_run("r")
     monkeypatch.setattr(predictor, "batches_of_points", killed)
-    check_refused(door("predict.py --workers 0 -pm r"), "a bus error", "--workers 0", "/dev/shm")
+    check_refused(run_script("predict.py --workers 0 -pm r"), "a bus error", "--workers 0", "/dev/shm")
     with every_learner_has(Killed):
-        check_refused(door(f"train.py {QUICK} -n s -d", drawn), "a bus error", "--workers 0", "/dev/shm")
+        check_refused(run_script(f"train.py {QUICK} -n s -d", drawn), "a bus error", "--workers 0", "/dev/shm")
 
 
 FILLS = "mobilenetv3_small_050"  # one state of it and not two
@@ -128,7 +128,7 @@ mkdir out && cp -r runs/* out/
 
 
 @pytest.mark.slow
-def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, door):
+def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, run_script):
     "A file system that holds one state and not two: the first stays whole, and the run goes on from it."
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
@@ -142,15 +142,15 @@ def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, door):
     assert "then go on with: python train.py --resume -n parts" in err
     left = (tmp_path / "left.txt").read_text()
     assert "state.safetensors\n" in left and ".tmp" not in left
-    assert codes[1] == "0" and "going on at epoch 0, batch 1" in (tmp_path / "resumed.txt").read_text()
+    assert codes[1] == "0" and "resuming at epoch 0, batch 1" in (tmp_path / "resumed.txt").read_text()
     runs = tmp_path / "here" / "runs"
-    assert door(f"train.py {SHORT} --arch {FILLS} -n whole -d", drawn)[0] == 0
+    assert run_script(f"train.py {SHORT} --arch {FILLS} -n whole -d", drawn)[0] == 0
     shutil.copytree(tmp_path / "out" / "parts", runs / "parts")
     check_equal(runs, "whole", "parts")
 
 
 @pytest.mark.parametrize("bytes_left", [1 << 10, 1 << 14, 1 << 17, 1 << 20])
-def test_no_file_can_grow_is_said_in_one_line(door, drawn, finished_run, tmp_path, bytes_left):
+def test_no_file_can_grow_is_said_in_one_line(run_script, drawn, finished_run, tmp_path, bytes_left):
     "As a quota does; whichever file is the first that does not fit."
     import resource
 
@@ -158,7 +158,7 @@ def test_no_file_can_grow_is_said_in_one_line(door, drawn, finished_run, tmp_pat
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, limit[1]))
     try:
-        result = door(f"train.py {QUICK} -n r -d", drawn)
+        result = run_script(f"train.py {QUICK} -n r -d", drawn)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     check_refused(result, "cannot be written", "File too large")

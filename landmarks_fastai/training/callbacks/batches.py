@@ -15,7 +15,7 @@ class CarryMaps(Callback):
         self.learn.yb = tuple(points)
 
 
-class DrawByStep(Callback):
+class SeedEveryStep(Callback):
     """All that is random is a function of (seed, epoch, batch): a run that goes on needs no random states.
 
     The training loader is told its place; dropout, and whatever else a network draws, is seeded at each step.

@@ -8,7 +8,7 @@ from fastai.callback.core import Callback
 from fastai.learner import ValueMetric
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from landmarks_fastai.data.flip import two_looks
+from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.metrics import stage_metrics
 from landmarks_fastai.runs.checkpoint import write_checkpoint
 from landmarks_fastai.runs.run import Run
@@ -54,8 +54,8 @@ def _tensors(network):
     return chain(network.parameters(), network.buffers())
 
 
-class Looks(Callback):
-    "Score another network, or the Learner's own by two looks, on the validation batches that the Learner goes through."
+class EvaluateModel(Callback):
+    "Score another network, or the Learner's own with the flip test, on the validation batches that the Learner goes through."
 
     order = 46  # before the Recorder reads what was found
 
@@ -64,9 +64,9 @@ class Looks(Callback):
         name: str,  # of its column
         size: int,  # of the network's input
         network,  # called without arguments: the network to score
-        pairs=(),  # of the mirror map, for two looks
+        flip_indices=(),  # of the flip map, for the flip test
     ):
-        self.figures, self.network, self.pairs = stage_metrics(size), network, pairs
+        self.figures, self.network, self.flip_indices = stage_metrics(size), network, flip_indices
         self.column = ValueMetric(lambda: self.score, name)
 
     def before_validate(self):
@@ -76,7 +76,7 @@ class Looks(Callback):
 
     def after_batch(self):
         if not self.training:
-            unit = two_looks(self.network(), *self.xb, self.pairs)
+            unit = predict_with_flip(self.network(), *self.xb, self.flip_indices)
             for figure in self.figures:
                 figure.add(unit, self.yb[0], self.learn.maps)
 
@@ -95,24 +95,24 @@ class SaveBest(Callback):
     fastai's `SaveModelCallback` reads its file back as a pickle; here the stage itself loads the best, tensors only.
     """
 
-    order = 47  # behind the `Looks`, before the Recorder asks for the column
+    order = 47  # behind the `EvaluateModel`, before the Recorder asks for the column
 
     def __init__(
         self,
         run: Run,
         settings: Settings,
         best: float | None = None,  # score to beat: the loaded model's
-        looks: list | None = None,  # `Looks` that compete; none: the Learner's own score does
+        evaluations: list | None = None,  # `EvaluateModel` that compete; none: the Learner's own score does
     ):
-        self.save_to, self.settings, self.looks = run, settings, looks or []
+        self.save_to, self.settings, self.evaluations = run, settings, evaluations or []
         self.best, self.saved = math.inf if best is None else best, False
-        self.column = ValueMetric(lambda: self.found[0], "kept")  # the better of the epoch's scores
+        self.column = ValueMetric(lambda: self.found[0], "best")  # the better of the epoch's scores
 
     def after_validate(self):
-        found = [(look.score, look.nme, look.network()) for look in self.looks]
+        found = [(evaluation.score, evaluation.nme, evaluation.network()) for evaluation in self.evaluations]
         if not self.settings.tta:
-            own = {m.name: m.value for m in self.learn.metrics if m.name in ("score", "nme")}
-            found.insert(0, (own["score"], own["nme"], self.model))
+            own = {m.name: m.value for m in self.learn.metrics if m.name in ("score", "nme_box_diag")}
+            found.insert(0, (own["score"], own["nme_box_diag"], self.model))
         self.found = min(found, key=lambda f: math.inf if math.isnan(f[0]) else f[0])
 
     def after_epoch(self):

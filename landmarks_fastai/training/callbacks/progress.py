@@ -8,7 +8,7 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.learner import Recorder
 
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.files import whole_file
+from landmarks_fastai.utils.files import atomic_write
 
 
 class History(CSVLogger):
@@ -24,7 +24,7 @@ class History(CSVLogger):
         self.old_logger, self.learn.logger = self.logger, self._write_line
 
     def write(self):
-        with whole_file(self.of_run.file(self.fname)) as f:
+        with atomic_write(self.of_run.file(self.fname)) as f:
             f.write(self.text)
 
     def _write_line(self, log):

@@ -7,11 +7,11 @@ from fastai.callback.core import Callback
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.training.state import State, gather, put_back, write_state
-from landmarks_fastai.utils.signals import Stopped, signals_remembered
+from landmarks_fastai.training.state import State, capture_state, restore_state, write_state
+from landmarks_fastai.utils.signals import Stopped, signal_flag
 
 
-class Keep(Callback):
+class SaveResumeState(Callback):
     """Write the stage's state every few minutes, at each epoch's end and where a signal asks for it.
 
     At a signal the step under way is done first: what is written is a whole number of steps.
@@ -22,14 +22,14 @@ class Keep(Callback):
     def __init__(
         self,
         run: Run,
-        facts: dict,  # what the stage adds to the state, once for all
+        metadata: dict,  # what the stage adds to the state, once for all
         history,  # the callback whose `text` goes along
         every: float = 300.0,  # seconds from one writing to the next
         state: State | None = None,  # to go on from
         spent: float = 0.0,  # seconds that the stage's clock has run before this fit
     ):
-        self.to, self.own, self.history, self.every, self.state = run, facts, history, every, state
-        self.spent, self.asked = spent, None
+        self.to, self.own, self.history, self.every, self.state = run, metadata, history, every, state
+        self.spent, self.flag = spent, None
 
     def before_fit(self):
         self.began = self.written = time.monotonic()
@@ -37,14 +37,14 @@ class Keep(Callback):
 
     def before_epoch(self):
         if self.state:  # behind every `before_fit`
-            self.history.text = self.state.facts["history"]
+            self.history.text = self.state.metadata["history"]
             self.history.write()
 
     def before_train(self):
         self.batch = self.learn.first_batch
         if self.state:
             try:
-                put_back(self.learn, self.state)
+                restore_state(self.learn, self.state)
             except (RuntimeError, KeyError, ValueError, IndexError, AttributeError) as e:
                 path = self.to.file("state.safetensors")
                 raise UserError(
@@ -54,21 +54,21 @@ class Keep(Callback):
 
     def after_batch(self):
         self.batch += self.training
-        if self.asked and self.asked.number:
+        if self.flag and self.flag.number:
             self.stop()
         elif self.training and time.monotonic() - self.written >= self.every:
             self.write(self.epoch, self.batch)
 
     def after_epoch(self):
         self.write(self.epoch + 1, 0)
-        if self.asked and self.asked.number:
+        if self.flag and self.flag.number:
             self.stop()
 
     def write(self, epoch: int, batch: int):
         seconds = self.spent + time.monotonic() - self.began
-        now = gather(self.learn)
+        now = capture_state(self.learn)
         place = {"epoch": epoch, "batch": batch, "seconds": seconds, "history": self.history.text}
-        write_state(self.to, State(self.own | now.facts | place, now.tensors))
+        write_state(self.to, State(self.own | now.metadata | place, now.tensors))
         self.written, self.at = time.monotonic(), (epoch, batch)
 
     def stop(self):
@@ -76,18 +76,18 @@ class Keep(Callback):
         here = (self.epoch, self.batch)
         if self.at not in (here, (self.epoch + 1, 0)):
             self.write(*here)
-        raise Stopped(code=self.asked.code)
+        raise Stopped(code=self.flag.code)
 
     @contextmanager
-    def heeding_signals(self):
+    def stopping_on_signals(self):
         "For a fit: Ctrl-C and SIGTERM end it between two steps."
-        with signals_remembered() as self.asked:
+        with signal_flag() as self.flag:
             try:
                 yield
             except RuntimeError as e:
                 # macOS: the signal ended a worker; what was written last stands
-                if self.asked.number and "DataLoader worker (pid" in str(e):
-                    raise Stopped(code=self.asked.code) from None
+                if self.flag.number and "DataLoader worker (pid" in str(e):
+                    raise Stopped(code=self.flag.code) from None
                 raise
-            if self.asked.number:
-                raise Stopped(code=self.asked.code)
+            if self.flag.number:
+                raise Stopped(code=self.flag.code)

@@ -8,7 +8,7 @@ from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback, T
 
 
 class PlateauLR(ReduceLROnPlateau):
-    """fastai's `ReduceLROnPlateau` with the effect of PyTorch's at the seed's `patience=1, factor=0.31622`.
+    """fastai's `ReduceLROnPlateau` with the effect of PyTorch's at the published entry's `patience=1, factor=0.31622`.
 
     fastai's divides by `factor`, reduces one bad epoch earlier, takes any decrease for better, and edits
     `opt.hypers`, which an `OptimWrapper` makes anew at every look: there it silently changes nothing.
@@ -18,7 +18,7 @@ class PlateauLR(ReduceLROnPlateau):
         self,
         monitor="score",
         patience=1,  # bad epochs that are let pass
-        factor=0.31622,  # that the rate is multiplied with: the seed's, the root of 0.1
+        factor=0.31622,  # the learning rate is multiplied by it: the published entry's, the root of 0.1
         threshold=1e-4,  # an epoch is better when it is below best * (1 - threshold)
         eps=1e-8,  # a smaller change of the rate is not made
     ):
