@@ -42,6 +42,10 @@ class Settings:
     )
     size: int = _setting(128, "side of the network's square input, in pixels", low=8, high=4096)
     fit: str = _setting("crop", "how an image is fitted to the square input", choices=FITS)
+    align: float = _setting(
+        1.3, "second pass over aligned crops, this many times the size of the shape", low=0.0, high=10.0
+    )
+    shape: tuple = _setting((), "mean shape that crops are aligned to: x0, y0, x1, y1, …; empty: none")
     n_points: int = _setting(0, "landmarks of an image; taken from the data", low=0, high=100_000)
     flip_indices: tuple = _setting((), "index of the mirrored k-th point, for each k; empty: no flip map")
     mean: tuple = _setting((0.485, 0.456, 0.406), "per-channel mean of the body's input, in 0..1")
@@ -84,6 +88,8 @@ class Settings:
             value = getattr(self, f.name)
             if f.name in ("mean", "std"):
                 _check_stats(f.name, value)
+            elif f.name == "shape":
+                _check_shape(value, self.n_points)
             elif f.name == "flip_indices":
                 check_flip_indices(value, self.n_points)
             else:
@@ -106,7 +112,7 @@ class Settings:
         "Raises `UserError` where a setting is missing, unknown or of the wrong kind: the file is not trusted."
         names = {f.name for f in dataclasses.fields(cls)}
         if isinstance(record, dict):
-            record = {RENAMED.get(k, k): v for k, v in ({k: getattr(cls, k) for k in NEWER} | record).items()}
+            record = {RENAMED.get(k, k): v for k, v in (NEWER | record).items()}
             if record.pop("borders", "keep") != "keep":  # its points are those of trimmed images
                 raise UserError(
                     "trained with --borders trim, and border trimming was removed (it cut faces out of dark pictures): "
@@ -119,17 +125,19 @@ class Settings:
 
 
 # What checkpoints lack that were written before there was a choice.
-NEWER = ("on_bad",)
+NEWER = {"on_bad": "stop", "align": 0.0, "shape": ()}
 # Settings by the names that earlier versions gave them.
 RENAMED = {"start": "init_head", "head_rate": "head_lr_mult", "pairs": "flip_indices"}
 
 # What the DataLoaders decide; a Learner takes it from them.
-DATA = ("size", "fit", "n_points", "flip_indices", "data", "on_bad", "valid_pct", "valid_random", "all_rows", "aug", "mirror",
-        "batch_size", "split_seed")  # fmt: skip
+DATA = ("size", "fit", "align", "shape", "n_points", "flip_indices", "data", "on_bad", "valid_pct", "valid_random",
+        "all_rows", "aug", "mirror", "batch_size", "split_seed")  # fmt: skip
 # What a checkpoint decides: its weights have no other meaning.
 NETWORK = ("arch", "head", "targets")
 # What it decides for a prediction, and a later stage may change: it is scored at both.
 INPUT = ("size", "fit")
+# The second pass, which a later stage may begin or end.
+ALIGN = ("align", "shape")
 # And what a later stage cannot change either: rows that the network was trained on would be validated on.
 SPLIT = ("valid_pct", "valid_random")
 
@@ -138,7 +146,7 @@ SPLIT = ("valid_pct", "valid_random")
 RECIPES = {
     "best": {},
     "baseline": {
-        "init_head": "random", "targets": "pixels", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False,
+        "init_head": "random", "targets": "pixels", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False, "align": 0.0,
         "lr": 3e-4, "head_lr_mult": 1.0,
     },
 }  # fmt: skip
@@ -170,6 +178,12 @@ def _check_stats(name, value):
         raise UserError(f"{name} is {value!r}: three numbers expected")
     if name == "std" and min(value) <= 0:
         raise UserError(f"std is {value!r}: numbers above 0 expected")
+
+
+def _check_shape(shape, n_points: int):
+    right = isinstance(shape, tuple) and len(shape) in (0, 2 * n_points)
+    if not right or not all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in shape):
+        raise UserError(f"shape is not a list of {n_points} points")
 
 
 def check_flip_indices(flip_indices, n_points: int):

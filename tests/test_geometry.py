@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import affine_grid, grid_sample
 
-from landmarks_fastai.geometry import PixelMap, fit_image, input_to_unit, pixel_map, unit_to_input
+from landmarks_fastai.geometry import PixelMap, cut_image, fit_image, input_to_unit, pixel_map, unit_to_input
 from landmarks_fastai.settings import FITS
 
 SIZES = [(200, 160), (160, 200), (97, 131), (300, 64), (128, 128), (45, 33)]
@@ -45,6 +45,50 @@ def test_there_and_back(fit, width, height):
     to_input = pixel_map(width, height, fit, 128)
     assert to_input.to_image(to_input.to_input(points)) == pytest.approx(points, abs=1e-6)
     assert unit_to_input(input_to_unit(points, 128), 128) == pytest.approx(points, abs=1e-6)
+
+
+def turned(scale, degrees, point, size):
+    "The map that turns and scales about `point`, which comes to lie a little off the middle of the input."
+    t = scale * np.exp(1j * np.deg2rad(degrees))
+    shift = complex(size / 2 + 3.3, size / 2 - 5.8) - t * complex(*point)
+    return PixelMap(t.real, -t.imag, shift.real, t.imag, t.real, shift.imag)
+
+
+@pytest.mark.parametrize("scale", [0.13, 0.4, 0.8, 1.0, 1.7, 4.0])
+@pytest.mark.parametrize("degrees", [0, 10, -75, 180])
+def test_dot_lies_where_a_turned_map_puts_its_point(scale, degrees):
+    point, size = np.array([301.3, 222.6]), 96
+    picture = Image.fromarray(dot(640, 480, *point, max(2.0, 2 / scale)), mode="F")
+    to_input = turned(scale, degrees, point, size)
+    cut = np.asarray(cut_image(picture, to_input, size))
+    assert cut.shape == (size, size)
+    assert centroid(cut) == pytest.approx(to_input.to_input(point), abs=0.05)
+    assert to_input.to_image(to_input.to_input(point)) == pytest.approx(point, abs=1e-9)
+    assert to_input.scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("reduced", [1, 2, 4])
+def test_cut_of_an_image_that_was_decoded_smaller_has_the_same_map(reduced):
+    point, size = np.array([301.3, 222.6]), 96
+    small = (point + 0.5) / reduced - 0.5
+    picture = Image.fromarray(dot(640 // reduced, 480 // reduced, *small, 10 / reduced), mode="F")
+    to_input = turned(0.2, 25, point, size)
+    cut = np.asarray(cut_image(picture, to_input, size, reduced))
+    assert centroid(cut) == pytest.approx(to_input.to_input(point), abs=0.05)
+
+
+def test_cut_does_not_alias_where_it_reduces():
+    "A checkerboard of single pixels becomes even grey; without a filter it would be black or white."
+    board = (np.indices((400, 400)).sum(0) % 2 * 255).astype(np.uint8)
+    cut = np.asarray(cut_image(Image.fromarray(board), turned(0.25, 20, np.array([200.0, 200.0]), 48), 48))
+    assert cut[10:-10, 10:-10].std() < 3 and abs(cut[10:-10, 10:-10].mean() - 127.5) < 3
+
+
+def test_cut_is_black_outside_of_the_image():
+    cut = np.asarray(cut_image(Image.new("RGB", (50, 50), "white"), PixelMap(1.0, 0.0, 30.0, 0.0, 1.0, 0.0), 64))
+    assert cut[:, :28].max() == 0 and cut[5:45, 34:].min() == 255
+    away = cut_image(Image.new("RGB", (50, 50), "white"), PixelMap(0.5, 0.0, 900.0, 0.0, 0.5, 0.0), 64)
+    assert np.asarray(away).max() == 0
 
 
 def test_each_fit_keeps_what_it_says():
@@ -89,6 +133,6 @@ def test_batch_of_maps_applies_each_map_to_its_image():
 @pytest.mark.parametrize("reduced", [1, 2, 4, 8])
 def test_a_map_from_a_smaller_image_leads_from_the_stored_one(reduced):
     "A block of stored pixels is one pixel of the smaller image: its middle goes where that pixel's centre goes."
-    smaller = PixelMap(0.5, 0.7, 3.0, -2.0)
+    smaller = PixelMap(0.5, 0.0, 3.0, 0.0, 0.7, -2.0)
     block = np.array([[5 * reduced + (reduced - 1) / 2, 9 * reduced + (reduced - 1) / 2]])
-    assert smaller.from_stored(reduced).to_input(block) == pytest.approx(smaller.to_input(np.array([[5.0, 9.0]])))
+    assert smaller.after_resize(1 / reduced).to_input(block) == pytest.approx(smaller.to_input(np.array([[5.0, 9.0]])))

@@ -308,7 +308,7 @@ NUMPY_OR_TORCH = st.sampled_from([np.asarray, torch.from_numpy])
 @given(SIDE, SIDE, st.sampled_from(FITS), st.integers(1, 1024), REDUCED, NUMPY_OR_TORCH, st.randoms())
 def test_every_map_leads_there_and_back(width, height, fit, size, reduced, kind, random):
     stored = np.array([[random.uniform(-0.5, side * reduced - 0.5) for side in (width, height)] for _ in range(9)])
-    there = pixel_map(width, height, fit, size).from_stored(reduced)
+    there = pixel_map(width, height, fit, size).after_resize(1 / reduced)
     points = kind(stored)
     seen = there.to_input(points)
     assert type(seen) is type(points) and seen.shape == points.shape
@@ -326,7 +326,7 @@ def test_every_map_leads_there_and_back(width, height, fit, size, reduced, kind,
 def test_what_each_fit_promises_holds_for_every_size(width, height, fit, size, reduced):
     "In edges: unit coordinates are -1 and 1 where the picture's edges, or those of its short or long side, come to lie."
     stored = np.array([[0.0, 0.0], [width * reduced, height * reduced]]) - 0.5
-    unit = input_to_unit(pixel_map(width, height, fit, size).from_stored(reduced).to_input(stored), size)
+    unit = input_to_unit(pixel_map(width, height, fit, size).after_resize(1 / reduced).to_input(stored), size)
     long = 0 if width >= height else 1
     fills = {"squish": [0, 1], "pad": [long], "crop": [1 - long]}[fit]
     assert unit[:, fills] == pytest.approx(np.array([[-1.0], [1.0]]).repeat(len(fills), 1), abs=1e-6)
@@ -344,12 +344,10 @@ def test_every_fitted_pixel_shows_the_place_that_it_is_mapped_to(width, height, 
     v, u = np.mgrid[:size, :size]
     ramps = [Image.fromarray(ramp).reduce(reduced) for ramp in (x, y)]
     (seen_x, there), (seen_y, same_map) = (fit_image(ramp, fit, size, reduced) for ramp in ramps)
-    assert there == same_map == pixel_map(width, height, fit, size).from_stored(reduced)
+    assert there == same_map == pixel_map(width, height, fit, size).after_resize(1 / reduced)
     place = there.to_image(np.stack([u, v], -1).reshape(-1, 2).astype(float))
     seen = np.stack([np.asarray(seen_x), np.asarray(seen_y)], -1).reshape(-1, 2)
-    reach = reduced * 1.5 + np.array(
-        [max(1 / there.scale_x, reduced), max(1 / there.scale_y, reduced)]
-    )  # of the filter
+    reach = reduced * 1.5 + np.array([max(1 / there.a, reduced), max(1 / there.e, reduced)])  # of the filter
     sides = np.array([width, height]) * reduced
     inside = ((place >= reach) & (place <= sides - 1 - reach)).all(1)
     assert np.abs(seen - place)[inside].max(initial=0) < 0.1 * reduced

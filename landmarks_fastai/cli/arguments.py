@@ -51,8 +51,10 @@ def _add_setting(group, name, default=None):
     elif f.type in (bool, "bool"):
         group.add_argument(*flags, dest=name, action="store_true", default=None, help=about)
     else:
-        kind, choices = _rate if name == "lr" else type(f.default), f.metadata["choices"]
-        word = None if choices else METAVARS.get(name) or {int: "N", float: "X", _rate: "X|find"}[kind]
+        kind, choices = {"lr": _rate, "align": _margin}.get(name, type(f.default)), f.metadata["choices"]
+        word = (
+            None if choices else METAVARS.get(name) or {int: "N", float: "X", _rate: "X|find", _margin: "X|off"}[kind]
+        )
         group.add_argument(*flags, dest=name, type=kind, choices=choices, help=about, metavar=word)
         if name in ALIASES:
             group.add_argument(ALIASES[name], dest=name, type=kind, choices=choices, help=argparse.SUPPRESS)
@@ -97,6 +99,14 @@ def _rate(text: str):
     return text if text == "find" else float(text)
 
 
+def _margin(text: str) -> float:
+    "The margin of the aligned crops, or `off`."
+    margin = 0.0 if text == "off" else float(text)
+    if margin and not 1 <= margin <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is neither off nor a number from 1 to 10")
+    return margin
+
+
 def _minutes(text: str) -> float:
     if not 0 <= float(text) < 1e6:  # False for NaN too
         raise argparse.ArgumentTypeError(f"{text} is no number of minutes")
@@ -131,7 +141,7 @@ SWITCHES = [
 ]
 TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
             "step_size", "gamma", "seed"]  # fmt: skip
-IMAGES = ["aug", "mirror", "ema", "tta"]
+IMAGES = ["align", "aug", "mirror", "ema", "tta"]
 
 
 def train_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,8 @@
 "The DataBlock of landmarks, and the DataLoaders that it makes of a folder or a DataFrame."
 
 import os
+import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,17 +15,23 @@ from fastai.vision.core import PointScaler
 from fastai.vision.data import ImageBlock, PointBlock
 from fastcore.foundation import L
 
+from landmarks_fastai.data.align import MIN_POINTS, Alignment, NoShape, procrustes_mean, shape_setting
 from landmarks_fastai.data.augment import Augment
 from landmarks_fastai.data.flip import ROWS, NoFlipMap, learn_flip_map
 from landmarks_fastai.data.image_cache import Inputs, open_cache
+from landmarks_fastai.data.images import image_size
 from landmarks_fastai.data.items import LabelledImages, labelled_images
 from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.data.split import RowSplitter
 from landmarks_fastai.data.transforms import OpenInput, PointsToUnit, StoredPoints
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import pixel_map
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import bar
+
+GAIN_ROWS = 200  # images that the second pass is judged on
+MIN_GAIN = 1.2  # the least that it must enlarge the objects
 
 
 def landmark_block(
@@ -41,14 +49,14 @@ def landmark_block(
     that does not exist or is out of range.
     """
     settings = (settings or Settings()).replace(**changes)
-    augment = []
+    augment, alignment = [], alignment_of(settings)
     if settings.aug or settings.flip_indices:
         augment = [Augment(settings.aug, settings.flip_indices or None, settings.seed)]
     block = DataBlock(
         blocks=(ImageBlock, PointBlock),
         dl_type=LandmarkDL,
         get_items=partial(labelled_images, on_bad=settings.on_bad),
-        get_x=OpenInput(Inputs(**settings.of(INPUT))),
+        get_x=OpenInput(Inputs(**settings.of(INPUT)), alignment),
         get_y=StoredPoints(),
         splitter=RowSplitter(settings),
     )
@@ -91,12 +99,16 @@ def landmark_dataloaders(
         settings = settings.replace(data=os.path.abspath(source or "."))
     images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, progress)
     settings, flip = with_flip_map(settings.replace(n_points=images.labels.n_points), images)
+    settings, gain = with_alignment(settings, images)
     block = landmark_block(settings, item_tfms=item_tfms, batch_tfms=batch_tfms, machine=machine)
     if machine.cache:
-        cache = open_cache(images.folder, len(images.labels), **settings.of(INPUT), key={"labels": images.labels.key})
-        block.getters[0].inputs.cache = cache
+        rows, key, inputs = len(images.labels), {"labels": images.labels.key}, block.getters[0].inputs
+        inputs.cache = open_cache(images.folder, rows, settings.fit, settings.size, key)
+        if settings.align:
+            key |= {"shape": zlib.crc32(repr(settings.shape).encode())}
+            inputs.crops = open_cache(images.folder, rows, f"align{settings.align:g}", settings.size, key)
     dls = block.dataloaders(images)
-    dls.flip = flip
+    dls.flip, dls.align_gain = flip, gain
     return dls
 
 
@@ -114,3 +126,37 @@ def with_flip_map(settings: Settings, images: LabelledImages) -> "tuple[Settings
     except NoFlipMap as e:
         return settings.replace(tta=False), e
     return settings.replace(flip_indices=tuple(found.flip_indices.tolist())), found
+
+
+def alignment_of(settings: Settings) -> Alignment | None:
+    "The alignment that the settings describe; None where there is no second pass."
+    if not settings.align or not settings.shape:
+        return None
+    return Alignment(np.array(settings.shape).reshape(-1, 2), settings.align, settings.size)
+
+
+def with_alignment(settings: Settings, images: LabelledImages) -> tuple[Settings, float | None]:
+    """The settings with the mean shape where there is a second pass, and how much larger it shows the objects.
+
+    Where the objects fill the images a second pass would show nothing new: `align` becomes 0.
+    """
+    if not settings.align or settings.shape:
+        return settings if settings.align else settings.replace(shape=()), None
+    off = settings.replace(align=0.0, shape=())
+    if settings.n_points < MIN_POINTS:
+        return off, None
+    train, _ = RowSplitter(settings)(images)
+    try:
+        mean = procrustes_mean(np.stack([item.points for item in images[train].sample(ROWS)]))
+    except NoShape:
+        return off, None
+    settings = settings.replace(shape=shape_setting(mean))
+    gains, alignment = [], alignment_of(settings)
+    for item in images[train].sample(GAIN_ROWS):
+        crop = alignment.maps(item.points[None])[0]
+        with suppress(UserError):
+            whole = pixel_map(*image_size(item.path), settings.fit, settings.size)
+            if crop:
+                gains.append(crop.scale / whole.scale)
+    gain = float(np.median(gains)) if gains else 0.0
+    return (settings if gain >= MIN_GAIN else off), gain

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from landmarks_fastai.data.align import NoShape, procrustes_mean, rotation_onto
 from landmarks_fastai.utils.files import atomic_write
 
 ROWS = 2000  # shapes that the mean is taken of
@@ -46,7 +47,10 @@ def learn_flip_map(
         raise NoFlipMap(f"{shapes.shape[1]} points are too few to tell, {MIN_POINTS} are needed")
     if shapes.shape[1] > MAX_POINTS:
         raise NoFlipMap(f"{shapes.shape[1]} points are too many to match ({MAX_POINTS} at the most)")
-    mean = _mean_shape(shapes[..., 0] + 1j * shapes[..., 1])
+    try:
+        mean = procrustes_mean(shapes) @ [1, 1j]
+    except NoShape as e:
+        raise NoFlipMap(str(e)) from None
     flip_indices, miss, spacing = _best_reflection(mean)
     order = np.arange(len(flip_indices))
     if not np.array_equal(flip_indices[flip_indices], order):
@@ -58,32 +62,6 @@ def learn_flip_map(
             f"mirrored points miss their partners by {miss:.3f} of the shape's radius; neighbours are {spacing:.3f} apart"
         )
     return FlipMap(flip_indices, _xy(mean), miss)
-
-
-def _mean_shape(shapes):
-    "Mean (n,) of complex shapes (rows, n): centred, of radius 1, turned alike, and as upright as they are on average."
-    shapes = shapes - shapes.mean(1, keepdims=True)
-    radius = np.sqrt((abs(shapes) ** 2).mean(1, keepdims=True))
-    shapes = shapes[radius[:, 0] > 0] / radius[radius[:, 0] > 0][:, :1]
-    if not len(shapes):
-        raise NoFlipMap("in every row all points are equal")
-    mean = shapes.mean(0)
-    if abs(mean).max() < 1e-9:
-        mean = shapes[0]
-    for _ in range(10):
-        turn = _turn(shapes, mean)
-        aligned = shapes * turn[:, None]
-        far = abs(aligned - mean).mean(1)
-        mean = aligned[far <= 3 * np.median(far)].mean(0)  # a row with shifted labels has no vote
-        mean = mean / np.sqrt((abs(mean) ** 2).mean())
-    upright = turn.conj().mean()
-    return mean * (upright / abs(upright) if abs(upright) > 1e-6 else 1)
-
-
-def _turn(shapes, onto):
-    "The rotations, complex numbers of length 1, that lay each shape onto another."
-    inner = (onto * shapes.conj()).sum(-1)
-    return inner / np.maximum(abs(inner), 1e-12)
 
 
 def _best_reflection(mean):
@@ -116,12 +94,12 @@ def _match(mean, degrees, tree):
     turn, flip_indices = np.exp(2j * np.deg2rad(degrees)), None
     for _ in range(20):
         near = tree.query(_xy(-mean.conj() * turn))[1]
-        turn = _turn(-mean.conj(), mean[near])
+        turn = rotation_onto(-mean.conj(), mean[near])
     for _ in range(5):
         before = flip_indices
         # rows: the points; columns: the reflected ones
         flip_indices = linear_sum_assignment(abs(mean[:, None] + mean.conj() * turn) ** 2)[1]
-        turn = _turn(-mean[flip_indices].conj(), mean)
+        turn = rotation_onto(-mean[flip_indices].conj(), mean)
         if before is not None and np.array_equal(flip_indices, before):
             break
     return flip_indices, float(np.sqrt((abs(mean + mean[flip_indices].conj() * turn) ** 2).mean()))

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from landmarks_fastai.data.images import read_input
+from landmarks_fastai.data.images import read_crop, read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.utils.files import atomic_write, cache_places, read_at, write_at
 
-FORMAT = 3  # of the cache file
+FORMAT = 4  # of the cache file
 HEADER = 4096  # bytes of it
 PLACE = struct.Struct("<q")  # of a row's record in the file, 0: it has none
-FACTS = struct.Struct("<I4dqq")  # checksum; the map; the image file's size and time
+FACTS = struct.Struct("<I6dqq")  # checksum; the map; the image file's size and time
 
 
 class InputCache:
@@ -124,22 +124,34 @@ def open_cache(folder: Path, rows: int, fit: str, size: int, key: dict) -> Input
 
 
 class Inputs:
-    "Rows of image files as network inputs, from the cache where there is one."
+    "Rows of image files as network inputs, from the caches where there are some."
 
-    def __init__(self, fit: str, size: int, cache: InputCache | None = None):
-        self.fit, self.size, self.cache = fit, size, cache
+    def __init__(self, fit: str, size: int, cache: InputCache | None = None, crops: InputCache | None = None):
+        self.fit, self.size, self.cache, self.crops = fit, size, cache, crops
 
     def __call__(self, row: int, path, where: str = "") -> tuple[Image.Image, PixelMap]:
         "The row's input, (size, size) RGB, and its map from pixels of the image as stored."
-        kept = self.cache and self.cache.get(row, path)
-        if kept:
-            return kept
-        stamp = _stamp(path)  # before it is read: a file that changes meanwhile does not match its record
-        found = self.read(path, where)
-        if self.cache:
-            self.cache.put(row, stamp, *found)
-        return found
+        return _cached(self.cache, row, path, lambda: self.read(path, where))
 
     def read(self, path, where: str = "") -> tuple[Image.Image, PixelMap]:
-        "Any image file's input and map."
+        "The input and the map of any image file."
         return read_input(path, self.fit, self.size, where)
+
+    def crop(
+        self, row: int, path, to_input: PixelMap, where: str = "", cached: bool = True
+    ) -> tuple[Image.Image, PixelMap]:
+        "The input that a map describes; `cached` where the row always has that map."
+        return _cached(
+            self.crops if cached else None, row, path, lambda: (read_crop(path, to_input, self.size, where), to_input)
+        )
+
+
+def _cached(cache: InputCache | None, row: int, path, read):
+    kept = cache and cache.get(row, path)
+    if kept:
+        return kept
+    stamp = _stamp(path)  # before it is read: a file that changes meanwhile does not match its record
+    found = read()
+    if cache:
+        cache.put(row, stamp, *found)
+    return found

@@ -15,15 +15,32 @@ import pandas as pd
 from landmarks_fastai.data.checks import LEAVES, check_images, write_listing
 from landmarks_fastai.data.labels import Labels, data_folder, open_labels
 from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
+from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.utils.parallel import bar
+
+
+class CropIndex(int):
+    """An index of an item that is seen through an aligned crop, where a plain index gives the whole image.
+
+    `to_input` is the map of the crop; None takes the one of the item's own points.
+    """
+
+    to_input: PixelMap | None = None
+
+    @classmethod
+    def of(cls, index: int, to_input: PixelMap | None = None) -> "CropIndex":
+        found = cls(index)
+        found.to_input = to_input
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    "One row of a table of labels."
+    "One row of a table of labels, seen whole or through an aligned crop."
 
     images: "LabelledImages"
     row: int
+    crop: CropIndex | None = None
 
     @property
     def path(self) -> Path:
@@ -71,7 +88,7 @@ class LabelledImages:
 
     def __getitem__(self, i):
         if isinstance(i, (int, np.integer)):
-            return LabelledImage(self, int(self.rows[i]))
+            return LabelledImage(self, int(self.rows[i]), i if isinstance(i, CropIndex) else None)
         return LabelledImages(self.labels, self.folder, self.left_out, self.listing, self.rows[i])
 
     @property

@@ -11,11 +11,14 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.augment import Augment
+from landmarks_fastai.data.items import CropIndex
 from landmarks_fastai.data.transforms import PointsToUnit
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.fastai_internals import without_device, worker_count
 from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
+
+WHOLE_EVERY = 4
 
 
 class BatchMaker:
@@ -30,7 +33,7 @@ class BatchMaker:
         self.dl.loader = None
 
     def __getitem__(self, rows: list[int]):
-        """The batch of the rows, past all item transforms; None where every image is lost.
+        """The batch of the rows, past all item transforms (None where every image is lost), and the rows that are in it.
 
         fastai would fill the places of skipped items up from the next batch: which rows a batch has must be a function
         of (epoch, batch), so that a stopped run goes on as it would have. Of a training batch's last image there are
@@ -43,7 +46,8 @@ class BatchMaker:
                 tfm.lost.end_batch(len(rows))
         if len(items) == 1 < len(rows) and self.dl.drop_last:
             items = items * 2
-        return self.dl.do_batch(items) if items else None
+        seen = [int(row) for row, item in zip(rows, found, strict=True) if item is not None]
+        return (self.dl.do_batch(items) if items else None), seen
 
 
 def start_worker(number: int):
@@ -62,6 +66,8 @@ class LandmarkDL(TfmdDL):
 
     def __init__(self, dataset, settings: Settings | None = None, epoch: int = 0, **kwargs):
         self.settings, self.epoch, self.first, self.loader = settings or Settings(), epoch, 0, None
+        self.crops: dict | None = None  # row -> map of its aligned crop, for a second pass
+        self.seen: list[int] = []  # rows of the last pass whose image could be read
         super().__init__(dataset, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs) -> "LandmarkDL":
@@ -77,7 +83,16 @@ class LandmarkDL(TfmdDL):
                 tfm.begin(self.epoch, self.first)
 
     def get_idxs(self) -> list[int]:
-        return super().get_idxs()[self.first * self.bs :]
+        """The rows of a pass. In a training batch with aligned crops every fourth image is whole: the first pass is trained too.
+
+        Where `crops` is set, the rows are seen through these maps; None is the whole image.
+        """
+        rows = super().get_idxs()
+        if self.crops is not None:
+            return [CropIndex.of(i, self.crops[i]) if self.crops[i] else i for i in rows if i in self.crops]
+        if self.shuffle and self.settings.shape:
+            rows = [i if k % self.bs % WHOLE_EVERY == 0 else CropIndex.of(i) for k, i in enumerate(rows)]
+        return rows[self.first * self.bs :]
 
     def shuffle_fn(self, idxs) -> list[int]:
         return np.random.default_rng([self.settings.seed, self.epoch]).permutation(np.asarray(idxs)).tolist()
@@ -86,13 +101,13 @@ class LandmarkDL(TfmdDL):
         "As fastai's. That one starts its workers anew at every pass: 2 s where they fork on two cores, 10 s where they spawn."
         self.randomize()
         self.before_iter()
-        rows, nothing = list(self.chunkify(self.get_idxs())), True
-        for batch in self.made(rows):
+        rows, self.seen = list(self.chunkify(self.get_idxs())), []
+        for batch, seen in self.made(rows):
             if batch is None:
                 continue
-            nothing = False
+            self.seen += seen
             yield self.after_batch(to_device(tuple(batch), self.device))
-        if rows and nothing:
+        if rows and not self.seen:
             raise UserError(
                 f"{self.items.labels.csv}: no image of {len(self.items)} rows can be read: is the folder still there?"
             )

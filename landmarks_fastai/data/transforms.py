@@ -7,6 +7,7 @@ map: a `PixelMap`, by which metrics and predictions go back to the image as stor
 
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,27 @@ from fastai.vision.core import PILImage, TensorPoint
 from fasttransform import ItemTransform, Transform
 from PIL import Image
 
+from landmarks_fastai.data.align import Alignment
 from landmarks_fastai.data.checks import append_listing
 from landmarks_fastai.data.image_cache import Inputs
-from landmarks_fastai.data.images import to_rgb
+from landmarks_fastai.data.images import read_crop, to_rgb
 from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.errors import MissingImage, UserError
-from landmarks_fastai.geometry import PixelMap, fit_image, input_to_unit, unit_to_input
+from landmarks_fastai.geometry import PixelMap, cut_image, fit_image, input_to_unit, unit_to_input
 
 UNMOUNTED = 4  # lost images in a row, in batches that lose most of theirs
 
 
 class TensorMap(TensorBase):
     "A `PixelMap` as four numbers, so that it collates with the item it belongs to."
+
+
+@dataclass
+class CroppedImage:
+    "An image at prediction, seen through an aligned crop."
+
+    image: "str | Path | Image.Image | np.ndarray"
+    to_input: PixelMap
 
 
 class OpenInput(Transform):
@@ -39,28 +49,45 @@ class OpenInput(Transform):
     are, where nothing can be skipped. `PointsToUnit` skips or raises.
     """
 
-    input_types = (LabelledImage, str, Path, Image.Image, np.ndarray)
+    input_types = (LabelledImage, CroppedImage, str, Path, Image.Image, np.ndarray)
 
-    def __init__(self, inputs: Inputs):
+    def __init__(self, inputs: Inputs, alignment: Alignment | None = None):
         super().__init__()
-        self.inputs = inputs
+        self.inputs, self.alignment = inputs, alignment
 
     def encodes(self, item):
         error = None
         if isinstance(item, LabelledImage):
             try:
-                image, to_input = self.inputs(item.row, item.path, item.where)
+                image, to_input = self.labelled(item)
             except UserError as e:
-                image, to_input = Image.new("RGB", (self.inputs.size, self.inputs.size)), PixelMap(1.0, 1.0, 0.0, 0.0)
+                image = Image.new("RGB", (self.inputs.size, self.inputs.size))
+                to_input = PixelMap(1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
                 error = item, e
-        elif isinstance(item, (str, Path)):
-            image, to_input = self.inputs.read(item)
         else:
-            image = to_rgb(item if isinstance(item, Image.Image) else Image.fromarray(item))
-            image, to_input = fit_image(image, self.inputs.fit, self.inputs.size)
+            image, to_input = self.unlabelled(item)
         image = PILImage.create(image)
         image.to_input, image.error = to_input, error
         return image
+
+    def unlabelled(self, item) -> tuple[Image.Image, PixelMap]:
+        "The input and map of a path, a PIL image, an array, or a crop of one of these."
+        item, to_input = (item.image, item.to_input) if isinstance(item, CroppedImage) else (item, None)
+        if isinstance(item, (str, Path)):
+            return (read_crop(item, to_input, self.inputs.size), to_input) if to_input else self.inputs.read(item)
+        image = to_rgb(item if isinstance(item, Image.Image) else Image.fromarray(item))
+        if to_input:
+            return cut_image(image, to_input, self.inputs.size), to_input
+        return fit_image(image, self.inputs.fit, self.inputs.size)
+
+    def labelled(self, item: LabelledImage) -> tuple[Image.Image, PixelMap]:
+        "The item's input and map: whole, or the aligned crop where it is asked for and its points have a shape."
+        if item.crop is not None:
+            own = item.crop.to_input is None
+            to_input = self.alignment.maps(item.points[None])[0] if own else item.crop.to_input
+            if to_input:
+                return self.inputs.crop(item.row, item.path, to_input, item.where, cached=own)
+        return self.inputs(item.row, item.path, item.where)
 
 
 class StoredPoints(Transform):

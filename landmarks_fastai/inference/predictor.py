@@ -19,9 +19,12 @@ from landmarks_fastai.competition import (
     submission_header,
     submission_line,
 )
+from landmarks_fastai.data.align import Alignment
+from landmarks_fastai.data.block import alignment_of
 from landmarks_fastai.data.checks import check_images
 from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.image_cache import Inputs
+from landmarks_fastai.data.items import CropIndex
 from landmarks_fastai.data.labels import data_folder
 from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.metrics import points_in_image
@@ -33,6 +36,8 @@ from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.memory import batch_that_fits, check_shared_memory, check_worker_died, out_of_memory
 from landmarks_fastai.utils.parallel import threaded_map
 from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
+
+CHUNK = 64  # batches of a first pass before their second: the workers have no work between two passes
 
 
 class FittedImages(Dataset):
@@ -46,7 +51,12 @@ class FittedImages(Dataset):
         return len(self.names)
 
     def __getitem__(self, row):
-        fitted, to_input = self.inputs(row, self.folder / os.fsdecode(self.names[row]), self.where(row))
+        """The row's input and map; of a `CropIndex` those of its crop."""
+        path = self.folder / os.fsdecode(self.names[row])
+        if isinstance(row, CropIndex) and row.to_input:
+            fitted, to_input = self.inputs.crop(row, path, row.to_input, self.where(row), cached=False)
+        else:
+            fitted, to_input = self.inputs(row, path, self.where(row))
         return torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy()), torch.tensor(to_input)
 
 
@@ -83,10 +93,12 @@ def predict_batches(
         return points_in_image(unit, maps, settings.size).float().cpu().numpy()
 
     def one_step(n):
-        points_of((torch.zeros(n, 3, settings.size, settings.size, dtype=torch.uint8), torch.ones(n, 4)))
+        points_of(
+            (torch.zeros(n, 3, settings.size, settings.size, dtype=torch.uint8), torch.eye(2, 3).flatten().expand(n, 6))
+        )
 
     try:
-        yield from batches_of_points(points_of, images, machine, batch_size)
+        yield from batches_of_points(points_of, images, machine, batch_size, alignment_of(settings))
     except Exception as e:
         check_worker_died(e)
         if not out_of_memory(e):
@@ -96,22 +108,41 @@ def predict_batches(
         raise UserError(f"-b {batch_size}: not enough memory for such a batch: {way}") from None
 
 
-def batches_of_points(points_of, images, machine, batch_size):
-    "`points_of` each batch of the images, in order."
-    if machine.workers or machine.device != "cpu" or machine.compile:
-        loader = DataLoader(
-            images,
-            batch_size,
-            num_workers=machine.decoders,
-            pin_memory=machine.pins,
-            worker_init_fn=leave_signals_to_parent,
-        )
+def batches_of_points(points_of, images: Dataset, machine: Machine, batch_size: int, alignment: Alignment | None):
+    "`points_of` each batch of the images, in order; with an alignment those of the second pass."
+    rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
+
+    def crops_of(rows, points):
+        return [CropIndex.of(row, to_input) for row, to_input in zip(rows, alignment.maps(points), strict=True)]
+
+    def both_passes(rows):
+        points = points_of(default_collate([images[row] for row in rows]))
+        return points_of(default_collate([images[row] for row in crops_of(rows, points)])) if alignment else points
+
+    if not (machine.workers or machine.device != "cpu" or machine.compile):
+        yield from threaded_map(both_passes, rows)
+        return
+    order = []  # of the batches of a pass
+    loader = DataLoader(
+        images,
+        batch_sampler=order,
+        num_workers=machine.decoders,
+        pin_memory=machine.pins,
+        worker_init_fn=leave_signals_to_parent,
+        persistent_workers=machine.decoders > 0,
+    )
+
+    def one_pass(rows):
+        order[:] = rows
         with signals_blocked():  # the workers start here
-            batches = iter(loader)
-        yield from map(points_of, batches)
-    else:
-        rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
-        yield from threaded_map(lambda rows: points_of(default_collate([images[row] for row in rows])), rows)
+            return map(points_of, iter(loader))
+
+    if not alignment:
+        yield from one_pass(rows)
+        return
+    for k in range(0, len(rows), CHUNK):
+        first = rows[k : k + CHUNK]
+        yield from one_pass([crops_of(*each) for each in zip(first, one_pass(first), strict=True)])
 
 
 def fuse_norms(model, size: int):

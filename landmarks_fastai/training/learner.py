@@ -21,9 +21,11 @@ from fastcore.basics import listify
 from fastcore.foundation import L
 
 from landmarks_fastai import plots
+from landmarks_fastai.data.block import alignment_of
 from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.images import image_size
 from landmarks_fastai.data.items import LabelledImages
+from landmarks_fastai.data.transforms import CroppedImage
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import input_to_unit, pixel_map
 from landmarks_fastai.metrics import points_in_image, stage_metrics
@@ -152,16 +154,37 @@ class LandmarkLearner(ResumableLearner):
         return self.get_preds(ds_idx, dl, cbs=FlipTest(self.settings.flip_indices), **kwargs)
 
     def predict_points(self, images, flip_test: bool | None = None) -> np.ndarray:
-        """Points (images, n_points, 2), float32, in pixels of the images as stored.
+        """Points (images, n_points, 2), float32, in pixels of the images as stored; by two passes where `align` is on.
 
         `images` is a path, a PIL image, an array (h, w, 3) uint8, or a list of those; `flip_test` None: where there is a
         flip map. Raises `UserError` for a file that is no image.
         """
-        collect = CollectPoints(self.settings.size)
+        images = images if isinstance(images, list) else [images]
+        points = self._points(images, flip_test)
+        if alignment := alignment_of(self.settings):
+            crops = [CroppedImage(i, m) if m else i for i, m in zip(images, alignment.maps(points), strict=True)]
+            points = self._points(crops, flip_test)
+        return points
+
+    def _points(self, images: list, flip_test: bool | None) -> np.ndarray:
         flip = bool(self.settings.flip_indices) if flip_test is None else flip_test
-        dl = self.dls.test_dl(images if isinstance(images, list) else [images], num_workers=0)
-        self.get_preds(dl=dl, with_preds=False, cbs=[collect, *([FlipTest(self.settings.flip_indices)] if flip else [])])
+        collect = CollectPoints(self.settings.size)
+        dl = self.dls.test_dl(images, num_workers=0)
+        self.get_preds(
+            dl=dl, with_preds=False, cbs=[collect, *([FlipTest(self.settings.flip_indices)] if flip else [])]
+        )
         return np.concatenate(collect.points)
+
+    def show_results(self, ds_idx: int = 1, dl=None, max_n: int = 9, **kwargs):
+        "As fastai's; where `align` is on, the second pass is shown, on the aligned crops."
+        dl = self.dls[ds_idx].new(shuffle=False) if dl is None else dl
+        if alignment := alignment_of(self.settings):
+            rows = dl.get_idxs()[:max_n]
+            dl.crops = dict.fromkeys(rows)
+            collect = CollectPoints(self.settings.size)
+            self.get_preds(dl=dl, with_preds=False, cbs=collect)
+            dl.crops = dict(zip(dl.seen, alignment.maps(np.concatenate(collect.points)), strict=True))
+        super().show_results(dl=dl, max_n=max_n, **kwargs)
 
 
 @fastai_plot_top_losses.dispatch

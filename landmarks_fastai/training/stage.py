@@ -19,7 +19,7 @@ from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from landmarks_fastai.runs.run import Run, write_record
-from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.settings import ALIGN, INPUT, Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
@@ -48,22 +48,26 @@ def score_loaded(learn: LandmarkLearner, previous: Checkpoint) -> tuple[float, f
     "Score and NME of what was loaded, on the validation rows as they are now, as the input that it was trained with."
     flip_indices = learn.settings.flip_indices if learn.settings.tta else ()
     own = with_input_of(learn, previous)
-    score, nme = validation_scores(own, flip_indices)
+    score, nme = validation_scores(own, flip_indices, previous.settings)
     reported = "" if previous.score is None else f"; its stage reported {previous.score:.6g}"
     print(f"loaded: score {score:.6g} on the validation rows{reported}", flush=True)
     if own is not learn:
-        here, _ = validation_scores(learn, flip_indices)
+        here, _ = validation_scores(learn, flip_indices, previous.settings)
         was, now = (f"{s.size} px, {s.fit}" for s in (previous.settings, learn.settings))
         print(f"that is at {was}; at {now}, it scores {here:.6g}", flush=True)
     return score, nme
 
 
-def validation_scores(learn: LandmarkLearner, flip_indices=()) -> tuple[float, float]:
-    "Score and NME of the Learner's network on its validation rows, with the flip test where there are flip indices."
-    evaluations = callbacks.EvaluateModel("flip_score", learn.settings.size, lambda: learn.model, flip_indices)
+def validation_scores(learn: LandmarkLearner, flip_indices=(), of: Settings | None = None) -> tuple[float, float]:
+    """Score and NME of the Learner's network on its validation rows, with the flip test where there are flip indices.
+
+    `of` says whether there is a second pass; None: the Learner's settings do.
+    """
+    settings = learn.settings.replace(**of.of(ALIGN)) if of else learn.settings
+    evaluation = callbacks.EvaluateModel("score", settings, None, flip_indices)
     with callbacks.no_bars(learn), within_memory(learn):
-        learn.validate(cbs=evaluations)
-    return evaluations.score, evaluations.nme
+        learn.validate(cbs=evaluation)
+        return evaluation.second_pass(learn) if evaluation.alignment else (evaluation.score, evaluation.nme)
 
 
 def find_lr(learn: LandmarkLearner, run: Run):
@@ -124,8 +128,11 @@ def fit_stage(
     save = callbacks.SaveBest(run, settings, previous_scores[0] if previous_scores else None, evaluations)
     history = callbacks.History(run)
     cbs = [watch, save, history, *bars]
-    if settings.patience:
+    if settings.patience or settings.align:
         learn.metrics = [*learn.metrics, save.column]
+    if settings.align and hasattr(learn, "plateau_lr"):
+        learn.plateau_lr.monitor = "best"
+    if settings.patience:
         cbs.append(EarlyStoppingCallback("best", np.less, patience=settings.patience))
     if state and state.place[0] >= settings.epochs and not settings.minutes:  # stopped behind its last epoch
         save.best, save.saved = state.metadata["remembered"]["save_best"].values()
@@ -140,6 +147,7 @@ def fit_stage(
     learn = with_input_of(learn, best)
     best.tensors(learn.model)  # refuses, in one line, a file that another put there since
     load_best(learn, best.path)
+    learn.settings = learn.settings.replace(**best.settings.of(ALIGN))
     learn.show_results(max_n=RESULTS_SHOWN)
     plots.save_figure(run.file("results.png"))
     if settings.flip_indices and not settings.tta:
@@ -156,7 +164,7 @@ def _check_saved(learn, run, saved: bool, nan_step, previous, previous_scores):
             run.file("state.safetensors").unlink(missing_ok=True)  # it would come to the same end
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
         write_checkpoint(
-            run, previous.model(), learn.settings.replace(**previous.settings.of(INPUT)), *previous_scores, -1
+            run, previous.model(), learn.settings.replace(**previous.settings.of(INPUT + ALIGN)), *previous_scores, -1
         )
     if where:
         print(f"warning: {where}; the best before it is kept; {try_this}")
@@ -166,13 +174,16 @@ def extra_evaluations(learn: LandmarkLearner, settings: Settings) -> list:
     "What is scored beside the network itself, each with a column of its own: with the flip test, and the running average."
     flip_indices, evaluations = settings.flip_indices if settings.tta else (), []
     if settings.tta:
-        evaluations.append(callbacks.EvaluateModel("flip_score", settings.size, lambda: learn.model, flip_indices))
+        evaluations.append(callbacks.EvaluateModel("flip_score", settings, None, flip_indices))
     if settings.ema:
         average = callbacks.Average(settings.ema)
         learn.add_cb(average)
-        evaluations.append(callbacks.EvaluateModel("ema", settings.size, lambda: average.network, flip_indices))
+        evaluations.append(callbacks.EvaluateModel("ema", settings, lambda: average.network, flip_indices))
     learn.add_cbs(evaluations)
     learn.metrics = [*learn.metrics, *(evaluation.column for evaluation in evaluations)]
+    if settings.align and not settings.tta:  # the Learner's own first pass is the score column already
+        evaluations.insert(0, own := callbacks.EvaluateModel("own", settings))
+        learn.add_cb(own)
     return evaluations
 
 

@@ -1,0 +1,89 @@
+"""Aligned crops: a second pass of the network over each object, turned upright and scaled to fill the input.
+
+The points of the first pass, or in training the labelled ones, are laid onto the mean shape by the similarity with the
+least squared distances (Procrustes analysis, Gower 1975). The crop shows the mean shape's box, `margin` times as large.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from landmarks_fastai.geometry import PixelMap
+
+MIN_POINTS = 3  # fewer have no shape to align
+# Root mean square distance from the mean shape, in radii of the fitted shape, from which points are not taken for the
+# object. Real faces: 0.11 in the median, 0.35 at the 99th percentile, 0.51 at the most; points drawn at random: 8.
+MAX_MISFIT = 1.0
+MAX_SCALE = 16.0  # pixels of the input in one stored pixel: a crop of 8 stored pixels at 128 px shows nothing
+DIGITS = 4  # of the mean shape in the settings
+
+
+class NoShape(Exception):
+    "The labelled points have no shape to align; the message says why."
+
+
+@dataclass(frozen=True)
+class Alignment:
+    "Where the mean shape lies in an aligned crop."
+
+    shape: np.ndarray  # (n_points, 2), centred, of radius 1, y down
+    margin: float  # side of the crop, in sides of the shape's box
+    size: int  # of the network's input
+
+    def maps(self, points: np.ndarray) -> list[PixelMap | None]:
+        """The maps from the images as stored to their aligned crops; None where the points make no plausible shape.
+
+        `points` (images, n_points, 2) are pixels of the images as stored.
+        """
+        mean = self.shape @ [1, 1j]
+        low, high = self.shape.min(0), self.shape.max(0)
+        zoom = self.size / (self.margin * (high - low).max())  # pixels of the input in one radius of the shape
+        middle = (low + high) / 2 @ [1, 1j]
+        with np.errstate(all="ignore"):  # points that are not finite have no map
+            z = np.asarray(points, np.float64) @ [1, 1j]
+            centre = z.mean(1)
+            factor = (z - centre[:, None]) @ mean.conj() / (abs(mean) ** 2).sum()  # points = factor * mean + centre
+            misfit = np.sqrt((abs(z - centre[:, None] - factor[:, None] * mean) ** 2).mean(1)) / abs(factor)
+            turn = zoom / factor
+            shift = (self.size / 2 - 0.5) * (1 + 1j) - zoom * middle - turn * centre
+        plausible = (misfit <= MAX_MISFIT) & (abs(turn) <= MAX_SCALE)  # False for NaN
+        return [
+            PixelMap(*map(float, (t.real, -t.imag, s.real, t.imag, t.real, s.imag))) if ok else None
+            for t, s, ok in zip(turn, shift, plausible, strict=True)
+        ]
+
+
+def shape_setting(mean: np.ndarray) -> tuple:
+    "A mean shape (n_points, 2) as it stands in the settings: x0, y0, x1, y1, …"
+    return tuple(round(float(v), DIGITS) for v in mean.ravel())
+
+
+def procrustes_mean(shapes: np.ndarray) -> np.ndarray:
+    """Mean shape (n, 2) of shapes (rows, n, 2): centred, of radius 1, as upright as they are on average.
+
+    Generalised Procrustes analysis (Gower 1975). Raises `NoShape` where in every row all points are equal.
+    """
+    shapes = np.asarray(shapes, np.float64) @ [1, 1j]
+    shapes = shapes - shapes.mean(1, keepdims=True)
+    radius = np.sqrt((abs(shapes) ** 2).mean(1, keepdims=True))
+    shapes = shapes[radius[:, 0] > 0] / radius[radius[:, 0] > 0][:, :1]
+    if not len(shapes):
+        raise NoShape("in every row all points are equal")
+    mean = shapes.mean(0)
+    if abs(mean).max() < 1e-9:
+        mean = shapes[0]
+    for _ in range(10):
+        turn = rotation_onto(shapes, mean)
+        aligned = shapes * turn[:, None]
+        far = abs(aligned - mean).mean(1)
+        mean = aligned[far <= 3 * np.median(far)].mean(0)  # a row with shifted labels has no vote
+        mean = mean / np.sqrt((abs(mean) ** 2).mean())
+    upright = turn.conj().mean()
+    mean = mean * (upright / abs(upright) if abs(upright) > 1e-6 else 1)
+    return np.stack([mean.real, mean.imag], -1)
+
+
+def rotation_onto(shapes: np.ndarray, onto: np.ndarray) -> np.ndarray:
+    "Rotations, complex numbers of length 1, that turn each complex shape (…, n) onto another."
+    inner = (onto * shapes.conj()).sum(-1)
+    return inner / np.maximum(abs(inner), 1e-12)

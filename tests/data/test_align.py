@@ -1,0 +1,90 @@
+"Aligned crops: the similarity is the right one, what makes no shape has none, and points come back through the crop."
+
+import numpy as np
+import pytest
+import torch
+
+from landmarks_fastai.data.align import Alignment, NoShape, procrustes_mean
+from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.data.items import CropIndex
+from landmarks_fastai.geometry import unit_to_input
+from landmarks_fastai.metrics import points_in_image
+from landmarks_fastai.settings import Settings
+from landmarks_fastai.synthetic.face_template import landmark_layout
+from tests.conftest import N_POINTS
+
+
+def shapes(n, seed=0, noise=0.0):
+    "The mean shape of a face at random places, sizes and turns, (n, 68, 2) pixels."
+    rng = np.random.default_rng(seed)
+    mean = landmark_layout(N_POINTS)[0][:, :2] @ [1, 1j]
+    turn = rng.uniform(20, 80, (n, 1)) * np.exp(1j * rng.normal(0, 0.3, (n, 1)))
+    z = turn * mean + rng.uniform(50, 200, (n, 2)) @ np.array([[1], [1j]])
+    z = z + noise * (rng.standard_normal(z.shape) + 1j * rng.standard_normal(z.shape))
+    return np.stack([z.real, z.imag], -1)
+
+
+def test_crop_shows_every_shape_at_the_same_place():
+    points = shapes(30)
+    alignment = Alignment(procrustes_mean(points), 1.3, 96)
+    aligned = np.array([m.to_input(p) for m, p in zip(alignment.maps(points), points, strict=True)])
+    assert np.ptp(aligned, axis=0).max() < 1e-6
+    low, high = aligned[0].min(0), aligned[0].max(0)
+    assert (high - low).max() == pytest.approx(96 / 1.3)  # the margin
+    assert (low + high) / 2 == pytest.approx([47.5, 47.5])  # in the middle
+
+
+def test_alignment_is_the_least_squares_similarity():
+    points = shapes(1, noise=4.0)[0]
+    alignment = Alignment(procrustes_mean(shapes(30)), 1.3, 96)
+    (found,) = alignment.maps(points[None])
+    target = Alignment(alignment.shape, 1.3, 96).maps(alignment.shape[None] * 50)[0].to_input(alignment.shape * 50)
+    mean, z = target @ [1, 1j], points @ [1, 1j]
+    # points = factor * mean + offset, solved by numpy
+    (factor, offset), *_ = np.linalg.lstsq(np.stack([mean, np.ones_like(mean)], 1), z, rcond=None)
+    expected = (z - offset) / factor
+    assert found.to_input(points) @ [1, 1j] == pytest.approx(expected, abs=1e-6)
+
+
+def test_points_without_a_plausible_shape_have_no_crop():
+    rng = np.random.default_rng(0)
+    alignment = Alignment(procrustes_mean(shapes(30)), 1.3, 96)
+    scattered, equal = rng.uniform(0, 100, (N_POINTS, 2)), np.full((N_POINTS, 2), 7.0)
+    tiny, good = shapes(1)[0] / 50, shapes(1)[0]
+    ruined = good.copy()
+    ruined[3] = np.nan
+    found = alignment.maps(np.stack([scattered, equal, tiny, ruined, good]))
+    assert [m is None for m in found] == [True, True, True, True, False]
+
+
+def test_equal_points_have_no_mean_shape():
+    with pytest.raises(NoShape):
+        procrustes_mean(np.ones((5, N_POINTS, 2)))
+
+
+def test_every_fourth_image_of_a_training_batch_is_whole(drawn):
+    dls = landmark_dataloaders(drawn, size=64, batch_size=8, aug=0.0, mirror="none", align=1.05)
+    rows = dls.train.get_idxs()
+    assert [isinstance(row, CropIndex) for row in rows[:8]] == [False, True, True, True] * 2
+    assert sorted(map(int, rows)) == sorted(range(len(dls.train_ds)))
+    assert not any(isinstance(row, CropIndex) for row in dls.valid.get_idxs())
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_points_of_a_batch_of_crops_map_back_to_the_labels(drawn, workers):
+    from landmarks_fastai.utils.hardware import Machine
+
+    machine = Machine(workers=workers)
+    dls = landmark_dataloaders(drawn, size=64, batch_size=8, aug=0.0, mirror="none", align=1.05, machine=machine)
+    _, points, maps = dls.train.one_batch()
+    found = points_in_image(points, maps, 64)
+    truth = torch.stack([torch.from_numpy(dls.train.dataset.items[int(i)].points) for i in dls.train.get_idxs()[:8]])
+    assert torch.allclose(found.float(), truth, atol=1e-3)
+    crops = unit_to_input(points.as_subclass(torch.Tensor), 64)[1:4]
+    assert (crops.amax(1) - crops.amin(1)).amax(1).min() > 64 / 1.05 * 0.8  # they fill the input
+
+
+def test_objects_that_fill_their_images_get_no_second_pass(drawn):
+    assert landmark_dataloaders(drawn, size=64, align=3.0).settings.align == 0.0
+    assert landmark_dataloaders(drawn, size=64, align=1.0).settings.align == 1.0
+    assert Settings().align > 1
