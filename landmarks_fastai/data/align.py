@@ -53,6 +53,12 @@ class Alignment:
         ]
 
 
+def report_unaligned(n: int, total: int):
+    "Print how many images have no crop, where there are some."
+    if n:
+        print(f"no plausible shape in the first pass of {n} of {total} images: its points stand", flush=True)
+
+
 def shape_setting(mean: np.ndarray) -> tuple:
     "A mean shape (n_points, 2) as it stands in the settings: x0, y0, x1, y1, …"
     return tuple(round(float(v), DIGITS) for v in mean.ravel())

@@ -27,6 +27,9 @@ class CropIndex(int):
 
     to_input: PixelMap | None = None
 
+    def __bool__(self) -> bool:
+        return True  # fastai asks for `dataset[index or 0]`, which would make the crop of item 0 the plain item 0
+
     @classmethod
     def of(cls, index: int, to_input: PixelMap | None = None) -> "CropIndex":
         found = cls(index)

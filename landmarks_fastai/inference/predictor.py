@@ -19,7 +19,7 @@ from landmarks_fastai.competition import (
     submission_header,
     submission_line,
 )
-from landmarks_fastai.data.align import Alignment
+from landmarks_fastai.data.align import Alignment, report_unaligned
 from landmarks_fastai.data.block import alignment_of
 from landmarks_fastai.data.checks import check_images
 from landmarks_fastai.data.flip import predict_with_flip
@@ -112,8 +112,13 @@ def batches_of_points(points_of, images: Dataset, machine: Machine, batch_size: 
     "`points_of` each batch of the images, in order; with an alignment those of the second pass."
     rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
 
+    unaligned = 0
+
     def crops_of(rows, points):
-        return [CropIndex.of(row, to_input) for row, to_input in zip(rows, alignment.maps(points), strict=True)]
+        nonlocal unaligned
+        maps = alignment.maps(points)
+        unaligned += maps.count(None)
+        return [CropIndex.of(row, to_input) for row, to_input in zip(rows, maps, strict=True)]
 
     def both_passes(rows):
         points = points_of(default_collate([images[row] for row in rows]))
@@ -121,6 +126,7 @@ def batches_of_points(points_of, images: Dataset, machine: Machine, batch_size: 
 
     if not (machine.workers or machine.device != "cpu" or machine.compile):
         yield from threaded_map(both_passes, rows)
+        report_unaligned(unaligned, len(images))
         return
     order = []  # of the batches of a pass
     loader = DataLoader(
@@ -143,6 +149,7 @@ def batches_of_points(points_of, images: Dataset, machine: Machine, batch_size: 
     for k in range(0, len(rows), CHUNK):
         first = rows[k : k + CHUNK]
         yield from one_pass([crops_of(*each) for each in zip(first, one_pass(first), strict=True)])
+    report_unaligned(unaligned, len(images))
 
 
 def fuse_norms(model, size: int):

@@ -1,6 +1,7 @@
 "The Learner of a stage: the first, a later one that loads the best of the stage before, one that was stopped."
 
 import numpy as np
+from fastai.data.core import DataLoaders
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.block import landmark_dataloaders
@@ -20,6 +21,7 @@ def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) ->
     settings = settings.replace(split_seed=settings.seed)
     dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing)
     report_flip_map(dls, run)
+    report_alignment(dls)
     return landmark_learner(dls, weights=weights, machine=machine, path=run.out)
 
 
@@ -30,6 +32,7 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
         raise UserError(f"{images.labels.csv} has {found} points, {checkpoint.path} was trained on {settings.n_points}")
     dls = landmark_dataloaders(images, settings, machine=machine)
     report_flip_map(dls, run)
+    report_alignment(dls)
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     try:
         checkpoint.tensors(learn.model)  # refuses what does not fit, in one line, before fastai reads the file again
@@ -60,6 +63,14 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     learn.begin = state.place
     return learn
+
+
+def report_alignment(dls: DataLoaders):
+    "Print whether there is a second pass over aligned crops, where that was found out from the data."
+    if dls.align_gain is None:
+        return
+    less = f"aligned to their mean shape, the points spread {dls.align_gain:.2g} times less"
+    print(f"{less}: a second pass over aligned crops" if dls.settings.align else f"{less}: no second pass")
 
 
 def report_flip_map(dls, run: Run):

@@ -177,14 +177,13 @@ class LandmarkLearner(ResumableLearner):
 
     def show_results(self, ds_idx: int = 1, dl=None, max_n: int = 9, **kwargs):
         "As fastai's; where `align` is on, the second pass is shown, on the aligned crops."
-        dl = self.dls[ds_idx].new(shuffle=False) if dl is None else dl
-        if alignment := alignment_of(self.settings):
-            rows = dl.get_idxs()[:max_n]
-            dl.crops = dict.fromkeys(rows)
-            collect = CollectPoints(self.settings.size)
-            self.get_preds(dl=dl, with_preds=False, cbs=collect)
+        alignment = alignment_of(self.settings)
+        if alignment:
+            dl = self.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
+            dl.crops, collect = dict.fromkeys(dl.shuffle_fn(dl.get_idxs())[:max_n]), CollectPoints(self.settings.size)
+            self.get_preds(dl=dl, with_preds=False, reorder=False, cbs=collect)
             dl.crops = dict(zip(dl.seen, alignment.maps(np.concatenate(collect.points)), strict=True))
-        super().show_results(dl=dl, max_n=max_n, **kwargs)
+        super().show_results(ds_idx, dl, max_n, **kwargs)
 
 
 @fastai_plot_top_losses.dispatch

@@ -15,6 +15,7 @@ import torch
 from fastai.callback.tracker import EarlyStoppingCallback
 
 from landmarks_fastai import plots
+from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
@@ -67,7 +68,10 @@ def validation_scores(learn: LandmarkLearner, flip_indices=(), of: Settings | No
     evaluation = callbacks.EvaluateModel("score", settings, None, flip_indices)
     with callbacks.no_bars(learn), within_memory(learn):
         learn.validate(cbs=evaluation)
-        return evaluation.second_pass(learn) if evaluation.alignment else (evaluation.score, evaluation.nme)
+        if not evaluation.alignment:
+            return evaluation.score, evaluation.nme
+        report_unaligned(evaluation.crops.count(None), len(evaluation.crops))
+        return evaluation.second_pass(learn)
 
 
 def find_lr(learn: LandmarkLearner, run: Run):
@@ -130,8 +134,6 @@ def fit_stage(
     cbs = [watch, save, history, *bars]
     if settings.patience or settings.align:
         learn.metrics = [*learn.metrics, save.column]
-    if settings.align and hasattr(learn, "plateau_lr"):
-        learn.plateau_lr.monitor = "best"
     if settings.patience:
         cbs.append(EarlyStoppingCallback("best", np.less, patience=settings.patience))
     if state and state.place[0] >= settings.epochs and not settings.minutes:  # stopped behind its last epoch

@@ -70,7 +70,8 @@ KINDS = {
     "gradients over batches, patience": ("--accumulate 3 --patience 2 --sched step --step-size 1", [4, 11]),
     "wing loss, half precision, flip test": ("--loss wing --amp bf16 --tta", [6]),
     "head alone, no average": ("--freeze --ema 0 --aug 0", [9]),
-    "a worker": ("--workers 1", [17]),
+    "aligned crops": ("--align 1.05 --cache", [3, 10]),
+    "a worker": ("--workers 1 --align 1.05", [17]),
 }
 
 

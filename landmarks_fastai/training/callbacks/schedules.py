@@ -25,6 +25,13 @@ class PlateauLR(ReduceLROnPlateau):
         super().__init__(monitor=monitor, comp=np.less, patience=patience, factor=factor)
         self.threshold, self.eps = threshold, eps
 
+    def before_fit(self):
+        if "best" in self.recorder.metric_names:  # `SaveBest` scores the second pass too
+            self.monitor = "best"
+        elif self.monitor == "best":
+            self.monitor = "score"
+        super().before_fit()
+
     def after_epoch(self):
         if self.idx >= len(self.recorder.values[-1]):  # fastai ends the epoch of a `validate` that failed too
             return

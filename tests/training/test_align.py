@@ -1,0 +1,121 @@
+"The second pass through the scripts: one network makes both, in training, validation, prediction and Python alike."
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from landmarks_fastai import landmark_dataloaders, landmark_learner
+from landmarks_fastai.data.align import Alignment
+from landmarks_fastai.data.block import alignment_of
+from landmarks_fastai.inference.predictor import FittedImages, predict_batches
+from landmarks_fastai.runs.checkpoint import read_checkpoint
+from landmarks_fastai.training.learner import load_best
+from landmarks_fastai.training.stage import validation_scores
+from landmarks_fastai.utils.hardware import Machine
+from tests.conftest import N_POINTS, N_TEST, QUICK
+
+ALIGN = f"{QUICK} --align 1.05"
+
+
+@pytest.fixture(scope="module")
+def aligned_run(drawn, tmp_path_factory):
+    "The best.pth of a stage with aligned crops, and its history."
+    import sys
+
+    import train
+
+    out = tmp_path_factory.mktemp("aligned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["train.py", *ALIGN.split(), "-e", "3", "-n", "m", "--out", str(out), "-d", str(drawn)]
+        )
+        train.main()
+    return out / "m"
+
+
+def learner(run, drawn, **machine):
+    checkpoint = read_checkpoint(run / "best.pth")
+    dls = landmark_dataloaders(drawn, checkpoint.settings, machine=Machine(workers=0, **machine))
+    return load_best(landmark_learner(dls, weights=None, path=run), checkpoint.path), checkpoint
+
+
+def test_the_reported_score_is_that_of_both_passes(aligned_run, drawn):
+    learn, checkpoint = learner(aligned_run, drawn)
+    history = pd.read_csv(aligned_run / "history.csv")
+    assert checkpoint.score == pytest.approx(history.best.min())
+    assert validation_scores(learn)[0] == pytest.approx(checkpoint.score, rel=1e-5)
+    images = [item.path for item in learn.dls.valid.items]
+    truth = np.stack([item.points for item in learn.dls.valid.items])
+    points = learn.predict_points(images, flip_test=False)
+    assert ((points - truth) ** 2).mean() == pytest.approx(checkpoint.score, rel=1e-4)
+
+
+def test_the_second_pass_sees_the_crops_of_the_first(aligned_run, drawn):
+    "Both passes worked out by hand, with one image at a time."
+    learn, checkpoint = learner(aligned_run, drawn)
+    path = learn.dls.valid.items[0].path
+    first = learn._points([path], False)
+    (crop,) = alignment_of(checkpoint.settings).maps(first)
+    from landmarks_fastai.geometry import cut_image, unit_to_input
+
+    pixels = (
+        torch.from_numpy(np.array(cut_image(Image.open(path).convert("RGB"), crop, 32))).permute(2, 0, 1)[None] / 255
+    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (checkpoint.settings.mean, checkpoint.settings.std))
+    with torch.no_grad():
+        unit = learn.model.eval()((pixels - mean) / std)
+    expected = crop.to_image(unit_to_input(unit[0].double().numpy(), 32))
+    assert learn.predict_points(path, flip_test=False)[0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_predict_py_makes_both_passes(aligned_run, run_script, drawn, tmp_path, workers):
+    code, _, err = run_script(f"predict.py --no-tta --workers {workers} -b 4 -pm", aligned_run / "best.pth")
+    assert (code, err) == (0, "")
+    points = np.load(tmp_path / "here/runs/m/points.npy")
+    names = pd.read_json(tmp_path / "here/runs/m/points.json")[0].tolist()
+    learn, _ = learner(aligned_run, drawn)
+    expected = learn.predict_points([drawn / "test/images" / name for name in names], flip_test=False)
+    assert points.shape == (N_TEST, N_POINTS, 2) and points == pytest.approx(expected, abs=0.01)
+
+
+def test_a_first_pass_without_a_plausible_shape_stands(aligned_run, drawn, monkeypatch, capsys):
+    learn, checkpoint = learner(aligned_run, drawn)
+    images = FittedImages(
+        drawn / "test/images", sorted(p.name for p in (drawn / "test/images").iterdir()), checkpoint.settings
+    )
+    monkeypatch.setattr(Alignment, "maps", lambda self, points: [None] * len(points))
+    points = np.concatenate(list(predict_batches(checkpoint, images, Machine(workers=0))))
+    assert f"first pass of {N_TEST} of {N_TEST} images" in capsys.readouterr().out
+    once = read_checkpoint(checkpoint.path)
+    object.__setattr__(once, "settings", once.settings.replace(align=0.0, shape=()))
+    assert points == pytest.approx(np.concatenate(list(predict_batches(once, images, Machine(workers=0)))), abs=1e-4)
+
+
+def test_a_later_stage_begins_the_second_pass_and_another_ends_it(run_script, finished_run, drawn):
+    finished_run("c")
+    before = read_checkpoint("runs/c/best.pth")
+    assert before.settings.align == 0
+    code, out, err = run_script("finetune.py -e 1 --align 1.05 -n c2 -pm c")
+    assert (code, err) == (0, "") and f"loaded: score {before.score:.6g}" in out
+    after = read_checkpoint("runs/c2/best.pth")
+    assert after.score <= before.score
+    code, out, err = run_script("finetune.py -e 1 --align off -n c3 -pm c2")
+    assert (code, err) == (0, "") and f"loaded: score {after.score:.6g}" in out
+    assert read_checkpoint("runs/c3/best.pth").score <= after.score
+
+
+def test_a_picture_shows_the_second_pass(aligned_run, drawn):
+    from matplotlib import pyplot as plt
+
+    learn, _ = learner(aligned_run, drawn)
+    learn.show_results(max_n=2)
+    titles = [ax.get_title() for ax in plt.gcf().axes]
+    plt.close("all")
+    items = list(learn.dls.valid.items)
+    points = learn.predict_points([item.path for item in items], flip_test=False)
+    scores = [((p - item.points) ** 2).mean() for p, item in zip(points, items, strict=True)]
+    shown = [t for t in titles if t.startswith("score")]
+    assert len(shown) == 2 and all(any(f"{s:.4g}" in t for s in scores) for t in shown), (titles, scores)
