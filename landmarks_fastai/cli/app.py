@@ -44,6 +44,11 @@ def run_main(main):
         for line in e.lines:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+    except ModuleNotFoundError as e:
+        if (e.name or "landmarks_fastai").startswith("landmarks_fastai"):
+            raise
+        print(f"error: {e.name} is not installed: pip install 'landmarks-fastai[train]'", file=sys.stderr)
+        sys.exit(1)
     except (ImportError, MemoryError) as e:
         if isinstance(e, ImportError) and not any(text in str(e) for text in UNMAPPED):
             raise

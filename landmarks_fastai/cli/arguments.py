@@ -9,6 +9,7 @@ import dataclasses
 import sys
 
 from landmarks_fastai.cli.resume import FLAGS, flag_of, resumed
+from landmarks_fastai.runs.run import typed_as
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_LR_MULT,
@@ -141,7 +142,7 @@ def train_parser() -> argparse.ArgumentParser:
         "Without -d it makes a small set of drawn faces (once) and trains on them.",
         "Reads DIR/train/landmarks.csv and DIR/train/images; writes the folder runs/NAME: best.pth (the checkpoint),\n"
         "history.csv, batch.png (a training batch), mirror.png (the flip map), results.png (targets and predictions),\n"
-        "lr.png (--lr find). The next stage: python finetune.py -pm NAME",
+        f"lr.png (--lr find). The next stage: {typed_as('finetune.py')} -pm NAME",
     )
     parser.add_argument("--recipe", type=lambda name: {"seed": "baseline"}.get(name, name), choices=RECIPES, default="best",
                         help="best: the defaults below; baseline: the published entry (default: best)")  # fmt: skip

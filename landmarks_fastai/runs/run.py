@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +39,12 @@ class Record:
     def given(self) -> str:
         "Path of the checkpoint that a later stage starts from, empty for a first stage."
         return self.args.get("pretrained_model") or ""
+
+
+def typed_as(script: str) -> str:
+    "The command of a script: `python train.py`, or `landmarks-train` in a process that was started as an installed command."
+    installed = Path(sys.argv[0]).stem.startswith("landmarks-")
+    return f"landmarks-{Path(script).stem}" if installed else f"python {script}"
 
 
 class Run:
@@ -76,7 +83,7 @@ class Run:
     @property
     def resume_command(self) -> str:
         "What goes on with the run, as typed in this folder."
-        return f"python {self.record.script} --resume -n {shlex.quote(self.name)}{self.out_flag}"
+        return f"{typed_as(self.record.script)} --resume -n {shlex.quote(self.name)}{self.out_flag}"
 
     @property
     def out_flag(self) -> str:
