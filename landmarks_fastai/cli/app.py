@@ -1,6 +1,7 @@
 "Running a script: errors and signals become one line and an exit code."
 
 import errno
+import io
 import os
 import sys
 import time
@@ -33,9 +34,11 @@ def run_main(main):
     # None where it was closed, as by a daemon; no other file may get its number
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
-    if hasattr(sys.stdout, "reconfigure"):  # a name in Cyrillic must not stop a run in a terminal of another encoding
-        sys.stdout.reconfigure(errors="replace")
-        sys.stderr.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a Cyrillic name must not stop a run in a terminal of another encoding
+            stream.reconfigure(errors="replace")
     exit_on_sigterm()
     try:
         main()

@@ -3,6 +3,7 @@
 A test compares the page with this module's output.
 """
 
+import io
 import re
 import sys
 
@@ -103,7 +104,7 @@ def _plain(value) -> str:
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout.write(flags_page())
 

@@ -53,9 +53,9 @@ def init_head(model: nn.Sequential, shape):
 
     The published entry's random initialisation spends its first epochs finding the mean face, and each of a thousand outputs for itself.
     """
-    last = [layer for layer in model[1] if isinstance(layer, nn.Linear)][-1]
+    last = [layer for layer in model[1].children() if isinstance(layer, nn.Linear)][-1]
     shape = torch.as_tensor(shape)
-    for layer in model[1]:
+    for layer in model[1].children():
         if isinstance(layer, PixelsToUnit):
             shape = unit_to_input(shape, layer.size)
     with torch.no_grad():

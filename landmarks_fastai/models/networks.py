@@ -87,7 +87,7 @@ def find_arch(arch: str) -> tuple[str, str]:
 
     if timm.is_model(name):
         try:
-            timm.get_pretrained_cfg(name)
+            timm_config(name)
         except RuntimeError as e:  # a tag behind the dot that timm does not know
             raise UserError(f"--arch {arch}: {e}") from None
         return "timm", name
@@ -97,6 +97,15 @@ def find_arch(arch: str) -> tuple[str, str]:
     raise UserError(
         f"--arch {arch}: no such network in torchvision or timm" + (f"; near: {', '.join(near)}" if near else "")
     )
+
+
+def timm_config(name: str):
+    "timm's `PretrainedCfg` of a network. Raises `RuntimeError` for an unknown tag."
+    import timm
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    assert config is not None  # None only with `allow_unregistered`
+    return config
 
 
 def _torchvision_names():
@@ -129,7 +138,7 @@ def _timm_model(name, size, pretrained):
     "Without a classifier. Networks built for one size (transformers) are told ours; their position tables follow."
     import timm
 
-    kwargs = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    kwargs = {"img_size": size} if timm_config(name).fixed_input_size else {}
     return timm.create_model(name, num_classes=0, pretrained=pretrained, **kwargs)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.models.networks import METADATA, _timm_model, _torchvision_names, find_arch
+from landmarks_fastai.models.networks import METADATA, _timm_model, _torchvision_names, find_arch, timm_config
 from landmarks_fastai.settings import Settings
 
 # What a file may hold beyond the body: the classifier, by the names that torchvision and timm give it, inception's and
@@ -22,15 +22,13 @@ def input_stats(arch: str) -> tuple[tuple, tuple]:
     "The per-channel mean and standard deviation, in 0..1, that the body's ImageNet weights expect."
     library, name = find_arch(arch)
     if library == "timm":
-        import timm
-
-        cfg = timm.get_pretrained_cfg(name)
+        cfg = timm_config(name)
         return tuple(cfg.mean), tuple(cfg.std)
     from torchvision import models
 
     if not _has_v1(name):
         return Settings.mean, Settings.std
-    transforms = models.get_model_weights(name).IMAGENET1K_V1.transforms()
+    transforms = models.get_model_weights(name)["IMAGENET1K_V1"].transforms()
     return tuple(transforms.mean), tuple(transforms.std)
 
 
@@ -62,9 +60,7 @@ def load_weights(
 def _download(library, name, size):
     try:
         if library == "timm":
-            import timm
-
-            if not timm.get_pretrained_cfg(name).has_weights:
+            if not timm_config(name).has_weights:
                 raise UserError(f"timm has no ImageNet weights of {name}: give --weights FILE or --weights none")
             # the hub tries for a minute and writes two lines a try: what went wrong is said once, below
             logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -120,9 +116,8 @@ def read_state_dict(
         raise UserError(f"{path} is no file of tensors ({why}): nothing was loaded") from None
     if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
         state = state[wrapper]
-    pairs = state.items() if isinstance(state, dict) else ()
-    if not pairs or not all(
-        isinstance(k, str) and (isinstance(t, torch.Tensor) or k.endswith(METADATA)) for k, t in pairs
+    if not (isinstance(state, dict) and state) or not all(
+        isinstance(k, str) and (isinstance(t, torch.Tensor) or k.endswith(METADATA)) for k, t in state.items()
     ):
         raise UserError(f"{path} is no file of tensors (a plain state dict is needed): nothing was loaded")
     return state

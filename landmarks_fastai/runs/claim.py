@@ -35,10 +35,10 @@ def claimed_run(
         check_name(name, out)
     with _held(out, name, wanted) as run:
         before = None if overwrite else read_record(run)
-        unfinished = before is not None and not before.ended
+        unfinished = before if before and not before.ended else None
         if unfinished and resume:
-            _check_unchanged(run, before, record)
-            record = before if run.saved else replace(before, settings=None)
+            _check_unchanged(run, unfinished, record)
+            record = unfinished if run.saved else replace(unfinished, settings=None)
         elif not (overwrite or _is_free(run) or (unfinished and not run.saved)):
             raise UserError(_taken(run, before))
         if record.given and run.folder.resolve() in Path(record.given).resolve().parents:
@@ -52,7 +52,7 @@ def claimed_run(
             write_record(run, record)
             yield run
         run.publish()
-        write_record(run, replace(run.record, ended=True))
+        write_record(run, replace(run.record or record, ended=True))
         run.file("state.safetensors").unlink(missing_ok=True)
 
 

@@ -76,14 +76,15 @@ class Run:
     def settings(self) -> Settings:
         "Of the stage that is resumed. Raises `UserError` where run.json has none, or wrong ones."
         try:
-            return Settings.from_dict(self.record.settings)
+            return Settings.from_dict(self.record.settings if self.record else None)  # pyright: ignore[reportArgumentType]
         except UserError as e:
             raise UserError(f"{self.file('run.json')}: {e}; start over with --overwrite") from None
 
     @property
     def resume_command(self) -> str:
         "What goes on with the run, as typed in this folder."
-        return f"{typed_as(self.record.script)} --resume -n {shlex.quote(self.name)}{self.out_flag}"
+        script = self.record.script if self.record else "train.py"
+        return f"{typed_as(script)} --resume -n {shlex.quote(self.name)}{self.out_flag}"
 
     @property
     def out_flag(self) -> str:
@@ -152,7 +153,7 @@ def stopped_runs(out) -> str:
             return ", ".join([*names, "…"])
         run = Run(out, path.parent.name)
         with suppress(UserError):
-            if not read_record(run).ended:
+            if (record := read_record(run)) and not record.ended:
                 names.append(run.name)
     return ", ".join(names)
 

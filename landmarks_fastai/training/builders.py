@@ -40,7 +40,8 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
                 f"--size {settings.size}: {settings.arch} may be bound to {was} ({e}): run without --size"
             ) from None
         raise
-    return load_best(learn, checkpoint.path)
+    load_best(learn, checkpoint.path)
+    return learn
 
 
 def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:

@@ -21,11 +21,14 @@ class PointLoss(nn.Module):
 
     def __init__(self, func, size: int):
         super().__init__()
-        self.of_error, self.half = func, size / 2  # not `func`: `BaseLoss` takes over the attributes of what it wraps
+        self.of_error, self.half_side = (
+            func,
+            size / 2,
+        )  # not `func`: `BaseLoss` takes over the attributes of what it wraps
         self.reduction = "mean"  # or none: fastai's `Interpretation` asks for the loss of each image
 
     def forward(self, pred, truth):
-        each = self.of_error((pred - truth) * self.half)
+        each = self.of_error((pred - truth) * self.half_side)
         return each if self.reduction == "none" else each.mean()
 
 

@@ -1,4 +1,6 @@
 "What happens to each batch: its map is taken off, its random numbers are seeded."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false
 
 import numpy as np
 from fastai.callback.core import Callback

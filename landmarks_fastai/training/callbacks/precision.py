@@ -1,4 +1,6 @@
 "Mixed precision and compilation."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
 import torch
 from fastai.callback.core import Callback

@@ -1,4 +1,6 @@
 "Bars, lines and history.csv."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
 import sys
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ class History(CSVLogger):
         self.old_logger, self.learn.logger = self.logger, self._write_line
 
     def write(self):
-        with atomic_write(self.of_run.file(self.fname)) as f:
+        with atomic_write(self.of_run.file("history.csv")) as f:
             f.write(self.text)
 
     def _write_line(self, log):

@@ -1,4 +1,6 @@
 "The state of a stage, kept while it trains, so that it can be stopped at any moment and go on."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false
 
 import time
 from contextlib import contextmanager
@@ -8,7 +10,7 @@ from fastai.callback.core import Callback
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.state import State, capture_state, restore_state, write_state
-from landmarks_fastai.utils.signals import Stopped, signal_flag
+from landmarks_fastai.utils.signals import SignalFlag, Stopped, signal_flag
 
 
 class SaveResumeState(Callback):
@@ -29,7 +31,7 @@ class SaveResumeState(Callback):
         spent: float = 0.0,  # seconds that the stage's clock has run before this fit
     ):
         self.to, self.own, self.history, self.every, self.state = run, metadata, history, every, state
-        self.spent, self.flag = spent, None
+        self.spent, self.flag = spent, SignalFlag()
 
     def before_fit(self):
         self.began = self.written = time.monotonic()
@@ -54,14 +56,14 @@ class SaveResumeState(Callback):
 
     def after_batch(self):
         self.batch += self.training
-        if self.flag and self.flag.number:
+        if self.flag.number:
             self.stop()
         elif self.training and time.monotonic() - self.written >= self.every:
             self.write(self.epoch, self.batch)
 
     def after_epoch(self):
         self.write(self.epoch + 1, 0)
-        if self.flag and self.flag.number:
+        if self.flag.number:
             self.stop()
 
     def write(self, epoch: int, batch: int):

@@ -1,4 +1,6 @@
 "Rates, time limits, and a loss that is no number."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false
 
 import time
 
