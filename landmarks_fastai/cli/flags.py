@@ -16,7 +16,7 @@ PARSERS = {
     "finetune.py": arguments.finetune_parser,
     "predict.py": arguments.predict_parser,
 }
-FIXED = "must agree with the checkpoint"  # title of a group of flags; each belongs to the group that train.py has it in
+FIXED = "must agree with the checkpoint"  # title of a group whose flags are listed in their group of train.py
 
 HEAD = """# Flags
 
@@ -30,7 +30,7 @@ be left out; if they are given they must agree with the checkpoint.
 
 def flags_page() -> str:
     "The page, as Markdown."
-    groups = {}  # title -> {flags: [what it does, {script: default}]}
+    groups = {}  # title -> {flags: [description, {script: default}]}
     home = {}  # flags -> title
     for script, parser in PARSERS.items():
         for group in parser()._action_groups:
@@ -60,7 +60,7 @@ def _flags(action) -> str:
 
 
 def _parts(action) -> tuple[str, str]:
-    "What the help text says, and the default that stands at its end."
+    "The description and the default of a help text."
     found = re.fullmatch(r"(.*) \(default: (.*)\)", action.help.replace("%%", "%"), re.DOTALL)
     if found:
         return found[1], found[2]
@@ -93,14 +93,11 @@ def _typed(settings: dict) -> str:
     words = []
     for name, value in settings.items():
         flag = flag_of(name)
-        words.append(
-            flag if value is True else f"--no-{flag.strip('-')}" if value is False else f"{flag} {_plain(value)}"
-        )
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.strip('-')}")
+        else:
+            words.append(f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}")
     return " ".join(words)
-
-
-def _plain(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def main():

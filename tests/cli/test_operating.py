@@ -104,7 +104,7 @@ def test_output_that_nobody_reads(tmp_path):
     process.stdout.close()
     err = process.stderr.read()
     assert (process.wait(), err) == (
-        141, "stopped: nothing was saved yet; go on with: python train.py --resume -n r\n",
+        141, "stopped: nothing was saved yet; resume with: python train.py --resume -n r\n",
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_output_read_no_more_at_the_end():
         "import time; from landmarks_fastai.cli import app\napp.run_main(lambda: [time.sleep(1), print(1)])"
     )
     process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == ("stopped: its output is read no more\n", 141)
+    assert (process.stderr.read(), process.wait()) == ("stopped: its output is not read any more\n", 141)
 
 
 @posix

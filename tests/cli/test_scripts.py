@@ -111,18 +111,11 @@ def test_names(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert {p.name for p in runs.iterdir()} == {name, f"{name}_2"}
     before = (runs / f"{name}/best.pth").read_bytes()
-    check_refused(
-        run_script(f"train.py {QUICK} --seed 9 -n {name} -d", drawn),
-        "already has a run",
-        "--overwrite",
-    )
+    check_refused(run_script(f"train.py {QUICK} --seed 9 -n {name} -d", drawn), "already has a run", "--overwrite")
     assert (runs / f"{name}/best.pth").read_bytes() == before
     assert run_script(f"train.py {QUICK} --seed 9 --overwrite -n {name} -d", drawn)[0] == 0
     assert (runs / f"{name}/best.pth").read_bytes() != before
-    check_refused(
-        run_script(f"finetune.py --overwrite -n {name} -pm {name}"),
-        "is the run that -pm loads",
-    )
+    check_refused(run_script(f"finetune.py --overwrite -n {name} -pm {name}"), "is the run that -pm loads")
     for wrong in ("../x", "/tmp/x", "a/b", "..", "a\\b", "c:x"):
         check_refused(
             run_script(f"train.py {QUICK} -d {drawn} -n", wrong)

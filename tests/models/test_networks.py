@@ -163,7 +163,7 @@ def test_files_that_do_not_fit(tmp_path, other):
     torch.save({k: v[:1] for k, v in bare(other).items() if v.ndim}, tmp_path / "shapes.pth")
     for arch, name, message in [
         ("resnet18", "empty.pth", "no file of tensors"),
-        ("resnet18", "r34.pth", "it is of another network, .* have no place"),
+        ("resnet18", "r34.pth", "it is of another network, .* tensors are unknown, the first"),
         ("resnet34", "r18.pth", "does not fit --arch resnet34: .* tensors missing, the first"),
         ("resnet18", "shapes.pth", "is .* expected"),
         ("resnet18", "none.pth", "not found"),

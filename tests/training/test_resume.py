@@ -19,7 +19,7 @@ from tests.cli.test_scripts import check_refused, first_image
 from tests.conftest import ARCH, QUICK, ROOT, every_learner_has
 
 SHORT = f"{QUICK} -e 3 -b 4"  # an epoch: 8 batches of training, 2 of validation
-STOPPED = "go on with: python {} --resume -n {}\n"
+STOPPED = "resume with: python {} --resume -n {}\n"
 
 
 class SignalAt(Callback):
@@ -141,14 +141,14 @@ def test_the_name_of_a_stopped_run_is_taken(run_script, drawn, tmp_path):
     check_refused(
         run_script(f"train.py {SHORT} -n r -d", drawn),
         "already has a run",
-        "--resume -n r goes on with it",
+        "resume it with python train.py --resume -n r;",
         "--overwrite",
     )
     # a mistake in what overwrites it costs nothing
     check_refused(run_script(f"train.py {SHORT} -n r --overwrite --weights gone.pth -d", drawn), "gone.pth not found")
     assert (runs / "r/state.safetensors").read_bytes() == state
-    check_refused(run_script("train.py --resume"), "--resume goes with -n NAME", "stopped runs in runs: r")
-    check_refused(run_script("train.py --resume -n typo"), "nothing of that run", "stopped runs there: r")
+    check_refused(run_script("train.py --resume"), "--resume needs -n NAME", "stopped runs in runs: r")
+    check_refused(run_script("train.py --resume -n typo"), "-n typo: no such run in runs", "stopped runs there: r")
     check_refused(run_script("train.py --resume -n ../runs/r"), "is no plain file name")
     check_refused(run_script("train.py --resume -n r -e 5"), "-e 5", "was started with (-e was 3)", "run without -e")
     check_refused(run_script("train.py --resume -n r --arch resnext50_32x4d"), f"--arch was {ARCH}")  # the default
@@ -171,7 +171,7 @@ def test_what_came_to_nothing_leaves_the_run_that_it_was_to_overwrite(run_script
         assert snapshot(runs) == before
         with every_learner_has(CtrlC):
             code, _, err = run_script(f"train.py {SHORT} -n r --overwrite -d", drawn)
-        assert code == 130 and "the run that was to be overwritten stands as it stood" in err
+        assert code == 130 and "the run that was to be overwritten is unchanged" in err
         assert snapshot(runs) == before
         assert run_script("train.py --resume -n r")[0] == 0
 
@@ -236,7 +236,7 @@ def test_a_run_that_saved_nothing_yet_starts_over_with_its_flags(run_script, dra
     assert code == 130 and "nothing was saved yet" in err and err.endswith(STOPPED.format("train.py", "r"))
     assert [p.name for p in runs.rglob("*")] == ["r", "run.json"]
     code, out, _ = run_script("train.py --resume -n r")
-    assert code == 0 and "going on" not in out
+    assert code == 0 and "resuming" not in out
     assert run_script(f"train.py {SHORT} --seed 4 -n whole -d", drawn)[0] == 0
     check_equal(runs, "whole", "r")
     assert (
