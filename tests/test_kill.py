@@ -76,7 +76,7 @@ def whole(drawn, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_a_killed_run_goes_on_to_the_same_weights(whole, drawn, tmp_path, kill):
+def test_killed_run_resumes_to_the_same_weights(whole, drawn, tmp_path, kill):
     """Every fifth kill falls into the start-up, every fourth of the others into the writing of a file, the others anywhere;
     some runs are killed twice.
     """

@@ -8,7 +8,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import RECIPES, Settings
 
 
-def test_there_and_back_through_json():
+def test_settings_survive_json():
     settings = Settings(
         arch="alexnet", n_points=5, mean=(0.5, 0.5, 0.5), lr=1e-3, valid_random=True, data="папка с пробелом"
     )
@@ -45,13 +45,13 @@ def test_a_wrong_setting_is_refused_by_name(key, value):
         Settings.from_dict(Settings().to_dict() | {key: value})
 
 
-def test_what_is_no_record_is_refused():
+def test_from_dict_refuses_other_types():
     for facts in (None, [], {}, {"arch": "resnet18"}):
         with pytest.raises(UserError, match="setting"):
             Settings.from_dict(facts)
 
 
-def test_checkpoints_from_before_border_trimming_went():
+def test_settings_with_border_trimming_are_refused():
     before = Settings().to_dict()
     assert Settings.from_dict(before | {"borders": "keep"}) == Settings()
     with pytest.raises(UserError, match="border trimming was removed .*: train again, or use an earlier version"):

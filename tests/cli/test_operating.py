@@ -77,7 +77,7 @@ def is_running(pid) -> bool:
         return False
 
 
-def test_what_goes_wrong_after_a_signal_is_told(tmp_path):
+def test_error_after_a_signal_is_reported(tmp_path):
     from landmarks_fastai.errors import UserError
     from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 
@@ -98,7 +98,7 @@ app.run_main(main)
 """
 
 
-def test_output_that_nobody_reads(tmp_path):
+def test_closed_output_pipe_stops_a_run_with_code_141(tmp_path):
     process = python(RUN.replace("range(100)", "iter(int, 1)"), cwd=tmp_path)
     process.stdout.readline()
     process.stdout.close()
@@ -108,7 +108,7 @@ def test_output_that_nobody_reads(tmp_path):
     )  # fmt: skip
 
 
-def test_output_read_no_more_at_the_end():
+def test_closed_output_pipe_at_the_end_exits_with_code_141():
     process = python(
         "import time; from landmarks_fastai.cli import app\napp.run_main(lambda: [time.sleep(1), print(1)])"
     )
@@ -169,7 +169,7 @@ def test_a_checkpoint_and_a_cache_under_a_cyrillic_name_in_the_c_locale(tmp_path
     assert out.split() == ["ascii", "2", "a"], err
 
 
-def test_of_many_stopped_runs_the_first_are_named(tmp_path):
+def test_stopped_runs_lists_the_first_20(tmp_path):
     from landmarks_fastai.runs.run import Record, Run, stopped_runs, write_record
 
     for k in range(30):
