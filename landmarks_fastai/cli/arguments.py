@@ -70,12 +70,12 @@ def _add_machine(parser, amp="auto"):
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", action="store_true", help="train on the GPU (default: off; falls back to the CPU)")
     about = "worker processes that load images (default: by the number of cores)"
-    add("--workers", type=_workers, metavar="N", help=about)
+    add("--workers", type=_number(int, 0, 256), metavar="N", help=about)
     pixels = Machine.max_pixels
     about = (
         f"largest image, in millions of pixels; decoding takes 10 MB per million, in each worker (default: {pixels:g})"
     )
-    add("--max-pixels", type=_megapixels, default=pixels, metavar="X", help=about)
+    add("--max-pixels", type=_number(float, 1e-6, 1e6), default=pixels, metavar="X", help=about)
     about = "; auto: the GPU's best type, off on a CPU and on GTX 16xx cards" if amp == "auto" else ""
     add("--amp", choices=AMP, default=amp, help=f"mixed precision{about} (default: {amp})")
     for flag, on, about in SWITCHES:
@@ -85,7 +85,7 @@ def _add_machine(parser, amp="auto"):
     if amp == "auto":
         every = Machine.save_every
         about = f"save the state for --resume every MIN minutes, and after each epoch (default: {every:g})"
-        add("--save-every", type=_minutes, default=every, metavar="MIN", help=about)
+        add("--save-every", type=_number(float, 0, 1e6), default=every, metavar="MIN", help=about)
     add("--out", default=OUT, metavar="DIR", help=f"output folder (default: {OUT})")
 
 
@@ -98,22 +98,16 @@ def _recipe(text: str) -> str:
     return {"seed": "baseline"}.get(text, text)  # the name in earlier versions
 
 
-def _minutes(text: str) -> float:
-    if not 0 <= float(text) < 1e6:  # False for NaN too
-        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes")
-    return float(text)
+def _number(kind: type, low: float, high: float):
+    "The `type` of a flag: a number from `low` to `high`."
 
+    def parse(text: str):
+        if not low <= kind(text) <= high:  # NaN too
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
+        return kind(text)
 
-def _workers(text: str) -> int:
-    if not text.isdecimal() or int(text) > 256:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 256")
-    return int(text)
-
-
-def _megapixels(text: str) -> float:
-    if not 0 < float(text) < 1e6:  # False for NaN too
-        raise argparse.ArgumentTypeError(f"{text} is not a number of millions of pixels")
-    return float(text)
+    parse.__name__ = kind.__name__  # for argparse's message: invalid int value
+    return parse
 
 
 def _add_name(group):
@@ -170,13 +164,8 @@ def finetune_parser() -> argparse.ArgumentParser:
         "The stage saves its best epoch, or the loaded model if no epoch is better."
     )
     _add_checkpoint(parser, required=False)
-    changed = {
-        "epochs": FINETUNE_EPOCHS,
-        "lr": f"{FINETUNE_LR_MULT} of the previous stage's",
-        "seed": "the checkpoint's plus 1",
-        "minutes": "0",
-        "freeze": "off",
-    }
+    lr = f"{FINETUNE_LR_MULT} of the previous stage's"
+    changed = {"epochs": FINETUNE_EPOCHS, "lr": lr, "seed": "the checkpoint's plus 1", "minutes": "0", "freeze": "off"}
     defaults = {f.name: changed.get(f.name, "the checkpoint's") for f in dataclasses.fields(Settings)}
     training = _add_settings(parser, "training", [*TRAINING, "data", "on_bad", "freeze", "all_rows"], defaults)
     _add_settings(parser, "augmentation and evaluation", [*INPUT, *IMAGES], defaults)

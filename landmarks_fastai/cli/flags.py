@@ -48,15 +48,11 @@ def flags_page() -> str:
 
 
 def _flags(action) -> str:
-    options = list(action.option_strings)
+    value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
     if action.choices:
-        value = "{" + ",".join(map(str, action.choices)) + "}"
-    elif action.nargs == 0:
-        value = ""
-    else:
-        value = action.metavar or action.dest.upper()
-    options[-1] += f" {value}".rstrip()
-    return ", ".join(f"`{option}`" for option in options)
+        value = " {" + ",".join(map(str, action.choices)) + "}"
+    *others, last = action.option_strings
+    return ", ".join(f"`{option}`" for option in [*others, last + value])
 
 
 def _parts(action) -> tuple[str, str]:
@@ -70,11 +66,8 @@ def _parts(action) -> tuple[str, str]:
 
 
 def _table(title, rows) -> str:
-    lines = [f"## {title[0].upper()}{title[1:]}", ""]
-    lines += [
-        "| flag | what it does | " + " | ".join(f"`{s}`" for s in PARSERS) + " |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    header = "| flag | what it does | " + " | ".join(f"`{s}`" for s in PARSERS) + " |"
+    lines = [f"## {title[0].upper()}{title[1:]}", "", header, "| --- | --- | --- | --- | --- |"]
     for flags, (about, defaults) in rows.items():
         cells = [flags, about, *(defaults.get(script, "–") for script in PARSERS)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

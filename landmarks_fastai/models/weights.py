@@ -27,13 +27,15 @@ def input_stats(arch: str) -> tuple[tuple, tuple]:
         return tuple(cfg.mean), tuple(cfg.std)
     from torchvision import models
 
-    if not _has_v1(name):
+    if not _has_imagenet(library, name):
         return Settings.mean, Settings.std
     transforms = models.get_model_weights(name)["IMAGENET1K_V1"].transforms()
     return tuple(transforms.mean), tuple(transforms.std)
 
 
-def _has_v1(name):
+def _has_imagenet(library, name) -> bool:
+    if library == "timm":
+        return bool(timm_config(name).has_weights)
     from torchvision import models
 
     return "IMAGENET1K_V1" in models.get_model_weights(name).__members__
@@ -59,21 +61,17 @@ def load_weights(
 
 
 def _download(library, name, size):
+    if not _has_imagenet(library, name):
+        raise UserError(f"{library} has no ImageNet weights of {name}: give --weights FILE or --weights none")
     try:
         if library == "timm":
-            if not timm_config(name).has_weights:
-                raise UserError(f"timm has no ImageNet weights of {name}: give --weights FILE or --weights none")
             # the hub retries for a minute, with two lines a try; one line below is enough
             logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
             print(f"fetching the ImageNet weights of {name}", flush=True)
             return timm_model(name, size, pretrained=True).state_dict()
         from torchvision import models
 
-        if not _has_v1(name):
-            raise UserError(f"torchvision has no ImageNet weights of {name}: give --weights FILE or --weights none")
         return models.get_model(name, weights="IMAGENET1K_V1").state_dict()
-    except UserError:
-        raise
     except Exception as e:  # the errors of urllib, requests and the hub have no narrower base in common
         why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:100]}"
         raise UserError(

@@ -37,7 +37,7 @@ def claimed_run(
         before = None if overwrite else read_record(run)
         unfinished = before if before and not before.ended else None
         if unfinished and resume:
-            _check_unchanged(run, unfinished, record)
+            _check_unchanged(run, unfinished)
             record = unfinished if run.saved else replace(unfinished, settings=None)
         elif not (overwrite or _is_free(run) or (unfinished and not run.saved)):
             raise UserError(_name_taken(run, unfinished))
@@ -84,11 +84,8 @@ def _check_folder(run):
         raise UserError(f"{run.folder} exists and is not the folder of a run: choose another name, or another --out")
 
 
-def _check_unchanged(run, before, record):
-    "Raise `UserError` if a run is resumed with another script, or its checkpoint has changed: both decide its result."
-    if before.script != record.script:
-        command = Run(run.out, run.name, before).resume_command
-        raise UserError(f"-n {run.name} was started by {before.script}: {command}")
+def _check_unchanged(run, before):
+    "Raise `UserError` if the checkpoint that a resumed run started from has changed."
     if run.saved and before.digest != _digest(before.checkpoint):
         changed = f"{before.checkpoint} has changed since {run.name} was started from it"
         raise UserError(f"{changed}: restore it, or start over with --overwrite")
@@ -112,15 +109,15 @@ def _locked_run(out, name, default_name):
     for each in names:
         run = Run(out, each)
         with lock(run) as locked:
-            if name is not None and not locked:
-                raise UserError(f"-n {name}: another process is running it: let it end, or choose another name")
             if locked:
                 run.repair()
-                if name is not None:
-                    _check_folder(run)
-                if name is not None or _is_free(run):
-                    yield run
-                    return
+            elif name is not None:
+                raise UserError(f"-n {name}: another process is running it: let it end, or choose another name")
+            if name is not None:
+                _check_folder(run)
+            if locked and (name is not None or _is_free(run)):
+                yield run
+                return
 
 
 def lock(run: Run) -> AbstractContextManager[bool]:

@@ -151,15 +151,14 @@ def read_state(run: Run) -> State | None:
 
 def _check(state: State):
     "Raise an error unless all values of the metadata are of the types that `restore_state` expects."
-    metadata = state.metadata
-    numbers = [metadata[k] for k in ("epoch", "batch", "train_iter", "smooth_count")]
-    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(metadata["history"], str):
-        raise ValueError("a number or the history is missing")
-    hypers = [v for h in metadata["hypers"] for v in h.values()]
-    remembered = [v for name, of in metadata["remembered"].items() for k, v in of.items() if k in REMEMBERED[name]]
-    if not all(isinstance(v, (int, float)) for v in [*hypers, *remembered, metadata["pct_train"], metadata["seconds"]]):
-        raise ValueError("a value is no number")
-    if len(remembered) != sum(map(len, metadata["remembered"].values())):
-        raise ValueError("an unknown value")
-    if not all(type(row) is int for row in metadata["left_out"]):
-        raise ValueError("left_out holds what is no row")
+    metadata, remembered = state.metadata, state.metadata["remembered"]
+    counts = [*(metadata[k] for k in ("epoch", "batch", "train_iter", "smooth_count")), *metadata["left_out"]]
+    values = [v for h in [*metadata["hypers"], *remembered.values()] for v in h.values()]
+    numbers = [*values, metadata["pct_train"], metadata["seconds"]]
+    if not (
+        all(type(n) is int and n >= 0 for n in counts)
+        and all(isinstance(v, (int, float)) for v in numbers)
+        and all(k in REMEMBERED[name] for name, attributes in remembered.items() for k in attributes)
+        and isinstance(metadata["history"], str)
+    ):
+        raise ValueError("a value is missing or of a wrong kind")
