@@ -5,12 +5,16 @@ A loss in pixels of the network's input would rank models differently: each imag
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from fastai.learner import Metric
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap, unit_to_input
+
+Points = torch.Tensor | npt.ArrayLike  # a tensor, an array or nested lists
 
 
 def points_in_image(
@@ -38,10 +42,10 @@ def mean_squared_error(pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def nme(
-    pred,  # (images, n, 2) pixels of the image as stored, tensor or array
-    truth,  # the same
+    pred: Points,  # (images, n, 2) pixels of the image as stored
+    truth: Points,  # the same
     normaliser: str | tuple[int, int] = "box_diag",  # or image_diag, or two point indices (36, 45: outer eye corners)
-    sizes=None,  # (images, 2): width and height of the images as stored, for image_diag
+    sizes: Points | None = None,  # (images, 2): width and height of the images as stored, for image_diag
 ) -> torch.Tensor:
     """Normalised mean error of each image, (images,): the mean distance of its points, divided by a length.
 
@@ -70,7 +74,11 @@ def nme_box_diag(pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def auc(
-    pred, truth, normaliser: str | tuple[int, int] = "box_diag", threshold: float = 0.08, sizes=None
+    pred: Points,
+    truth: Points,
+    normaliser: str | tuple[int, int] = "box_diag",
+    threshold: float = 0.08,
+    sizes: Points | None = None,
 ) -> torch.Tensor:
     """Area under the curve of the cumulative error distribution (CED) up to a threshold, divided by it; 0 to 1.
 
@@ -82,7 +90,11 @@ def auc(
 
 
 def failure_rate(
-    pred, truth, normaliser: str | tuple[int, int] = "box_diag", threshold: float = 0.08, sizes=None
+    pred: Points,
+    truth: Points,
+    normaliser: str | tuple[int, int] = "box_diag",
+    threshold: float = 0.08,
+    sizes: Points | None = None,
 ) -> torch.Tensor:
     "The share of the images whose NME is above a threshold, 0 to 1. Arguments are those of `nme`."
     return (nme(pred, truth, normaliser, sizes) > threshold).double().mean()
@@ -103,13 +115,13 @@ class ImageMetric(Metric):
         self.func, self._name, self.size = func, name, size
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         self.total, self.count = 0.0, 0
 
-    def accumulate(self, learn):
+    def accumulate(self, learn: Any) -> None:
         self.add(learn.pred, learn.yb[0], learn.maps, self.size or learn.settings.size)
 
-    def add(self, pred: torch.Tensor, truth: torch.Tensor, maps: torch.Tensor, size: int | None = None):
+    def add(self, pred: torch.Tensor, truth: torch.Tensor, maps: torch.Tensor, size: int | None = None) -> None:
         "Add a batch: predicted and true points in unit coordinates, and the images' maps."
         size = size or self.size
         assert size is not None

@@ -1,4 +1,4 @@
-"The figures, against numbers worked out by hand, in pixels of images of different sizes."
+"Metrics against values worked out by hand, in pixels of images of different sizes."
 
 from types import SimpleNamespace
 

@@ -7,23 +7,26 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.signals import UNREAD, exit_on_sigterm
+
+if TYPE_CHECKING:
+    from landmarks_fastai.training.state import State
 
 # in the message of an ImportError: the loader found no memory for a library
 NO_MEMORY = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
 STARTED = time.monotonic()  # --minutes includes the imports
 
 
-def started(state) -> float:
+def started(state: "State | None") -> float:
     "When the time limit began, as `time.monotonic`: earlier by the time that a resumed stage has trained before."
     return STARTED - (state.metadata["seconds"] if state else 0.0)
 
 
-def resume_message(state) -> str:
+def resume_message(state: "State") -> str:
     epoch, batch = state.place
     return f"resuming at epoch {epoch}, batch {batch}"
 

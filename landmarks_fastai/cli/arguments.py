@@ -7,6 +7,7 @@ line is None, which a later stage replaces by the checkpoint's value.
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 
 from landmarks_fastai.cli.resume import FLAGS, flag_of, resumed
 from landmarks_fastai.runs.run import typed_as
@@ -98,10 +99,10 @@ def _recipe(text: str) -> str:
     return {"seed": "baseline"}.get(text, text)  # the name in earlier versions
 
 
-def _number(kind: type, low: float, high: float):
+def _number(kind: type, low: float, high: float) -> Callable[[str], float]:
     "The `type` of a flag: a number from `low` to `high`."
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         if not low <= kind(text) <= high:  # NaN too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
         return kind(text)

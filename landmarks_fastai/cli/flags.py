@@ -93,7 +93,7 @@ def _typed(settings: dict) -> str:
     return " ".join(words)
 
 
-def main():
+def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout.write(flags_page())

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -43,11 +44,11 @@ class PixelsToUnit(nn.Module):
         super().__init__()
         self.size = size
 
-    def forward(self, pixels: torch.Tensor):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return input_to_unit(pixels, self.size)
 
 
-def init_head(model: nn.Sequential, shape) -> None:
+def init_head(model: nn.Sequential, shape: npt.ArrayLike | torch.Tensor) -> None:
     """Initialise the last layer at a shape, (n_points, 2) unit coordinates: the bias is the shape, weights are a tenth.
 
     A random initialisation spends the first epochs on finding the mean face.

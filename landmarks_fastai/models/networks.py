@@ -5,13 +5,18 @@ image, the head makes the points, (n_points, 2) unit coordinates (see geometry.p
 """
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.models.heads import PixelsToUnit, make_head
+
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
+
+METADATA = "_extra_state"  # PyTorch's key in a state dict for the result of `get_extra_state`
 
 
 def build_model(
@@ -27,9 +32,6 @@ def build_model(
     if targets == "pixels":
         layers.append(PixelsToUnit(size))
     return LandmarkNetwork(body, layers.append(nn.Unflatten(1, (n_points, 2))))
-
-
-METADATA = "_extra_state"  # PyTorch's key in a state dict for the result of `get_extra_state`
 
 
 class LandmarkNetwork(nn.Sequential):
@@ -52,7 +54,7 @@ class LandmarkNetwork(nn.Sequential):
     def get_extra_state(self) -> dict:
         return self.metadata
 
-    def set_extra_state(self, state: dict):
+    def set_extra_state(self, state: dict) -> None:
         "Ignore the metadata of weights that are loaded: they do not change the settings of the Learner."
 
 
@@ -92,7 +94,7 @@ def find_arch(arch: str) -> tuple[str, str]:
     raise UserError(f"--arch {arch}: no such network in torchvision or timm{hint}")
 
 
-def timm_config(name: str):
+def timm_config(name: str) -> "PretrainedCfg":
     "timm's `PretrainedCfg` of a network. Raises `RuntimeError` for an unknown tag."
     import timm
 

@@ -144,7 +144,7 @@ def _body_tensors(tensors):
 
 
 def _load_body(body, tensors, arch, source):
-    "Load the tensors. Raises `UserError` if the body lacks any but those of the classifier, or one of its own is missing."
+    "Load the tensors. Raises `UserError` if some are missing, or the body lacks one that is not the classifier's."
     expected, misfit = body.state_dict(), f"{source} does not fit --arch {arch}"
     if missing := [k for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]:
         count = f"{len(missing)} of {len(expected)} tensors missing"

@@ -1,6 +1,7 @@
 "Make the Learner of a stage: a first stage, a later stage, a resumed one."
 
 import numpy as np
+from fastai.data.core import DataLoaders
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.block import landmark_dataloaders
@@ -55,7 +56,7 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     return learn
 
 
-def report_flip_map(dls, run: Run) -> None:
+def report_flip_map(dls: DataLoaders, run: Run) -> None:
     "Print how the flip map was learned; write mirror.json, and mirror.png if the map is new."
     flip_indices, found = dls.settings.flip_indices, dls.flip
     if isinstance(found, NoFlipMap):

@@ -21,7 +21,7 @@ class PointLoss(nn.Module):
 
     def __init__(self, func: Callable[[torch.Tensor], torch.Tensor], size: int):
         super().__init__()
-        self.of_error, self.half_side = (func, size / 2)  # `BaseLoss` has a `func` of its own
+        self.of_error, self.half_side = func, size / 2  # not `func`, which is an attribute of `BaseLoss`
         self.reduction = "mean"  # or none, set by fastai's `Interpretation`
 
     def forward(self, pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"What an operator's machine does to a run: signals, closed outputs, no home folder, a locale without UTF-8, little memory."
+"Runs with signals, closed outputs, no home folder, a locale without UTF-8, little memory."
 
 import os
 import signal
@@ -23,7 +23,7 @@ def python(code, **kwargs):
 
 @posix
 def test_a_signal_while_a_worker_starts_does_not_end_it(drawn, monkeypatch):
-    "torch's own handler for SIGTERM stands before `worker_init_fn` is called."
+    "torch sets its handler for SIGTERM before `worker_init_fn` is called."
     from torch.utils.data._utils import signal_handling
 
     from landmarks_fastai.data.block import landmark_dataloaders
@@ -35,7 +35,7 @@ def test_a_signal_while_a_worker_starts_does_not_end_it(drawn, monkeypatch):
     )
     dls = landmark_dataloaders(drawn, Settings(size=32, batch_size=8), machine=Machine(workers=1))
     assert len(list(dls.valid))
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # this process gets its own again
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # this process has its old mask again
 
 
 SLOW = """

@@ -1,4 +1,4 @@
-"The scripts: what a person may mistype, and the line that they get. A traceback is a failure."
+"Mistakes on the command line and in the data: each is one line on stderr, never a traceback."
 
 import os
 import shutil

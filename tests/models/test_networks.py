@@ -1,4 +1,4 @@
-"A body by name, a head by description, weights from files: and a line for everything that does not fit."
+"Bodies, heads and weights, and one-line errors for what does not fit."
 
 import pickle
 

@@ -1,4 +1,4 @@
-"The rates in the real optimiser, next to PyTorch's own schedulers fed with the same scores."
+"Learning rates in the optimiser, compared with PyTorch's schedulers on the same scores."
 
 from functools import partial
 from types import SimpleNamespace

@@ -45,15 +45,7 @@ def test_the_baseline_recipe_switches_every_addition_off(run_script, drawn):
     for name, value in RECIPES["baseline"].items():
         assert getattr(settings, name) == value, name
     assert not settings.flip_indices and settings.lr == 3e-4 and settings.opt == "adamw" and settings.wd == 0.05
-    assert list(history("s").columns) == [
-        "epoch",
-        "train_loss",
-        "valid_loss",
-        "score",
-        "nme_box_diag",
-        "lr",
-        "time",
-    ]
+    assert list(history("s").columns) == "epoch train_loss valid_loss score nme_box_diag lr time".split()
     later = resolve.next_settings(arguments.finetune_arguments(["-pm", "s"]), settings)
     assert later.targets == "pixels" and later.aug == 0
     # one part of it, typed, wins over the recipe
@@ -121,7 +113,7 @@ def test_flip_test_in_validation_and_prediction(run_script, drawn):
         list(predict_batches(kept, images, Machine(workers=0), flip_indices=kept.settings.flip_indices))
     )
     assert ((twice - truth) ** 2).mean() == pytest.approx(kept.score, rel=1e-4)
-    # predict.py looks twice where it can, and once when asked to
+    # predict.py uses the flip test by default, and a single prediction with --no-tta
     assert run_script("predict.py --workers 0 -pm t")[0] == 0
     default = np.load(RUNS / "t/points.npy")
     assert run_script("predict.py --workers 0 --no-tta -pm t")[0] == 0

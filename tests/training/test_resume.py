@@ -213,19 +213,12 @@ def damage(metadata):
     return save({"model.x": torch.zeros(1)}, {"facts": json.dumps(metadata)})
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "payload",
-        "cut",
-        "empty",
-        "facts of another kind",
-        "no tensors",
-        "torch's own format",
-        "its record",
-        "its settings",
-    ],
+DAMAGE = "payload, cut, empty, facts of another kind, no tensors, torch's own format, its record, its settings".split(
+    ", "
 )
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_state_or_record_is_refused_and_not_executed(run_script, drawn, kind):
     with stopping_at(5):
         assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130

@@ -26,7 +26,7 @@ class History(CSVLogger):
         self.write()
         self.old_logger, self.learn.logger = self.logger, self._write_line
 
-    def write(self):
+    def write(self) -> None:
         with atomic_write(self.target.file("history.csv")) as f:
             f.write(self.text)
 

@@ -5,6 +5,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from fastai.callback.core import Callback
 
@@ -68,14 +69,14 @@ class SaveResumeState(Callback):
         if self.flag.number:
             self.stop()
 
-    def write(self, epoch: int, batch: int):
+    def write(self, epoch: int, batch: int) -> None:
         seconds = self.spent + time.monotonic() - self.began
         now = capture_state(self.learn)
         place = {"epoch": epoch, "batch": batch, "seconds": seconds, "history": self.history.text}
         write_state(self.save_to, State(self.constant | now.metadata | place, now.tensors))
         self.written, self.at = time.monotonic(), (epoch, batch)
 
-    def stop(self):
+    def stop(self) -> NoReturn:
         "Write the state, unless it is written already, and raise `Stopped`."
         here = (self.epoch, self.batch)
         if self.at not in (here, (self.epoch + 1, 0)):

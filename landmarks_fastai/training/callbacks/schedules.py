@@ -18,11 +18,11 @@ class PlateauLR(ReduceLROnPlateau):
 
     def __init__(
         self,
-        monitor="score",
-        patience=1,  # epochs without a better score before a reduction
-        factor=0.31622,  # of the learning rate: the root of 0.1
-        threshold=1e-4,  # better is below best * (1 - threshold)
-        eps=1e-8,  # smaller changes of the rate are not made
+        monitor: str = "score",
+        patience: int = 1,  # epochs without a better score before a reduction
+        factor: float = 0.31622,  # of the learning rate: the root of 0.1
+        threshold: float = 1e-4,  # better is below best * (1 - threshold)
+        eps: float = 1e-8,  # smaller changes of the rate are not made
     ):
         super().__init__(monitor=monitor, comp=np.less, patience=patience, factor=factor)
         self.threshold, self.eps = threshold, eps
