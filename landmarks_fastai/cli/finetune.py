@@ -1,4 +1,4 @@
-"A later stage: `python finetune.py -pm NAME` trains on from the checkpoint of a run at a tenth of its rate."
+"A later stage: `python finetune.py -pm NAME` continues from the checkpoint of a run, at a tenth of its learning rate."
 
 from landmarks_fastai.cli import app, arguments, resolve
 from landmarks_fastai.cli.resume import record_of
@@ -10,8 +10,8 @@ from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_LR_MULT
 def main() -> None:
     args = arguments.finetune_arguments()
     args.pretrained_model = str(find_checkpoint_file(args.pretrained_model, args.out))
-    wanted = f"{run_name(args.pretrained_model)}+{args.epochs or FINETUNE_EPOCHS}"
-    with claimed_run(args.out, args.name, wanted, record_of(args), args.overwrite, args.resume) as run:
+    default_name = f"{run_name(args.pretrained_model)}+{args.epochs or FINETUNE_EPOCHS}"
+    with claimed_run(args.out, args.name, default_name, record_of(args), args.overwrite, args.resume) as run:
         print(f"run {run.name}, from {args.pretrained_model}", flush=True)
 
         from landmarks_fastai.runs.checkpoint import read_checkpoint

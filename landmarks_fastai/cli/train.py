@@ -9,8 +9,8 @@ def main() -> None:
     args = arguments.train_arguments()
     drawn = args.data is None
     settings = resolve.first_settings(args, drawn)
-    wanted = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
-    with claimed_run(args.out, args.name, wanted, record_of(args), args.overwrite, args.resume) as run:
+    default_name = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
+    with claimed_run(args.out, args.name, default_name, record_of(args), args.overwrite, args.resume) as run:
         print(f"run {run.name}", flush=True)
 
         from landmarks_fastai.training.builders import first_stage, resumed_stage

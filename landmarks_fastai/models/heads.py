@@ -33,7 +33,7 @@ def make_head(
         elif word == "bn":
             layers.append(nn.BatchNorm1d(n_in))
         else:
-            raise UserError(f"--head {head}: {word!r} is none of linear, a width like 512, relu, bn, drop0.5")
+            raise UserError(f"--head {head}: {word!r} is not one of linear, a width like 512, relu, bn, drop0.5")
     return nn.Sequential(*layers, nn.Linear(n_in, 2 * n_points))
 
 

@@ -92,7 +92,9 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         source = path.with_suffix(".json")
         metadata = _read_json(source)
     if not isinstance(metadata, dict) or "settings" not in metadata:
-        raise UserError(f"{path} is no checkpoint of this program (it has no settings): use it with train.py --weights")
+        raise UserError(
+            f"{path} is not a checkpoint of this program (it has no settings): use it with train.py --weights"
+        )
     if metadata.get("format") != (FORMAT if source == path else 3):
         version = f"another version of this program (format {metadata.get('format')})"
         raise UserError(f"{source} was written by {version}: train again")

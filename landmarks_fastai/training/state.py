@@ -49,7 +49,7 @@ def capture_state(learn: Any) -> State:
         "train_iter": learn.train_iter,
         "smooth_count": smooth.count,
         "remembered": {
-            name: {k: _plain(getattr(getattr(learn, name), k)) for k in keys}
+            name: {k: getattr(getattr(learn, name), k) for k in keys}
             for name, keys in REMEMBERED.items()
             if hasattr(learn, name)
         },
@@ -109,10 +109,6 @@ def _like(t, parameter):
     return torch.empty_like(parameter, dtype=t.dtype, requires_grad=False).copy_(t)
 
 
-def _plain(value):
-    return float(value) if isinstance(value, float) else value
-
-
 def _part(tensors, prefix) -> dict:
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
@@ -145,7 +141,7 @@ def read_state(run: Run) -> State | None:
         _check(state)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError) as e:
         hint = "start over with --overwrite, and the same flags"
-        raise UserError(f"{path} is no state of a run ({reason(e)}): {hint}") from None
+        raise UserError(f"{path} is not the state of a run ({reason(e)}): {hint}") from None
     return state
 
 

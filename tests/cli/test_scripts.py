@@ -117,12 +117,7 @@ def test_default_names_get_a_number_and_taken_names_are_refused(run_script, draw
     assert (runs / f"{name}/best.pth").read_bytes() != before
     check_refused(run_script(f"finetune.py --overwrite -n {name} -pm {name}"), "is the run that -pm loads")
     for wrong in ("../x", "/tmp/x", "a/b", "..", "a\\b", "c:x"):
-        check_refused(
-            run_script(f"train.py {QUICK} -d {drawn} -n", wrong)
-            if "\\" not in wrong
-            else run_script(f"train.py {QUICK} -n 'a\\b' -d", drawn),
-            "-n",
-        )
+        check_refused(run_script(f"train.py {QUICK} -d {drawn} -n", wrong), "-n")
 
 
 def snapshot(folder):
@@ -134,9 +129,8 @@ def break_csv(number, change):
 
 
 def first_image(data, row=0):
-    return (
-        data / "train" / "images" / (data / "train" / "landmarks.csv").read_text().splitlines()[1 + row].split("\t")[0]
-    )
+    name = (data / "train" / "landmarks.csv").read_text().splitlines()[1 + row].split("\t")[0]
+    return data / "train" / "images" / name
 
 
 def cut_image(data):
