@@ -15,6 +15,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap, unit_to_input
 
 Points = torch.Tensor | npt.ArrayLike  # a tensor, an array or nested lists
+Normaliser = str | tuple[int, int]  # of an NME: box_diag, image_diag, or the indices of two points
 
 
 def points_in_image(
@@ -44,14 +45,14 @@ def mean_squared_error(pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def nme(
     pred: Points,  # (images, n, 2) pixels of the image as stored
     truth: Points,  # the same
-    normaliser: str | tuple[int, int] = "box_diag",  # or image_diag, or two point indices (36, 45: outer eye corners)
+    normaliser: Normaliser = "box_diag",
     sizes: Points | None = None,  # (images, 2): width and height of the images as stored, for image_diag
 ) -> torch.Tensor:
     """Normalised mean error of each image, (images,): the mean distance of its points, divided by a length.
 
     The length is the diagonal of the box of the true points, the diagonal of the image, or the distance of two true
-    points (inter-ocular: the outer corners of the eyes). A length of 0 counts as one pixel. Raises `UserError` for
-    image_diag without sizes, and for another normaliser.
+    points (inter-ocular: the outer corners of the eyes, 36 and 45 of 68 points). A length of 0 counts as one pixel.
+    Raises `UserError` for image_diag without sizes, and for another normaliser.
     """
     pred, truth = torch.as_tensor(pred).double(), torch.as_tensor(truth).double()
     if normaliser == "box_diag":
@@ -76,7 +77,7 @@ def nme_box_diag(pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def auc(
     pred: Points,
     truth: Points,
-    normaliser: str | tuple[int, int] = "box_diag",
+    normaliser: Normaliser = "box_diag",
     threshold: float = 0.08,
     sizes: Points | None = None,
 ) -> torch.Tensor:
@@ -92,7 +93,7 @@ def auc(
 def failure_rate(
     pred: Points,
     truth: Points,
-    normaliser: str | tuple[int, int] = "box_diag",
+    normaliser: Normaliser = "box_diag",
     threshold: float = 0.08,
     sizes: Points | None = None,
 ) -> torch.Tensor:
@@ -147,14 +148,14 @@ def _no_sizes(normaliser):
 class AUC(ImageMetric):
     "`auc` as a metric, in a column `auc`. Raises `UserError` for image_diag: a batch does not hold the images' sizes."
 
-    def __init__(self, normaliser: str | tuple[int, int] = "box_diag", threshold: float = 0.08):
+    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08):
         super().__init__(partial(auc, normaliser=_no_sizes(normaliser), threshold=threshold), "auc")
 
 
 class FailureRate(ImageMetric):
     "`failure_rate` as a metric, in a column `failure_rate`. Raises `UserError` for image_diag, as `AUC`."
 
-    def __init__(self, normaliser: str | tuple[int, int] = "box_diag", threshold: float = 0.08):
+    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08):
         super().__init__(partial(failure_rate, normaliser=_no_sizes(normaliser), threshold=threshold), "failure_rate")
 
 
