@@ -71,12 +71,12 @@ def _add_machine(parser, amp="auto"):
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", action="store_true", help="train on the GPU (default: off; falls back to the CPU)")
     about = "worker processes that load images (default: by the number of cores)"
-    add("--workers", type=_number(int, 0, 256), metavar="N", help=about)
-    pixels = Machine.max_pixels
+    add("--workers", type=_number(int, 0, 256, "number from 0 to 256"), metavar="N", help=about)
+    pixels, millions = Machine.max_pixels, _number(float, 1e-6, 1e6, "number of millions of pixels")
     about = (
         f"largest image, in millions of pixels; decoding takes 10 MB per million, in each worker (default: {pixels:g})"
     )
-    add("--max-pixels", type=_number(float, 1e-6, 1e6), default=pixels, metavar="X", help=about)
+    add("--max-pixels", type=millions, default=pixels, metavar="X", help=about)
     about = "; auto: the GPU's best type, off on a CPU and on GTX 16xx cards" if amp == "auto" else ""
     add("--amp", choices=AMP, default=amp, help=f"mixed precision{about} (default: {amp})")
     for flag, on, about in SWITCHES:
@@ -84,9 +84,9 @@ def _add_machine(parser, amp="auto"):
             action = argparse.BooleanOptionalAction if on else "store_true"
             add(flag, action=action, default=on, help=f"{about} (default: {'on' if on else 'off'})")
     if amp == "auto":
-        every = Machine.save_every
+        every, minutes = Machine.save_every, _number(float, 0, 1e6, "number of minutes")
         about = f"save the state for --resume every MIN minutes, and after each epoch (default: {every:g})"
-        add("--save-every", type=_number(float, 0, 1e6), default=every, metavar="MIN", help=about)
+        add("--save-every", type=minutes, default=every, metavar="MIN", help=about)
     add("--out", default=OUT, metavar="DIR", help=f"output folder (default: {OUT})")
 
 
@@ -99,12 +99,12 @@ def _recipe(text: str) -> str:
     return {"seed": "baseline"}.get(text, text)  # the name in earlier versions
 
 
-def _number(kind: type, low: float, high: float) -> Callable[[str], float]:
+def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
     "The `type` of a flag: a number from `low` to `high`."
 
     def parse(text: str) -> float:
         if not low <= kind(text) <= high:  # NaN too
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is no {what}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # for argparse's message: invalid int value
