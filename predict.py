@@ -1,27 +1,8 @@
 #!/usr/bin/env python
 "The submission: `python predict.py -pm NAME` predicts the test images' points."
 
-from landmarks_fastai.cli import app, arguments, resolve
-
-
-def main():
-    args = arguments.predict_arguments()
-
-    from landmarks_fastai.inference.predictor import predict_test
-    from landmarks_fastai.runs.checkpoint import find_checkpoint
-    from landmarks_fastai.runs.claim import claim_output
-    from landmarks_fastai.utils.parallel import bar
-
-    machine = resolve.machine(args)
-    checkpoint = find_checkpoint(args.pretrained_model, args.out)
-    settings = resolve.predict_settings(args, checkpoint.settings)
-    run = claim_output(args.out, checkpoint.name)
-    flip_test = bool(settings.flip_indices) if args.flip_test is None else args.flip_test
-    n = predict_test(checkpoint, settings.data, run, args.rounding, machine, settings.batch_size, flip_test, bar)
-    print(
-        f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}"
-    )
-
+from landmarks_fastai.cli.app import run_main
+from landmarks_fastai.cli.predict import main
 
 if __name__ == "__main__":
-    app.run_main(main)
+    run_main(main)

@@ -1,40 +1,8 @@
 #!/usr/bin/env python
 "The first stage: `python train.py -d DIR`; `python train.py` alone trains on drawn faces."
 
-from landmarks_fastai.cli import app, arguments, resolve
-from landmarks_fastai.cli.resume import record_of
-from landmarks_fastai.runs.claim import claimed_run
-
-
-def main():
-    args = arguments.train_arguments()
-    drawn = args.data is None
-    settings = resolve.first_settings(args, drawn)
-    wanted = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
-    with claimed_run(args.out, args.name, wanted, record_of(args), args.overwrite, args.resume) as run:
-        print(f"run {run.name}", flush=True)
-
-        from landmarks_fastai.training.builders import first_stage, resumed_stage
-        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report
-        from landmarks_fastai.training.state import read_state
-
-        machine = resolve.machine(args)
-        state = read_state(run)
-        if state:
-            print(app.resume_message(state))
-            learn = resumed_stage(state, machine, run)
-        else:
-            weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
-            if drawn:
-                settings = resolve.drawn_faces(settings, args.out, weights)
-            learn = first_stage(settings, weights, machine, run)
-            if args.lr == "find":
-                find_lr(learn, run)
-            elif args.lr:
-                note_low_lr(learn, resolve.default_lr(args, drawn))
-        best = fit_stage(learn, run, started=app.started(state), state=state)
-        print(report(run, best, machine))
-
+from landmarks_fastai.cli.app import run_main
+from landmarks_fastai.cli.train import main
 
 if __name__ == "__main__":
-    app.run_main(main)
+    run_main(main)

@@ -76,7 +76,7 @@ def whole(drawn, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_a_killed_run_goes_on_to_the_same_weights(whole, drawn, tmp_path, kill):
+def test_killed_run_resumes_to_the_same_weights(whole, drawn, tmp_path, kill):
     """Every fifth kill falls into the start-up, every fourth of the others into the writing of a file, the others anywhere;
     some runs are killed twice.
     """
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole, drawn, tmp_path, kill):
             process.send_signal(signal.SIGKILL)
             process.wait()
     out = finish(start(tmp_path, f"{script} --resume -n {name}"))
-    print(f"kill {kill}: {name}: {[x for x in out.splitlines() if 'going on' in x or 'finished' in x]}")
+    print(f"kill {kill}: {name}: {[x for x in out.splitlines() if 'resuming' in x or 'finished' in x]}")
     check_equal(here, "whole", name)
     assert not list(here.rglob("*.tmp")) and not list(here.rglob("*.lock"))
 
@@ -158,6 +158,6 @@ def test_a_signal_to_the_whole_process_group_loses_nothing(whole_of_group, slow_
     os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in out and record.exists(), out
-    assert "go on with: python train.py --resume -n r" in out
+    assert "resume with: python train.py --resume -n r" in out
     finish(start(tmp_path, "train.py --resume -n r"))
     check_equal(tmp_path / "runs", "whole", "r")

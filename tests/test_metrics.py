@@ -1,4 +1,4 @@
-"The figures, against numbers worked out by hand, in pixels of images of different sizes."
+"Metrics against values worked out by hand, in pixels of images of different sizes."
 
 from types import SimpleNamespace
 
@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map, unit_to_input
-from landmarks_fastai.metrics import ImageMetric, mean_squared_error, nme_box_diag, points_in_image, stage_metrics
+from landmarks_fastai.metrics import (
+    AUC,
+    FailureRate,
+    ImageMetric,
+    auc,
+    failure_rate,
+    mean_squared_error,
+    nme,
+    nme_box_diag,
+    points_in_image,
+    stage_metrics,
+)
 
 SIZE = 64
 
@@ -94,3 +106,67 @@ def test_nme_measures_each_image_by_its_own_box_however_small():
     truth = torch.tensor([[[0.0, 0.0], [0.3, 0.4]], [[100.0, 100.0], [106.0, 108.0]], [[5.0, 5.0], [5.0, 5.0]]])
     pred = truth + torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]], [[0.0, 7.0]]])
     assert nme_box_diag(pred, truth).tolist() == pytest.approx([5 / 0.5, 2 / 10, 7])
+
+
+# three points, the first two 10 px apart, their box 30 x 40: its diagonal is 50
+TRUTH = np.array([[[0.0, 0.0], [6.0, 8.0], [30.0, 40.0]]] * 4)
+# every point is off by 0, 1, 2 and 10 px
+PRED = TRUTH + np.array([[0.0, 0.0], [0.6, 0.8], [-2.0, 0.0], [8.0, 6.0]])[:, None]
+SIZES = [[300, 400]] * 4  # the diagonal is 500
+
+
+@pytest.mark.parametrize(
+    "normaliser,length", [("box_diag", 50), ("image_diag", 500), ((0, 1), 10), ((1, 0), 10)], ids=str
+)
+def test_nme_divides_the_mean_distance_by_the_chosen_length(normaliser, length):
+    assert nme(PRED, TRUTH, normaliser, SIZES).tolist() == pytest.approx([0, 1 / length, 2 / length, 10 / length])
+    assert nme(torch.tensor(PRED), torch.tensor(TRUTH), normaliser, torch.tensor(SIZES)).tolist() == pytest.approx(
+        nme(PRED, TRUTH, normaliser, SIZES).tolist()
+    )
+
+
+def test_auc_and_failure_rate_by_hand():
+    # box diagonal: errors 0, 0.02, 0.04, 0.2; at 0.08 they add 1, 3/4, 1/2 and 0 to the area
+    assert float(auc(PRED, TRUTH)) == pytest.approx((1 + 3 / 4 + 1 / 2 + 0) / 4)
+    assert float(failure_rate(PRED, TRUTH)) == 1 / 4
+    # the distance of two points: errors 0, 0.1, 0.2, 1; at 0.4 they add 1, 3/4, 1/2 and 0
+    assert float(auc(PRED, TRUTH, (0, 1), 0.4)) == pytest.approx((1 + 3 / 4 + 1 / 2 + 0) / 4)
+    assert float(failure_rate(PRED, TRUTH, (0, 1), 0.15)) == 2 / 4
+    # the image diagonal: errors 0, 0.002, 0.004, 0.02
+    assert float(auc(PRED, TRUTH, "image_diag", sizes=SIZES)) == pytest.approx((1 + 39 / 40 + 38 / 40 + 3 / 4) / 4)
+    assert float(failure_rate(PRED, TRUTH, "image_diag", sizes=SIZES)) == 0
+
+
+def test_an_error_equal_to_the_threshold_is_no_failure():
+    truth = np.array([[[0.0, 0.0], [4.0, 0.0]]])  # a box of 4 px
+    assert float(failure_rate(truth + [[0.0, 1.0]], truth, threshold=0.25)) == 0
+    assert float(failure_rate(truth + [[0.0, 1.0]], truth, threshold=0.2499)) == 1
+
+
+def test_auc_is_the_area_under_the_curve_of_cumulative_errors():
+    truth = np.array([[[0.0, 0.0], [3.0, 4.0]]] * 200)
+    pred = truth + np.random.default_rng(0).normal(0, 0.3, truth.shape)
+    errors = nme(pred, truth).numpy()
+    x = np.linspace(0, 0.08, 20_001)
+    curve = (errors[:, None] <= x[:-1]).mean(0)
+    assert 0.1 < float(auc(pred, truth)) == pytest.approx(curve.mean(), abs=1e-4)
+
+
+def test_auc_and_failure_rate_are_metrics_of_a_learner():
+    metrics = [AUC((0, 1), 0.2), FailureRate((0, 1), 0.2)]
+    for metric in metrics:
+        for state in (batch(WIDE, WIDE), batch(TALL)):  # errors 1.5 / 50 = 0.03 twice, 1.5 / 5 = 0.3
+            state.settings = SimpleNamespace(size=SIZE)
+            metric.accumulate(state)
+    assert [m.name for m in metrics] == ["auc", "failure_rate"]
+    assert [m.value for m in metrics] == pytest.approx([(0.85 + 0.85 + 0) / 3, 1 / 3])
+
+
+def test_image_diag_needs_sizes():
+    with pytest.raises(UserError, match="image_diag needs the images' sizes"):
+        auc(PRED, TRUTH, "image_diag")
+    for metric in (AUC, FailureRate):
+        with pytest.raises(UserError, match="a batch does not hold the images' sizes"):
+            metric("image_diag")
+    with pytest.raises(UserError, match="normaliser is 'box': box_diag, image_diag or two point indices expected"):
+        nme(PRED, TRUTH, "box")

@@ -1,4 +1,4 @@
-"What README.md and the pages of docs/ say is so: flags exist, command lines parse, Python runs, links lead somewhere."
+"README.md and docs/: flags exist, command lines parse, Python runs, links lead to files."
 
 import ast
 import importlib.util

@@ -1,1 +1,1 @@
-"The command line of the three scripts."
+"The command line: one module a script, its flags, and the settings that they stand for."

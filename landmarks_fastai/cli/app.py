@@ -1,72 +1,88 @@
-"Running a script: errors and signals become one line and an exit code."
+"Running a script: errors and signals become one line on stderr and an exit code."
 
 import errno
+import io
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.signals import UNREAD, exit_on_sigterm
 
-# how the system's loader says that there is no memory for a library
-UNMAPPED = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
-STARTED = time.monotonic()  # --minutes counts the imports too
+if TYPE_CHECKING:
+    from landmarks_fastai.training.state import State
+
+# in the message of an ImportError: the loader found no memory for a library
+NO_MEMORY = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
+STARTED = time.monotonic()  # --minutes includes the imports
 
 
-def started(state) -> float:
-    "When the stage's minutes began to count: those that it trained before it was stopped are gone."
+def started(state: "State | None") -> float:
+    "When the time limit began, as `time.monotonic`: earlier by the time that a resumed stage has trained before."
     return STARTED - (state.metadata["seconds"] if state else 0.0)
 
 
-def resume_message(state) -> str:
+def resume_message(state: "State") -> str:
     epoch, batch = state.place
     return f"resuming at epoch {epoch}, batch {batch}"
 
 
-def run_main(main):
-    "Run a script's main function: a user's mistake becomes one line on stderr and exit code 1, Ctrl-C 130, `| head` 141."
-    # What torch and fastai say of their own parts is not for this program's user to act upon.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    # None where it was closed, as by a daemon; no other file may get its number
-    for name in ("stdin", "stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
-    if hasattr(sys.stdout, "reconfigure"):  # a name in Cyrillic must not stop a run in a terminal of another encoding
-        sys.stdout.reconfigure(errors="replace")
-        sys.stderr.reconfigure(errors="replace")
-    exit_on_sigterm()
+def run_main(main: Callable[[], None]) -> None:
+    "Run a script's main function, and exit with a code of docs/errors.md if it raises."
+    _prepare_process()
     try:
         main()
         sys.stdout.flush()
     except UserError as e:
-        for line in e.lines:
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
-    except (ImportError, MemoryError) as e:
-        if isinstance(e, ImportError) and not any(text in str(e) for text in UNMAPPED):
+        _fail(*e.lines)
+    except ModuleNotFoundError as e:
+        if (e.name or "landmarks_fastai").startswith("landmarks_fastai"):
             raise
-        way = "allow the process more (ulimit -v), or take a larger machine"
-        print(f"error: not enough memory ({reason(e)}): {way}", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"{e.name} is not installed: pip install 'landmarks-fastai[train]'")
+    except (ImportError, MemoryError) as e:
+        if isinstance(e, ImportError) and not any(text in str(e) for text in NO_MEMORY):
+            raise
+        _fail(f"not enough memory ({reason(e)}): allow the process more (ulimit -v), or take a larger machine")
     except (KeyboardInterrupt, BrokenPipeError) as e:
-        _let_go_of_unread()
+        _discard_output()
         if sys.stdout.isatty():
-            print()  # below the bar
-        text = str(e) if isinstance(e, KeyboardInterrupt) else "its output is read no more"
+            print()  # below the progress bar
+        text = str(e) if isinstance(e, KeyboardInterrupt) else "its output is not read any more"
         print(f"stopped: {text}" if text else "stopped", file=sys.stderr)
         sys.exit(getattr(e, "code", 130 if isinstance(e, KeyboardInterrupt) else UNREAD))
     except OSError as e:
         if e.errno != errno.ENOSPC or e.filename:
             raise
-        _let_go_of_unread()
-        print(f"error: the output cannot be written ({e.strerror}): make room where it goes", file=sys.stderr)
-        sys.exit(1)
+        _discard_output()
+        _fail(f"the output cannot be written ({e.strerror}): make room where it goes")
 
 
-def _let_go_of_unread():
-    "Python would try again at its end to write what nobody reads."
+def _prepare_process():
+    # warnings of torch and fastai about their own code are nothing that a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("stdin", "stdout", "stderr"):  # None if closed, as in a daemon; no other file may get its number
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a name in Cyrillic must not stop a run in a terminal of another encoding
+            stream.reconfigure(errors="replace")
+    exit_on_sigterm()
+
+
+def _fail(*lines) -> NoReturn:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _discard_output():
+    "Drop output that cannot be written: at its end Python would try again."
     try:
         sys.stdout.flush()
     except OSError:

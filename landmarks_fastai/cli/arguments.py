@@ -1,14 +1,16 @@
 """The flags of the three scripts.
 
-Nothing heavy is imported here, so that `--help` answers at once. Every default lives in settings.py; a flag that was
-not given is None, and a later stage then takes the value from the checkpoint.
+Nothing heavy is imported here, so that --help is quick. Defaults are in settings.py; a flag that is not on the command
+line is None, which a later stage replaces by the checkpoint's value.
 """
 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 
 from landmarks_fastai.cli.resume import FLAGS, flag_of, resumed
+from landmarks_fastai.runs.run import typed_as
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_LR_MULT,
@@ -27,7 +29,7 @@ ALIASES = {"init_head": "--start", "head_lr_mult": "--head-rate"}  # spellings o
 
 
 class _Ignored(argparse.Action):
-    "A flag of an earlier version, which command lines may still hold."
+    "A flag of an earlier version, accepted and ignored."
 
     def __call__(self, *args):
         pass
@@ -46,7 +48,7 @@ def _add_setting(group, name, default=None):
     flags = FLAGS.get(name, (flag_of(name),))
     default = default or ("off" if f.default is False else f.default)
     about = f"{f.metadata['about']} (default: {default})".replace("%", "%%")
-    if name == "tta":  # a later stage may switch off what it was handed down
+    if name == "tta":  # a later stage may switch off what the checkpoint has
         group.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=about)
     elif f.type in (bool, "bool"):
         group.add_argument(*flags, dest=name, action="store_true", default=None, help=about)
@@ -68,34 +70,30 @@ def _add_settings(parser, title, names, defaults=None):
 
 
 def _add_machine(parser, amp="auto"):
-    group = parser.add_argument_group("machine")
-    group.add_argument("--gpu", action="store_true", help="train on the GPU (default: off; falls back to the CPU)")
-    group.add_argument(
-        "--workers",
-        type=_workers,
-        metavar="N",
-        help="worker processes that load images (default: by the number of cores)",
+    add = parser.add_argument_group("machine").add_argument
+    add("--gpu", action="store_true", help="train on the GPU (default: off; falls back to the CPU)")
+    about = "worker processes that load images (default: by the number of cores)"
+    add("--workers", type=_number(int, 0, 256, "number from 0 to 256"), metavar="N", help=about)
+    pixels, millions = Machine.max_pixels, _number(float, 1e-6, 1e6, "number of millions of pixels")
+    about = (
+        f"largest image, in millions of pixels; decoding takes 10 MB per million, in each worker (default: {pixels:g})"
     )
-    group.add_argument("--max-pixels", type=_megapixels, default=Machine.max_pixels, metavar="X",
-                       help="largest image, in millions of pixels; decoding takes 10 MB per million, in each worker "
-                       f"(default: {Machine.max_pixels:g})")  # fmt: skip
+    add("--max-pixels", type=millions, default=pixels, metavar="X", help=about)
     about = "; auto: the GPU's best type, off on a CPU and on GTX 16xx cards" if amp == "auto" else ""
-    group.add_argument("--amp", choices=AMP, default=amp,
-                       help=f"mixed precision{about} (default: {amp})")  # fmt: skip
+    add("--amp", choices=AMP, default=amp, help=f"mixed precision{about} (default: {amp})")
     for flag, on, about in SWITCHES:
-        if flag == "--cache" and amp == "off":  # a prediction reads each image once
-            continue
-        group.add_argument(flag, action=argparse.BooleanOptionalAction if on else "store_true", default=on,
-                           help=f"{about} (default: {'on' if on else 'off'})")  # fmt: skip
+        if flag != "--cache" or amp == "auto":  # a prediction reads each image once
+            action = argparse.BooleanOptionalAction if on else "store_true"
+            add(flag, action=action, default=on, help=f"{about} (default: {'on' if on else 'off'})")
     if amp == "auto":
-        group.add_argument("--save-every", type=_minutes, default=Machine.save_every, metavar="MIN",
-                           help="save the state for --resume every so many minutes, and after each epoch "
-                           f"(default: {Machine.save_every:g})")  # fmt: skip
-    group.add_argument("--out", default=OUT, metavar="DIR", help=f"output folder (default: {OUT})")
+        every, minutes = Machine.save_every, _number(float, 0, 1e6, "number of minutes")
+        about = f"save the state for --resume every MIN minutes, and after each epoch (default: {every:g})"
+        add("--save-every", type=minutes, default=every, metavar="MIN", help=about)
+    add("--out", default=OUT, metavar="DIR", help=f"output folder (default: {OUT})")
 
 
 def _rate(text: str):
-    "A learning rate, or `find`."
+    "A learning rate, or the word find."
     return text if text == "find" else float(text)
 
 
@@ -107,29 +105,27 @@ def _margin(text: str) -> float:
     return margin
 
 
-def _minutes(text: str) -> float:
-    if not 0 <= float(text) < 1e6:  # False for NaN too
-        raise argparse.ArgumentTypeError(f"{text} is no number of minutes")
-    return float(text)
+def _recipe(text: str) -> str:
+    return {"seed": "baseline"}.get(text, text)  # the name in earlier versions
 
 
-def _workers(text: str) -> int:
-    if not text.isdecimal() or int(text) > 256:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 256")
-    return int(text)
+def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
+    "The `type` of a flag: a number from `low` to `high`."
 
+    def parse(text: str) -> float:
+        if not low <= kind(text) <= high:  # NaN too
+            raise argparse.ArgumentTypeError(f"{text} is no {what}")
+        return kind(text)
 
-def _megapixels(text: str) -> float:
-    if not 0 < float(text) < 1e6:  # False for NaN too
-        raise argparse.ArgumentTypeError(f"{text} is no number of millions of pixels")
-    return float(text)
+    parse.__name__ = kind.__name__  # for argparse's message: invalid int value
+    return parse
 
 
 def _add_name(group):
     group.add_argument("-n", "--name", help="name of the run and of its folder (default: made from the settings)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing run of that name")
-    group.add_argument("--resume", action="store_true",
-                       help="resume the run -n where it was stopped, with the flags that it was started with")  # fmt: skip
+    about = "resume the stopped run -n, with the flags that it was started with"
+    group.add_argument("--resume", action="store_true", help=about)
 
 
 SWITCHES = [
@@ -151,24 +147,22 @@ def train_parser() -> argparse.ArgumentParser:
         "Without -d it makes a small set of drawn faces (once) and trains on them.",
         "Reads DIR/train/landmarks.csv and DIR/train/images; writes the folder runs/NAME: best.pth (the checkpoint),\n"
         "history.csv, batch.png (a training batch), mirror.png (the flip map), results.png (targets and predictions),\n"
-        "lr.png (--lr find). The next stage: python finetune.py -pm NAME",
+        f"lr.png (--lr find). The next stage: {typed_as('finetune.py')} -pm NAME",
     )
-    parser.add_argument("--recipe", type=lambda name: {"seed": "baseline"}.get(name, name), choices=RECIPES, default="best",
-                        help="best: the defaults below; baseline: the published entry (default: best)")  # fmt: skip
-    data = _add_settings(
-        parser, "data", ["data", "on_bad", "valid_pct", "valid_random", "all_rows"], {"data": "drawn faces"}
-    )
-    _add_name(data)
+    about = "best: the defaults below; baseline: the published entry (default: best)"
+    parser.add_argument("--recipe", type=_recipe, choices=RECIPES, default="best", help=about)
+    names = ["data", "on_bad", "valid_pct", "valid_random", "all_rows"]
+    _add_name(_add_settings(parser, "data", names, {"data": "drawn faces"}))
     network = _add_settings(parser, "network", ["arch", "head", "init_head", "targets", "freeze", *INPUT])
-    network.add_argument("--weights", metavar="W", help="weights of the body: imagenet, none, or a .safetensors or .pth file "
-                         "(default: imagenet; drawn faces: none)")  # fmt: skip
+    about = "weights of the body: imagenet, none, or a .safetensors or .pth file (default: imagenet; drawn faces: none)"
+    network.add_argument("--weights", metavar="W", help=about)
     _add_settings(parser, "training", TRAINING)
     _add_settings(parser, "augmentation and evaluation", IMAGES)
     _add_machine(parser)
     return parser
 
 
-def train_arguments(argv=None):
+def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     "The parsed command line of train.py."
     return _parse(train_parser(), argv, "train.py")
 
@@ -178,26 +172,21 @@ def finetune_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "Continue training from the best checkpoint of a previous stage, at a lower learning rate.\n\n"
         "Settings that are not given are taken from the checkpoint.\n"
-        "The stage saves the best of its epochs, or the loaded model where no epoch beats it.",
+        "The stage saves its best epoch, or the loaded model if no epoch is better."
     )
     _add_checkpoint(parser, required=False)
-    own = {
-        "epochs": FINETUNE_EPOCHS,
-        "lr": f"{FINETUNE_LR_MULT} of the previous stage's",
-        "seed": "the checkpoint's plus 1",
-        "minutes": "0",
-        "freeze": "off",
-    }
-    its = {f.name: own.get(f.name, "the checkpoint's") for f in dataclasses.fields(Settings)}
-    training = _add_settings(parser, "training", [*TRAINING, "data", "on_bad", "freeze", "all_rows"], its)
-    _add_settings(parser, "augmentation and evaluation", [*INPUT, *IMAGES], its)
+    lr = f"{FINETUNE_LR_MULT} of the previous stage's"
+    changed = {"epochs": FINETUNE_EPOCHS, "lr": lr, "seed": "the checkpoint's plus 1", "minutes": "0", "freeze": "off"}
+    defaults = {f.name: changed.get(f.name, "the checkpoint's") for f in dataclasses.fields(Settings)}
+    training = _add_settings(parser, "training", [*TRAINING, "data", "on_bad", "freeze", "all_rows"], defaults)
+    _add_settings(parser, "augmentation and evaluation", [*INPUT, *IMAGES], defaults)
     _add_name(training)
-    _add_settings(parser, "must agree with the checkpoint", NETWORK + SPLIT, its)
+    _add_settings(parser, "must agree with the checkpoint", NETWORK + SPLIT, defaults)
     _add_machine(parser)
     return parser
 
 
-def finetune_arguments(argv=None):
+def finetune_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     "The parsed command line of finetune.py."
     parser = finetune_parser()
     args = _parse(parser, argv, "finetune.py")
@@ -206,8 +195,8 @@ def finetune_arguments(argv=None):
     return args
 
 
-def _parse(parser, argv, script: str):
-    "The parsed flags; with --resume those that the run was started with."
+def _parse(parser, argv, script: str) -> argparse.Namespace:
+    "The parsed flags; with --resume those of the run's start."
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(words)
     args.script = script
@@ -219,27 +208,25 @@ def predict_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "Predict the points of the test images and write the submission.\n\n"
         "Reads DIR/test/test_points.csv and DIR/test/images; writes runs/NAME/submit.csv (the submission),\n"
-        "points.npy (every point of every image, in pixels of the image as stored) and points.json (its file names).",
+        "points.npy (every point of every image, in pixels of the image as stored) and points.json (its file names)."
     )
     _add_checkpoint(parser)
-    _add_settings(
-        parser, "data", ["data", "batch_size"], {"data": "the checkpoint's", "batch_size": "the checkpoint's"}
-    )
-    parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, default=ROUNDINGS[0],
-                        help=f"rounding of the submitted coordinates (default: {ROUNDINGS[0]})")  # fmt: skip
-    parser.add_argument("--tta", action=argparse.BooleanOptionalAction, default=None, dest="flip_test",
-                        help="flip test: average the points of image and mirror image (default: on with flip indices)")  # fmt: skip
-    fixed = NETWORK + INPUT
-    _add_settings(parser, "must agree with the checkpoint", fixed, dict.fromkeys(fixed, "the checkpoint's"))
+    defaults = {f.name: "the checkpoint's" for f in dataclasses.fields(Settings)}
+    _add_settings(parser, "data", ["data", "batch_size"], defaults)
+    about = f"rounding of the submitted coordinates (default: {ROUNDINGS[0]})"
+    parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, default=ROUNDINGS[0], help=about)
+    about = "flip test: average the points of image and mirror image (default: on with flip indices)"
+    parser.add_argument("--tta", action=argparse.BooleanOptionalAction, default=None, dest="flip_test", help=about)
+    _add_settings(parser, "must agree with the checkpoint", NETWORK + INPUT, defaults)
     _add_machine(parser, amp="off")
     return parser
 
 
-def predict_arguments(argv=None):
+def predict_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     "The parsed command line of predict.py."
     return predict_parser().parse_args(argv)
 
 
 def _add_checkpoint(parser, required=True):
-    parser.add_argument("-pm", "--pretrained-model", required=required, metavar="NAME",
-                        help="checkpoint: the name of a run in the output folder, or a path")  # fmt: skip
+    about = "checkpoint: the name of a run in the output folder, or a path"
+    parser.add_argument("-pm", "--pretrained-model", required=required, metavar="NAME", help=about)

@@ -3,6 +3,7 @@
 A test compares the page with this module's output.
 """
 
+import io
 import re
 import sys
 
@@ -15,7 +16,7 @@ PARSERS = {
     "finetune.py": arguments.finetune_parser,
     "predict.py": arguments.predict_parser,
 }
-FIXED = "must agree with the checkpoint"  # title of a group of flags; each belongs to the group that train.py has it in
+FIXED = "must agree with the checkpoint"  # title of a group whose flags are listed in their group of train.py
 
 HEAD = """# Flags
 
@@ -29,7 +30,7 @@ be left out; if they are given they must agree with the checkpoint.
 
 def flags_page() -> str:
     "The page, as Markdown."
-    groups = {}  # title -> {flags: [what it does, {script: default}]}
+    groups = {}  # title -> {flags: [description, {script: default}]}
     home = {}  # flags -> title
     for script, parser in PARSERS.items():
         for group in parser()._action_groups:
@@ -47,19 +48,15 @@ def flags_page() -> str:
 
 
 def _flags(action) -> str:
-    options = list(action.option_strings)
+    value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
     if action.choices:
-        value = "{" + ",".join(map(str, action.choices)) + "}"
-    elif action.nargs == 0:
-        value = ""
-    else:
-        value = action.metavar or action.dest.upper()
-    options[-1] += f" {value}".rstrip()
-    return ", ".join(f"`{option}`" for option in options)
+        value = " {" + ",".join(map(str, action.choices)) + "}"
+    *others, last = action.option_strings
+    return ", ".join(f"`{option}`" for option in [*others, last + value])
 
 
 def _parts(action) -> tuple[str, str]:
-    "What the help text says, and the default that stands at its end."
+    "The description and the default of a help text."
     found = re.fullmatch(r"(.*) \(default: (.*)\)", action.help.replace("%%", "%"), re.DOTALL)
     if found:
         return found[1], found[2]
@@ -69,11 +66,8 @@ def _parts(action) -> tuple[str, str]:
 
 
 def _table(title, rows) -> str:
-    lines = [f"## {title[0].upper()}{title[1:]}", ""]
-    lines += [
-        "| flag | what it does | " + " | ".join(f"`{s}`" for s in PARSERS) + " |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    header = "| flag | what it does | " + " | ".join(f"`{s}`" for s in PARSERS) + " |"
+    lines = [f"## {title[0].upper()}{title[1:]}", "", header, "| --- | --- | --- | --- | --- |"]
     for flags, (about, defaults) in rows.items():
         cells = [flags, about, *(defaults.get(script, "–") for script in PARSERS)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -92,18 +86,15 @@ def _typed(settings: dict) -> str:
     words = []
     for name, value in settings.items():
         flag = flag_of(name)
-        words.append(
-            flag if value is True else f"--no-{flag.strip('-')}" if value is False else f"{flag} {_plain(value)}"
-        )
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.strip('-')}")
+        else:
+            words.append(f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}")
     return " ".join(words)
 
 
-def _plain(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def main():
-    if hasattr(sys.stdout, "reconfigure"):
+def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout.write(flags_page())
 

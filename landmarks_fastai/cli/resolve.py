@@ -1,4 +1,4 @@
-"From parsed flags to settings and a machine."
+"Make `Settings` and a `Machine` of parsed flags."
 
 import argparse
 import dataclasses
@@ -19,22 +19,22 @@ from landmarks_fastai.settings import (
 )
 from landmarks_fastai.utils.hardware import Machine
 
-# The drawn faces' own choices, so that `python train.py` alone ends within three minutes on two cores with points that
-# sit right. Measured on 1,260 drawn faces at 64 px, nine epochs from random weights, score on the 130 held out: one
-# cycle up to 4e-3 29.6; the defaults' rate with two steps down 30.7; that with a norm before the last layer 30.8.
+# Settings for the drawn faces: `python train.py` alone should take less than three minutes on two cores. Measured on
+# 1,260 drawn faces at 64 px, nine epochs from random weights, score on 130 held-out ones: one cycle up to 4e-3 29.6; the
+# default rate with two reductions 30.7; that with a norm before the last layer 30.8.
 DRAWN = {
     "arch": "resnet18", "size": 64, "epochs": 9, "valid_pct": 0.1, "sched": "onecycle", "lr": 4e-3, "head_lr_mult": 0.05,
 }  # fmt: skip
 
 
-def explicit_settings(args) -> dict:
-    "The settings that were typed."
+def explicit_settings(args: argparse.Namespace) -> dict:
+    "The settings that are on the command line."
     names = {f.name for f in dataclasses.fields(Settings)}
     return {k: v for k, v in vars(args).items() if k in names and v is not None and (k, v) != ("lr", "find")}
 
 
-def first_settings(args, drawn: bool) -> Settings:
-    "The settings of a first stage."
+def first_settings(args: argparse.Namespace, drawn: bool) -> Settings:
+    "The settings of a first stage; `drawn` if it trains on drawn faces."
     recipe = RECIPES[args.recipe]
     start = {k: v for k, v in DRAWN.items() if not recipe or k in ("arch", "size", "valid_pct")} if drawn else {}
     typed = start | recipe | explicit_settings(args)
@@ -42,13 +42,13 @@ def first_settings(args, drawn: bool) -> Settings:
     return Settings(**typed | {"data": os.path.abspath(typed.get("data") or ".")})
 
 
-def default_lr(args, drawn: bool) -> float:
-    "The rate of a first stage where none is typed."
+def default_lr(args: argparse.Namespace, drawn: bool) -> float:
+    "The learning rate of a first stage without -lr."
     return first_settings(argparse.Namespace(**vars(args) | {"lr": None}), drawn).lr
 
 
-def next_settings(args, before: Settings) -> Settings:
-    "The settings of a later stage. Raises `UserError` for a flag that contradicts what cannot change."
+def next_settings(args: argparse.Namespace, before: Settings) -> Settings:
+    "The settings of a later stage. Raises `UserError` for a flag that contradicts the checkpoint."
     typed = explicit_settings(args)
     check_fixed(typed, before, NETWORK + SPLIT)
     changes = {
@@ -65,52 +65,44 @@ def next_settings(args, before: Settings) -> Settings:
         typed["data"] = os.path.abspath(typed["data"] or ".")
     after = before.replace(**changes | typed)
     if after.targets == "pixels" and after.of(INPUT) != before.of(INPUT):
-        raise UserError(
-            f"the checkpoint speaks in pixels of {before.size} px input (--targets pixels): run without --size and --fit"
-        )
+        pixels = f"the checkpoint predicts pixels of its input of {before.size} px (--targets pixels)"
+        raise UserError(f"{pixels}: run without --size and --fit")
     return after
 
 
-def drawn_faces(settings: Settings, out, weights: str) -> Settings:
-    "The settings with the drawn faces, made where they are not there yet, as their data."
+def drawn_faces(settings: Settings, out: str, weights: str) -> Settings:
+    "The settings with the folder of drawn faces as data. The faces are drawn if they do not exist."
     from landmarks_fastai.synthetic.sample import make_sample
 
     folder = os.path.join(out, "drawn_faces")
-    print(
-        f"no -d: drawing faces into {folder}" if not os.path.isdir(folder) else f"no -d: the drawn faces in {folder}",
-        flush=True,
-    )
+    print(f"no -d: {'the drawn faces in' if os.path.isdir(folder) else 'drawing faces into'} {folder}", flush=True)
     make_sample(folder)
-    start = "from random weights" if weights == "none" else f"from {weights} weights"
-    print(
-        f"{settings.arch} at {settings.size} px {start}, schedule {settings.sched}; "
-        f"on your own data: {Settings.arch} at {Settings.size} px from imagenet weights"
-    )
+    start = "random" if weights == "none" else weights
+    default = f"{Settings.arch} at {Settings.size} px from imagenet weights"
+    print(f"{settings.arch} at {settings.size} px from {start} weights, schedule {settings.sched}; with -d: {default}")
     return settings.replace(data=os.path.abspath(folder))
 
 
-def predict_settings(args, checkpoint: Settings) -> Settings:
-    "The checkpoint's settings, with the data and batch size that were typed."
+def predict_settings(args: argparse.Namespace, checkpoint: Settings) -> Settings:
+    "The settings of a checkpoint, with data and batch size of the command line. Raises `UserError` for other changes."
     typed = explicit_settings(args)
     check_fixed(typed, checkpoint, NETWORK + INPUT)
     if args.flip_test and not checkpoint.flip_indices:
-        raise UserError(
-            "--tta: the checkpoint has no flip map (its landmarks have none, or --mirror none): run without --tta"
-        )
+        raise UserError("--tta: the checkpoint has no flip map (none was found, or --mirror none): run without --tta")
     return checkpoint.replace(**typed)
 
 
-def check_fixed(typed: dict, before: Settings, names):
+def check_fixed(typed: dict, before: Settings, names: tuple[str, ...]) -> None:
+    "Raise `UserError` if one of the settings on the command line differs from the checkpoint's."
     for name in names:
-        if name in typed and typed[name] != getattr(before, name):
-            flag = flag_of(name)
-            raise UserError(
-                f"{flag} {typed[name]} contradicts the checkpoint, which has {getattr(before, name)}: run without {flag}, or train again"
-            )
+        flag, was = flag_of(name), getattr(before, name)
+        if name in typed and typed[name] != was:
+            hint = f"run without {flag}, or train again"
+            raise UserError(f"{flag} {typed[name]} contradicts the checkpoint, which has {was}: {hint}")
 
 
-def machine(args):
-    "The `Machine` that was asked for, made ready. Without a GPU, --gpu is the CPU, with a line that says so."
+def machine(args: argparse.Namespace) -> Machine:
+    "The `Machine` of the flags, prepared. Without a GPU, --gpu prints a warning and the CPU is used."
     import torch
 
     if args.gpu and not torch.cuda.is_available():

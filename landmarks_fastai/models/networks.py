@@ -1,10 +1,11 @@
-"""A body by name, a head, their weights.
+"""The network: a torchvision or timm body by name, and a head.
 
-`build_model` gives a `LandmarkNetwork`, `nn.Sequential(body, head)`, fastai's own layout: the body turns an image into a vector of
-features, the head turns that into the points' unit coordinates, x0 y0 x1 y1 … (see geometry.py).
+A `LandmarkNetwork` is `nn.Sequential(body, head)`, as fastai's vision models: the body makes a vector of features of an
+image, the head makes the points, (n_points, 2) unit coordinates (see geometry.py).
 """
 
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,15 +13,20 @@ from torch import nn
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.models.heads import PixelsToUnit, make_head
 
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
+
+METADATA = "_extra_state"  # PyTorch's key in a state dict for the result of `get_extra_state`
+
 
 def build_model(
-    arch: str,  # a torchvision or timm name; `timm:NAME` takes timm's where both have it
-    head: str,  # as `make_head` reads it
+    arch: str,  # a torchvision or timm name; `timm:NAME` is timm's if both have it
+    head: str,  # as in `make_head`
     n_points: int,
     size: int,  # of the square input, in pixels
-    targets: str = "unit",  # what the last layer gives; the network gives unit coordinates either way
+    targets: str = "unit",  # output of the last layer, unit or pixels; the network's output is in unit coordinates
 ) -> "LandmarkNetwork":
-    "The network with random weights. Raises `UserError` for an unknown name or a size that the network cannot take."
+    "A network with random weights. Raises `UserError` for an unknown name, or a size that the network cannot take."
     body = make_body(arch, size)
     layers = make_head(head, feature_count(body, arch, size), n_points)
     if targets == "pixels":
@@ -28,26 +34,18 @@ def build_model(
     return LandmarkNetwork(body, layers.append(nn.Unflatten(1, (n_points, 2))))
 
 
-METADATA = "_extra_state"  # PyTorch's key for what `get_extra_state` gives
-
-
 class LandmarkNetwork(nn.Sequential):
-    """Body and head. `metadata`, a dict of JSON kinds, travels in the state dict, and so in every file made of it.
+    "Body and head. `metadata`, a dict of JSON types from `checkpoint_metadata`, is saved with the state dict."
 
-    `checkpoint_metadata` in checkpoint.py makes it.
-    """
-
-    def __init__(self, *layers):
+    def __init__(self, *layers: nn.Module):
         super().__init__(*layers)
-        self.metadata = {}
+        self.metadata: dict = {}
         self.register_load_state_dict_pre_hook(_without_metadata)
 
-    def forward(self, images):
-        """The head in float32 under autocast too: bfloat16 has 8 bits of mantissa, an eighth of a pixel at 128 px.
-
-        Asked for before it is entered, so that torch.fx can follow the network where there is no autocast.
-        """
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        "(batch, 3, size, size) -> (batch, n_points, 2). The head computes in float32: bfloat16 is 1/8 px off at 128 px."
         features = self[0](images)
+        # autocast is entered only if it is on, so that torch.fx can trace the network
         if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
             return self[1](features)
         with torch.autocast(features.device.type, enabled=False):
@@ -56,53 +54,59 @@ class LandmarkNetwork(nn.Sequential):
     def get_extra_state(self) -> dict:
         return self.metadata
 
-    def set_extra_state(self, state):
-        "Ignore it: what a Learner trains with is decided by who made it, not by the weights that it loads."
+    def set_extra_state(self, state: dict) -> None:
+        "Ignore the metadata of weights that are loaded: they do not change the settings of the Learner."
 
 
 def _without_metadata(module, state_dict, prefix, *args):
-    "Let tensors alone be loaded too: a resumed run's state, a checkpoint of an earlier version."
+    "Accept a state dict without metadata: of a resumed run, or a checkpoint of an earlier version."
     state_dict.setdefault(prefix + METADATA, {})
 
 
 def make_body(arch: str, size: int) -> nn.Module:
-    "The network without its classifier, with random weights."
+    "A network without its classifier, with random weights. Raises `UserError`, as `build_model`."
     library, name = find_arch(arch)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # inception and googlenet announce their own initialisation
+        warnings.simplefilter("ignore")  # inception and googlenet warn about their initialisation
         try:
-            return (
-                _torchvision_body(name, size) if library == "torchvision" else _timm_model(name, size, pretrained=False)
-            )
+            return _torchvision_body(name, size) if library == "torchvision" else timm_model(name, size)
         except (ValueError, AssertionError, RuntimeError) as e:
             raise _wrong_size(name, size, e) from None
 
 
 def find_arch(arch: str) -> tuple[str, str]:
-    "The library (torchvision where both have the name) and the name in it."
+    "The library (torchvision if both have the name) and the name in it. Raises `UserError` for an unknown name."
     name = arch.removeprefix("timm:")
-    if name == arch and name in _torchvision_names():
+    if name == arch and name in torchvision_names():
         return "torchvision", name
     import timm
 
     if timm.is_model(name):
         try:
-            timm.get_pretrained_cfg(name)
-        except RuntimeError as e:  # a tag behind the dot that timm does not know
+            timm_config(name)
+        except RuntimeError as e:  # an unknown tag behind the dot
             raise UserError(f"--arch {arch}: {e}") from None
         return "timm", name
     import difflib
 
-    near = difflib.get_close_matches(name, [*_torchvision_names(), *timm.list_models()], 3)
-    raise UserError(
-        f"--arch {arch}: no such network in torchvision or timm" + (f"; near: {', '.join(near)}" if near else "")
-    )
+    near = difflib.get_close_matches(name, [*torchvision_names(), *timm.list_models()], 3)
+    hint = f"; near: {', '.join(near)}" if near else ""
+    raise UserError(f"--arch {arch}: no such network in torchvision or timm{hint}")
 
 
-def _torchvision_names():
+def timm_config(name: str) -> "PretrainedCfg":
+    "timm's `PretrainedCfg` of a network. Raises `RuntimeError` for an unknown tag."
+    import timm
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    assert config is not None  # None only with `allow_unregistered`
+    return config
+
+
+def torchvision_names() -> list[str]:
     from torchvision import models
 
-    # the classifiers only: detection, segmentation, video and optical flow live in the submodules
+    # classifiers only: the networks for detection, segmentation, video and optical flow are in submodules
     return models.list_models(module=models)
 
 
@@ -110,38 +114,36 @@ def _torchvision_body(name, size):
     from torchvision import models
 
     kwargs = {}
-    if name in ("inception_v3", "googlenet"):  # their ImageNet weights want another normalisation: done inside
+    if name in ("inception_v3", "googlenet"):  # they convert the normalisation themselves
         kwargs = {"aux_logits": False, "transform_input": True}
     if name.startswith("vit_"):
         kwargs = {"image_size": size}
     if name.startswith("maxvit"):
         kwargs = {"input_size": (size, size)}
     model = models.get_model(name, weights=None, **kwargs)
-    if name.startswith("squeezenet"):  # its classifier is a 1x1 convolution before the pool
+    if name.startswith("squeezenet"):  # its classifier is a convolution, before the pool
         model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    else:  # the last linear layer, whatever its name; pool and norms before it stay as the network has them
+    else:  # the last linear layer, whatever its name
         classifier = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
         model.set_submodule(classifier, nn.Identity())
     return model
 
 
-def _timm_model(name, size, pretrained):
-    "Without a classifier. Networks built for one size (transformers) are told ours; their position tables follow."
+def timm_model(name: str, size: int, pretrained: bool = False) -> nn.Module:
+    "A timm network without its classifier. One with a fixed input size (transformers) is built for our size."
     import timm
 
-    kwargs = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    kwargs: dict[str, Any] = {"img_size": size} if timm_config(name).fixed_input_size else {}
     return timm.create_model(name, num_classes=0, pretrained=pretrained, **kwargs)
 
 
 def _wrong_size(arch, size, error):
-    why = str(error).strip().splitlines()
-    return UserError(
-        f"--arch {arch} cannot take an input of {size} px ({why[0] if why else error!r}): choose another --size"
-    )
+    why = (str(error).strip().splitlines() or [repr(error)])[0]
+    return UserError(f"--arch {arch} cannot take an input of {size} px ({why}): choose another --size")
 
 
 def feature_count(body: nn.Module, arch: str, size: int) -> int:
-    "How many features the body gives: found by running it on one blank image."
+    "The number of features of a body, from one blank image. Raises `UserError` if they are no vector."
     was_training = body.training
     try:
         with torch.no_grad():
@@ -151,5 +153,5 @@ def feature_count(body: nn.Module, arch: str, size: int) -> int:
     finally:
         body.train(was_training)
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
-        raise UserError(f"--arch {arch} gives no vector of features and cannot be used: choose another network")
+        raise UserError(f"--arch {arch} makes no vector of features and cannot be used: choose another network")
     return features.shape[1]

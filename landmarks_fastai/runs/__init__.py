@@ -1,1 +1,1 @@
-"A run's folder and its checkpoint."
+"The folder of a run and its checkpoint."

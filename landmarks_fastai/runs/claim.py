@@ -1,4 +1,4 @@
-"The one process that may write a run: its name, its lock, what is left when it ends."
+"Starting and ending a run: its name, the lock that one process holds, and the files that are left when it ends."
 
 import hashlib
 import itertools
@@ -6,53 +6,53 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.runs.run import LISTING, MARKS, MAX_NAME, Record, Run, read_record, write_record
+from landmarks_fastai.runs.run import LISTING, MAX_NAME, RUN_FILES, Record, Run, read_record, write_record
 from landmarks_fastai.utils.files import process_lock, reason
 from landmarks_fastai.utils.signals import UNREAD, Stopped
 
 
 @contextmanager
 def claimed_run(
-    out,  # output folder, made where it is absent
-    name: str | None,  # as the user gave it
-    wanted: str,  # taken where `name` is None, with _2, _3, … behind it until it is free
-    record: Record,  # of this start; a run that goes on keeps its own
+    out: str | os.PathLike,  # output folder, made if it does not exist
+    name: str | None,  # of -n
+    default_name: str,  # used if `name` is None, with _2, _3, … behind it if it is taken
+    record: Record,  # of this start; a resumed run has the record of its first start
     overwrite: bool = False,
-    resume: bool = False,  # go on with the run of this name; start it where nothing of it is there
+    resume: bool = False,  # resume the run of this name; start it if it does not exist
 ) -> Iterator[Run]:
-    """A run whose files this process alone may write, for the time of a stage. Then it has ended, its state goes.
+    """Lock a run for the time of a stage, and yield it. At the end it is marked as finished and its state is deleted.
 
-    Where a stage ends badly with nothing saved, the name is free again; a run that was to be overwritten stands as it
-    stood. Raises `UserError` for a name that is taken, or is no plain file name, or is running.
+    A stage that fails before anything is saved leaves the name free, and a run that was to be overwritten unchanged.
+    Raises `UserError` for a name that is taken, no plain file name, or used by a running process.
     """
-    out = _writable(out)
+    out = _make_folder(out)
     if name is not None:
         check_name(name, out)
-    with _held(out, name, wanted) as run:
+    with _locked_run(out, name, default_name) as run:
         before = None if overwrite else read_record(run)
-        unfinished = before is not None and not before.ended
+        unfinished = before if before and not before.ended else None
         if unfinished and resume:
-            _check_unchanged(run, before, record)
-            record = before if run.saved else replace(before, settings=None)
+            _check_unchanged(run, unfinished)
+            record = unfinished if run.saved else replace(unfinished, settings=None)
         elif not (overwrite or _is_free(run) or (unfinished and not run.saved)):
-            raise UserError(_taken(run, before))
-        if record.given and run.folder.resolve() in Path(record.given).resolve().parents:
-            raise UserError(f"-n {run.name} is the run that -pm loads, which must stay: choose another name")
-        record = replace(record, digest=_digest(record.given))
+            raise UserError(_name_taken(run, unfinished))
+        if record.checkpoint and run.folder.resolve() in Path(record.checkpoint).resolve().parents:
+            raise UserError(f"-n {run.name} is the run that -pm loads: choose another name")
+        record = replace(record, digest=_digest(record.checkpoint))
         if overwrite and run.folder.exists():
             run.written_to = run.new
         elif not run.saved:
             run.discard("run.json")
-        with _cleaned_up(run):
+        with _cleanup(run):
             write_record(run, record)
             yield run
         run.publish()
-        write_record(run, replace(run.record, ended=True))
+        write_record(run, replace(run.record or record, ended=True))
         run.file("state.safetensors").unlink(missing_ok=True)
 
 
@@ -60,15 +60,15 @@ def _is_free(run) -> bool:
     return not os.path.lexists(run.folder) or {p.name for p in run.folder.glob("*")} <= {LISTING}
 
 
-def _taken(run, before):
-    way = "choose another, or --overwrite to replace it"
-    if before and not before.ended:
-        way = f"{Run(run.out, run.name, before).resume_command} goes on with it; or {way}"
-    return f"-n {run.name}: {run.out} already has a run of that name: {way}"
+def _name_taken(run, unfinished) -> str:
+    hint = "choose another, or --overwrite to replace it"
+    if unfinished:
+        hint = f"resume it with {Run(run.out, run.name, unfinished).resume_command}; or {hint}"
+    return f"-n {run.name}: {run.out} already has a run of that name: {hint}"
 
 
-def check_name(name: str, out):
-    "Raise `UserError` for a name that is no plain file name, and so may leave the output folder, or is hidden."
+def check_name(name: str, out: str | os.PathLike) -> None:
+    "Raise `UserError` unless the name is a plain file name: others may leave the output folder, or are hidden."
     plain = name and not name.startswith(".") and not re.search(r'[/\\:*?"<>|\x00-\x1f]', name)
     if not plain or len(os.fsencode(name)) > MAX_NAME:
         raise UserError(
@@ -78,21 +78,17 @@ def check_name(name: str, out):
 
 
 def _check_folder(run):
-    "Raise `UserError` where something else has the run's name: --overwrite would delete it."
+    "Raise `UserError` if a folder or file of that name is no run: --overwrite would delete it."
     names = {p.name for p in run.folder.glob("*")}
-    if os.path.lexists(run.folder) and not (run.folder.is_dir() and (not names or names & MARKS)):
-        raise UserError(f"{run.folder} is there and is not the folder of a run: choose another name, or another --out")
+    if os.path.lexists(run.folder) and not (run.folder.is_dir() and (not names or names & RUN_FILES)):
+        raise UserError(f"{run.folder} exists and is not the folder of a run: choose another name, or another --out")
 
 
-def _check_unchanged(run, before, record):
-    "A stage that goes on ends with the best of its epochs and of what it was given: that must still be the same."
-    if before.script != record.script:
-        command = Run(run.out, run.name, before).resume_command
-        raise UserError(f"-n {run.name} was started by {before.script}: {command}")
-    if run.saved and before.digest != _digest(before.given):
-        raise UserError(
-            f"{before.given} has changed since {run.name} was started from it: put it back, or start over with --overwrite"
-        )
+def _check_unchanged(run, before):
+    "Raise `UserError` if the checkpoint that a resumed run started from has changed."
+    if run.saved and before.digest != _digest(before.checkpoint):
+        changed = f"{before.checkpoint} has changed since {run.name} was started from it"
+        raise UserError(f"{changed}: restore it, or start over with --overwrite")
 
 
 def _digest(path: str) -> str:
@@ -106,44 +102,44 @@ def _digest(path: str) -> str:
 
 
 @contextmanager
-def _held(out, name, wanted):
-    "A run with the lock of its name. Without a name: the first that is free."
-    base = re.sub(r"[^\w.+-]", "_", wanted).lstrip(".")[:MAX_NAME] or "run"
+def _locked_run(out, name, default_name):
+    "Lock the run of that name; if `name` is None, the first free name."
+    base = re.sub(r"[^\w.+-]", "_", default_name).lstrip(".")[:MAX_NAME] or "run"
     names = [name] if name is not None else (base if k == 1 else f"{base}_{k}" for k in itertools.count(1))
     for each in names:
         run = Run(out, each)
-        with lock(run) as taken:
-            if name is not None and not taken:
-                raise UserError(f"-n {name}: another process is running it: let it end, or choose another name")
-            if taken:
+        with lock(run) as locked:
+            if locked:
                 run.repair()
-                if name is not None:
-                    _check_folder(run)
-                if name is not None or _is_free(run):
-                    yield run
-                    return
+            elif name is not None:
+                raise UserError(f"-n {name}: another process is running it: let it end, or choose another name")
+            if name is not None:
+                _check_folder(run)
+            if locked and (name is not None or _is_free(run)):
+                yield run
+                return
 
 
-def lock(run: Run):
-    "The lock of the run's name, as `process_lock`; beside the folder, which may be renamed."
+def lock(run: Run) -> AbstractContextManager[bool]:
+    "The lock of a run's name, as `process_lock`. It lies beside the folder, because the folder may be renamed."
     return process_lock(run.out / f".{run.name}.lock")
 
 
 @contextmanager
-def _cleaned_up(run):
-    "Say what goes on with a run that ends badly; remove it where it has saved nothing."
+def _cleanup(run):
+    "Add the resume command to the message of a run that fails or is stopped; remove its files if it saved nothing."
     kept = [LISTING]
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError) as e:
         kept.append("run.json")
-        text = f"{'the state is saved' if run.saved else 'nothing was saved yet'}; go on with: {run.resume_command}"
+        text = f"{'the state is saved' if run.saved else 'nothing was saved yet'}; resume with: {run.resume_command}"
         if run.written_to == run.new and not run.saved:
-            text = "nothing was saved yet; the run that was to be overwritten stands as it stood"
+            text = "nothing was saved yet; the run that was to be overwritten is unchanged"
         raise Stopped(text, getattr(e, "code", UNREAD if isinstance(e, BrokenPipeError) else 130)) from None
     except UserError as e:
         if run.saved and "--overwrite" not in str(e):
-            e.way_on = f"then go on with: {run.resume_command}"
+            e.way_on = f"then resume with: {run.resume_command}"
         raise
     finally:
         if run.saved:
@@ -154,15 +150,15 @@ def _cleaned_up(run):
             run.discard(*kept)
 
 
-def claim_output(out, name: str) -> Run:
-    "A run whose predictions may be written: those of the same checkpoint are replaced."
-    run = Run(_writable(out), name)
+def claim_output(out: str | os.PathLike, name: str) -> Run:
+    "A run to write predictions into; earlier predictions of the same checkpoint are replaced."
+    run = Run(_make_folder(out), name)
     _check_folder(run)
     return run
 
 
-def _writable(out) -> Path:
-    "The output folder, made where it is absent; a folder that refuses is found out now, not after the first epoch."
+def _make_folder(out) -> Path:
+    "Make the output folder and test that it is writable now, not after the first epoch."
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"The Learner of a stage: the first, a later one that loads the best of the stage before, one that was stopped."
+"Make the Learner of a stage: a first stage, a later stage, a resumed one."
 
 import numpy as np
 from fastai.data.core import DataLoaders
@@ -17,7 +17,7 @@ from landmarks_fastai.utils.hardware import Machine
 
 
 def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) -> LandmarkLearner:
-    "A Learner with a fresh head on the data that the settings name; `weights` is imagenet, none, or a file."
+    "A Learner of a first stage on the data of the settings; `weights` is imagenet, none, or the path of a file."
     settings = settings.replace(split_seed=settings.seed)
     dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing)
     report_flip_map(dls, run)
@@ -26,7 +26,7 @@ def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) ->
 
 
 def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
-    "A Learner that has loaded the best of the stage before; `settings` are the new stage's."
+    "A Learner with the weights of a checkpoint, and the settings of a new stage. Raises `UserError` if they do not fit."
     images = labelled_images(settings.data, on_bad=settings.on_bad, listing=run.listing)
     if (found := images.labels.n_points) != settings.n_points:
         raise UserError(f"{images.labels.csv} has {found} points, {checkpoint.path} was trained on {settings.n_points}")
@@ -35,37 +35,30 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
     report_alignment(dls)
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     try:
-        checkpoint.tensors(learn.model)  # refuses what does not fit, in one line, before fastai reads the file again
+        # raises `UserError` for a misfit, which fastai's `load` does not
+        checkpoint.tensors(learn.model)  # pyright: ignore[reportArgumentType]
     except UserError as e:
         if settings.size != checkpoint.settings.size:
-            was = f"the {checkpoint.settings.size} px it was trained at"
-            raise UserError(
-                f"--size {settings.size}: {settings.arch} may be bound to {was} ({e}): run without --size"
-            ) from None
+            bound = f"{settings.arch} may be bound to the {checkpoint.settings.size} px it was trained at"
+            raise UserError(f"--size {settings.size}: {bound} ({e}): run without --size") from None
         raise
-    return load_best(learn, checkpoint.path)
-
-
-def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
-    "A Learner for a stopped stage: its weights are put back when its fit begins again."
-    settings = run.settings
-    dls = landmark_dataloaders(
-        settings.data,
-        settings,
-        machine=machine,
-        listing=run.listing,
-        left_out=np.array(state.metadata["left_out"], np.int64),
-    )
-    if dls.items.labels.identity != state.metadata["labels"]:
-        raise UserError(
-            f"{dls.items.labels.csv} has changed since the run {run.name} was stopped: put it back, or start over with --overwrite"
-        )
-    learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
-    learn.begin = state.place
+    load_best(learn, checkpoint.path)
     return learn
 
 
-def report_alignment(dls: DataLoaders):
+def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
+    "A Learner for a stopped stage; `SaveResumeState` restores its weights when the fit begins."
+    settings, left_out = run.settings, np.array(state.metadata["left_out"], np.int64)
+    dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing, left_out=left_out)
+    if dls.items.labels.identity != state.metadata["labels"]:
+        changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped"
+        raise UserError(f"{changed}: restore it, or start over with --overwrite")
+    learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
+    learn.begin = state.place  # pyright: ignore[reportAttributeAccessIssue]
+    return learn
+
+
+def report_alignment(dls: DataLoaders) -> None:
     "Print whether there is a second pass over aligned crops, where that was found out from the data."
     if dls.align_gain is None:
         return
@@ -73,17 +66,17 @@ def report_alignment(dls: DataLoaders):
     print(f"{less}: a second pass over aligned crops" if dls.settings.align else f"{less}: no second pass")
 
 
-def report_flip_map(dls, run: Run):
-    "Say what was found of a flip map, and write and draw it."
+def report_flip_map(dls: DataLoaders, run: Run) -> None:
+    "Print how the flip map was learned; write mirror.json, and mirror.png if the map is new."
     flip_indices, found = dls.settings.flip_indices, dls.flip
     if isinstance(found, NoFlipMap):
         print(f"no flip map, images are not mirrored: {found}")
     if isinstance(found, FlipMap):
         plots.plot_flip_map(found.shape, found.flip_indices)
         plots.save_figure(run.file("mirror.png"))
-        own = int((found.flip_indices == np.arange(len(found.flip_indices))).sum())
+        on_axis = int((found.flip_indices == np.arange(len(found.flip_indices))).sum())
         print(
-            f"flip map learned: {(len(found.flip_indices) - own) // 2} pairs, {own} points on the axis, "
+            f"flip map learned: {(len(found.flip_indices) - on_axis) // 2} pairs, {on_axis} points on the axis, "
             f"{found.miss:.3f} of the radius off; look at {run.folder / 'mirror.png'}"
         )
     if flip_indices:

@@ -1,10 +1,10 @@
-"""What training minimises: a distance between points, in pixels of the network's input.
+"""Losses: distances between points in pixels of the network's input.
 
-Pixels, not unit coordinates: the printed loss can be read (`l1` is how many pixels a coordinate is off), and the
-widths of `smooth_l1` and `wing` mean what their papers mean.
+In pixels, `l1` is the mean error of a coordinate, and the widths of `smooth_l1` and `wing` are those of their papers.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from fastai.losses import BaseLoss
@@ -17,22 +17,22 @@ WING_WIDTH, WING_CURVE = 10 / 256, 2 / 256  # of the input's side: Feng et al. 2
 
 
 class PointLoss(nn.Module):
-    "`func(error)` of all coordinates; predictions and truth in unit coordinates, errors in input pixels."
+    "The mean of `func(error)` over all coordinates; points in unit coordinates, errors in pixels of the input."
 
-    def __init__(self, func, size: int):
+    def __init__(self, func: Callable[[torch.Tensor], torch.Tensor], size: int):
         super().__init__()
-        self.of_error, self.half = func, size / 2  # not `func`: `BaseLoss` takes over the attributes of what it wraps
-        self.reduction = "mean"  # or none: fastai's `Interpretation` asks for the loss of each image
+        self.of_error, self.half_side = func, size / 2  # not `func`, which is an attribute of `BaseLoss`
+        self.reduction = "mean"  # or none, set by fastai's `Interpretation`
 
-    def forward(self, pred, truth):
-        each = self.of_error((pred - truth) * self.half)
+    def forward(self, pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        each = self.of_error((pred - truth) * self.half_side)
         return each if self.reduction == "none" else each.mean()
 
 
-def wing(error, width: float, curve: float):
-    """Feng et al. 2018, "Wing Loss for Robust Facial Landmark Localisation", eq. 5.
+def wing(error: torch.Tensor, width: float, curve: float) -> torch.Tensor:
+    """Feng et al. 2018, "Wing Loss for Robust Facial Landmark Localisation", eq. 5, of each coordinate, in pixels.
 
-    Logarithmic within `width` pixels, so that small errors keep pulling; linear beyond.
+    Logarithmic within `width` pixels, which gives small errors a larger gradient; linear beyond.
     """
     size = error.abs()
     jump = width - width * math.log1p(width / curve)
@@ -43,8 +43,8 @@ def _smooth_l1(error):
     return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
 
 
-def loss_function(settings: Settings):
-    "The `loss_func` of a Learner, flattened as fastai's own."
+def loss_function(settings: Settings) -> BaseLoss:
+    "The `loss_func` of a Learner: the loss named in the settings, flattened by fastai's `BaseLoss`."
     size = settings.size
     func = {
         "l1": torch.abs,

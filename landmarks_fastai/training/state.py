@@ -1,12 +1,13 @@
-"""What a stage needs to go on from the middle of an epoch: gathered, written to one file, read, put back.
+"""The state of a stage, from which it can be resumed in the middle of an epoch: capture, write, read, restore.
 
-`state.safetensors` holds tensors (weights, the optimiser's, the average's, half-summed gradients) and, in its header,
-a JSON of the rest. Nothing random is in it: order, augmentation and dropout are functions of (seed, epoch, batch).
+state.safetensors holds tensors (weights, optimiser, running average, accumulated gradients) and, as JSON in its header,
+all else. It needs no random state: order, augmentation and dropout are functions of (seed, epoch, batch).
 """
 
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,7 @@ from landmarks_fastai.runs.run import Run
 from landmarks_fastai.utils.files import atomic_path, reason
 
 FORMAT = 2
-# What the callbacks of a stage remember from epoch to epoch, by the name that a Learner has them under.
+# Attributes of callbacks that must survive a restart, by the callback's name in the Learner.
 REMEMBERED = {
     "plateau_lr": ("best", "wait"),
     "early_stopping": ("best", "wait"),
@@ -28,18 +29,19 @@ REMEMBERED = {
 
 @dataclass(frozen=True)
 class State:
-    "A stage at rest: `batch` batches of `epoch` are trained on."
+    "A stage between two steps; `epoch` and `batch` of the metadata are those of the next step."
 
     metadata: dict
-    tensors: dict
+    tensors: dict[str, torch.Tensor]
 
     @property
     def place(self) -> tuple[int, int]:
+        "(epoch, batch) of the next step."
         return self.metadata["epoch"], self.metadata["batch"]
 
 
-def capture_state(learn) -> State:
-    "The Learner's part of the state, after a step or between epochs."
+def capture_state(learn: Any) -> State:
+    "The state of a Learner, after a step or between epochs. The tensors are not copied."
     smooth = learn.recorder.smooth_loss
     metadata = {
         "hypers": [{k: v for k, v in h.items() if isinstance(v, float)} for h in learn.opt.hypers],
@@ -47,15 +49,15 @@ def capture_state(learn) -> State:
         "train_iter": learn.train_iter,
         "smooth_count": smooth.count,
         "remembered": {
-            name: {k: _plain(getattr(getattr(learn, name), k)) for k in keys}
+            name: {k: getattr(getattr(learn, name), k) for k in keys}
             for name, keys in REMEMBERED.items()
             if hasattr(learn, name)
         },
         "scaler": learn.scaler.state_dict() if hasattr(learn, "scaler") else {},
     }
     tensors = {f"model.{k}": t for k, t in _tensors_of(learn.model)}
-    for k, own in learn.opt.opt.state_dict()["state"].items():
-        tensors |= {f"opt.{k}.{name}": t for name, t in own.items() if isinstance(t, torch.Tensor)}
+    for k, values in learn.opt.opt.state_dict()["state"].items():
+        tensors |= {f"opt.{k}.{name}": t for name, t in values.items() if isinstance(t, torch.Tensor)}
     for k, p in enumerate(_parameters(learn)):
         if p.grad is not None and getattr(getattr(learn, "gradient_accumulation", None), "count", 0):
             tensors[f"grad.{k}"] = p.grad
@@ -65,29 +67,29 @@ def capture_state(learn) -> State:
 
 
 def _tensors_of(module):
-    "Of its state dict, without the network's metadata."
+    "The tensors of a state dict, without the metadata of a network."
     return [(k, t) for k, t in module.state_dict().items() if isinstance(t, torch.Tensor)]
 
 
-def restore_state(learn, state: State):
-    "The Learner as `capture_state` found it; called within a fit, which has made all that there is to fill."
+def restore_state(learn: Any, state: State) -> None:
+    "Undo `capture_state`. Called within a fit, when optimiser and callbacks exist."
     metadata, tensors = state.metadata, state.tensors
     learn.model.load_state_dict(_part(tensors, "model."))
     if hasattr(learn, "average"):
         learn.average.twin.load_state_dict(_part(tensors, "average."))
-    parameters, own = _parameters(learn), {}
+    parameters, optimiser = _parameters(learn), {}
     for name, t in _part(tensors, "opt.").items():
         k, name = name.split(".", 1)
-        own.setdefault(int(k), {})[name] = _like(t, parameters[int(k)])
+        optimiser.setdefault(int(k), {})[name] = _like(t, parameters[int(k)])
     groups = learn.opt.opt.state_dict()["param_groups"]
-    learn.opt.opt.load_state_dict({"state": own, "param_groups": groups})
+    learn.opt.opt.load_state_dict({"state": optimiser, "param_groups": groups})
     for name in metadata["hypers"][0]:
         learn.opt.set_hyper(name, [h[name] for h in metadata["hypers"]])
     for k, t in _part(tensors, "grad.").items():
         parameters[int(k)].grad = _like(t, parameters[int(k)])
     learn.pct_train, learn.train_iter = metadata["pct_train"], metadata["train_iter"]
     smooth = learn.recorder.smooth_loss
-    smooth.val, smooth.count = tensors["smooth"], metadata["smooth_count"]  # fastai keeps it on the CPU
+    smooth.val, smooth.count = tensors["smooth"], metadata["smooth_count"]  # on the CPU, as fastai has it
     for name, values in metadata["remembered"].items():
         for k, value in values.items():
             setattr(getattr(learn, name), k, value)
@@ -96,48 +98,37 @@ def restore_state(learn, state: State):
 
 
 def _parameters(learn) -> list:
-    "In the order that PyTorch's optimiser numbers them by."
+    "The parameters in the order of the optimiser's state dict."
     return [p for group in learn.opt.opt.param_groups for p in group["params"]]
 
 
 def _like(t, parameter):
-    "In the parameter's memory format: the fused optimisers go through both side by side."
+    "The tensor in the memory format of its parameter, as fused optimisers need it."
     if t.shape != parameter.shape:
         return t
     return torch.empty_like(parameter, dtype=t.dtype, requires_grad=False).copy_(t)
-
-
-def _plain(value):
-    return float(value) if isinstance(value, float) else value
 
 
 def _part(tensors, prefix) -> dict:
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def write_state(run: Run, state: State):
-    "Write the state whole: to a temporary file that is synced and renamed. Raises `UserError` where the disk is full."
+def write_state(run: Run, state: State) -> None:
+    "Write state.safetensors, through a temporary file. Raises `UserError` if the disk is full."
     path, metadata = run.file("state.safetensors"), {"format": FORMAT} | state.metadata
     tensors = {k: t.detach().cpu().contiguous() for k, t in state.tensors.items()}
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, {"facts": json.dumps(metadata)})
         except SafetensorError as e:
-            raise UserError(
-                f"{path} cannot be written ({reason(e)}): make room (it takes {_megabytes(tensors)} MB, twice while it is written)"
-            ) from None
+            size = math.ceil(sum(t.nbytes for t in tensors.values()) / 1e6)
+            room = f"make room (it takes {size} MB, twice while it is written)"
+            raise UserError(f"{path} cannot be written ({reason(e)}): {room}") from None
     run.publish()
 
 
-def _megabytes(tensors) -> int:
-    return math.ceil(sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6)
-
-
 def read_state(run: Run) -> State | None:
-    """The state of a run that was stopped; None where there is none.
-
-    Raises `UserError` for a file that is no state. Nothing but tensors and JSON is read.
-    """
+    "Read state.safetensors; None if there is none. Raises `UserError` for a file of another kind."
     path = run.file("state.safetensors")
     if not path.exists():
         return None
@@ -149,23 +140,21 @@ def read_state(run: Run) -> State | None:
             raise ValueError(f"format {metadata['format']}, {FORMAT} expected")
         _check(state)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError) as e:
-        raise UserError(
-            f"{path} is no state of a run ({reason(e)}): start over with --overwrite, and the same flags"
-        ) from None
+        hint = "start over with --overwrite, and the same flags"
+        raise UserError(f"{path} is not the state of a run ({reason(e)}): {hint}") from None
     return state
 
 
 def _check(state: State):
-    "Raise `ValueError` and the like unless the facts are of the kinds that are put back."
-    metadata = state.metadata
-    numbers = [metadata[k] for k in ("epoch", "batch", "train_iter", "smooth_count")]
-    if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(metadata["history"], str):
-        raise ValueError("a number or the history is missing")
-    hypers = [v for h in metadata["hypers"] for v in h.values()]
-    remembered = [v for name, of in metadata["remembered"].items() for k, v in of.items() if k in REMEMBERED[name]]
-    if not all(isinstance(v, (int, float)) for v in [*hypers, *remembered, metadata["pct_train"], metadata["seconds"]]):
-        raise ValueError("a value is no number")
-    if len(remembered) != sum(map(len, metadata["remembered"].values())):
-        raise ValueError("an unknown value")
-    if not all(type(row) is int for row in metadata["left_out"]):
-        raise ValueError("left_out holds what is no row")
+    "Raise an error unless all values of the metadata are of the types that `restore_state` expects."
+    metadata, remembered = state.metadata, state.metadata["remembered"]
+    counts = [*(metadata[k] for k in ("epoch", "batch", "train_iter", "smooth_count")), *metadata["left_out"]]
+    values = [v for h in [*metadata["hypers"], *remembered.values()] for v in h.values()]
+    numbers = [*values, metadata["pct_train"], metadata["seconds"]]
+    if not (
+        all(type(n) is int and n >= 0 for n in counts)
+        and all(isinstance(v, (int, float)) for v in numbers)
+        and all(k in REMEMBERED[name] for name, attributes in remembered.items() for k in attributes)
+        and isinstance(metadata["history"], str)
+    ):
+        raise ValueError("a value is missing or of a wrong kind")

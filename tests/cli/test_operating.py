@@ -1,4 +1,4 @@
-"What an operator's machine does to a run: signals, closed outputs, no home folder, a locale without UTF-8, little memory."
+"Runs with signals, closed outputs, no home folder, a locale without UTF-8, little memory."
 
 import os
 import signal
@@ -23,7 +23,7 @@ def python(code, **kwargs):
 
 @posix
 def test_a_signal_while_a_worker_starts_does_not_end_it(drawn, monkeypatch):
-    "torch's own handler for SIGTERM stands before `worker_init_fn` is called."
+    "torch sets its handler for SIGTERM before `worker_init_fn` is called."
     from torch.utils.data._utils import signal_handling
 
     from landmarks_fastai.data.block import landmark_dataloaders
@@ -35,7 +35,7 @@ def test_a_signal_while_a_worker_starts_does_not_end_it(drawn, monkeypatch):
     )
     dls = landmark_dataloaders(drawn, Settings(size=32, batch_size=8), machine=Machine(workers=1))
     assert len(list(dls.valid))
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # this process gets its own again
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # this process has its old mask again
 
 
 SLOW = """
@@ -77,7 +77,7 @@ def is_running(pid) -> bool:
         return False
 
 
-def test_what_goes_wrong_after_a_signal_is_told(tmp_path):
+def test_error_after_a_signal_is_reported(tmp_path):
     from landmarks_fastai.errors import UserError
     from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 
@@ -98,22 +98,22 @@ app.run_main(main)
 """
 
 
-def test_output_that_nobody_reads(tmp_path):
+def test_closed_output_pipe_stops_a_run_with_code_141(tmp_path):
     process = python(RUN.replace("range(100)", "iter(int, 1)"), cwd=tmp_path)
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
     assert (process.wait(), err) == (
-        141, "stopped: nothing was saved yet; go on with: python train.py --resume -n r\n",
+        141, "stopped: nothing was saved yet; resume with: python train.py --resume -n r\n",
     )  # fmt: skip
 
 
-def test_output_read_no_more_at_the_end():
+def test_closed_output_pipe_at_the_end_exits_with_code_141():
     process = python(
         "import time; from landmarks_fastai.cli import app\napp.run_main(lambda: [time.sleep(1), print(1)])"
     )
     process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == ("stopped: its output is read no more\n", 141)
+    assert (process.stderr.read(), process.wait()) == ("stopped: its output is not read any more\n", 141)
 
 
 @posix
@@ -169,7 +169,7 @@ def test_a_checkpoint_and_a_cache_under_a_cyrillic_name_in_the_c_locale(tmp_path
     assert out.split() == ["ascii", "2", "a"], err
 
 
-def test_of_many_stopped_runs_the_first_are_named(tmp_path):
+def test_stopped_runs_lists_the_first_20(tmp_path):
     from landmarks_fastai.runs.run import Record, Run, stopped_runs, write_record
 
     for k in range(30):

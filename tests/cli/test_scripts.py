@@ -1,4 +1,4 @@
-"The scripts: what a person may mistype, and the line that they get. A traceback is a failure."
+"Mistakes on the command line and in the data: each is one line on stderr, never a traceback."
 
 import os
 import shutil
@@ -73,7 +73,7 @@ def test_borders_is_accepted_undocumented_and_does_nothing(capsys):
         assert "--borders" not in capsys.readouterr().out
 
 
-def test_gpu_without_a_gpu_warns_in_one_line_and_goes_on(run_script, drawn):
+def test_gpu_without_a_gpu_warns_in_one_line_and_uses_the_cpu(run_script, drawn):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     code, out, err = run_script(f"train.py {QUICK} --gpu -n g -d", drawn)
@@ -82,7 +82,7 @@ def test_gpu_without_a_gpu_warns_in_one_line_and_goes_on(run_script, drawn):
 
 
 @pytest.mark.parametrize("built,why", [(True, "no GPU was found"), (False, "this torch was built without CUDA")])
-def test_gpu_says_whether_the_gpu_or_torch_lacks(monkeypatch, capsys, built, why):
+def test_gpu_warning_says_whether_the_gpu_or_cuda_is_missing(monkeypatch, capsys, built, why):
     from landmarks_fastai.cli import arguments, resolve
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -104,32 +104,20 @@ def test_the_current_directory_and_a_path_with_spaces_and_cyrillic(run_script, d
     assert run_script("finetune.py -e 1 --workers 0 -d '' -pm r_best.pth")[0] == 0
 
 
-def test_names(run_script, drawn, tmp_path):
+def test_default_names_get_a_number_and_taken_names_are_refused(run_script, drawn, tmp_path):
     for _ in (1, 2):
         assert run_script(f"train.py {QUICK} --arch mobilenetv3_small_050 -d", drawn)[0] == 0
     name = "mobilenetv3_small_050_b_8_e_1"
     runs = tmp_path / "here" / "runs"
     assert {p.name for p in runs.iterdir()} == {name, f"{name}_2"}
     before = (runs / f"{name}/best.pth").read_bytes()
-    check_refused(
-        run_script(f"train.py {QUICK} --seed 9 -n {name} -d", drawn),
-        "already has a run",
-        "--overwrite",
-    )
+    check_refused(run_script(f"train.py {QUICK} --seed 9 -n {name} -d", drawn), "already has a run", "--overwrite")
     assert (runs / f"{name}/best.pth").read_bytes() == before
     assert run_script(f"train.py {QUICK} --seed 9 --overwrite -n {name} -d", drawn)[0] == 0
     assert (runs / f"{name}/best.pth").read_bytes() != before
-    check_refused(
-        run_script(f"finetune.py --overwrite -n {name} -pm {name}"),
-        "is the run that -pm loads",
-    )
+    check_refused(run_script(f"finetune.py --overwrite -n {name} -pm {name}"), "is the run that -pm loads")
     for wrong in ("../x", "/tmp/x", "a/b", "..", "a\\b", "c:x"):
-        check_refused(
-            run_script(f"train.py {QUICK} -d {drawn} -n", wrong)
-            if "\\" not in wrong
-            else run_script(f"train.py {QUICK} -n 'a\\b' -d", drawn),
-            "-n",
-        )
+        check_refused(run_script(f"train.py {QUICK} -d {drawn} -n", wrong), "-n")
 
 
 def snapshot(folder):
@@ -141,9 +129,8 @@ def break_csv(number, change):
 
 
 def first_image(data, row=0):
-    return (
-        data / "train" / "images" / (data / "train" / "landmarks.csv").read_text().splitlines()[1 + row].split("\t")[0]
-    )
+    name = (data / "train" / "landmarks.csv").read_text().splitlines()[1 + row].split("\t")[0]
+    return data / "train" / "images" / name
 
 
 def cut_image(data):
@@ -178,7 +165,7 @@ IN_A_WORKER = ("image cut short", "image of no bytes")  # what only decoding fin
 
 
 @pytest.mark.parametrize("kind,workers", [(k, 0) for k in BROKEN] + [(k, 1) for k in IN_A_WORKER])
-def test_broken_data(run_script, data, tmp_path, kind, workers):
+def test_broken_data_is_refused_in_one_line(run_script, data, tmp_path, kind, workers):
     harm, parts = BROKEN[kind]
     harm(data)
     before = snapshot(data) if data.exists() else {}
@@ -197,7 +184,7 @@ def test_broken_data(run_script, data, tmp_path, kind, workers):
         ("--arch timm:resnet50.foo", "resnet50.foo"), ("--out /proc/nothing", "cannot be written"),
     ],
 )  # fmt: skip
-def test_flags_that_cannot_be(run_script, drawn, line, part):
+def test_impossible_values_of_flags_are_refused(run_script, drawn, line, part):
     check_refused(run_script(f"train.py {QUICK} -d {drawn} {line}"), part)
 
 
@@ -218,17 +205,17 @@ def test_weights_that_would_run_code_are_refused(run_script, drawn, tmp_path, su
 @pytest.mark.parametrize(
     "line", ["train.py --workers -1", "train.py --opt lion", "predict.py", "finetune.py --round up"]
 )
-def test_flags_that_do_not_parse(run_script, line):
+def test_flags_that_do_not_parse_exit_with_2(run_script, line):
     code, _, err = run_script(line)
     assert code == 2 and "usage:" in err
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", "x" * 300, "gone"])
-def test_checkpoints_that_are_nowhere(run_script, name):
+def test_missing_checkpoint_is_refused(run_script, name):
     check_refused(run_script("predict.py -pm", name), "not found, neither as a path nor in runs; there are: none")
 
 
-def test_a_run_that_is_overwritten_keeps_its_checkpoint_until_there_is_another(run_script, data, tmp_path):
+def test_overwritten_run_keeps_its_checkpoint_until_the_new_one_saves(run_script, data, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert run_script(f"train.py {QUICK} -n r -d", data)[0] == 0
     assert run_script("predict.py --workers 0 -pm r")[0] == 0 and (runs / "r/submit.csv").exists()
@@ -253,7 +240,7 @@ def test_finetune_on_data_with_another_number_of_points(run_script, finished_run
     )
 
 
-def test_a_run_that_ends_badly_leaves_its_name_free(run_script, data):
+def test_failed_run_leaves_its_name_free(run_script, data):
     "A mistake must not cost the name: fix the data and type the line again."
     image = first_image(data, 12)
     whole = image.read_bytes()

@@ -1,4 +1,4 @@
-"A body by name, a head by description, weights from files: and a line for everything that does not fit."
+"Bodies, heads and weights, and one-line errors for what does not fit."
 
 import pickle
 
@@ -13,14 +13,14 @@ from landmarks_fastai.models.heads import make_head
 from landmarks_fastai.models.networks import build_model, find_arch
 from landmarks_fastai.models.weights import input_stats, load_weights
 
-SEED_SEARCH = ["alexnet", "resnet18", "resnet34", "resnet50", "densenet121", "densenet161", "resnext50_32x4d"]
+BASELINE_SEARCH = ["alexnet", "resnet18", "resnet34", "resnet50", "densenet121", "densenet161", "resnext50_32x4d"]
 OTHERS = [
     "squeezenet1_1", "shufflenet_v2_x0_5", "googlenet", "convnext_tiny", "vit_b_32", "timm:resnet18", "tf_efficientnet_lite0",
     "vit_tiny_patch16_224",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", SEED_SEARCH + OTHERS)
+@pytest.mark.parametrize("arch", BASELINE_SEARCH + OTHERS)
 def test_every_network_gives_points_and_learns_in_all_its_parts(arch):
     model = build_model(arch, "linear", 7, 64)
     out = model(torch.rand(2, 3, 64, 64))
@@ -40,7 +40,7 @@ def test_an_unknown_network_gets_the_near_names():
         build_model("resnext50_32x4", "linear", 7, 64)
 
 
-def test_a_size_that_the_network_cannot_take():
+def test_size_that_the_network_cannot_take_is_refused():
     with pytest.raises(UserError, match="alexnet cannot take an input of 16 px"):
         build_model("alexnet", "linear", 7, 16)
 
@@ -55,7 +55,7 @@ def kinds(head):
     return [type(m).__name__ for m in make_head(head, 20, 7)]
 
 
-def test_heads_as_described():
+def test_heads_have_the_layers_of_their_description():
     assert kinds("linear") == ["Linear"]
     assert kinds("512,relu,drop0.2") == ["Linear", "ReLU", "Dropout", "Linear"]
     three = make_head("64, bn, relu, drop0.5, 32, bn, relu", 20, 7)
@@ -65,12 +65,12 @@ def test_heads_as_described():
 
 
 @pytest.mark.parametrize("head", ["", "gelu", "512,,relu", "0", "-3", "drop1.5", "linear,relu", "512;relu", "9999999"])
-def test_a_head_that_is_none(head):
+def test_unknown_layers_of_a_head_are_refused(head):
     with pytest.raises(UserError, match="--head"):
         make_head(head, 20, 7)
 
 
-def test_start_at_the_mean_shape():
+def test_init_head_starts_at_the_mean_shape():
     model, shape = build_model("resnet18", "linear", 7, 64), torch.rand(7, 2)
     heads.init_head(model, shape)
     out = model.eval()(torch.rand(3, 3, 64, 64))
@@ -105,7 +105,7 @@ def test_weights_from_a_file_arrive_in_the_body(tmp_path, other, form):
         assert torch.equal(v, other[0].state_dict()[k]), k
 
 
-def test_densenet_old_names(tmp_path):
+def test_old_names_of_densenet_weights_are_read(tmp_path):
     model = build_model("densenet121", "linear", 7, 64)
     old = {k.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): v for k, v in model[0].state_dict().items()}
     torch.save(old, tmp_path / "d.pth")
@@ -146,7 +146,7 @@ def test_a_pth_that_unfolds_to_more_than_its_size_is_refused(tmp_path, monkeypat
         weights.read_tensors(tmp_path / "z.pth")
 
 
-def test_files_that_do_not_fit(tmp_path, other):
+def test_files_that_do_not_fit_are_refused(tmp_path, other):
     model = build_model("resnet18", "linear", 7, 64)
     cases = {
         "text.pth": (b"hello", "damaged or of another kind"),
@@ -163,7 +163,7 @@ def test_files_that_do_not_fit(tmp_path, other):
     torch.save({k: v[:1] for k, v in bare(other).items() if v.ndim}, tmp_path / "shapes.pth")
     for arch, name, message in [
         ("resnet18", "empty.pth", "no file of tensors"),
-        ("resnet18", "r34.pth", "it is of another network, .* have no place"),
+        ("resnet18", "r34.pth", "it is of another network, .* tensors are unknown, the first"),
         ("resnet34", "r18.pth", "does not fit --arch resnet34: .* tensors missing, the first"),
         ("resnet18", "shapes.pth", "is .* expected"),
         ("resnet18", "none.pth", "not found"),

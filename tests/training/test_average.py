@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from landmarks_fastai.models.networks import _timm_model, make_body
+from landmarks_fastai.models.networks import make_body, timm_model
 from landmarks_fastai.training.callbacks.evaluation import Average
 
 DECAY, STEPS = 0.9, 4
@@ -95,7 +95,7 @@ def test_timm_networks(arch):
 
     if not timm.is_model(arch):
         pytest.skip("this timm has none such")
-    check(_timm_model(arch, timm.get_pretrained_cfg(arch).input_size[-1], pretrained=False))
+    check(timm_model(arch, timm.get_pretrained_cfg(arch).input_size[-1], pretrained=False))
 
 
 def test_a_state_goes_on_counting():

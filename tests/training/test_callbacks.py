@@ -1,4 +1,4 @@
-"The rates in the real optimiser, next to PyTorch's own schedulers fed with the same scores."
+"Learning rates in the optimiser, compared with PyTorch's schedulers on the same scores."
 
 from functools import partial
 from types import SimpleNamespace
@@ -117,7 +117,7 @@ def test_step_is_that_of_adamw_with_biases_and_norms_decayed():
         assert torch.allclose(a, b, atol=1e-7)
 
 
-def test_a_loss_that_is_no_number_ends_the_stage_and_says_where():
+def test_nan_loss_ends_the_fit_and_its_step_is_recorded():
     learn, watch = learner([1, 1, 1]), StopOnNaN()
     with torch.no_grad():
         learn.model[0][0].weight.fill_(float("inf"))

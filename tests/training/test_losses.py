@@ -19,7 +19,7 @@ def value(loss, off=OFF):
     return func(truth + off[None] * 2 / SIZE, truth.reshape(1, -1, 2)).item()
 
 
-def test_values_in_pixels():
+def test_loss_values_match_their_formulas_in_pixels():
     assert value("l1") == pytest.approx(9.5 / 4, rel=1e-5)
     assert value("mse") == pytest.approx((0.25 + 4 + 49) / 4, rel=1e-5)
     assert value("smooth_l1") == pytest.approx(F.smooth_l1_loss(OFF, torch.zeros(4)).item(), rel=1e-5)

@@ -139,7 +139,7 @@ def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, run_script
     check_refused(
         (int(codes[0]), "", err), "parts/state.safetensors cannot be written", "No space left on device", "make room"
     )
-    assert "then go on with: python train.py --resume -n parts" in err
+    assert "then resume with: python train.py --resume -n parts" in err
     left = (tmp_path / "left.txt").read_text()
     assert "state.safetensors\n" in left and ".tmp" not in left
     assert codes[1] == "0" and "resuming at epoch 0, batch 1" in (tmp_path / "resumed.txt").read_text()

@@ -1,4 +1,6 @@
-"What happens to each batch: its map is taken off, its random numbers are seeded."
+"Callbacks for each batch: separate the maps from the points, seed the random numbers."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false
 
 import numpy as np
 from fastai.callback.core import Callback
@@ -6,19 +8,19 @@ from fastai.torch_core import set_seed
 
 
 class CarryMaps(Callback):
-    "Take the images' maps off the batch, so that the loss sees points alone and the metrics find `learn.maps`."
+    "Move the images' maps from the targets of a batch to `learn.maps`: the loss gets points only, metrics need both."
 
-    order = -5  # before CastToTensor and everything that reads yb
+    order = -5  # before CastToTensor and all else that reads yb
 
     def before_batch(self):
-        *points, self.learn.maps = self.yb  # without labels, at prediction, the maps are alone
+        *points, self.learn.maps = self.yb  # without labels there are maps only
         self.learn.yb = tuple(points)
 
 
 class SeedEveryStep(Callback):
-    """All that is random is a function of (seed, epoch, batch): a run that goes on needs no random states.
+    """Make all random numbers a function of (seed, epoch, batch), so that a resumed run needs no random state.
 
-    The training loader is told its place; dropout, and whatever else a network draws, is seeded at each step.
+    The training loader gets epoch and first batch; dropout is seeded at each step.
     """
 
     def before_train(self):

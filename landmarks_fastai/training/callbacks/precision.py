@@ -1,4 +1,6 @@
 "Mixed precision and compilation."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
 import torch
 from fastai.callback.core import Callback
@@ -6,13 +8,13 @@ from fastai.callback.fp16 import MixedPrecision
 
 
 class Amp(MixedPrecision):
-    """fastai's `MixedPrecision` of the training steps, on a CPU too.
+    """fastai's `MixedPrecision` for training steps only, on a CPU too.
 
-    Validation computes in float32, as `predict.py` does: the scores of the network, of its running average and of the flip
-    test compete, and half precision moves a score by 0.2%.
+    Validation computes in float32, as `predict.py` does: half precision changes a score by 0.2%, and the best of several
+    scores is saved.
     """
 
-    name = "mixed_precision"  # fastai's own parts look for it by this name
+    name = "mixed_precision"  # fastai looks it up by this name
 
     def __init__(
         self,
@@ -20,12 +22,12 @@ class Amp(MixedPrecision):
         device: str,  # cpu or cuda
     ):
         super().__init__(precision)
-        self.where, self.dtype = device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.device_type, self.dtype = device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def before_fit(self):
-        if self.where == "cuda":
+        if self.device_type == "cuda":
             super().before_fit()
-        else:  # fastai's own asks for CUDA, and warns
+        else:  # fastai's requires CUDA
             self.learn.scaler, self.scales = torch.amp.GradScaler("cpu", enabled=False), []
             self.autocast = torch.autocast("cpu", self.dtype)
 
@@ -39,9 +41,9 @@ class Amp(MixedPrecision):
 
 
 class Compile(Callback):
-    "`torch.compile` the network, in place: names of weights, checkpoints and copies are as without it."
+    "`torch.compile` the network in place: the names of weights do not change."
 
-    order = 1  # behind ChannelsLast
+    order = 1  # after ChannelsLast
 
     def before_fit(self):
         self.learn.model.compile()

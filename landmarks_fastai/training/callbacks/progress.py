@@ -1,30 +1,33 @@
-"Bars, lines and history.csv."
+"Progress bars, lines of a log, history.csv."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger, ProgressCallback
-from fastai.learner import Recorder
+from fastai.learner import Learner, Recorder
 
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.utils.files import atomic_write
 
 
 class History(CSVLogger):
-    "fastai's `CSVLogger`, whose file is whole at any moment, and which can go on from the lines of a stopped run."
+    "fastai's `CSVLogger`, whose file is replaced atomically. A resumed run sets `text` to the lines of the stopped run."
 
     def __init__(self, run: Run):
         super().__init__("history.csv")
-        self.of_run, self.text = run, ""
+        self.target, self.text = run, ""
 
     def before_fit(self):
         self.text = ",".join(self.recorder.metric_names) + "\n"
         self.write()
         self.old_logger, self.learn.logger = self.logger, self._write_line
 
-    def write(self):
-        with atomic_write(self.of_run.file(self.fname)) as f:
+    def write(self) -> None:
+        with atomic_write(self.target.file("history.csv")) as f:
             f.write(self.text)
 
     def _write_line(self, log):
@@ -37,14 +40,14 @@ class History(CSVLogger):
 
 
 class ProgressTable(ProgressCallback):
-    "fastai's bars, with numbers short enough that the table's columns do not touch."
+    "fastai's progress bars, with numbers of 6 digits: longer ones fill the columns of the table."
 
-    name = "progress"  # fastai's own parts look for it by this name
+    name = "progress"  # fastai looks it up by this name
 
     def before_fit(self):
         super().before_fit()
         if getattr(self, "mbar", False):
-            self.mbar.update(0)  # a bar whose first value is another, in a run that goes on, has no start to count from
+            self.mbar.update(0)  # the bar of a resumed run starts at another epoch, and needs a first update at 0
 
     def _write_stats(self, log):
         if getattr(self, "mbar", False):
@@ -52,9 +55,9 @@ class ProgressTable(ProgressCallback):
 
 
 class PlainLines(Callback):
-    "The names above the lines that `plain_line` prints."
+    "Print the column names above the lines of `plain_line`."
 
-    order = Recorder.order + 1  # which makes the names
+    order = Recorder.order + 1  # the Recorder makes the names
 
     def before_fit(self):
         plain_line(self.recorder.metric_names)
@@ -64,20 +67,20 @@ def _cell(value) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def plain_line(values):
-    "One line of a log file."
+def plain_line(values: Iterable) -> None:
+    "Print one line of a log."
     print("  ".join(f"{_cell(v):>10}" for v in values), flush=True)
 
 
 @contextmanager
-def no_bars(learn):
-    "For a while no bars. fastai's own `no_bar` puts back its plain `ProgressCallback`."
+def no_bars(learn: Learner) -> Iterator[Learner]:
+    "As fastai's `no_bar`, which would replace `ProgressTable` by fastai's class."
     with learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]):
         yield learn
 
 
-def show_progress(learn) -> list:
-    "Bars in a terminal, plain lines in a log file; returns the callbacks that `fit` needs for it."
+def show_progress(learn: Learner) -> list[Callback]:
+    "Show bars in a terminal, plain lines elsewhere. Returns callbacks to pass to `fit`."
     learn.remove_cbs(ProgressCallback)
     if sys.stdout.isatty():
         learn.add_cb(ProgressTable())

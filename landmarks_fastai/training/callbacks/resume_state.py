@@ -1,42 +1,47 @@
-"The state of a stage, kept while it trains, so that it can be stopped at any moment and go on."
+"Save the state of a stage while it trains, so that it can be stopped and resumed."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from fastai.callback.core import Callback
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import Run
+from landmarks_fastai.training.callbacks.progress import History
 from landmarks_fastai.training.state import State, capture_state, restore_state, write_state
-from landmarks_fastai.utils.signals import Stopped, signal_flag
+from landmarks_fastai.utils.signals import SignalFlag, Stopped, signal_flag
 
 
 class SaveResumeState(Callback):
-    """Write the stage's state every few minutes, at each epoch's end and where a signal asks for it.
+    """Write the state every few minutes, at the end of each epoch, and when a signal stops the run.
 
-    At a signal the step under way is done first: what is written is a whole number of steps.
+    A step that has begun when the signal arrives is finished first.
     """
 
-    order = 90  # behind all that changes what is kept
+    order = 90  # after all callbacks that change what is saved
 
     def __init__(
         self,
         run: Run,
-        metadata: dict,  # what the stage adds to the state, once for all
-        history,  # the callback whose `text` goes along
-        every: float = 300.0,  # seconds from one writing to the next
-        state: State | None = None,  # to go on from
-        spent: float = 0.0,  # seconds that the stage's clock has run before this fit
+        metadata: dict,  # constant part of the state's metadata
+        history: History,
+        every: float = 300.0,  # seconds between two states
+        state: State | None = None,  # of the stopped run to resume
+        spent: float = 0.0,  # seconds of the time limit that were used before this fit
     ):
-        self.to, self.own, self.history, self.every, self.state = run, metadata, history, every, state
-        self.spent, self.flag = spent, None
+        self.save_to, self.constant, self.history, self.every, self.state = run, metadata, history, every, state
+        self.spent, self.flag = spent, SignalFlag()
 
     def before_fit(self):
         self.began = self.written = time.monotonic()
         self.batch, self.at = 0, self.learn.begin
 
     def before_epoch(self):
-        if self.state:  # behind every `before_fit`
+        if self.state:  # not in `before_fit`, where `History` resets its text
             self.history.text = self.state.metadata["history"]
             self.history.write()
 
@@ -46,7 +51,7 @@ class SaveResumeState(Callback):
             try:
                 restore_state(self.learn, self.state)
             except (RuntimeError, KeyError, ValueError, IndexError, AttributeError) as e:
-                path = self.to.file("state.safetensors")
+                path = self.save_to.file("state.safetensors")
                 raise UserError(
                     f"{path} does not fit the run ({type(e).__name__}): start over with --overwrite, and the same flags"
                 ) from None
@@ -54,38 +59,38 @@ class SaveResumeState(Callback):
 
     def after_batch(self):
         self.batch += self.training
-        if self.flag and self.flag.number:
+        if self.flag.number:
             self.stop()
         elif self.training and time.monotonic() - self.written >= self.every:
             self.write(self.epoch, self.batch)
 
     def after_epoch(self):
         self.write(self.epoch + 1, 0)
-        if self.flag and self.flag.number:
+        if self.flag.number:
             self.stop()
 
-    def write(self, epoch: int, batch: int):
+    def write(self, epoch: int, batch: int) -> None:
         seconds = self.spent + time.monotonic() - self.began
         now = capture_state(self.learn)
         place = {"epoch": epoch, "batch": batch, "seconds": seconds, "history": self.history.text}
-        write_state(self.to, State(self.own | now.metadata | place, now.tensors))
+        write_state(self.save_to, State(self.constant | now.metadata | place, now.tensors))
         self.written, self.at = time.monotonic(), (epoch, batch)
 
-    def stop(self):
-        "Write where the stage is, if it is not written yet, and end the program."
+    def stop(self) -> NoReturn:
+        "Write the state, unless it is written already, and raise `Stopped`."
         here = (self.epoch, self.batch)
         if self.at not in (here, (self.epoch + 1, 0)):
             self.write(*here)
         raise Stopped(code=self.flag.code)
 
     @contextmanager
-    def stopping_on_signals(self):
-        "For a fit: Ctrl-C and SIGTERM end it between two steps."
+    def stopping_on_signals(self) -> Iterator[None]:
+        "A context in which Ctrl-C and SIGTERM end a fit between two steps."
         with signal_flag() as self.flag:
             try:
                 yield
             except RuntimeError as e:
-                # macOS: the signal ended a worker; what was written last stands
+                # macOS: the signal ended a worker too; the last state that was written stays
                 if self.flag.number and "DataLoader worker (pid" in str(e):
                     raise Stopped(code=self.flag.code) from None
                 raise

@@ -1,4 +1,6 @@
-"Rates, time limits, and a loss that is no number."
+"Learning rate schedules, the time limit, and a stop at NaN."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false
 
 import time
 
@@ -8,19 +10,19 @@ from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback, T
 
 
 class PlateauLR(ReduceLROnPlateau):
-    """fastai's `ReduceLROnPlateau` with the effect of PyTorch's at the published entry's `patience=1, factor=0.31622`.
+    """PyTorch's `ReduceLROnPlateau` as a callback, with the published entry's `patience=1, factor=0.31622`.
 
-    fastai's divides by `factor`, reduces one bad epoch earlier, takes any decrease for better, and edits
-    `opt.hypers`, which an `OptimWrapper` makes anew at every look: there it silently changes nothing.
+    fastai's divides by `factor`, reduces one epoch earlier, has no threshold, and edits `opt.hypers`, which are a copy in
+    an `OptimWrapper`: there it changes nothing.
     """
 
     def __init__(
         self,
-        monitor="score",
-        patience=1,  # bad epochs that are let pass
-        factor=0.31622,  # the learning rate is multiplied by it: the published entry's, the root of 0.1
-        threshold=1e-4,  # an epoch is better when it is below best * (1 - threshold)
-        eps=1e-8,  # a smaller change of the rate is not made
+        monitor: str = "score",
+        patience: int = 1,  # epochs without a better score before a reduction
+        factor: float = 0.31622,  # of the learning rate: the root of 0.1
+        threshold: float = 1e-4,  # better is below best * (1 - threshold)
+        eps: float = 1e-8,  # smaller changes of the rate are not made
     ):
         super().__init__(monitor=monitor, comp=np.less, patience=patience, factor=factor)
         self.threshold, self.eps = threshold, eps
@@ -33,7 +35,7 @@ class PlateauLR(ReduceLROnPlateau):
         super().before_fit()
 
     def after_epoch(self):
-        if self.idx >= len(self.recorder.values[-1]):  # fastai ends the epoch of a `validate` that failed too
+        if self.idx >= len(self.recorder.values[-1]):  # fastai calls this after a `validate` that failed too
             return
         value = self.recorder.values[-1][self.idx]
         if value < self.best * (1 - self.threshold):
@@ -48,7 +50,7 @@ class PlateauLR(ReduceLROnPlateau):
 
 
 class StepLR(Callback):
-    "Multiply the rate with `gamma` after every `step_size` epochs, as PyTorch's `StepLR`."
+    "Multiply the rate by `gamma` after every `step_size` epochs, as PyTorch's `StepLR`."
 
     order = TrackerCallback.order + 2
 
@@ -61,10 +63,10 @@ class StepLR(Callback):
 
 
 class TimeLimit(Callback):
-    """End a fit at a time, what follows it included; a schedule by share of the training follows the clock.
+    """End a fit at a deadline, with time left for what follows it.
 
-    An epoch is cut short at the limit, and none begins where less than a tenth of one's time is left. `pct_train` is what
-    fastai's `ParamScheduler` goes by, so `fit_one_cycle` ends its cycle at the limit.
+    An epoch is cut short at the deadline, and none begins if less than a tenth of its time is left. `pct_train` follows
+    the clock, so that `fit_one_cycle` ends its cycle at the deadline.
     """
 
     order = TrackerCallback.order - 1  # before ParamScheduler, which has the order of the trackers
@@ -72,8 +74,8 @@ class TimeLimit(Callback):
     def __init__(
         self,
         deadline: float,  # seconds of `time.monotonic`
-        after: float = 0.0,  # how long the work behind the fit takes, in validations
-        spent: float = 0.0,  # seconds that a run which goes on has trained before
+        after: float = 0.0,  # time of the work after the fit, as a multiple of a validation
+        spent: float = 0.0,  # seconds that a resumed run has trained before
     ):
         self.deadline, self.after, self.spent = deadline, after, spent
 
@@ -82,7 +84,7 @@ class TimeLimit(Callback):
 
     @property
     def left(self) -> float:
-        "Seconds left for training. Until a validation was timed, one of its batches counts as a training step."
+        "Seconds left for training. Before the first validation, its batches are taken to be as slow as training steps."
         step = (time.monotonic() - self.start) / max(1, self.steps)
         validation = 1.1 * self.validation or step * len(self.dls.valid)
         return self.deadline - time.monotonic() - validation * (1 + self.after)
@@ -103,7 +105,7 @@ class TimeLimit(Callback):
                 raise CancelTrainException()
 
     def after_cancel_train(self):
-        # else the Recorder leaves this epoch's training loss out, and every later number is under a wrong name
+        # or the Recorder leaves out this epoch's training loss, and all later values are in the wrong columns
         self.learn.recorder.cancel_train = False
 
     def before_validate(self):
@@ -119,9 +121,9 @@ class TimeLimit(Callback):
 
 
 class StopOnNaN(TerminateOnNaNCallback):
-    "fastai's `TerminateOnNaNCallback`, that remembers the step whose loss was no finite number."
+    "fastai's `TerminateOnNaNCallback`; `step` is the (epoch, step) whose loss was not finite."
 
-    step = None
+    step: tuple[int, int] | None = None
 
     def after_batch(self):
         try:
