@@ -430,13 +430,13 @@ def test_a_file_that_may_not_be_read_is_named(data, monkeypatch):
     from landmarks_fastai.errors import BadData
 
     closed = str(image_path(data))
-    real = checks.opened
+    real = checks.open_undecoded
 
-    def opened(path, where=""):
+    def open_undecoded(path, where=""):
         if str(path) == closed:
             raise checks.UserError(f"image {path} cannot be read as an image (Permission denied): replace it")
         return real(path, where)
 
-    monkeypatch.setattr(checks, "opened", opened)
+    monkeypatch.setattr(checks, "open_undecoded", open_undecoded)
     with pytest.raises(BadData, match="line 9: image .*Permission denied"):
         labelled_images(data)

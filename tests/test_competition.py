@@ -77,14 +77,14 @@ def closed(folder):
 def test_the_data_folder_and_its_training_side(tmp_path, monkeypatch):
     for name in ("nowhere", "file", "nu\0l"):
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match="-d wants the folder that holds train/ and test/"):
+        with pytest.raises(UserError, match="-d must be the folder that holds train/ and test/"):
             data_folder(tmp_path / name)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be read .*Permission denied"):
         patch.setattr(os, "listdir", closed)
         data_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert data_folder("") == data_folder(None) == data_folder(".")
-    with pytest.raises(UserError, match="train.landmarks.csv not found; -d wants"):
+    with pytest.raises(UserError, match="train.landmarks.csv not found; -d must be"):
         labelled_images(tmp_path)
     (tmp_path / "train" / "images").mkdir(parents=True)
     (tmp_path / "train" / "landmarks.csv").write_text("file_name\tx\ty\na.jpg\t1\t2\n")
@@ -162,7 +162,7 @@ def test_score_by_hand(scored, capsys):
         ("file_name\na.jpg\n", "no submission"),
         ("HEAD\na.jpg,5,6,1,nan\nb.jpg,5,6,1,2\n", "line 2"),
         ("HEAD\na.jpg,5,6,1,x\nb.jpg,5,6,1,2\n", "line 2"),
-        ("file_name,x,y\na.jpg,5,6\nb.jpg,5,6\n", "1 points a row found, 2 asked"),
+        ("file_name,x,y\na.jpg,5,6\nb.jpg,5,6\n", "1 points a row found, 2 expected"),
     ],
 )
 def test_a_bad_submission_is_not_scored(scored, capsys, text, message):
@@ -175,7 +175,7 @@ def test_a_bad_submission_is_not_scored(scored, capsys, text, message):
 def test_an_image_that_the_truth_lacks_is_named(scored):
     submission, asked, truth = scored
     truth.write_text("".join(truth.read_text().splitlines(True)[:2]))
-    with pytest.raises(UserError, match=r"landmarks.csv: no row for a.jpg \(1 images are absent in all\)"):
+    with pytest.raises(UserError, match=r"landmarks.csv: no row for a.jpg \(1 images are missing in all\)"):
         competition.score(submission, asked, truth)
 
 

@@ -109,7 +109,7 @@ def test_exif_rotation_is_reported_and_not_applied(tmp_path, kind):
     save(tmp_path / f"a.{kind}", pixels, exif=exif)
     found = np.asarray(open_image(tmp_path / f"a.{kind}"))
     assert found.shape == (16, 32, 3) and found[:6, :6].min() > 200 and found[10:].max() < 50
-    assert checks.look_inside(tmp_path / f"a.{kind}") == ((32, 16), ["with EXIF rotation"])
+    assert checks.inspect_image(tmp_path / f"a.{kind}") == ((32, 16), ["with EXIF rotation"])
 
 
 def in_row(data, row, image, name=None, **kwargs):
@@ -148,11 +148,11 @@ def test_what_is_odd_is_noted_once_in_a_line_a_kind(data, capsys):
     csv = data / "train" / "landmarks.csv"
     for said in (
         f"note: images named in more than one row: 1; the first: {csv} line 11, {names(data)[1]}",
-        f"note: 1 image is animated or of several pages, the first picture is used; the first: {csv} line 10, d.gif",
-        f"note: 1 image is CMYK, made RGB; the first: {csv} line 5, {names(data)[3]}",
-        f"note: 1 image is of 16 bits, made RGB of 8; the first: {csv} line 9, c.png",
-        "note: 1 image is with transparency, made RGB, what is transparent black",
-        f"note: 1 image is with EXIF rotation, which is not applied: landmarks are pixels of the file's own rows and columns; "
+        f"note: 1 image is animated or of several pages, the first frame is used; the first: {csv} line 10, d.gif",
+        f"note: 1 image is CMYK, converted to RGB; the first: {csv} line 5, {names(data)[3]}",
+        f"note: 1 image is 16-bit, converted to 8-bit RGB; the first: {csv} line 9, c.png",
+        "note: 1 image is with transparency, converted to RGB, transparent pixels black",
+        f"note: 1 image is with EXIF rotation, which is not applied: landmarks are pixels of the image as stored; "
         f"the first: {csv} line 6, {names(data)[4]}",
     ):
         assert any(line.startswith(said) for line in lines), said
@@ -363,7 +363,7 @@ def test_a_name_that_leaves_the_folder_is_not_opened(tmp_path, name):
     (tmp_path / "test_points.csv").write_text(f"file_name\tpoint_index_list\n{name}\t[0]\n")
     asked = competition.read_test_points(tmp_path / "test_points.csv")
     found = checks.check_images(asked, images)
-    assert found.rows.tolist() == [0] and "leaves the image folder" in found.text(0)
+    assert found.rows.tolist() == [0] and "leaves the image folder" in found.problem(0).text
 
 
 def delete_in_epoch(epoch, paths):
@@ -428,18 +428,18 @@ def test_what_only_decoding_tells_stops_the_run_or_is_skipped(run_script, data, 
 
 def test_a_csv_that_is_wrong_from_end_to_end_is_told_and_not_kept_whole_in_memory(tmp_path):
     from landmarks_fastai.data.labels import open_labels
-    from landmarks_fastai.data.landmarks_csv import KEPT
+    from landmarks_fastai.data.landmarks_csv import MAX_TEXTS
 
     csv = tmp_path / "l.csv"
-    csv.write_text("file_name\tx\ty\n" + "".join(f"{i}.jpg\t1\n" for i in range(5 * KEPT)))
+    csv.write_text("file_name\tx\ty\n" + "".join(f"{i}.jpg\t1\n" for i in range(5 * MAX_TEXTS)))
     with pytest.raises(BadData) as e:
         from landmarks_fastai.data.labels import read_labels
 
         read_labels(csv)
-    assert e.value.problems[-1] == f"{5 * KEPT} rows are bad: fix them" and len(e.value.problems) == SHOWN + 2
+    assert e.value.problems[-1] == f"{5 * MAX_TEXTS} rows are bad: fix them" and len(e.value.problems) == SHOWN + 2
     labels = open_labels(csv)
     faults = labels.faults()
-    assert len(faults) == 5 * KEPT and len(set(faults.values())) == 2 and len(labels) == 5 * KEPT
+    assert len(faults) == 5 * MAX_TEXTS and len(set(faults.values())) == 2 and len(labels) == 5 * MAX_TEXTS
     assert (N_TRAIN, labels.name(77)) == (40, "77.jpg")
 
 
