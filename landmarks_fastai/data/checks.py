@@ -87,7 +87,7 @@ def check_images(
     Points are pixels of the image as stored. Raises `UserError` if the folder cannot be read.
     """
     check_folder(folder, f"{table.csv.name} names images in it")
-    stamps, faults, names = _stat_images(table, folder)
+    stamps, faults = _stat_images(table, folder)
     if len(skip):
         stamps[skip], faults[skip] = -1, 0
     stored = _read_stamps(table)
@@ -100,7 +100,7 @@ def check_images(
         rows = block * BLOCK + np.flatnonzero(changed[block * BLOCK : (block + 1) * BLOCK])
         _check_block(found, rows, read_points, notes)
     if stored is None:
-        _print_repeated(table, names)
+        _print_repeated(table)
     for kind in (kind for kind in NOTES if kind in notes):
         count, row = notes[kind]
         images = "1 image is" if count == 1 else f"{count} images are"
@@ -111,15 +111,14 @@ def check_images(
     return found
 
 
-def _stat_images(table: Table, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Return (size, time) of each row's image (-1 if there is none), the faults, and hashes of the names."
-    stamps, faults, names, prefix = array("q"), bytearray(), array("q"), os.path.join(folder, "")
+def _stat_images(table: Table, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    "Return size and time of each row's image, int64 (rows, 2), -1 if there is none, and the faults, uint8 (rows,)."
+    stamps, faults, prefix = array("q"), bytearray(), os.path.join(folder, "")
     for _, name in table.lines_and_names():
         fault, found = _stat_image(prefix, name)
         faults.append(fault)
-        names.append(hash(name))
         stamps.extend((found.st_size, found.st_mtime_ns) if found else (-1, -1))
-    return np.array(stamps).reshape(-1, 2), np.frombuffer(faults, np.uint8).copy(), np.array(names)
+    return np.array(stamps).reshape(-1, 2), np.frombuffer(faults, np.uint8).copy()
 
 
 def _stat_image(prefix: str, name: str) -> tuple[int, os.stat_result | None]:
@@ -216,15 +215,13 @@ def _is_animated(image: ImageFile) -> bool:
     return True
 
 
-def _print_repeated(table: Table, names: np.ndarray) -> None:
-    "Print how many rows name an image that an earlier row names; `names` are hashes."
-    _, first_rows = np.unique(names, return_index=True)
-    if len(repeated := np.setdiff1d(np.arange(len(names)), first_rows)):
-        row = int(repeated[0])
-        print(
-            f"note: images named in more than one row: {len(repeated)}; "
-            f"the first: {table.csv} line {table.line(row)}, {table.name(row)}"
-        )
+def _print_repeated(table: Table) -> None:
+    "Print how many rows name an image that an earlier row names."
+    hashes = np.array([hash(name) for _, name in table.lines_and_names()])
+    repeated = np.setdiff1d(np.arange(len(table)), np.unique(hashes, return_index=True)[1])
+    if len(repeated):
+        first = f"{table.csv} line {table.line(repeated[0])}, {table.name(repeated[0])}"
+        print(f"note: images named in more than one row: {len(repeated)}; the first: {first}")
 
 
 def write_listing(path: str | Path, problems: Iterable[Problem]) -> None:

@@ -1,14 +1,14 @@
 """The rows of a `landmarks.csv`, parsed once into a binary cache file that later starts only open.
 
 A Python loop over the 2 GB of text takes minutes and gigabytes of memory at every start. Here `landmarks_csv.py` parses the
-text block by block. The numbers are written to a cache file beside the CSV, or in the user's cache folder if the data is
+text block by block. The points are written to a cache file beside the CSV, or in the user's cache folder if the data is
 read-only, and single rows are read from that file when they are needed.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -19,7 +19,7 @@ from landmarks_fastai.data.landmarks_csv import MAX_TEXTS, read_rows
 from landmarks_fastai.errors import BadData, Problem, UserError
 from landmarks_fastai.utils.files import atomic_write, cache_places, check_folder, read_at
 
-FORMAT = 2  # of the cache file; a file with another number is parsed again
+FORMAT = 3  # of the cache file; a file with another number is parsed again
 HEADER = 4096  # bytes reserved for the header, so that the numbers behind it start on a page
 
 
@@ -30,31 +30,31 @@ class StaleCache(Exception):
 class Table:
     "Rows that name images: file names, and their lines in a CSV."
 
-    def __init__(self, csv: Path, key: dict, names: list[str], lines: np.ndarray):
-        self.csv, self.key = csv, key  # the key identifies the content
-        self.names, self.lines = names, lines
+    def __init__(self, csv: Path, key: dict, names: Sequence[str] | np.ndarray, lines: np.ndarray):
+        self.csv, self.key, self.names, self.lines = csv, key, names, lines  # the key identifies the content
 
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, row: int) -> str:
         "Return the file name of a row."
-        return self.names[row]
+        name = self.names[row]
+        return name if isinstance(name, str) else name.decode("utf-8", "replace")
 
     def line(self, row: int) -> int:
         "Return the line number of a row in the CSV; the header is line 1."
         return int(self.lines[row])
 
-    def lines_and_names(self) -> Iterable[tuple[int, str]]:
-        "Return the line number and file name of each row."
-        return zip(self.lines.tolist(), self.names, strict=True)
+    def lines_and_names(self) -> Iterator[tuple[int, str]]:
+        "Yield the line number and file name of each row."
+        return ((self.line(row), self.name(row)) for row in range(len(self)))
 
     def problem(self, row: int, text: str) -> Problem:
         return Problem(self.csv, self.line(row), self.name(row), text)
 
 
 class Labels(Table):
-    """The rows of a `landmarks.csv`, read from its cache file when they are needed.
+    """The rows of a `landmarks.csv`, with points that are read from its cache file when they are needed.
 
     `len(labels)` rows of `labels.n_points` points, in pixels of the image as stored. Pickles as the file's name: a spawned
     worker process opens it again. Raises `StaleCache` if `cache` was not made from the CSV that `key` describes.
@@ -66,23 +66,22 @@ class Labels(Table):
         cache: str | Path,  # its cache file, as `read_labels` wrote it
         key: dict,  # `file_identity` of the CSV
     ):
-        self.csv, self.cache, self.key = Path(csv), Path(cache), key
         # Stays open: the rows do not change if another process writes the cache file again.
-        self._file = open(self.cache, "rb", buffering=0)
+        self._file = open(cache, "rb", buffering=0)
         header = _read_header(self._file)
-        if header.get("key") != self.key:
-            raise StaleCache(f"{self.cache} is no cache of {self.csv} as it was")
-        self.n_points: int = header["n_points"]
-        self._n_rows, self._dtype, self._width = header["rows"], np.dtype(header["dtype"]), header["name_width"]
-        self._blank_lines, self._n_faulty, self._text_bytes = header["blank_lines"], header["faulty"], header["texts"]
-        self._names_at = self._n_rows * 2 * self.n_points * self._dtype.itemsize
-        self._lines_at = self._names_at + self._n_rows * self._width
+        if header.get("key") != key:
+            raise StaleCache(f"{cache} is no cache of {csv} as it was")
+        n_rows, width = header["rows"], header["name_width"]
+        self.cache, self.n_points, self._dtype = Path(cache), int(header["n_points"]), np.dtype(header["dtype"])
+        self._row_bytes = 2 * self.n_points * self._dtype.itemsize
+        self._file.seek(HEADER + n_rows * self._row_bytes)
+        names = np.frombuffer(self._file.read(n_rows * width), f"S{width}")
+        lines = np.frombuffer(self._file.read(8 * n_rows), np.int64)
+        self._faults_at, self._faults_bytes = self._file.tell(), header["fault_bytes"]
+        super().__init__(Path(csv), key, names, lines)
 
     def __reduce__(self):
         return Labels, (self.csv, self.cache, self.key)
-
-    def __len__(self) -> int:
-        return self._n_rows
 
     @property
     def identity(self) -> dict:
@@ -94,47 +93,19 @@ class Labels(Table):
         return self.read_points(row, row + 1)[0].astype(np.float32)
 
     def read_points(self, start: int, stop: int) -> np.ndarray:
-        "Read the points of rows `start` to `stop`, int16 or float32 (rows, n_points, 2), pixels of the image as stored."
-        return self._read(0, self._dtype, 2 * self.n_points, start, stop).reshape(stop - start, -1, 2)
+        """Read the points of rows `start` to `stop`, int16 or float32 (rows, n_points, 2), pixels of the image as stored.
 
-    def name(self, row: int) -> str:
-        return self._read_names(row, row + 1)[0].decode("utf-8")
-
-    def line(self, row: int) -> int:
-        return int(self._read_lines(row, row + 1)[0])
-
-    def lines_and_names(self) -> Iterator[tuple[int, str]]:
-        for start in range(0, len(self), 4096):
-            stop = min(start + 4096, len(self))
-            lines, names = self._read_lines(start, stop).tolist(), self._read_names(start, stop).tolist()
-            yield from zip(lines, (name.decode("utf-8") for name in names), strict=True)
+        Read, not mapped: the kernel maps up to 2 MB around each page that is touched, and all of it counts as this
+        process's memory; a random row of 4 kB costs 5 us either way. Raises `IndexError` for rows that do not exist.
+        """
+        if not (0 <= start and stop <= len(self)):
+            raise IndexError(f"row {start} of {len(self)}")
+        data = read_at(self._file, (stop - start) * self._row_bytes, HEADER + start * self._row_bytes)
+        return np.frombuffer(data, self._dtype).reshape(stop - start, -1, 2)
 
     def faults(self) -> dict[int, str]:
         "Read what is wrong with the text of faulty rows, by row. Only the first thousand have a text of their own."
-        rows_at = HEADER + self._lines_at + (8 * self._n_rows if self._blank_lines else 0)
-        rows = np.frombuffer(read_at(self._file, 8 * self._n_faulty, rows_at), np.int64).tolist()
-        texts = json.loads(read_at(self._file, self._text_bytes, rows_at + 8 * self._n_faulty))
-        return dict.fromkeys(rows, "malformed, like others: fix or remove the line") | dict(texts)
-
-    def _read_names(self, start: int, stop: int) -> np.ndarray:
-        return self._read(self._names_at, np.dtype(f"S{self._width}"), 1, start, stop)[:, 0]
-
-    def _read_lines(self, start: int, stop: int) -> np.ndarray:
-        if not self._blank_lines:
-            return np.arange(start, stop) + 2
-        return self._read(self._lines_at, np.dtype(np.int64), 1, start, stop)[:, 0]
-
-    def _read(self, offset: int, dtype: np.dtype, columns: int, start: int, stop: int) -> np.ndarray:
-        """Read rows `start` to `stop` of the table that begins `offset` bytes behind the header.
-
-        Read, not mapped: the kernel maps up to 2 MB around each page that is touched, and all of it counts as this
-        process's memory; a random row of 4 kB costs 5 us either way.
-        """
-        if not (0 <= start and stop <= self._n_rows):
-            raise IndexError(f"row {start} of {self._n_rows}")
-        row_bytes = columns * dtype.itemsize
-        data = read_at(self._file, (stop - start) * row_bytes, HEADER + offset + start * row_bytes)
-        return np.frombuffer(data, dtype).reshape(stop - start, columns)
+        return dict(json.loads(read_at(self._file, self._faults_bytes, self._faults_at)))
 
 
 def read_labels(
@@ -210,30 +181,24 @@ def _write_cache(csv: Path, cache: Path, key: dict) -> None:
 def _write_rows(out: IO[bytes], csv: Path, dtype: str = "int16") -> dict:
     "Write the points, file names, line numbers and faults of `csv` behind the header; return the header's fields."
     out.seek(HEADER)
-    n_points, n_rows = 0, 0
-    names, lines, faulty, texts = [], [], [np.zeros(0, np.int64)], {}
+    names, lines, faults, n_points, n_rows = [], [], {}, 0, 0
     for rows in read_rows(csv):
         if dtype == "int16" and rows.points.dtype.kind == "f":
-            return _write_rows(out, csv, "float32")  # start again, at the file's first decimals
-        n_points = rows.points.shape[1]
+            return _write_rows(out, csv, "float32")  # start again at the file's first decimals
         out.write(np.ascontiguousarray(rows.points, dtype).data)
         names.append(rows.names)
-        lines.append(rows.lines)
-        faulty.append(n_rows + np.array(sorted(rows.faults), np.int64))
-        if len(texts) < MAX_TEXTS:
-            texts |= {n_rows + k: text for k, text in rows.faults.items() if text}
-        n_rows += len(rows.names)
+        lines.append(rows.lines.astype(np.int64))
+        for k, text in sorted(rows.faults.items()):
+            kept = text and len(faults) < MAX_TEXTS
+            faults[n_rows + k] = text if kept else "malformed, like others: fix or remove the line"
+        n_points, n_rows = rows.points.shape[1], n_rows + len(rows.names)
     if not n_rows:
         raise UserError(f"{csv} has a header but no rows: one line per image is needed")
-    names, lines, faulty = np.concatenate(names), np.concatenate(lines), np.concatenate(faulty)
-    blank_lines = bool((lines != np.arange(n_rows) + 2).any())
-    text = json.dumps(sorted(texts.items())[:MAX_TEXTS]).encode()
-    for data in (names.data, lines.astype(np.int64).data if blank_lines else b"", faulty.data, text):
+    names, text = np.concatenate(names), json.dumps(list(faults.items())).encode()
+    for data in (names.data, np.concatenate(lines).data, text):
         out.write(data)
-    return {
-        "rows": n_rows, "n_points": n_points, "dtype": dtype, "name_width": names.dtype.itemsize,
-        "blank_lines": blank_lines, "faulty": len(faulty), "texts": len(text),
-    }  # fmt: skip
+    width = names.dtype.itemsize
+    return {"rows": n_rows, "n_points": n_points, "dtype": dtype, "name_width": width, "fault_bytes": len(text)}
 
 
 def data_folder(data: str | Path | None) -> Path:

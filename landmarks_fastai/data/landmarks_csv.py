@@ -7,13 +7,13 @@ anything else (decimals, signs, spaces, mistakes) is parsed by pandas, which als
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,8 @@ LIMIT = 32767  # largest absolute coordinate, in pixels: fits int16
 DIGITS = 5  # of LIMIT
 TAB, NEWLINE, MINUS, ZERO = b"\t\n-0"
 EXPECTED = f"a number between -{LIMIT} and {LIMIT} expected"
-NOT_A_NUMBER = re.compile(rb"\t(?:(?=\t|\Z)|[0-9.+\-eE ]*[^0-9.+\-eE \t][^\t]*)")  # with the TAB before the field
+NUMBER = rb" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *"
+NOT_A_NUMBER = re.compile(rb"\t(?!" + NUMBER + rb"(?:\t|\Z))([^\t]*)")
 MAX_TEXTS = 1000  # error texts kept of a block, and of a file
 MAX_NAME = 1000  # bytes of a file name: all names of a file are stored with the width of the longest
 Piece = tuple[np.ndarray, np.ndarray]  # file names (rows,) as bytes, values (rows, n_values) int16
@@ -36,9 +37,7 @@ class Rows(NamedTuple):
 
     lines: np.ndarray  # (rows,) line numbers in the file; the header is line 1
     names: np.ndarray  # (rows,) file names as bytes
-    points: (
-        np.ndarray
-    )  # (rows, n_points, 2) int16, or float64 with decimals; pixels of the image as stored; 0 in faulty rows
+    points: np.ndarray  # (rows, n_points, 2) int16 or float64, pixels of the image as stored; 0 in faulty rows
     faults: dict[int, str]  # index of a faulty row -> its first fault; empty after the first `MAX_TEXTS`
 
 
@@ -47,7 +46,9 @@ def read_rows(csv: Path) -> Iterator[Rows]:
     with open(csv, "rb") as f, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
         n_values = 2 * _count_points(csv, f.readline())
         line = 2
-        submitted = ((block, _submit_pieces(block, n_values, threads)) for block in _read_blocks(f))
+        blocks = iter(lambda: f.read(BLOCK) + f.readline(), b"")
+        blocks = (block if block.endswith(b"\n") else block + b"\n" for block in blocks)  # the last line may not end
+        submitted = ((block, _submit_pieces(block, n_values, threads)) for block in blocks)
         # Each block is submitted before the one before it is yielded: threads parse while the caller writes.
         for (block, futures), _ in pairwise(chain(submitted, [(b"", [])])):
             pieces = [piece for future in futures if (piece := future.result())]
@@ -76,13 +77,6 @@ def _count_points(csv: Path, header: bytes) -> int:
             f"{csv} line 1: {len(columns)} TAB-separated columns found, file_name and an x and y per point expected"
         )
     return len(columns) // 2
-
-
-def _read_blocks(f: BinaryIO) -> Iterator[bytes]:
-    "Yield blocks of complete lines until the file ends."
-    while block := f.read(BLOCK):
-        block += f.readline()
-        yield block if block.endswith(b"\n") else block + b"\n"
 
 
 def _submit_pieces(block: bytes, n_values: int, threads: ThreadPoolExecutor) -> list[Future[Piece | None]]:
@@ -158,17 +152,16 @@ def _parse_with_pandas(first_line: int, block: bytes, n_values: int) -> Iterator
         if fault := _find_line_fault(line, n_values):
             _add_fault(faults, k, fault)
     valid = np.setdiff1d(np.arange(len(rows)), list(faults))
-    points = np.zeros((len(rows), n_values // 2, 2), np.int16)
+    points = np.zeros((len(rows), n_values // 2, 2))
     if len(valid):
-        parsed = _parse_numbers([rows[k][1] for k in valid], valid, faults)
-        points = points.astype(parsed.dtype)
-        points[valid] = parsed
+        points[valid] = _parse_numbers([rows[k][1] for k in valid], valid, faults)
     points[list(faults)] = 0
     if (points == np.rint(points)).all():
         points = points.astype(np.int16)
     _check_equal_points(points, faults)
-    numbers, names = np.array([number for number, _ in rows]), np.array([_parse_name(line) for _, line in rows])
-    yield Rows(numbers, names, points, faults)
+    # of a faulty row what can be a name
+    names = np.array([line.split(b"\t", 1)[0].replace(b"\0", b"")[:MAX_NAME] for _, line in rows])
+    yield Rows(np.array([number for number, _ in rows]), names, points, faults)
 
 
 def _find_line_fault(line: bytes, n_values: int) -> str:
@@ -191,47 +184,26 @@ def _find_line_fault(line: bytes, n_values: int) -> str:
     # Found before pandas parses the block: it is thirty times as slow on a column that holds a word.
     if not (field := NOT_A_NUMBER.search(line)):
         return ""
-    name, text = _name_coordinate(line.count(b"\t", 0, field.start())), field[0].decode("utf-8").strip()
+    name, text = _name_coordinate(line.count(b"\t", 0, field.start())), field[1].decode("utf-8").strip()
     if text.lower().lstrip("+-") in ("inf", "infinity"):
         return f"{name} is {float(text)}, {EXPECTED}"
     return f"{name} is {text[:40]!r}, a number expected"
 
 
 def _parse_numbers(lines: list[bytes], rows: np.ndarray, faults: dict[int, str]) -> np.ndarray:
-    """Parse the numbers of lines with the right number of fields into (rows, n_points, 2), int64 or float64.
-
-    Fields that are not numbers, and numbers beyond `LIMIT`, are added to the faults of `rows`.
-    """
+    "Parse the points of lines without a fault, float64 (rows, n_points, 2); add numbers beyond `LIMIT` to the faults of `rows`."
     import pandas as pd  # 0.2 s of import, which plain files and cached labels do without
 
-    def add_faults(wrong: np.ndarray, describe: Callable[[int, int], str]) -> None:
-        for k in np.flatnonzero(wrong.any(1)).tolist():
-            _add_fault(faults, int(rows[k]), describe(k, int(wrong[k].argmax())))
-
-    # The competition's files have no quoting; without na_filter an empty field is not read as NaN.
+    n_values = lines[0].count(b"\t")
     text = BytesIO(b"\n".join(lines))
-    frame = pd.read_csv(
-        text,
-        sep="\t",
-        header=None,
-        quoting=3,
-        na_filter=False,
-        low_memory=False,
-        dtype={0: str},
-        skip_blank_lines=False,
-    )
-    frame = frame.iloc[:, 1:].copy()
-    words = frame.select_dtypes(exclude="number").astype(str)
-    if len(words.columns):
-        numbers = words.apply(pd.to_numeric, errors="coerce")  # integers beyond 64 bits become floats
-        add_faults(
-            numbers.isna().to_numpy(),
-            lambda k, c: f"{_name_coordinate(words.columns[c] - 1)} is {words.iat[k, c][:40]!r}, a number expected",
-        )
-        frame[words.columns] = numbers
-    values = frame.to_numpy(np.float64 if any(t.kind == "f" for t in frame.dtypes) else None)
-    beyond = ~((values >= -LIMIT) & (values <= LIMIT))  # True for NaN too
-    add_faults(beyond, lambda k, c: f"{_name_coordinate(c)} is {values[k, c]}, {EXPECTED}")
+    values = pd.read_csv(
+        text, sep="\t", header=None, usecols=range(1, n_values + 1), dtype=np.float64, quoting=3, na_filter=False
+    ).to_numpy()
+    beyond = ~(abs(values) <= LIMIT)
+    for k in np.flatnonzero(beyond.any(1)).tolist():
+        c = int(beyond[k].argmax())
+        field = lines[k].split(b"\t")[1 + c].decode().strip()
+        _add_fault(faults, int(rows[k]), f"{_name_coordinate(c)} is {field[:40]}, {EXPECTED}")
     return values.reshape(len(rows), -1, 2)
 
 
@@ -248,12 +220,6 @@ def _check_equal_points(points: np.ndarray, faults: dict[int, str]) -> None:
 def _add_fault(faults: dict[int, str], row: int, text: str) -> None:
     "Record the fault of a row, unless it has one."
     faults.setdefault(row, text if len(faults) < MAX_TEXTS else "")
-
-
-def _parse_name(line: bytes) -> bytes:
-    "Return the file name of a row; empty if it is not valid."
-    name = line.split(b"\t", 1)[0].replace(b"\0", b"")
-    return name if len(name) <= MAX_NAME and _is_utf8(name) else b""
 
 
 def _name_coordinate(k: int) -> str:

@@ -5,8 +5,6 @@ side, s = 0 on the midline. `bend_sheet` maps it to 3-D. Textures and landmarks 
 landmarks are exact in any pose.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

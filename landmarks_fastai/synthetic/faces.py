@@ -1,7 +1,5 @@
 "Draw a random face with exact landmarks: a head of face_template.py, painted by texture.py, in front of a background."
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

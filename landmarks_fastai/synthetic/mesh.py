@@ -1,7 +1,5 @@
 "The mesh of the bent sheet: its nodes and triangles, the camera, and rendering into an image."
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 "Write drawn faces with exact landmarks in the competition's layout: `python -m landmarks_fastai.synthetic DIR`."
 
-from __future__ import annotations
-
 import argparse
 import functools
 import hashlib

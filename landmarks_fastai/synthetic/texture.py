@@ -1,7 +1,5 @@
 "Paint the head's skin, features and hair on the flat sheet of face_template.py."
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -13,11 +13,7 @@ from landmarks_fastai.errors import UserError
 
 ON_WINDOWS = os.name == "nt"
 # disk full, quota used up, file too large, disk read-only, no permission, disk broken, a folder of that name
-REFUSALS = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "EISDIR")
-    if hasattr(errno, name)
-}
+REFUSALS = {getattr(errno, name, 0) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EISDIR".split()}
 
 
 class NotWritten(UserError, OSError):

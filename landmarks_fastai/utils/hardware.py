@@ -99,11 +99,16 @@ class Machine:
             raise UserError("--amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp")
         keep_freed_memory()
         os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
-        if self.compile:
-            _try_compiler(self.device)
-        if self.device == "cuda":
-            import torch
+        import torch
 
+        if self.compile:
+            try:
+                torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
+            except Exception as e:  # the errors of torch._inductor, the compiler and the linker share no narrower base
+                raise UserError(
+                    f"--compile: this machine cannot compile ({reason(e)}): run without --compile"
+                ) from None
+        if self.device == "cuda":
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32
             # All batches but the last have one shape: one search serves a stage. Another run may choose another algorithm,
@@ -118,16 +123,6 @@ def total_memory() -> int:
     status = (ctypes.c_ulonglong * 8)(64)  # MEMORYSTATUSEX: the size of the structure, then the physical memory
     ctypes.windll.kernel32.GlobalMemoryStatusEx(status)  # type: ignore[attr-defined] (Windows)
     return status[1]
-
-
-def _try_compiler(device: str) -> None:
-    "Compile a small function. Raises `UserError` on a machine without a compiler."
-    import torch
-
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as e:  # the errors of torch._inductor, the compiler and the linker share no narrower base
-        raise UserError(f"--compile: this machine cannot compile ({reason(e)}): run without --compile") from None
 
 
 def keep_freed_memory() -> bool:

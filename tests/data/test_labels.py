@@ -105,14 +105,14 @@ BAD = {
     ),
     "beyond 63 bits": (
         "b.jpg\t1\t10000000000000000000\t3\t4\t5\t6",
-        "line 3: point 0's y is 1e+19, a number",
+        "line 3: point 0's y is 10000000000000000000, a number",
     ),
     "NUL": ("b.jpg\0\t1\t2\t3\t4\t5\t6", "line 3"),
     "control": ("b.jpg\t1\t2\t3\x074\t5\t6\t7", "line 3: point 1's x is"),
     "carriage return": ("b\r.jpg\t1\t2\t3\t4\t5\t6", "line 3: holds a carriage return within the line"),
     "minus alone": ("b.jpg\t1\t-\t3\t4\t5\t6", "line 3: point 0's y is '-', a number expected"),
     "just too large": ("b.jpg\t1\t-32768\t3\t4\t5\t6", "line 3: point 0's y is -32768, a number between"),
-    "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e+30"),
+    "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e30, a number"),
 }
 
 
