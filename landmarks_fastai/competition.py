@@ -47,21 +47,19 @@ def read_test_points(
     lines, indices = array("q"), array("q")  # lists of int take six times the memory
     for number, text in _read_lines(csv):
         name, _, field = text.partition("\t")
-        field = field.strip().strip('"')
+        field, where = field.strip().strip('"'), f"{csv} line {number}"
         if number == 1:
             if INDEX_LIST.fullmatch(field):
                 raise UserError(f"{csv} line 1 holds a row: add a header line (file_name, point_index_list) above it")
             continue
         if not name or "\t" not in text:
-            raise UserError(f"{csv} line {number}: a file name, a TAB and a list of point indices expected")
+            raise UserError(f"{where}: a file name, a TAB and a list of point indices expected")
         if not INDEX_LIST.fullmatch(field):
-            raise UserError(f"{csv} line {number}: {field[:40]!r} is no list of point indices like [742, 385]")
+            raise UserError(f"{where}: {field[:40]!r} is no list of point indices like [742, 385]")
         found = [int(index) for index in re.findall(r"-?\d+", field)]
         n_submitted = n_submitted or len(found)
         if len(found) != n_submitted:
-            raise UserError(
-                f"{csv} line {number}: {len(found)} indices found, {n_submitted} as in the rows before expected"
-            )
+            raise UserError(f"{where}: {len(found)} indices found, {n_submitted} as in the rows before expected")
         names.append(name)
         lines.append(number)
         indices.extend(found)
@@ -137,9 +135,7 @@ def read_submission(csv: str | Path) -> tuple[list[str], np.ndarray]:
         names.append(name)
         rows.append(values)
     if not names or n_fields % 2 == 0 or n_fields < 3:
-        raise UserError(
-            f"{csv} is no submission: a header file_name,Point_M0_X,Point_M0_Y,… and one line per image expected"
-        )
+        raise UserError(f"{csv} is no submission: a header file_name,Point_M0_X,… and one line per image expected")
     return names, np.stack(rows).reshape(len(rows), -1, 2)
 
 
@@ -157,9 +153,8 @@ def score(
     if names != wanted.names:
         differ = (k for k, (a, b) in enumerate(zip(names, wanted.names, strict=False)) if a != b)
         row = 1 + next(differ, min(len(names), len(wanted)))
-        raise UserError(
-            f"{submission} does not match {test_points}: {len(names)} rows for {len(wanted)}, the first that differs is row {row}"
-        )
+        found = f"{len(names)} rows for {len(wanted)}, the first that differs is row {row}"
+        raise UserError(f"{submission} does not match {test_points}: {found}")
     if points.shape[1] != wanted.indices.shape[1]:
         raise UserError(f"{submission}: {points.shape[1]} points a row found, {wanted.indices.shape[1]} expected")
     labels = read_labels(truth)
@@ -173,9 +168,7 @@ def score(
 
 def main(argv: list[str] | None = None) -> int:
     "Run the command `python -m landmarks_fastai.competition`; return the exit code."
-    parser = argparse.ArgumentParser(
-        prog="python -m landmarks_fastai.competition", description="The competition's score, computed on this machine."
-    )
+    parser = argparse.ArgumentParser(prog="python -m landmarks_fastai.competition", description="Score a submission.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("score", help="print the competition's score of a submission")
     command.add_argument("submission", help="the submission, as predict.py wrote it")

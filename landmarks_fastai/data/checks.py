@@ -241,31 +241,30 @@ def append_listing(path: str | Path, problem: Problem) -> bool:
     return True
 
 
-def _stamp_files(table: Table) -> list[Path]:
-    return cache_places(table.csv.with_name(f"{table.csv.name}-images")) if table.csv.is_file() else []
+def _stamp_files(table: Table) -> tuple[list[Path], dict]:
+    "Return the possible files for the stamps of a table, and the key that must be in it."
+    files = cache_places(table.csv.with_name(f"{table.csv.name}-images")) if table.csv.is_file() else []
+    return files, {"check": FORMAT, "rows": len(table), "pixels": max_pixels()} | table.key
 
 
 def _read_stamps(table: Table) -> np.ndarray | None:
     "Read (size, time) of the images that an earlier check of this table accepted; -1 for the others."
-    for file in _stamp_files(table):
+    files, key = _stamp_files(table)
+    for file in files:
         with suppress(OSError, ValueError, TypeError, KeyError):
             head, _, data = file.read_bytes().partition(b"\n")
             header = json.loads(head)
-            if header["key"] == _key(table) and header["crc"] == zlib.crc32(data):
+            if header["key"] == key and header["crc"] == zlib.crc32(data):
                 return np.frombuffer(data, np.int64).reshape(len(table), 2)
     return None
 
 
 def _write_stamps(table: Table, stamps: np.ndarray) -> None:
+    files, key = _stamp_files(table)
     data = stamps.tobytes()
-    head = json.dumps({"key": _key(table), "crc": zlib.crc32(data)}).encode()
-    for file in _stamp_files(table):
+    for file in files:
         with suppress(OSError):  # a read-only or full folder: without the file the next start checks again
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file, "wb") as f:
-                f.write(head + b"\n" + data)
+                f.write(json.dumps({"key": key, "crc": zlib.crc32(data)}).encode() + b"\n" + data)
             return
-
-
-def _key(table: Table) -> dict:
-    return {"check": FORMAT, "rows": len(table), "pixels": max_pixels()} | table.key

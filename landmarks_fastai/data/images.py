@@ -87,9 +87,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def check_mode(image: Image.Image) -> None:
     "Raise `ValueError` for an empty image and for modes without a defined conversion to RGB: 32-bit numbers and Lab."
     if image.mode not in EIGHT_BITS and not is_16_bit(image):
-        raise ValueError(
-            f"its pixels are of Pillow's mode {image.mode}, which has no defined RGB: save it as 8-bit RGB"
-        )
+        raise ValueError(f"its pixels, Pillow's mode {image.mode}, have no defined RGB: save it as 8-bit RGB")
     if not all(image.size):
         raise ValueError(f"its size is {image.width} x {image.height} pixels")
 

@@ -98,9 +98,8 @@ class FrameLabels(Table):
 
     def __init__(self, frame: pd.DataFrame):
         if frame.shape[1] < 3 or frame.shape[1] % 2 == 0 or not len(frame):
-            raise UserError(
-                f"the DataFrame has {len(frame)} rows and {frame.shape[1]} columns: a column of file names, then x0, y0, x1, y1, … expected"
-            )
+            found = f"{len(frame)} rows and {frame.shape[1]} columns"
+            raise UserError(f"the DataFrame has {found}: a column of file names, then x0, y0, x1, y1, … expected")
         try:
             values = frame.iloc[:, 1:].to_numpy(np.float32)
         except (ValueError, TypeError) as e:

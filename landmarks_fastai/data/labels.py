@@ -23,10 +23,6 @@ FORMAT = 3  # of the cache file; a file with another number is parsed again
 HEADER = 4096  # bytes reserved for the header, so that the numbers behind it start on a page
 
 
-class StaleCache(Exception):
-    "A cache file that is damaged, of another format, or of a CSV that has changed since."
-
-
 class Table:
     "Rows that name images: file names, and their lines in a CSV."
 
@@ -57,7 +53,7 @@ class Labels(Table):
     """The rows of a `landmarks.csv`, with points that are read from its cache file when they are needed.
 
     `len(labels)` rows of `labels.n_points` points, in pixels of the image as stored. Pickles as the file's name: a spawned
-    worker process opens it again. Raises `StaleCache` if `cache` was not made from the CSV that `key` describes.
+    worker process opens it again. Raises `ValueError` if `cache` was not made from the CSV that `key` describes.
     """
 
     def __init__(
@@ -68,9 +64,9 @@ class Labels(Table):
     ):
         # Stays open: the rows do not change if another process writes the cache file again.
         self._file = open(cache, "rb", buffering=0)
-        header = _read_header(self._file)
-        if header.get("key") != key:
-            raise StaleCache(f"{cache} is no cache of {csv} as it was")
+        header = json.loads(self._file.read(HEADER).rstrip(b"\0"))
+        if header["key"] != key or header["bytes"] != os.fstat(self._file.fileno()).st_size:
+            raise ValueError(f"{cache} is not a complete cache of {csv}")
         n_rows, width = header["rows"], header["name_width"]
         self.cache, self.n_points, self._dtype = Path(cache), int(header["n_points"]), np.dtype(header["dtype"])
         self._row_bytes = 2 * self.n_points * self._dtype.itemsize
@@ -127,15 +123,14 @@ def open_labels(csv: str | Path) -> Labels:
     csv = Path(csv)
     key = file_identity(csv)
     for cache in cache_places(csv):
-        with suppress(OSError, StaleCache):
+        with suppress(OSError, ValueError, TypeError, KeyError):  # missing, damaged, of another format or content
             return Labels(csv, cache, key)
     for cache in cache_places(csv):
         with suppress(OSError):  # read-only or full: try the next folder
             _write_cache(csv, cache, key)
             return Labels(csv, cache, key)
     raise UserError(
-        f"{csv}: its cache file can be written neither beside it nor in your cache folder: make room, or set "
-        "XDG_CACHE_HOME to a folder that can be written to"
+        f"{csv}: no cache can be written beside it or in your cache folder: make room, or set XDG_CACHE_HOME"
     )
 
 
@@ -155,15 +150,6 @@ def file_identity(csv: Path) -> dict:
         "format": FORMAT, "size": stat.st_size, "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns,
         "inode": stat.st_ino, "digest": hashlib.sha256(ends).hexdigest(),
     }  # fmt: skip
-
-
-def _read_header(f: IO[bytes]) -> dict:
-    "Read the header of an open cache file; empty if the file is not one, or incomplete."
-    with suppress(ValueError, TypeError, KeyError):
-        header = json.loads(f.read(HEADER).rstrip(b"\0"))
-        if os.fstat(f.fileno()).st_size == header["bytes"]:
-            return header
-    return {}
 
 
 def _write_cache(csv: Path, cache: Path, key: dict) -> None:

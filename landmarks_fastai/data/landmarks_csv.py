@@ -26,6 +26,7 @@ DIGITS = 5  # of LIMIT
 TAB, NEWLINE, MINUS, ZERO = b"\t\n-0"
 EXPECTED = f"a number between -{LIMIT} and {LIMIT} expected"
 NUMBER = rb" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *"
+_is_number = re.compile(NUMBER + rb"[\r\n]*").fullmatch
 NOT_A_NUMBER = re.compile(rb"\t(?!" + NUMBER + rb"(?:\t|\Z))([^\t]*)")
 MAX_TEXTS = 1000  # error texts kept of a block, and of a file
 MAX_NAME = 1000  # bytes of a file name: all names of a file are stored with the width of the longest
@@ -74,7 +75,7 @@ def _count_points(csv: Path, header: bytes) -> int:
         raise UserError(f"{csv} line 1 holds numbers: add a header line (file_name, then one name per column) above it")
     if len(columns) < 3 or len(columns) % 2 == 0:
         raise UserError(
-            f"{csv} line 1: {len(columns)} TAB-separated columns found, file_name and an x and y per point expected"
+            f"{csv} line 1: {len(columns)} TAB-separated columns found, file_name and x, y per point expected"
         )
     return len(columns) // 2
 
@@ -224,13 +225,6 @@ def _add_fault(faults: dict[int, str], row: int, text: str) -> None:
 
 def _name_coordinate(k: int) -> str:
     return f"point {k // 2}'s {'xy'[k % 2]}"
-
-
-def _is_number(field: bytes) -> bool:
-    with suppress(ValueError):
-        float(field)
-        return True
-    return False
 
 
 def _is_utf8(text: bytes) -> bool:

@@ -31,13 +31,12 @@ class RowSplitter:
     def __call__(self, items: LabelledImages) -> tuple[list[int], list[int]]:
         train, valid = split_rows(len(items), self.settings, items.left_out)
         bad = f", {len(items.left_out)} of them bad," if len(items.left_out) else ""
-        n = f"{items.labels.csv}: {len(items)} rows{bad}"
+        csv, size = items.labels.csv, self.settings.batch_size
+        n = f"{csv}: {len(items)} rows{bad}"
         if not len(train):
             raise UserError(f"{n} leave none to train on: lower --valid-pct or add rows")
         if not len(valid):
             raise UserError(f"{n} leave none to validate on: fix them or raise --valid-pct")
-        if len(train) < self.settings.batch_size:  # a short last batch is dropped in training
-            raise UserError(
-                f"{items.labels.csv}: {len(train)} training rows make no batch of {self.settings.batch_size}: use -b {len(train)}"
-            )
+        if len(train) < size:  # a short last batch is dropped in training
+            raise UserError(f"{csv}: {len(train)} training rows make no batch of {size}: use -b {len(train)}")
         return train.tolist(), valid.tolist()

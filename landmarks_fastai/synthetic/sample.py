@@ -24,6 +24,7 @@ __all__ = ["render_face", "main", "make_sample", "flip_indices_of_template"]
 
 FORMAT = 1  # to be raised when the same arguments give other bytes
 SIDES = ("train", "test")
+Progress = Callable[[int, int], object]  # called with the numbers of images done and of all images
 
 
 def _render_one(job: tuple[int, int], folder: str, n_points: int, n_asked: int, seed: int) -> tuple[str, str]:
@@ -41,9 +42,7 @@ def _write_lines(path: Path, *lines: str) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
-def _write_sample(
-    folder: Path, recipe: dict[str, int], processes: int, progress: Callable[[int, int], object] | None
-) -> None:
+def _write_sample(folder: Path, recipe: dict[str, int], processes: int, progress: Progress | None) -> None:
     "Write all files of a sample into an existing folder."
     n_train = recipe["n_train"]
     jobs = [(0, index) for index in range(n_train)] + [(1, index) for index in range(recipe["n_test"])]
@@ -79,9 +78,7 @@ def _is_complete(folder: Path, recipe: dict[str, int]) -> bool:
         stored = json.loads((folder / "sample.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         if any(folder.iterdir()):
-            raise UserError(
-                f"{folder} is not empty and is no drawn sample; choose another folder or empty it"
-            ) from None
+            raise UserError(f"{folder} is not empty and holds no sample; choose another folder or empty it") from None
         return False
     if stored == recipe:
         return True
@@ -97,7 +94,7 @@ def make_sample(
     seed: int = 0,
     n_asked: int = 30,  # point indices in each row of test_points.csv
     processes: int | None = None,  # None: one a core
-    progress: Callable[[int, int], object] | None = None,  # called with (images done, images)
+    progress: Progress | None = None,
 ) -> Path:
     """Write drawn faces in the competition's layout, with the true points of the test images, and return the folder.
 
@@ -142,13 +139,11 @@ def main(argv: list[str] | None = None) -> int:
         " submission, test/landmarks.csv. The same numbers give the same files; a complete sample is not drawn again.",
     )
     parser.add_argument("folder", metavar="DIR", help="output folder; absent, empty, or with the same sample in it")
-    for flag, dest, default, text in (
-        ("--train", "n_train", 1200, "training images"),
-        ("--test", "n_test", 100, "test images"),
-        ("--points", "n_points", 971, "landmarks of each face"),
-        ("--seed", "seed", 0, "random seed"),
-    ):
-        parser.add_argument(flag, dest=dest, type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    add = functools.partial(parser.add_argument, type=int, metavar="N")
+    add("--train", dest="n_train", default=1200, help="training images (default %(default)s)")
+    add("--test", dest="n_test", default=100, help="test images (default %(default)s)")
+    add("--points", dest="n_points", default=971, help="landmarks of each face (default %(default)s)")
+    add("--seed", default=0, help="random seed (default %(default)s)")
     args = vars(parser.parse_args(argv))
     try:
         folder = make_sample(**args)

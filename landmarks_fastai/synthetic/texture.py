@@ -6,19 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from landmarks_fastai.synthetic.face_template import (
-    CELL,
-    Shape,
-    brow_lines,
-    closed_ring,
-    hairline_height,
-    lid_lines,
-    mouth_lines,
-    nose_lines,
-    pupil_centre,
-    round_bump,
-    smooth_ramp,
-)
+from landmarks_fastai.synthetic import face_template as template
+from landmarks_fastai.synthetic.face_template import CELL, Shape, closed_ring, round_bump, smooth_ramp
 from landmarks_fastai.synthetic.mesh import View, sheet_mesh, texture_pixels
 
 Colour = int | Sequence[float] | np.ndarray  # grey, or (3,) RGB, in 0..255
@@ -90,10 +79,8 @@ class _Pen:
     def fill(self, outline: np.ndarray, colour: Colour) -> None:
         self.draw.polygon((texture_pixels(outline) + 0.5).ravel().tolist(), ink_colour(colour))
 
-    def line(self, points: np.ndarray, colour: Colour, width: float) -> None:
-        self.draw.line(
-            (texture_pixels(points) + 0.5).ravel().tolist(), ink_colour(colour), max(1, round(width)), "curve"
-        )
+    def line(self, points: np.ndarray, colour: Colour, width: int) -> None:
+        self.draw.line((texture_pixels(points) + 0.5).ravel().tolist(), ink_colour(colour), width, "curve")
 
     def disc(self, centre: np.ndarray, radius: float, colour: Colour) -> None:
         a = np.linspace(0, 2 * np.pi, 33)[:-1]
@@ -110,8 +97,8 @@ def _paint_eyes(texture: Image.Image, look: Look, shapes: tuple[Shape, Shape]) -
     ball, mask = Image.new("RGB", texture.size), Image.new("L", texture.size)
     eye, opening, pen = _Pen(ball), _Pen(mask), _Pen(texture)
     for shape, side in zip(shapes, (1, _MIRROR), strict=True):
-        upper, lower = (edge * side for edge in lid_lines(shape))
-        pupil, radius = pupil_centre(shape) * side, 0.42 * shape.eye_size
+        upper, lower = (edge * side for edge in template.lid_lines(shape))
+        pupil, radius = template.pupil_centre(shape) * side, 0.42 * shape.eye_size
         eye.fill(closed_ring(upper + [0, 0.1], lower - [0, 0.1]), [226, 222, 218])
         eye.fill(closed_ring(upper + [0, 0.1], upper - [0, 0.018]), [188, 180, 178])
         eye.disc(lower[0] + [0, 0.004], 0.024, [214, 150, 140])
@@ -123,7 +110,7 @@ def _paint_eyes(texture: Image.Image, look: Look, shapes: tuple[Shape, Shape]) -
         pen.line(upper[1:-1] + [0, 0.034], look.skin * 0.45 * 1.2, 3)
     texture.paste(ball, mask=mask)
     for shape, side in zip(shapes, (1, _MIRROR), strict=True):
-        upper, lower = (edge * side for edge in lid_lines(shape))
+        upper, lower = (edge * side for edge in template.lid_lines(shape))
         pen.line(lower, look.skin * [0.62, 0.5, 0.48], 3)
         pen.line(upper + [0, 0.004], np.minimum(look.hair, look.skin) * 0.3, 5)
 
@@ -132,13 +119,13 @@ def _paint_features(texture: Image.Image, look: Look, shapes: tuple[Shape, Shape
     "Paint brows, nostrils and mouth."
     pen = _Pen(texture)
     for shape, side in zip(shapes, (1, _MIRROR), strict=True):
-        pen.fill(closed_ring(*brow_lines(shape)) * side, np.minimum(look.hair * 0.75, look.skin * 0.6))
-        pen.line(nose_lines(shape)[0][1:6] * side, look.skin * [0.66, 0.55, 0.53], 3)
+        pen.fill(closed_ring(*template.brow_lines(shape)) * side, np.minimum(look.hair * 0.75, look.skin * 0.6))
+        pen.line(template.nose_lines(shape)[0][1:6] * side, look.skin * [0.66, 0.55, 0.53], 3)
         a = np.linspace(0, 2 * np.pi, 17)[:-1]
         centre = [0.52 * shape.nose_wide, shape.nose_y - 0.075]
         nostril = centre + np.stack([0.042 * np.cos(a), 0.02 * np.sin(a)], 1)
         pen.fill(nostril * side, look.skin * [0.28, 0.2, 0.2])
-    edges = zip(mouth_lines(shapes[0]), mouth_lines(shapes[1]), strict=True)
+    edges = zip(template.mouth_lines(shapes[0]), template.mouth_lines(shapes[1]), strict=True)
     top, bottom, upper, lower = (np.concatenate([edge, (other * _MIRROR)[-2::-1]]) for edge, other in edges)
     pen.fill(closed_ring(top, bottom), look.lips)
     pen.fill(closed_ring(top, upper), look.lips * 0.88)
@@ -157,7 +144,7 @@ def _paint_hair(rng: np.random.Generator, texture: Image.Image, look: Look) -> N
     "Paint hair with strands on the skull, and a fringe over the forehead."
     nodes = sheet_mesh()[0]
     s = np.linspace(nodes[0], nodes[-1], 140)
-    y = hairline_height(s) + 0.02 * rng.standard_normal(len(s))
+    y = template.hairline_height(s) + 0.02 * rng.standard_normal(len(s))
     front, sweep = smooth_ramp(-np.abs(s), -0.95, -0.5), rng.uniform(-0.15, 0.15)
     fringe = front * (look.fringe * (0.75 + 0.25 * np.sin(6 * s + rng.uniform(0, 6))) + sweep * s)
     outline = np.concatenate([np.stack([s, y - fringe], 1), [[s[-1], 1.3], [s[0], 1.3]]])

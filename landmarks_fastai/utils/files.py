@@ -40,9 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as e:
         if e.errno not in REFUSALS and str(e.filename) != str(temporary):
             raise
-        raise NotWritten(
-            f"{path} cannot be written ({reason(e)}): make room, or choose another place with --out"
-        ) from None
+        raise NotWritten(f"{path} cannot be written ({reason(e)}): make room, or choose another --out") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -95,12 +93,12 @@ def process_lock(path: Path) -> Iterator[bool]:
     try:
         yield held
     finally:
-        if held and not ON_WINDOWS:
-            path.unlink(missing_ok=True)  # before the lock is released: nobody must lock a removed file
-        f.close()
-        if held and ON_WINDOWS:  # which cannot remove an open file
+        if ON_WINDOWS:  # which cannot remove an open file
+            f.close()
+        if held:
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # before the lock is released: nobody must lock a removed file
+        f.close()
 
 
 def _lock(f: IO[bytes]) -> bool:

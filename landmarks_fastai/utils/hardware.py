@@ -105,9 +105,7 @@ class Machine:
             try:
                 torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
             except Exception as e:  # the errors of torch._inductor, the compiler and the linker share no narrower base
-                raise UserError(
-                    f"--compile: this machine cannot compile ({reason(e)}): run without --compile"
-                ) from None
+                raise UserError(f"--compile: it fails here ({reason(e)}): run without --compile") from None
         if self.device == "cuda":
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32

@@ -13,6 +13,7 @@ NO_MEMORY = (
     "can't allocate memory", "could not create a primitive", "could not create a memory object",
     "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
 )  # fmt: skip
+MORE_SHM = "use --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -34,8 +35,7 @@ def check_shared_memory(machine: Machine, batch_bytes: int) -> None:
     free = shutil.disk_usage(shm).free
     if needed > free:
         raise UserError(
-            f"{machine.decoders} workers may need {needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}: "
-            "use --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
+            f"{machine.decoders} workers may need {needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}: {MORE_SHM}"
         )
 
 
@@ -44,10 +44,7 @@ def check_worker_died(error: BaseException | None) -> None:
     died = "DataLoader worker (pid" in str(error)  # an error raised in a worker has "in DataLoader worker process 0"
     while error:
         if "Bus error" in str(error):
-            raise UserError(
-                "a worker was killed by a bus error, shared memory is too small: use --workers 0, or a larger /dev/shm "
-                "(docker run --shm-size 8g)"
-            ) from None
+            raise UserError(f"a worker was killed by a bus error, shared memory is too small: {MORE_SHM}") from None
         error = error.__cause__ or error.__context__
     if died:
         raise UserError(
