@@ -32,16 +32,15 @@ class TestPoints(Table):
         wrong = np.argwhere((self.indices < 0) | (self.indices >= n_points))
         if wrong.size:
             row, k = wrong[0]
-            raise UserError(
-                f"{self.csv} line {self.lines[row]}: point index {self.indices[row, k]} asked for, "
-                f"the network predicts {n_points} points (0 to {n_points - 1})"
-            )
+            index = f"{self.csv} line {self.lines[row]}: point index {self.indices[row, k]}"
+            raise UserError(f"{index} asked for, the network predicts {n_points} points (0 to {n_points - 1})")
 
 
-def read_test_points(
-    csv: str | Path,  # a test_points.csv: TAB-separated, a header line, file_name and a list like [742, 385]
-) -> TestPoints:
-    "Read the points to submit. The lists are parsed, never evaluated. Raises `UserError` with the number of a bad line."
+def read_test_points(csv: str | Path) -> TestPoints:
+    """Read a `test_points.csv`: TAB-separated, with a header line, and file_name and a list like [742, 385] in each row.
+
+    The lists are parsed, never evaluated. Raises `UserError` with the number of a bad line.
+    """
     csv = Path(csv)
     names, n_submitted = [], 0
     lines, indices = array("q"), array("q")  # lists of int take six times the memory
@@ -90,10 +89,7 @@ def _read_lines(csv: Path) -> Iterator[tuple[int, str]]:
 
 
 def round_points(points: np.ndarray, rounding: str) -> np.ndarray:
-    """Round by "nearest" (the default), "floor" or "none".
-
-    The organisers' script truncates decimals: it differs from floor for negative numbers.
-    """
+    "Round to nearest (the default), floor or none. (The organisers' script truncates: floor, but for negative numbers.)"
     return {"nearest": np.rint, "floor": np.floor, "none": np.asarray}[rounding](points)
 
 
@@ -103,20 +99,14 @@ def submission_header(n_points: int) -> str:
 
 
 def submission_line(name: str, points: np.ndarray) -> str:
-    """Format a row: `points` (n, 2), pixels of the image as stored; integers without a decimal point.
-
-    Raises `UserError` for points that are NaN or infinite.
-    """
+    "Format a row of points (n, 2), pixels of the image as stored. Raises `UserError` for points that are NaN or infinite."
     if not np.isfinite(points).all():
         raise UserError(f"the network's prediction for {name} is NaN or infinite: its weights are ruined, train again")
     return ",".join([name, *(str(int(v)) if v == int(v) else str(v) for v in points.reshape(-1))]) + "\n"
 
 
 def read_submission(csv: str | Path) -> tuple[list[str], np.ndarray]:
-    """Read the file names and points of a submission, float64 (rows, points, 2), pixels of the images as stored.
-
-    Raises `UserError` with the number of a bad line.
-    """
+    "Read file names and points, float64 (rows, points, 2), pixels as stored. Raises `UserError` with a bad line's number."
     csv = Path(csv)
     names, rows, n_fields = [], [], 0
     for number, text in _read_lines(csv):
@@ -139,14 +129,11 @@ def read_submission(csv: str | Path) -> tuple[list[str], np.ndarray]:
     return names, np.stack(rows).reshape(len(rows), -1, 2)
 
 
-def score(
-    submission: str | Path,
-    test_points: str | Path,  # the test_points.csv that the submission was made for
-    truth: str | Path,  # the true points of the same images, in the format of landmarks.csv
-) -> float:
+def score(submission: str | Path, test_points: str | Path, truth: str | Path) -> float:
     """Return the competition's score: mean squared error over all submitted coordinates, in pixels of the images as stored.
 
-    Raises `UserError` if a file cannot be read or the files do not match.
+    `truth` has the true points of the same images, in the format of landmarks.csv. Raises `UserError` if a file cannot be
+    read or the files do not match.
     """
     wanted = read_test_points(test_points)
     names, points = read_submission(submission)
@@ -178,8 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(score(args.submission, args.test_points, args.truth))
     except UserError as e:
-        for line in e.lines:
-            print(f"error: {line}", file=sys.stderr)
+        print(*(f"error: {line}" for line in e.lines), sep="\n", file=sys.stderr)
         return 1
     return 0
 

@@ -49,15 +49,12 @@ class Problem(NamedTuple):
 
 
 class BadData(UserError):
-    "All bad rows of a file; `problems` are the lines to print."
+    """All bad rows of a file; `problems` are the lines to print.
 
-    def __init__(
-        self,
-        found: Iterable[Problem],  # in the file's order
-        count: int,  # of `found`
-        way_out: str = "",  # a flag that skips these rows
-        listing: Path | None = None,  # file that lists all of them
-    ):
+    `found` are `count` problems in the file's order, `way_out` is a flag that skips these rows, `listing` a file with all.
+    """
+
+    def __init__(self, found: Iterable[Problem], count: int, way_out: str = "", listing: Path | None = None):
         self.problems = [str(problem) for problem in islice(found, SHOWN)]
         if count > SHOWN:
             self.problems.append(f"… and {count - SHOWN} more" + (f"; all are listed in {listing}" if listing else ""))

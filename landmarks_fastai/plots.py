@@ -27,57 +27,53 @@ def plot_batch(
     out: Tensor | Sequence[Tensor] | None = None,  # predictions like the points; None plots only the truth
 ) -> None:
     "Plot truth, or truth beside prediction, of the first `max_n` items into matplotlib's current figure."
-    from matplotlib import pyplot as plt
-
     images, points, maps = (t[:max_n].as_subclass(Tensor) for t in batch)
     pixels, size = to_pixels(images), images.shape[-1]
-    panels = [(points, TRUTH, ["truth"] * len(images))]
+    columns = [(points, TRUTH, ["truth"] * len(images))]
     if out is not None:
         predicted = out if isinstance(out, Tensor) else out[0]
         predicted = predicted[:max_n].as_subclass(Tensor).to(points.device)  # `get_preds` returns it on the CPU
         scores = mean_squared_error(points_in_image(predicted, maps, size), points_in_image(points, maps, size))
-        panels.append((predicted, PREDICTION, [f"score {score:.4g}" for score in scores]))
-    for i, axes in enumerate(_subplots(len(images), len(panels))):
-        for ax, (unit, colour, titles) in zip(axes, panels, strict=True):
-            plot_points(ax, pixels[i], unit_to_input(unit[i].cpu(), size).numpy(), colour)
-            ax.set_title(titles[i], fontsize=9)
-    plt.tight_layout(pad=0.4)
+        columns.append((predicted, PREDICTION, [f"score {score:.4g}" for score in scores]))
+    panels = []
+    for i, image in enumerate(pixels):
+        for unit, colour, titles in columns:
+            panels.append((image, [(unit_to_input(unit[i].cpu(), size).numpy(), colour)], titles[i]))
+    _plot_panels(panels, len(columns))
 
 
 def plot_losses(
-    images: Sequence[np.ndarray],  # (height, width, 3) uint8, network inputs
-    points: Sequence[tuple[np.ndarray, np.ndarray]],  # true and predicted points (n_points, 2), pixels of the input
-    losses: Sequence[float],
+    images: Sequence[np.ndarray], points: Sequence[tuple[np.ndarray, np.ndarray]], losses: Sequence[float]
 ) -> None:
-    "Plot truth and prediction on each input, with its loss as the title, into matplotlib's current figure."
+    """Plot truth and prediction on each input, with its loss as the title, into matplotlib's current figure.
+
+    `images` (height, width, 3) uint8 are network inputs; `points`: true and predicted (n_points, 2), pixels of the input.
+    """
+    layers = ([(truth, TRUTH), (predicted, PREDICTION)] for truth, predicted in points)
+    _plot_panels(list(zip(images, layers, (f"loss {loss:.4g}" for loss in losses), strict=True)), 1)
+
+
+def _plot_panels(panels: "list[tuple[np.ndarray, list[tuple[np.ndarray, str]], str]]", together: int) -> None:
+    "Plot (image, [(points, colour)], title) into a new figure; rows break only after a multiple of `together` panels."
     from matplotlib import pyplot as plt
 
-    for (ax,), image, (truth, predicted), loss in zip(_subplots(len(images), 1), images, points, losses, strict=True):
-        plot_points(ax, image, truth, TRUTH)
-        plot_points(ax, image, predicted, PREDICTION)
-        ax.set_title(f"loss {loss:.4g}", fontsize=9)
-    plt.tight_layout(pad=0.4)
-
-
-def _subplots(n: int, panels: int) -> "list[list[Axes]]":
-    "Create a figure of n items with `panels` axes each, in a row; return the axes by item."
-    from matplotlib import pyplot as plt
-
-    columns = min(n, max(1, round(math.sqrt(2 * n / panels))))
+    n = len(panels) // together
+    columns = min(n, max(1, round(math.sqrt(2 * n / together))))
     rows = math.ceil(n / columns)
-    size = (PANEL * columns * panels, (PANEL + 0.3) * rows)
-    _, axes = plt.subplots(rows, columns * panels, figsize=size, dpi=120, squeeze=False)
+    size = (PANEL * columns * together, (PANEL + 0.3) * rows)
+    _, axes = plt.subplots(rows, columns * together, figsize=size, dpi=120, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
         ax.set(xticks=[], yticks=[])  # matplotlib lays out invisible ticks too: half of a figure's time
-    return axes.reshape(-1, panels)[:n].tolist()
+    for ax, (image, layers, title) in zip(axes.flat, panels, strict=False):
+        for points, colour in layers:
+            plot_points(ax, image, points, colour)
+        ax.set_title(title, fontsize=9)
+    plt.tight_layout(pad=0.4)
 
 
-def plot_flip_map(
-    shape: np.ndarray,  # mean shape (n_points, 2), y down
-    flip_indices: np.ndarray,  # (n_points,)
-) -> None:
-    "Plot each pair of points joined by a line, and the points that are their own mirror image in red."
+def plot_flip_map(shape: np.ndarray, flip_indices: np.ndarray) -> None:
+    "Plot a mean shape (n_points, 2), y down: pairs joined by a line, points that are their own mirror image in red."
     from matplotlib import pyplot as plt
     from matplotlib.collections import LineCollection
 
@@ -96,12 +92,8 @@ def plot_flip_map(
     ax.set_axis_off()
 
 
-def plot_lr_find(
-    rates: np.ndarray,  # learning rates of the body that were tried
-    losses: np.ndarray,  # smoothed training losses at these rates
-    chosen: float,
-) -> None:
-    "Plot the loss over the learning rate, and mark the chosen rate."
+def plot_lr_find(rates: np.ndarray, losses: np.ndarray, chosen: float) -> None:
+    "Plot the smoothed training losses over the learning rates of the body, and mark the chosen rate."
     from matplotlib import pyplot as plt
 
     _, ax = plt.subplots(figsize=(6, 4), dpi=120)
@@ -111,13 +103,8 @@ def plot_lr_find(
     ax.legend()
 
 
-def plot_points(
-    ax: "Axes",
-    image: np.ndarray,  # (height, width, 3) in 0..1, or uint8
-    points: np.ndarray,  # (n_points, 2) pixels of that image
-    colour: str,
-) -> None:
-    "Plot an image with its points, as dots so small that 971 of them do not hide the face."
+def plot_points(ax: "Axes", image: np.ndarray, points: np.ndarray, colour: str) -> None:
+    "Plot an image (height, width, 3), uint8 or in 0..1, with points (n_points, 2) in its pixels; 971 dots do not hide a face."
     height, width = image.shape[:2]
     ax.imshow(image, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     area = 2.0 if len(points) > 200 else 12.0 if len(points) > 20 else 30.0

@@ -33,6 +33,7 @@ MAX_TEXTS = 1000  # error texts kept of damaged images
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # images of other formats are decoded
 PLAIN_NAME = re.compile(r"[^/\\:]+")  # a file in the folder itself, on every system
 COLUMNS = ["line", "file_name", "problem"]
+ReadPoints = Callable[[int, int], np.ndarray]  # (start, stop) -> points (rows, n_points, 2)
 
 LEAVES, MISSING, NOT_A_FILE, NO_ACCESS, DAMAGED = range(1, 6)
 TEXTS = {
@@ -78,7 +79,7 @@ class ImageFaults:
 def check_images(
     table: Table,
     folder: Path,  # that the images must be in; it may be a link itself
-    read_points: Callable[[int, int], np.ndarray] | None = None,  # (start, stop) -> points (rows, n_points, 2)
+    read_points: ReadPoints | None = None,
     skip: list[int] | tuple[int, ...] = (),  # rows that are bad already
     progress: Callable[..., Iterable] = bar,
 ) -> ImageFaults:
@@ -101,8 +102,7 @@ def check_images(
         _check_block(found, rows, read_points, notes)
     if stored is None:
         _print_repeated(table)
-    for kind in (kind for kind in NOTES if kind in notes):
-        count, row = notes[kind]
+    for kind, (count, row) in sorted(notes.items(), key=lambda note: list(NOTES).index(note[0])):
         images = "1 image is" if count == 1 else f"{count} images are"
         print(f"note: {images} {kind}, {NOTES[kind]}; the first: {table.csv} line {table.line(row)}, {table.name(row)}")
     stamps[faults > 0] = -1  # opened again at each start: the cause may go without a change of the file's time
@@ -147,13 +147,8 @@ def _leaves(folder: Path, name: str) -> bool:
         return True
 
 
-def _check_block(
-    found: ImageFaults,
-    rows: np.ndarray,
-    read_points: Callable[[int, int], np.ndarray] | None,
-    notes: dict[str, tuple[int, int]],  # key of `NOTES` -> number of images, first row
-) -> None:
-    "Open the images of `rows`, and compare their sizes with the points; add to `found` and `notes`."
+def _check_block(found: ImageFaults, rows: np.ndarray, read_points: ReadPoints | None, notes: dict) -> None:
+    "Open the images of `rows`, compare their sizes with the points; add to `found`, and (count, first row) to `notes`."
     sizes = {}
     for row in rows.tolist():
         try:

@@ -45,15 +45,10 @@ def image_size(path: str | Path, where: str = "") -> tuple[int, int]:
         return image.size
 
 
-def read_input(
-    path: str | Path,
-    fit: str,
-    size: int,  # of the network's input
-    where: str = "",
-) -> tuple[Image.Image, PixelMap]:
-    """Read an image as the network's input, with the map from pixels of the image as stored. Raises like `open_image`.
+def read_input(path: str | Path, fit: str, size: int, where: str = "") -> tuple[Image.Image, PixelMap]:
+    """Read an image as the network's input of `size` x `size` pixels, with the map from pixels of the image as stored.
 
-    A JPEG much larger than the input is decoded at a half, a quarter or an eighth of its sides.
+    Raises like `open_image`. A JPEG much larger than the input is decoded at 1/2, 1/4 or 1/8 of its sides.
     """
     with open_undecoded(path, where) as image:
         width, height = image.size

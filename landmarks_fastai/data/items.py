@@ -74,7 +74,7 @@ class LabelledImages:
     def __getitem__(self, i: int) -> LabelledImage: ...
     @overload
     def __getitem__(self, i: slice | Sequence | np.ndarray) -> "LabelledImages": ...
-    def __getitem__(self, i):
+    def __getitem__(self, i: int | slice | Sequence | np.ndarray) -> "LabelledImage | LabelledImages":
         if isinstance(i, (int, np.integer)):
             return LabelledImage(self, int(self.rows[i]))
         return LabelledImages(self.labels, self.folder, self.left_out, self.listing, self.rows[i])

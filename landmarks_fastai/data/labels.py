@@ -46,6 +46,7 @@ class Table:
         return ((self.line(row), self.name(row)) for row in range(len(self)))
 
     def problem(self, row: int, text: str) -> Problem:
+        "Return a `Problem` of a row."
         return Problem(self.csv, self.line(row), self.name(row), text)
 
 
@@ -53,15 +54,11 @@ class Labels(Table):
     """The rows of a `landmarks.csv`, with points that are read from its cache file when they are needed.
 
     `len(labels)` rows of `labels.n_points` points, in pixels of the image as stored. Pickles as the file's name: a spawned
-    worker process opens it again. Raises `ValueError` if `cache` was not made from the CSV that `key` describes.
+    worker process opens it again. `cache` is the file that `read_labels` wrote, `key` the CSV's `file_identity`. Raises
+    `ValueError` if the cache was not made from that content.
     """
 
-    def __init__(
-        self,
-        csv: str | Path,  # the landmarks.csv
-        cache: str | Path,  # its cache file, as `read_labels` wrote it
-        key: dict,  # `file_identity` of the CSV
-    ):
+    def __init__(self, csv: str | Path, cache: str | Path, key: dict):
         # Stays open: the rows do not change if another process writes the cache file again.
         self._file = open(cache, "rb", buffering=0)
         header = json.loads(self._file.read(HEADER).rstrip(b"\0"))
@@ -76,7 +73,7 @@ class Labels(Table):
         self._faults_at, self._faults_bytes = self._file.tell(), header["fault_bytes"]
         super().__init__(Path(csv), key, names, lines)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Labels, (self.csv, self.cache, self.key)
 
     @property
@@ -104,11 +101,10 @@ class Labels(Table):
         return dict(json.loads(read_at(self._file, self._faults_bytes, self._faults_at)))
 
 
-def read_labels(
-    csv: str | Path,  # a landmarks.csv: TAB-separated, one header line, file_name then x0 y0 x1 y1 …
-) -> Labels:
-    """Open the labels of `csv`; parse it first if no cache file matches it.
+def read_labels(csv: str | Path) -> Labels:
+    """Open the labels of a `landmarks.csv`; parse it first if no cache file matches it.
 
+    The file is TAB-separated, with one header line, and file_name, then x0 y0 x1 y1 … in each row.
     Raises `UserError` for a file that is missing, empty, or changes while it is read, and `BadData` if rows have
     the wrong number of fields, a field that is not a number, a value that does not fit, or all points in one place.
     """
@@ -189,6 +185,4 @@ def _write_rows(out: IO[bytes], csv: Path, dtype: str = "int16") -> dict:
 
 def data_folder(data: str | Path | None) -> Path:
     "Return the folder that `-d` names; empty is the current directory. Raises `UserError` if it is missing or cannot be read."
-    folder = Path(data or ".")
-    check_folder(folder, "-d must be the folder that holds train/ and test/")
-    return folder
+    return check_folder(Path(data or "."), "-d must be the folder that holds train/ and test/")

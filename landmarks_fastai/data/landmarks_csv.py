@@ -174,10 +174,8 @@ def _find_line_fault(line: bytes, n_values: int) -> str:
     if b"\r" in line:
         return "holds a carriage return within the line: fix or remove it"
     if (n_tabs := line.count(b"\t")) != n_values:
-        return (
-            f"{n_tabs + 1} fields found, {n_values + 1} expected "
-            f"(file_name and {n_values // 2} points, TAB-separated): fix or remove the line"
-        )
+        content = f"file_name and {n_values // 2} points, TAB-separated"
+        return f"{n_tabs + 1} fields found, {n_values + 1} expected ({content}): fix or remove the line"
     if not (length := line.find(b"\t")):
         return "the file name is empty: fix or remove the line"
     if length > MAX_NAME:

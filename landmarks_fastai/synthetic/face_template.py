@@ -43,7 +43,6 @@ class Shape:
     hair: float = 0.08  # distance from hair to skull
 
 
-# ---------------------------------------------------------------- contours on the sheet
 def lid_lines(shape: Shape, n: int = 17) -> tuple[np.ndarray, np.ndarray]:
     "Return the upper and lower lid edge from the inner to the outer corner, each (n, 2)."
     t = np.linspace(-1, 1, n)
@@ -135,7 +134,6 @@ def closed_ring(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return np.concatenate([upper, lower[::-1]])
 
 
-# ---------------------------------------------------------------- landmarks on the sheet
 def _inside(points: np.ndarray, outline: np.ndarray) -> np.ndarray:
     "Return which of (n, 2) points lie inside a closed outline (m, 2), bool (n,), by the parity of crossings."
     (x, y), (x0, y0), (x1, y1) = points.T[:, :, None], outline.T[:, None], np.roll(outline, -1, 0).T[:, None]
@@ -160,10 +158,7 @@ def _skin_candidates(n: int) -> np.ndarray:
 
 
 def _choose_farthest(positions: np.ndarray, chosen: list[int], pool: np.ndarray, budget: int) -> list[int]:
-    """Choose units from `pool`, the one farthest from all chosen before first, for `budget` points.
-
-    `positions` (units, 3) has one side, x >= 0. A unit off the midline costs two points, one on it costs one.
-    """
+    "Choose units of `pool`, each the farthest from all before, for `budget` points: two off the midline (x > 0), one on it."
     mirrored = positions * [-1, 1, 1]
     distance = np.where(positions[:, 0] > 0, 2 * positions[:, 0], np.inf)  # of a pair's two points
     available = np.zeros(len(positions), bool)
@@ -244,7 +239,6 @@ def flip_indices_of_template(n_points: int = 971) -> np.ndarray:
     return landmark_layout(n_points)[2].copy()
 
 
-# ---------------------------------------------------------------- the head in three dimensions
 def smooth_ramp(x: np.ndarray, start: float | np.ndarray, end: float) -> np.ndarray:
     t = np.clip((x - start) / (end - start), 0, 1)
     return t * t * (3 - 2 * t)

@@ -99,27 +99,15 @@ def _random_shapes(rng: np.random.Generator, look: Look) -> tuple[Shape, Shape]:
     eye_open = uniform(0.03, 0.12) if uniform() < 0.07 else float(np.clip(1 + 0.17 * normal(), 0.5, 1.3))
     deviations = zip(PROPORTIONS.items(), np.clip(normal(16), -2, 2), strict=True)
     shape = Shape(**{field: mean + std * x for (field, (mean, std)), x in deviations})
-    shape = replace(
-        shape,
-        mouth_open=mouth_open,
-        eye_open=eye_open,
-        gaze_s=uniform(-0.05, 0.05),
-        gaze_y=uniform(-0.018, 0.018),
-        brow_y=shape.brow_y + max(0, uniform(-0.15, 0.08)),
-        smile=uniform(0, 1) if uniform() < 0.5 else uniform(-0.5, 0.2),
-        cheek=uniform(0.02, 0.07),
-        hair=0.0 if look.bald else uniform(0.03, 0.14),
-    )
-    jitter = 0.5 * normal(4)
-    other = replace(
-        shape,
-        brow_y=shape.brow_y + 0.012 * jitter[0],
-        smile=shape.smile + 0.12 * jitter[1],
-        gaze_s=-shape.gaze_s,
-        eye_open=shape.eye_open * (1 + 0.06 * jitter[2]),
-        brow_tilt=shape.brow_tilt + 0.01 * jitter[3],
-    )
-    return shape, other
+    gaze = {"gaze_s": uniform(-0.05, 0.05), "gaze_y": uniform(-0.018, 0.018)}
+    brow_y = shape.brow_y + max(0, uniform(-0.15, 0.08))
+    smile = uniform(0, 1) if uniform() < 0.5 else uniform(-0.5, 0.2)
+    cheek, hair = uniform(0.02, 0.07), 0.0 if look.bald else uniform(0.03, 0.14)
+    shape = replace(shape, mouth_open=mouth_open, eye_open=eye_open, brow_y=brow_y, **gaze)
+    shape = replace(shape, smile=smile, cheek=cheek, hair=hair)
+    brow, mouth, lid, tilt = 0.5 * normal(4)
+    other = replace(shape, brow_y=brow_y + 0.012 * brow, smile=smile + 0.12 * mouth, gaze_s=-shape.gaze_s)
+    return shape, replace(other, eye_open=eye_open * (1 + 0.06 * lid), brow_tilt=shape.brow_tilt + 0.01 * tilt)
 
 
 def _random_look(rng: np.random.Generator) -> Look:
@@ -154,16 +142,9 @@ def _random_views(rng: np.random.Generator) -> tuple[View, View]:
     centre = np.array([width, height]) / 2 + np.clip(normal(2), -1.8, 1.8) * shift * np.array([width, height])
     yaw, pitch, roll = (np.clip(normal(), -1.9, 1.9) * limit / 1.9 for limit in (37, 20, 25))
     light = np.array([uniform(-1, 1), uniform(-0.2, 1), uniform(0.5, 1.2)])
-    head = View(
-        size=(width, height),
-        centre=centre,
-        scale=scale,
-        distance=uniform(5, 14),
-        rotation=pose_rotation(yaw, pitch, roll),
-        light=light / np.linalg.norm(light),
-        tint=np.clip(1 + 0.08 * normal(3), 0.8, 1),
-        ambient=uniform(0.3, 0.7),
-    )
+    distance, rotation = uniform(5, 14), pose_rotation(yaw, pitch, roll)
+    tint, ambient = np.clip(1 + 0.08 * normal(3), 0.8, 1), uniform(0.3, 0.7)
+    head = View((width, height), centre, scale, distance, rotation, light / np.linalg.norm(light), tint, ambient)
     return head, replace(head, rotation=pose_rotation(0.4 * yaw, 0.2 * pitch, 0.7 * roll))
 
 

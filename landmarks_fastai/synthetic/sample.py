@@ -66,6 +66,7 @@ def _write_sample(folder: Path, recipe: dict[str, int], processes: int, progress
     _write_lines(folder / "test" / "landmarks.csv", header, *labels[n_train:])
     _write_lines(folder / "test" / "test_points.csv", "file_name\tpoint_index_list", *test_points[n_train:])
     _write_lines(folder / "sample.json", json.dumps(recipe, indent=1))
+    folder.chmod(0o755)  # `mkdtemp` created it for this user only
 
 
 def _is_complete(folder: Path, recipe: dict[str, int]) -> bool:
@@ -106,8 +107,7 @@ def make_sample(
     numbers = {"n_train": n_train, "n_test": n_test, "n_points": n_points, "n_asked": n_asked, "seed": seed}
     recipe = {"format": FORMAT} | {key: int(number) for key, number in numbers.items()}
     for key in numbers:
-        least = 0 if key in ("n_test", "seed") else 1
-        if recipe[key] < least:
+        if recipe[key] < (least := 0 if key in ("n_test", "seed") else 1):
             raise UserError(f"{key} must be at least {least}, not {recipe[key]}")
     try:
         if _is_complete(folder, recipe):
@@ -117,7 +117,6 @@ def make_sample(
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             _write_sample(temporary, recipe, os.cpu_count() or 1 if processes is None else processes, progress)
-            temporary.chmod(0o755)
             try:
                 temporary.replace(folder)
             except OSError:  # unless another process has finished the same sample

@@ -57,10 +57,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def rename(temporary: Path, path: Path, tries: int = 20) -> None:
-    """Rename a file over `path`, or a folder to a free name.
-
-    Retries on Windows, where another program (a virus scanner, a viewer) may hold the file open for a moment.
-    """
+    "Rename a file over `path`, or a folder to a free name; on Windows retry while another program (a virus scanner) holds it."
     for left in reversed(range(tries)):
         try:
             os.replace(temporary, path)
@@ -130,10 +127,11 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def check_folder(folder: Path, hint: str) -> None:
-    "Raise `UserError`, which ends with `hint`, if a folder does not exist or cannot be read."
+def check_folder(folder: Path, hint: str) -> Path:
+    "Return a folder. Raises `UserError`, which ends with `hint`, if it does not exist or cannot be read."
     try:
         os.listdir(folder)
+        return folder
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: no such folder; {hint}") from None
     except (OSError, ValueError) as e:

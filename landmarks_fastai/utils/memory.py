@@ -34,9 +34,8 @@ def check_shared_memory(machine: Machine, batch_bytes: int) -> None:
     needed = (2 * machine.decoders + 2) * batch_bytes  # each worker prefetches 2; 2 are in use
     free = shutil.disk_usage(shm).free
     if needed > free:
-        raise UserError(
-            f"{machine.decoders} workers may need {needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}: {MORE_SHM}"
-        )
+        sizes = f"{needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}"
+        raise UserError(f"{machine.decoders} workers may need {sizes}: {MORE_SHM}")
 
 
 def check_worker_died(error: BaseException | None) -> None:
@@ -47,9 +46,8 @@ def check_worker_died(error: BaseException | None) -> None:
             raise UserError(f"a worker was killed by a bus error, shared memory is too small: {MORE_SHM}") from None
         error = error.__cause__ or error.__context__
     if died:
-        raise UserError(
-            "a worker was killed from outside, as the system does where memory is short: use fewer --workers, or --workers 0"
-        ) from None
+        cause = "a worker was killed from outside, as the system does where memory is short"
+        raise UserError(f"{cause}: use fewer --workers, or --workers 0") from None
 
 
 def batch_that_fits(error: Exception, step: Callable[[int], object], n: int) -> int:

@@ -72,10 +72,7 @@ def exit_on_sigterm() -> None:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block signals while workers start: they inherit it, and none can end one before `leave_signals_to_parent` runs.
-
-    Signals that arrive meanwhile reach this process when the block ends.
-    """
+    "Block signals while workers start and inherit the block; signals that arrive reach this process when the block ends."
     if not hasattr(signal, "sigtimedwait"):  # macOS, which cannot tell the sender of a signal, and Windows
         yield
         return
