@@ -102,7 +102,8 @@ def check_images(
         _check_block(found, rows, read_points, notes)
     if stored is None:
         _print_repeated(table)
-    for kind, (count, row) in sorted(notes.items(), key=lambda note: list(NOTES).index(note[0])):
+    for kind in sorted(notes, key=list(NOTES).index):
+        count, row = notes[kind]
         images = "1 image is" if count == 1 else f"{count} images are"
         print(f"note: {images} {kind}, {NOTES[kind]}; the first: {table.csv} line {table.line(row)}, {table.name(row)}")
     stamps[faults > 0] = -1  # opened again at each start: the cause may go without a change of the file's time

@@ -98,10 +98,8 @@ def is_16_bit(image: Image.Image) -> bool:
 def has_exif_rotation(image: Image.Image) -> bool:
     "Return whether EXIF says that viewers must rotate or mirror the image."
     with suppress(*REFUSALS):
-        if image.info.get("rotated"):
-            return True
-        if "exif" in image.info or image.format == "TIFF":
-            return image.getexif().get(ORIENTATION, 1) not in (0, 1)
+        has_exif = "exif" in image.info or image.format == "TIFF"
+        return "rotated" in image.info or has_exif and image.getexif().get(ORIENTATION, 1) not in (0, 1)
     return False
 
 

@@ -25,6 +25,7 @@ LIMIT = 32767  # largest absolute coordinate, in pixels: fits int16
 DIGITS = 5  # of LIMIT
 TAB, NEWLINE, MINUS, ZERO = b"\t\n-0"
 EXPECTED = f"a number between -{LIMIT} and {LIMIT} expected"
+NUMERIC = b"0123456789.+-eE \t"
 NUMBER = rb" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *"
 _is_number = re.compile(NUMBER + rb"[\r\n]*").fullmatch
 NOT_A_NUMBER = re.compile(rb"\t(?!" + NUMBER + rb"(?:\t|\Z))([^\t]*)")
@@ -47,8 +48,7 @@ def read_rows(csv: Path) -> Iterator[Rows]:
     with open(csv, "rb") as f, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
         n_values = 2 * _count_points(csv, f.readline())
         line = 2
-        blocks = iter(lambda: f.read(BLOCK) + f.readline(), b"")
-        blocks = (block if block.endswith(b"\n") else block + b"\n" for block in blocks)  # the last line may not end
+        blocks = (b if b.endswith(b"\n") else b + b"\n" for b in iter(lambda: f.read(BLOCK) + f.readline(), b""))
         submitted = ((block, _submit_pieces(block, n_values, threads)) for block in blocks)
         # Each block is submitted before the one before it is yielded: threads parse while the caller writes.
         for (block, futures), _ in pairwise(chain(submitted, [(b"", [])])):
@@ -142,7 +142,7 @@ def _parse_integers(data: np.ndarray, ends: np.ndarray, has_minus: bool) -> np.n
     return (values if negative is None else np.where(negative, -values, values))[:, 1:].astype(np.int16)
 
 
-def _parse_with_pandas(first_line: int, block: bytes, n_values: int) -> Iterator[Rows]:
+def _parse_with_pandas(first_line: int, block: bytes, n_values: int, thorough: bool = False) -> Iterator[Rows]:
     "Yield the rows of a block that `_parse_piece` does not take, if it has any, with their faults."
     stripped = ((number, line.removesuffix(b"\r")) for number, line in enumerate(block.split(b"\n"), first_line))
     rows = [(number, line) for number, line in stripped if line]
@@ -150,23 +150,26 @@ def _parse_with_pandas(first_line: int, block: bytes, n_values: int) -> Iterator
         return
     faults: dict[int, str] = {}
     for k, (_, line) in enumerate(rows):
-        if fault := _find_line_fault(line, n_values):
+        if fault := _find_line_fault(line, n_values, thorough):
             _add_fault(faults, k, fault)
     valid = np.setdiff1d(np.arange(len(rows)), list(faults))
     points = np.zeros((len(rows), n_values // 2, 2))
-    if len(valid):
-        points[valid] = _parse_numbers([rows[k][1] for k in valid], valid, faults)
+    try:
+        if len(valid):
+            points[valid] = _parse_numbers([rows[k][1] for k in valid], valid, faults)
+    except ValueError:  # a field like "1-2"
+        yield from _parse_with_pandas(first_line, block, n_values, thorough=True)
+        return
     points[list(faults)] = 0
     if (points == np.rint(points)).all():
         points = points.astype(np.int16)
     _check_equal_points(points, faults)
-    # of a faulty row what can be a name
     names = np.array([line.split(b"\t", 1)[0].replace(b"\0", b"")[:MAX_NAME] for _, line in rows])
     yield Rows(np.array([number for number, _ in rows]), names, points, faults)
 
 
-def _find_line_fault(line: bytes, n_values: int) -> str:
-    "Describe the first fault in the text of a row; empty if pandas can parse it."
+def _find_line_fault(line: bytes, n_values: int, thorough: bool) -> str:
+    "Describe the first fault in the text of a row, or return an empty text. Fields are matched if `thorough`, or suspicious."
     if not _is_utf8(line):
         return "not UTF-8 text: fix or remove the line"
     if b"\0" in line:
@@ -180,8 +183,8 @@ def _find_line_fault(line: bytes, n_values: int) -> str:
         return "the file name is empty: fix or remove the line"
     if length > MAX_NAME:
         return f"the file name has more than {MAX_NAME} bytes: fix or remove the line"
-    # Found before pandas parses the block: it is thirty times as slow on a column that holds a word.
-    if not (field := NOT_A_NUMBER.search(line)):
+    suspicious = b"\t\t" in line or line.endswith(b"\t") or line[length:].translate(None, NUMERIC)
+    if not (thorough or suspicious) or not (field := NOT_A_NUMBER.search(line)):  # a slow search
         return ""
     name, text = _name_coordinate(line.count(b"\t", 0, field.start())), field[1].decode("utf-8").strip()
     if text.lower().lstrip("+-") in ("inf", "infinity"):
@@ -212,8 +215,7 @@ def _check_equal_points(points: np.ndarray, faults: dict[int, str]) -> None:
         return
     rows = np.flatnonzero((points[:, 0] == points[:, 1]).all(1))  # almost none: all points are compared in these only
     for row in rows[(points[rows] == points[rows, :1]).all((1, 2))].tolist():
-        x, y = points[row, 0]
-        _add_fault(faults, row, f"all {n} points are ({x:g}, {y:g}): fix or remove the line")
+        _add_fault(faults, row, "all {} points are ({:g}, {:g}): fix or remove the line".format(n, *points[row, 0]))
 
 
 def _add_fault(faults: dict[int, str], row: int, text: str) -> None:
