@@ -213,7 +213,7 @@ CASES = {
     "an empty file": (whole_csv(lambda b: b""), TRAIN, ["landmarks.csv is empty"]),
     "an empty line first": (whole_csv(lambda b: b"\n" + b), TRAIN, ["landmarks.csv is empty"]),
     "a header alone": (whole_csv(lambda b: b.split(b"\n")[0] + b"\n"), TRAIN, ["has a header but no rows"]),
-    "no header": (whole_csv(lambda b: b.split(b"\n", 1)[1]), TRAIN, ["line 1 holds numbers: a header line"]),
+    "no header": (whole_csv(lambda b: b.split(b"\n", 1)[1]), TRAIN, ["line 1 holds numbers: add a header line"]),
     "commas throughout": (whole_csv(lambda b: b.replace(b"\t", b",")), TRAIN, ["line 1: 1 TAB-separated columns"]),
     "an odd column": (whole_csv(lambda b: b.replace(b"\n", b"\t1\n").replace(b"\t1\n", b"\tx\n", 1)), TRAIN,
                       ["line 1: 138 TAB-separated columns found"]),
