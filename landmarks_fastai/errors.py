@@ -1,22 +1,22 @@
-"The one kind of error whose text is written for the person who runs the program."
+"The errors whose text is written for the person who runs the program."
 
 import re
+from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
-SHOWN = 20  # problems that are printed; the others are written to a list
+SHOWN = 20  # bad rows that are printed; a file lists the others
 
 
 class UserError(Exception):
-    """A user's mistake, or their data's: the text is the one line that they read.
+    """A mistake of the user, or in their data. Its text is one line: file, row if there is one, what was found, what to do.
 
-    It names the file, the row where there is one, what was found and what to do.
-    A data loader's worker sends an error home as `Caught UserError in … Original Traceback …`, and fastai writes
-    `Exception occured in …` before what a callback raises: `line` is the text without those.
-    `way_on`, behind it, is what goes on with the run once that is done.
+    torch adds `Caught UserError in … Original Traceback …` to an error in a data loader's worker, and fastai
+    `Exception occured in …` to one in a callback: `line` is the text without those.
     """
 
-    way_on = ""
+    way_on = ""  # how to continue the run once the error is fixed; the end of `line`
 
     @property
     def line(self) -> str:
@@ -28,52 +28,48 @@ class UserError(Exception):
 
     @property
     def lines(self) -> list[str]:
-        "What is printed, each with `error: ` before it."
+        "The lines to print, each after `error: `."
         return [self.line]
 
 
 class MissingImage(UserError):
-    "An image file that is not there: one that vanishes while a stage runs costs that image, not the run."
+    "An image file that does not exist. Training continues without an image that disappears."
 
 
 class Problem(NamedTuple):
-    "What is wrong with one row of a CSV."
+    "A bad row of a CSV."
 
-    csv: object  # its path
+    csv: Path
     line: int
     file_name: str
     text: str  # what was found and what to do
 
-    def __str__(self):
+    def __str__(self) -> str:
         return one_line(f"{self.csv} line {self.line}: {self.text}")
 
 
 class BadData(UserError):
-    "All that is wrong with a file's rows; `problems` are the lines that are printed."
+    """All bad rows of a file; `problems` are the lines to print.
 
-    def __init__(
-        self,
-        found,  # the `Problem`s, in the file's order
-        count: int,  # how many they are
-        way_out: str = "",  # a flag that leaves them out
-        listing="",  # where all of them were written down, if they were
-    ):
+    `found` are `count` problems in the file's order, `way_out` is a flag that skips these rows, `listing` a file with all.
+    """
+
+    def __init__(self, found: Iterable[Problem], count: int, way_out: str = "", listing: Path | None = None):
         self.problems = [str(problem) for problem in islice(found, SHOWN)]
         if count > SHOWN:
             self.problems.append(f"… and {count - SHOWN} more" + (f"; all are listed in {listing}" if listing else ""))
         if count > 1:
-            self.problems.append(
-                f"{count} rows are bad: fix them" + f", or leave them out with {way_out}" * bool(way_out)
-            )
+            skip = f", or leave them out with {way_out}" if way_out else ""
+            self.problems.append(f"{count} rows are bad: fix them{skip}")
         elif way_out:
             self.problems[0] += f", or leave it out with {way_out}"
         super().__init__("\n".join(self.problems))
 
     @property
-    def lines(self):
+    def lines(self) -> list[str]:
         return self.problems
 
 
 def one_line(text: str) -> str:
-    "The text without line ends and what else moves a terminal's cursor: a file name may hold anything."
+    "Replace line ends and other control characters: a file name may hold sequences that move a terminal's cursor."
     return "".join(c if c.isprintable() else " " for c in text).strip()

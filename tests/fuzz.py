@@ -19,7 +19,7 @@ import pandas  # noqa: F401 - imported before the hooks: not to be counted as th
 import torch  # noqa: F401 - and it reads its own source, which the hooks do not let it
 
 atheris.enabled_hooks.add("RegEx")
-with atheris.instrument_imports(include=["landmarks_fastai.rows", "landmarks_fastai.competition"]):
+with atheris.instrument_imports(include=["landmarks_fastai.data.landmarks_csv", "landmarks_fastai.competition"]):
     from landmarks_fastai import competition
     from landmarks_fastai.data import landmarks_csv
 from landmarks_fastai.errors import UserError  # noqa: E402
@@ -51,13 +51,13 @@ def lines_of(data: bytes) -> int:
 def check_labels(csv: Path, data: bytes):
     "The rows are what their lines say: in order, as many numbers as columns, names without what ends them."
     last = 1
-    for lines, names, values, (faulty, texts) in landmarks_csv.read_rows(csv):
+    for lines, names, values, faults in landmarks_csv.read_rows(csv):
         assert len(lines) == len(names) == len(values) and values.shape[1] >= 1 and values.shape[2:] == (2,)
         assert lines[0] > last and (np.diff(lines) > 0).all()
         assert (abs(values.astype(np.float64)) <= landmarks_csv.LIMIT).all()
         last = lines[-1]
-        assert set(texts) <= set(faulty.tolist()) <= set(range(len(lines)))
-        right = np.delete(np.arange(len(lines)), faulty)
+        assert set(faults) <= set(range(len(lines)))
+        right = np.delete(np.arange(len(lines)), list(faults))
         for line, name in zip(lines[right], names[right], strict=True):
             assert name.decode("utf-8") and not set(name) & set(b"\t\r\n\0")
             assert data.split(b"\n")[line - 1].split(b"\t")[0] == name

@@ -1,4 +1,4 @@
-"The competition's files: test_points.csv is parsed and never evaluated, a submission reads back, the score is the competition's."
+"The competition's files: test_points.csv, the submission and its score."
 
 import os
 
@@ -20,7 +20,7 @@ def ask(tmp_path, *rows):
     return csv
 
 
-def test_lists_are_parsed(tmp_path):
+def test_index_lists_are_parsed(tmp_path):
     asked = competition.read_test_points(ask(tmp_path, "a.jpg\t[742, 385]", "б б.jpg\t[0,7]", 'c.jpg\t"[ 1 , 2 ]"'))
     assert asked.names == ["a.jpg", "б б.jpg", "c.jpg"] and asked.indices.tolist() == [[742, 385], [0, 7], [1, 2]]
 
@@ -33,27 +33,27 @@ def test_lists_are_parsed(tmp_path):
         "a.jpg\t[x for x in (1, 2)]", "a.jpg\t[1, 2]; 3", "a.jpg\tb\t[1, 2]", "a.jpg\tX[1, 2]X", "a.jpg\t[1, 2]X",
     ],
 )  # fmt: skip
-def test_a_bad_row_is_named_with_its_line(tmp_path, monkeypatch, row):
+def test_bad_row_is_reported_with_its_line(tmp_path, monkeypatch, row):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="test_points.csv line 3: "):
         competition.read_test_points(ask(tmp_path, "z.jpg\t[1, 2]", row))
     assert os.listdir(tmp_path) == ["test_points.csv"]
 
 
-def test_indices_of_any_size_and_sign_stay_whole_numbers(tmp_path):
+def test_indices_get_the_smallest_integer_type(tmp_path):
     for index in (-1, 127, 128, -129, 32768, 2**31, 2**32, 10**18 - 1):
         found = competition.read_test_points(ask(tmp_path, f"a.jpg\t[-1, {index}]")).indices
         assert found.dtype.kind in "iu" and found.tolist() == [[-1, index]]
         assert found.itemsize == next(n for n in (1, 2, 4, 8) if -(2 ** (8 * n - 1)) <= index < 2 ** (8 * n - 1))
 
 
-def test_a_list_that_does_not_end_is_refused_at_once(tmp_path):
+def test_index_list_is_matched_in_linear_time(tmp_path):
     "In one pass: a search that tries every way to share out a million spaces takes hours."
     with pytest.raises(UserError, match="line 2: .* is no list"):
         competition.read_test_points(ask(tmp_path, "a.jpg\t[1" + " " * 1_000_000 + "x"))
 
 
-def test_an_index_out_of_range_is_named_with_its_line(tmp_path):
+def test_index_out_of_range_is_reported_with_its_line(tmp_path):
     asked = competition.read_test_points(ask(tmp_path, "a.jpg\t[1, 67]", "b.jpg\t[68, 2]"))
     asked.check_range(69)
     with pytest.raises(UserError, match=r"test_points.csv line 3: point index 68 .* 68 points \(0 to 67\)"):
@@ -62,7 +62,7 @@ def test_an_index_out_of_range_is_named_with_its_line(tmp_path):
         competition.read_test_points(ask(tmp_path, "a.jpg\t[1, -7]")).check_range(68)
 
 
-def test_a_file_without_its_header_line_is_refused(tmp_path):
+def test_file_without_header_line_is_refused(tmp_path):
     csv = tmp_path / "test_points.csv"
     csv.write_text("a.jpg\t[1, 2]\nb.jpg\t[3, 4]\n")
     with pytest.raises(UserError, match="line 1 holds a row"):
@@ -74,17 +74,17 @@ def closed(folder):
     raise PermissionError(13, "Permission denied")
 
 
-def test_the_data_folder_and_its_training_side(tmp_path, monkeypatch):
+def test_missing_data_folder_or_training_files_are_reported(tmp_path, monkeypatch):
     for name in ("nowhere", "file", "nu\0l"):
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match="-d wants the folder that holds train/ and test/"):
+        with pytest.raises(UserError, match="-d must be the folder that holds train/ and test/"):
             data_folder(tmp_path / name)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be read .*Permission denied"):
         patch.setattr(os, "listdir", closed)
         data_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert data_folder("") == data_folder(None) == data_folder(".")
-    with pytest.raises(UserError, match="train.landmarks.csv not found; -d wants"):
+    with pytest.raises(UserError, match="train.landmarks.csv not found; -d must be"):
         labelled_images(tmp_path)
     (tmp_path / "train" / "images").mkdir(parents=True)
     (tmp_path / "train" / "landmarks.csv").write_text("file_name\tx\ty\na.jpg\t1\t2\n")
@@ -95,7 +95,7 @@ def test_the_data_folder_and_its_training_side(tmp_path, monkeypatch):
     assert len(items) == 1 and items[0].path == tmp_path / "train" / "images" / "a.jpg"
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_unreadable_file_is_reported(tmp_path):
     (tmp_path / "letters.csv").write_bytes(b"\xff\xfe\n")
     (tmp_path / "empty.csv").write_text(HEADER)
     for name, message in [("no", "no not found"), (".", "cannot be read"), ("letters.csv", "letters.csv: not UTF-8")]:
@@ -106,12 +106,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         competition.read_test_points(tmp_path / "empty.csv")
 
 
-def test_no_submission_is_written_of_what_is_no_number():
+def test_submission_line_refuses_nan():
     with pytest.raises(UserError, match="prediction for a.jpg is NaN or infinite"):
         competition.submission_line("a.jpg", np.array([[1.0, np.nan]]))
 
 
-def test_rounding():
+def test_round_points():
     points = np.array([[1.5, -1.2], [2.6, 0.4]])
     assert competition.round_points(points, "nearest").tolist() == [[2, -1], [3, 0]]
     assert competition.round_points(points, "floor").tolist() == [[1, -2], [2, 0]]
@@ -162,7 +162,7 @@ def test_score_by_hand(scored, capsys):
         ("file_name\na.jpg\n", "no submission"),
         ("HEAD\na.jpg,5,6,1,nan\nb.jpg,5,6,1,2\n", "line 2"),
         ("HEAD\na.jpg,5,6,1,x\nb.jpg,5,6,1,2\n", "line 2"),
-        ("file_name,x,y\na.jpg,5,6\nb.jpg,5,6\n", "1 points a row found, 2 asked"),
+        ("file_name,x,y\na.jpg,5,6\nb.jpg,5,6\n", "1 points a row found, 2 expected"),
     ],
 )
 def test_a_bad_submission_is_not_scored(scored, capsys, text, message):
@@ -172,14 +172,14 @@ def test_a_bad_submission_is_not_scored(scored, capsys, text, message):
     assert out == "" and message in err and err.count("\n") == 1
 
 
-def test_an_image_that_the_truth_lacks_is_named(scored):
+def test_image_missing_from_the_truth_is_reported(scored):
     submission, asked, truth = scored
     truth.write_text("".join(truth.read_text().splitlines(True)[:2]))
-    with pytest.raises(UserError, match=r"landmarks.csv: no row for a.jpg \(1 images are absent in all\)"):
+    with pytest.raises(UserError, match=r"landmarks.csv: no row for a.jpg \(1 images are missing in all\)"):
         competition.score(submission, asked, truth)
 
 
-def test_the_scorer_asks_for_its_command(capsys):
+def test_score_command_requires_a_subcommand(capsys):
     with pytest.raises(SystemExit):
         competition.main([])
     assert "required: command" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"What show_results draws, by its pixels: dots where the points are, truth and prediction side by side."
+"The pixels of plots: dots at the points, truth beside prediction."
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def learn(drawn, tmp_path):
     return landmark_learner(dls, ARCH, "none", init_head="random", machine=machine, path=tmp_path)
 
 
-def test_show_results_draws_truth_beside_prediction_with_the_score_above(learn, tmp_path):
+def test_show_results_plots_truth_and_prediction_with_the_score(learn, tmp_path):
     learn.show_results(max_n=2)
     figure = plt.gcf()
     titles = [ax.get_title() for ax in figure.axes]
@@ -61,14 +61,14 @@ def test_show_results_draws_truth_beside_prediction_with_the_score_above(learn, 
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 
-def test_the_score_in_the_title_is_the_image_s(learn):
+def test_title_shows_the_score_of_the_image(learn):
     learn.show_results(max_n=8, shuffle=False)
     shown = [float(ax.get_title().split()[1]) for ax in plt.gcf().axes if ax.get_title().startswith("score")]
     plt.close()
     assert np.mean(shown) == pytest.approx(learn.validate()[1], rel=1e-3)
 
 
-def test_show_batch_draws_the_truth_on_pixels_that_look_like_the_file_s(learn):
+def test_show_batch_plots_the_stored_pixels(learn):
     learn.dls.valid.show_batch(max_n=1)
     figure = plt.gcf()
     shown = figure.axes[0].images[0].get_array()

@@ -1,4 +1,4 @@
-"""What must hold for every input, tried on many that nobody thought of: the parsers, the maps, the submission.
+"""Property tests with hypothesis: the parsers, the pixel maps, the submission.
 
 `EXAMPLES=20000 python -m pytest tests/test_properties.py` searches longer than the few hundred of every day.
 """
@@ -135,26 +135,10 @@ def test_every_table_reads_back_equal(table, cut, slow):
 
 
 PIECES = [
-    b"\t",
-    b"\n",
-    b"\r",
-    b"\r\n",
-    b"\0",
-    b"-",
-    b"+",
-    b".",
-    b"e",
-    b" ",
-    b'"',
-    b"0",
-    b"9",
-    b"99999",
-    b"nan",
-    b"inf",
-    b"True",
-]
-PIECES += [b"\xff", b"\xef\xbb\xbf", "я".encode(), b"\x07", b"\x0b", b"1e400", b"0x1", b"1_0", b"18446744073709551615"]
-PIECES += [b"-9223372036854775808", b"NA", b"", b"#", b",", b"1j", b"2020-01-01"]
+    b"\t", b"\n", b"\r", b"\r\n", b"\0", b"-", b"+", b".", b"e", b" ", b'"', b"0", b"9", b"99999", b"nan", b"inf", b"True",
+    b"\xff", b"\xef\xbb\xbf", "я".encode(), b"\x07", b"\x0b", b"1e400", b"0x1", b"1_0", b"18446744073709551615",
+    b"-9223372036854775808", b"NA", b"", b"#", b",", b"1j", b"2020-01-01",
+]  # fmt: skip
 
 
 @st.composite
@@ -181,7 +165,7 @@ def check_both_ways(data, cut):
 
 @search
 @given(mutated(tables().map(lambda table: table[0])), cuts())
-def test_a_changed_table_is_read_the_same_both_ways_or_refused(data, cut):
+def test_mutated_table_is_parsed_the_same_by_numpy_and_pandas(data, cut):
     check_both_ways(data, cut)
 
 
@@ -190,7 +174,7 @@ def test_a_changed_table_is_read_the_same_both_ways_or_refused(data, cut):
 @example(b"\xef\xbb\xbfa\t1\t2\n", (1 << 23, 1 << 20))  # a byte order mark that belongs to a name
 @example(b"a\rb\t1\t2\n", (1 << 23, 1 << 20))
 @given(st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=30).map(b"".join), cuts())
-def test_any_bytes_are_read_the_same_both_ways_or_refused(data, cut):
+def test_any_bytes_are_parsed_the_same_by_numpy_and_pandas(data, cut):
     check_both_ways(b"n\tx\ty\n" + data, cut)
     read_bytes(data, label_rows)
 
@@ -227,7 +211,7 @@ def questions(draw):
 
 @search
 @given(questions())
-def test_every_list_of_points_reads_back_equal(question):
+def test_every_index_list_reads_back_equal(question):
     data, *expected = question
     assert read_bytes(data, asked_rows) == tuple(expected)
 
@@ -240,7 +224,7 @@ CODE = st.sampled_from([
 
 @search
 @given(CODE | st.text(st.sampled_from("[], -0123456789.\"'()ex_\t\n\r"), max_size=30) | st.text(max_size=30))
-def test_any_list_is_integers_or_refused_and_never_evaluated(text):
+def test_any_text_is_an_index_list_or_refused_and_never_evaluated(text):
     found = read_bytes(
         f"file_name\tpoint_index_list\na.jpg\t[1]\nb.jpg\t{text}\n".encode("utf-8", "replace"), asked_rows
     )
@@ -250,7 +234,7 @@ def test_any_list_is_integers_or_refused_and_never_evaluated(text):
 
 @search
 @given(mutated(questions().map(lambda question: question[0])) | st.binary(max_size=60))
-def test_any_bytes_are_lists_of_points_or_refused(data):
+def test_any_bytes_are_test_points_or_refused(data):
     found = read_bytes(data, asked_rows)
     assert isinstance(found, str) or all(name and "\t" not in name for name in found[1])
 
@@ -268,7 +252,7 @@ def answers(draw):
 
 @search
 @given(answers(), st.sampled_from(["nearest", "floor", "none"]))
-def test_what_is_submitted_reads_back_equal(answer, rounding):
+def test_every_submission_reads_back_equal(answer, rounding):
     names, points = answer
     rounded = competition.round_points(points, rounding)
     text = competition.submission_header(points.shape[1]) + "".join(map(competition.submission_line, names, rounded))
@@ -306,7 +290,7 @@ NUMPY_OR_TORCH = st.sampled_from([np.asarray, torch.from_numpy])
 
 @search
 @given(SIDE, SIDE, st.sampled_from(FITS), st.integers(1, 1024), REDUCED, NUMPY_OR_TORCH, st.randoms())
-def test_every_map_leads_there_and_back(width, height, fit, size, reduced, kind, random):
+def test_every_pixel_map_has_an_inverse(width, height, fit, size, reduced, kind, random):
     stored = np.array([[random.uniform(-0.5, side * reduced - 0.5) for side in (width, height)] for _ in range(9)])
     there = pixel_map(width, height, fit, size).after_resize(1 / reduced)
     points = kind(stored)
@@ -323,7 +307,7 @@ def test_every_map_leads_there_and_back(width, height, fit, size, reduced, kind,
 
 @search
 @given(SIDE, SIDE, st.sampled_from(FITS), st.integers(1, 1024), REDUCED)
-def test_what_each_fit_promises_holds_for_every_size(width, height, fit, size, reduced):
+def test_each_fit_fills_and_centres_the_input(width, height, fit, size, reduced):
     "In edges: unit coordinates are -1 and 1 where the picture's edges, or those of its short or long side, come to lie."
     stored = np.array([[0.0, 0.0], [width * reduced, height * reduced]]) - 0.5
     unit = input_to_unit(pixel_map(width, height, fit, size).after_resize(1 / reduced).to_input(stored), size)
@@ -338,7 +322,7 @@ def test_what_each_fit_promises_holds_for_every_size(width, height, fit, size, r
 
 @search
 @given(st.integers(1, 120), st.integers(1, 120), st.sampled_from(FITS), st.integers(1, 100), REDUCED, st.booleans())
-def test_every_fitted_pixel_shows_the_place_that_it_is_mapped_to(width, height, fit, size, reduced, down):
+def test_fitted_pixels_show_the_position_they_map_to(width, height, fit, size, reduced, down):
     "Two ramps, each pixel as light as its x and its y: the input's pixels must be as light as their place in the image."
     y, x = np.mgrid[: height * reduced, : width * reduced].astype(np.float32)
     v, u = np.mgrid[:size, :size]

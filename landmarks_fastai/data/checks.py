@@ -1,8 +1,8 @@
-"""Is every row's image there, and whole? Told before training, of all rows at once.
+"""Check before training that every row's image exists and is complete, and report all bad rows at once.
 
 The first check opens each image's header and reads its end: 65 us on one core, where decoding takes 170 (3,000 drawn
-faces; two threads wait for each other, at 99 to one's 35 in Pillow). What it found good is kept beside the CSV's cache
-with each file's size and time: a later start looks at those, at 5 us a row, and opens what has changed.
+faces; two threads wait for Pillow's lock, at 99 to 35 on one). Size and time of the images that passed are stored beside
+the CSV's cache: a later start compares those, at 5 us a row, and opens only what has changed.
 """
 
 import csv
@@ -13,265 +13,254 @@ import re
 import stat
 import zlib
 from array import array
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
+from PIL.ImageFile import ImageFile
 
-from landmarks_fastai.data.images import check_mode, image_end, is_deep, is_turned, max_pixels, opened
+from landmarks_fastai.data.images import check_mode, has_exif_rotation, is_16_bit, max_pixels, open_undecoded
+from landmarks_fastai.data.labels import Table
 from landmarks_fastai.errors import Problem, UserError
-from landmarks_fastai.utils.files import atomic_write, cache_places
+from landmarks_fastai.utils.files import atomic_write, cache_places, check_folder
 from landmarks_fastai.utils.parallel import bar
 
-FORMAT = 1  # of the file that the result is kept in
+FORMAT = 1  # of the file of stamps
 BLOCK = 256  # rows between two steps of the progress bar
-FAR = 1.0  # images' sides: a point farther outside is another image's, or a slip; a face at the edge has points 0.5 outside
-KEPT = 1000  # texts of damaged images
-ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # of other formats each is decoded
-PLAIN = re.compile(r"[^/\\:]+")  # a name of a file in the folder itself, on every system
+FAR = 1.0  # image sides: a point farther outside is a mistake; a face at the edge has points 0.5 outside
+MAX_TEXTS = 1000  # error texts kept of damaged images
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # images of other formats are decoded
+PLAIN_NAME = re.compile(r"[^/\\:]+")  # a file in the folder itself, on every system
+COLUMNS = ["line", "file_name", "problem"]
+ReadPoints = Callable[[int, int], np.ndarray]  # (start, stop) -> points (rows, n_points, 2)
 
-LEAVES, MISSING, NO_FILE, CLOSED, DAMAGED = range(1, 6)
+LEAVES, MISSING, NOT_A_FILE, NO_ACCESS, DAMAGED = range(1, 6)
 TEXTS = {
-    LEAVES: "file name {name!r} leaves the image folder {folder}, itself or as a link: it was not opened; remove the line",
+    LEAVES: "file name {name!r} leaves the image folder {folder}, by its path or a link: it was not opened; remove the line",
     MISSING: "image {name} not found in {folder}: add it or remove the line",
-    NO_FILE: "image {path} is a folder or no plain file: replace it or remove the line",
-    CLOSED: "image {path} cannot be looked at: mind its permissions, or remove the line",
+    NOT_A_FILE: "image {path} is a folder or no plain file: replace it or remove the line",
+    NO_ACCESS: "image {path} cannot be accessed: fix its permissions, or remove the line",
     DAMAGED: "image {path} cannot be used: replace it or remove the line",
 }
-NOTES = {  # what an image is -> what is made of it
-    "animated or of several pages": "the first picture is used",
-    "CMYK": "made RGB",
-    "of 16 bits": "made RGB of 8",
-    "grey": "made RGB",
-    "of a palette": "made RGB",
-    "with transparency": "made RGB, what is transparent black",
-    "with EXIF rotation": "which is not applied: landmarks are pixels of the file's own rows and columns",
+NOTES = {  # unusual property of an image -> what is done with it
+    "animated or of several pages": "the first frame is used",
+    "CMYK": "converted to RGB",
+    "16-bit": "converted to 8-bit RGB",
+    "grey": "converted to RGB",
+    "palette-based": "converted to RGB",
+    "with transparency": "converted to RGB, transparent pixels black",
+    "with EXIF rotation": "which is not applied: landmarks are pixels of the image as stored",
 }
 
 
-class Found:
-    "The bad rows of a check, in the file's order, and what is wrong with each."
+class ImageFaults:
+    "The rows of a table whose images cannot be used."
 
-    def __init__(self, table, folder: Path, faults: np.ndarray, details: dict[int, str]):
-        self.table, self.folder, self.faults, self.details = table, folder, faults, details
-        self.rows = np.flatnonzero(faults)
+    def __init__(self, table: Table, folder: Path, faults: np.ndarray):
+        self.table, self.folder, self.faults = table, folder, faults
+        self.details: dict[int, str] = {}
 
-    def text(self, row: int) -> str:
-        name = self.table.name(row)
-        fact = TEXTS[self.faults[row]].format(name=name, folder=self.folder, path=self.folder / name)
-        return self.details.get(row, fact)
+    @property
+    def rows(self) -> np.ndarray:
+        return np.flatnonzero(self.faults)
+
+    def add_damaged(self, row: int, text: str) -> None:
+        self.faults[row] = DAMAGED
+        if len(self.details) < MAX_TEXTS:
+            self.details[row] = text
 
     def problem(self, row: int) -> Problem:
-        return Problem(self.table.csv, self.table.line(row), self.table.name(row), self.text(row))
+        name = self.table.name(row)
+        text = TEXTS[self.faults[row]].format(name=name, folder=self.folder, path=self.folder / name)
+        return self.table.problem(row, self.details.get(row, text))
 
 
 def check_images(
-    table,  # rows that name images: `Labels` or `TestPoints`
-    folder: Path,  # that the images must lie in; it may be a link itself
-    points=None,  # of rows start to stop, where the table has them
-    without=(),  # rows that are bad already
-    progress=bar,
-) -> Found:
-    """What is wrong with the images of a table's rows. What is odd, but can be used, is printed, a line a kind.
+    table: Table,
+    folder: Path,  # that the images must be in; it may be a link itself
+    read_points: ReadPoints | None = None,
+    skip: list[int] | tuple[int, ...] = (),  # rows that are bad already
+    progress: Callable[..., Iterable] = bar,
+) -> ImageFaults:
+    """Find the rows whose images cannot be used; print one line for each kind of unusual image.
 
-    Raises `UserError` for a folder that cannot be read.
+    Points are pixels of the image as stored. Raises `UserError` if the folder cannot be read.
     """
-    _check_folder(table.csv, folder)
-    stamps, faults, names = _look(table, folder)
-    if len(without):
-        stamps[without], faults[without] = -1, 0
-    kept = _read_kept(table)
-    fresh = (stamps[:, 0] >= 0) if kept is None else (stamps[:, 0] >= 0) & (stamps != kept).any(1)
-    details, notes = {}, {}
-    blocks = np.unique(np.flatnonzero(fresh) // BLOCK)
-    for block in progress(blocks, len(blocks), "images are checked") if len(blocks) else ():
-        rows = block * BLOCK + np.flatnonzero(fresh[block * BLOCK : (block + 1) * BLOCK])
-        _check_block(table, folder, rows, points, faults, details, notes)
-    if kept is None:
-        _note_twins(table, names)
-    _print_notes(table, notes)
-    stamps[faults > 0] = -1  # looked at anew at each start: a cause may be gone that leaves a file's time as it was
-    if kept is None or (stamps != kept).any():
-        _keep(table, stamps)
-    return Found(table, folder, faults, details)
+    check_folder(folder, f"{table.csv.name} names images in it")
+    stamps, faults = _stat_images(table, folder)
+    if len(skip):
+        stamps[skip], faults[skip] = -1, 0
+    stored = _read_stamps(table)
+    changed = stamps[:, 0] >= 0
+    if stored is not None:
+        changed &= (stamps != stored).any(1)
+    found, notes = ImageFaults(table, folder, faults), {}
+    blocks = np.unique(np.flatnonzero(changed) // BLOCK)
+    for block in progress(blocks, len(blocks), "checking images") if len(blocks) else ():
+        rows = block * BLOCK + np.flatnonzero(changed[block * BLOCK : (block + 1) * BLOCK])
+        _check_block(found, rows, read_points, notes)
+    if stored is None:
+        _print_repeated(table)
+    for kind in sorted(notes, key=list(NOTES).index):
+        count, row = notes[kind]
+        images = "1 image is" if count == 1 else f"{count} images are"
+        print(f"note: {images} {kind}, {NOTES[kind]}; the first: {table.csv} line {table.line(row)}, {table.name(row)}")
+    stamps[faults > 0] = -1  # opened again at each start: the cause may go without a change of the file's time
+    if stored is None or (stamps != stored).any():
+        _write_stamps(table, stamps)
+    return found
 
 
-def _check_folder(csv, folder):
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {csv.name} names images in it")
-    try:
-        os.listdir(folder)
-    except OSError as e:
-        raise UserError(f"{folder} cannot be read ({e.strerror})") from None
-
-
-def _look(table, folder: Path):
-    "Each row's image file as the folder has it: (size and time, -1 where there is none; faults; hashes of the names)."
-    stamps, faults, names, prefix = array("q"), bytearray(), array("q"), os.path.join(folder, "")
+def _stat_images(table: Table, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    "Return size and time of each row's image, int64 (rows, 2), -1 if there is none, and the faults, uint8 (rows,)."
+    stamps, faults, prefix = array("q"), bytearray(), os.path.join(folder, "")
     for _, name in table.lines_and_names():
-        fault, found = _look_at(folder, prefix, name)
+        fault, found = _stat_image(prefix, name)
         faults.append(fault)
-        names.append(hash(name))
-        stamps.extend((-1, -1) if fault else (found.st_size, found.st_mtime_ns))
-    return np.array(stamps).reshape(-1, 2), np.frombuffer(faults, np.uint8).copy(), np.array(names)
+        stamps.extend((found.st_size, found.st_mtime_ns) if found else (-1, -1))
+    return np.array(stamps).reshape(-1, 2), np.frombuffer(faults, np.uint8).copy()
 
 
-def _look_at(folder, prefix, name):
+def _stat_image(prefix: str, name: str) -> tuple[int, os.stat_result | None]:
     try:
-        plain = PLAIN.fullmatch(name) and name not in (".", "..")
+        plain = PLAIN_NAME.fullmatch(name) and name not in (".", "..")
         found = os.stat(prefix + name, follow_symlinks=False) if plain else None
         if not found or stat.S_ISLNK(found.st_mode):
-            if leaves(folder, name):
+            if _leaves(Path(prefix), name):
                 return LEAVES, None
             found = os.stat(prefix + name)
     except (FileNotFoundError, NotADirectoryError):
         return MISSING, None
     except (OSError, ValueError) as e:
-        return (MISSING if getattr(e, "errno", 0) == errno.ENAMETOOLONG else CLOSED), None
-    return (0, found) if stat.S_ISREG(found.st_mode) else (NO_FILE, None)
+        return (MISSING if getattr(e, "errno", 0) == errno.ENAMETOOLONG else NO_ACCESS), None
+    return (0, found) if stat.S_ISREG(found.st_mode) else (NOT_A_FILE, None)
 
 
-def leaves(folder: Path, name: str) -> bool:
-    "Whether a file name leads out of the folder: by `..`, a root, a drive, or a link inside the folder."
+def _leaves(folder: Path, name: str) -> bool:
+    "Return whether a file name leads out of the folder: by `..`, a root, a drive, or a link inside the folder."
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
     if windows.drive or windows.root or posix.is_absolute() or ".." in windows.parts or "\0" in name:
         return True
     try:
         return not (folder / name).resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # links that lead in a circle
+    except (OSError, RuntimeError):  # circular links
         return True
 
 
-def _check_block(table, folder, rows, points, faults, details, notes):
-    "Open the images of some rows of one block, and compare their sizes with the rows' points."
+def _check_block(found: ImageFaults, rows: np.ndarray, read_points: ReadPoints | None, notes: dict) -> None:
+    "Open the images of `rows`, compare their sizes with the points; add to `found`, and (count, first row) to `notes`."
     sizes = {}
     for row in rows.tolist():
         try:
-            sizes[row], kinds = look_inside(os.path.join(folder, table.name(row)))
+            sizes[row], kinds = inspect_image(os.path.join(found.folder, found.table.name(row)))
         except UserError as e:
-            faults[row] = DAMAGED
-            if len(details) < KEPT:
-                details[row] = e.line
+            found.add_damaged(row, e.line)
             continue
         for kind in kinds:
             count, first = notes.get(kind, (0, row))
             notes[kind] = count + 1, first
-    if points is None or not sizes:
+    if read_points is None or not sizes:
         return
-    start = min(sizes)
-    values = points(start, max(sizes) + 1)
-    least, most = values.min((1, 2)), values.max((1, 2))
-    for row, (width, height) in sizes.items():
-        side, k = min(width, height), row - start
-        if least[k] >= -side and most[k] < side:  # the usual face: no point is looked at by itself
-            continue
-        if text := _far_outside(values[k], width, height):
-            faults[row] = DAMAGED
-            details[row] = f"{text} the {width} x {height} image {folder / table.name(row)}: fix or remove the line"
+    rows, sides = np.array(list(sizes)), np.array(list(sizes.values()))
+    points = read_points(rows[0], rows[-1] + 1)[rows - rows[0]]
+    outside = (points.min(1) < -FAR * sides) | (points.max(1) > (1 + FAR) * sides)
+    for i in np.flatnonzero(outside.any(1)).tolist():
+        k = int(((points[i] < -FAR * sides[i]) | (points[i] > (1 + FAR) * sides[i])).any(1).argmax())
+        (x, y), (width, height) = points[i, k], sides[i]
+        found.add_damaged(
+            int(rows[i]),
+            f"point {k} ({x:g}, {y:g}) lies more than an image's side outside the {width} x {height} image "
+            f"{found.folder / found.table.name(rows[i])}: fix or remove the line",
+        )
 
 
-def look_inside(path) -> tuple[tuple[int, int], list[str]]:
-    "Width, height and what is odd of an image file. Raises `UserError` where it is damaged."
-    with opened(path) as image:
+def inspect_image(path: str | Path) -> tuple[tuple[int, int], list[str]]:
+    "Return (width, height) of an image file and the `NOTES` that apply to it. Raises `UserError` if it is damaged."
+    with open_undecoded(path) as image:
         check_mode(image)
-        odd = (
+        unusual = (
             image.format != "MPO" and _is_animated(image),
             image.mode == "CMYK",
-            is_deep(image),
+            is_16_bit(image),
             image.mode in ("1", "L", "LA", "La") or image.mode[0] == "I",
             image.mode in ("P", "PA"),
             image.has_transparency_data,
-            is_turned(image),
+            has_exif_rotation(image),
         )
-        size, end = image.size, ENDS.get(image.format)
-        if not end or end not in image_end(image):
+        size, end = image.size, ENDS.get(image.format or "")
+        if not end or end not in _read_end(image):
             image.load()
-    return size, [kind for kind, is_so in zip(NOTES, odd, strict=True) if is_so]
+    return size, [kind for kind, applies in zip(NOTES, unusual, strict=True) if applies]
 
 
-def _is_animated(image):
-    with suppress(Exception):  # a later frame may be damaged in as many ways as a file: the first one is used
+def _read_end(image: ImageFile, n: int = 64) -> bytes:
+    "Read the last bytes of an opened image's file."
+    file = image.fp
+    assert file
+    position = file.tell()
+    file.seek(max(0, file.seek(0, os.SEEK_END) - n))
+    end = file.read(n)
+    file.seek(position)
+    return end
+
+
+def _is_animated(image: ImageFile) -> bool:
+    with suppress(Exception):  # damage to a later frame raises many kinds of error; the first frame is used
         return getattr(image, "is_animated", False)
     return True
 
 
-def _far_outside(points, width, height) -> str:
-    sides = np.array([width, height])
-    far = ((points < -FAR * sides) | (points > (1 + FAR) * sides)).any(1)
-    if not far.any():
-        return ""
-    k = int(far.argmax())
-    return f"point {k} ({points[k, 0]:g}, {points[k, 1]:g}) lies more than an image's side outside"
+def _print_repeated(table: Table) -> None:
+    "Print how many rows name an image that an earlier row names."
+    hashes = np.array([hash(name) for _, name in table.lines_and_names()])
+    repeated = np.setdiff1d(np.arange(len(table)), np.unique(hashes, return_index=True)[1])
+    if len(repeated):
+        first = f"{table.csv} line {table.line(repeated[0])}, {table.name(repeated[0])}"
+        print(f"note: images named in more than one row: {len(repeated)}; the first: {first}")
 
 
-def _note_twins(table, names):
-    if len(names) == len(np.unique(names)):
-        return
-    order = np.argsort(names, kind="stable")
-    again = np.sort(order[1:][np.diff(names[order]) == 0])
-    first = int(again[0])
-    print(
-        f"note: images named in more than one row: {len(again)}; "
-        f"the first: {table.csv} line {table.line(first)}, {table.name(first)}"
-    )
-
-
-def _print_notes(table, notes):
-    for kind, made in NOTES.items():
-        if kind in notes:
-            count, row = notes[kind]
-            what = "1 image is" if count == 1 else f"{count} images are"
-            print(f"note: {what} {kind}, {made}; the first: {table.csv} line {table.line(row)}, {table.name(row)}")
-
-
-def write_listing(path, problems):
-    "The bad rows as a CSV: line, file_name, problem."
+def write_listing(path: str | Path, problems: Iterable[Problem]) -> None:
+    "Write bad rows as a CSV with the columns line, file_name, problem."
     with atomic_write(Path(path)) as f:
-        rows = csv.writer(f, lineterminator="\n")
-        rows.writerow(["line", "file_name", "problem"])
-        rows.writerows((p.line, p.file_name, p.text) for p in problems)
+        csv.writer(f, lineterminator="\n").writerows([COLUMNS, *(problem[1:] for problem in problems)])
 
 
-def append_listing(path, problem: Problem) -> bool:
-    "One more row of a list that may not be there yet; False where it has that row already."
-    there = os.path.exists(path)
-    if there:
-        with open(path, encoding="utf-8", newline="") as f:
-            if str(problem.line) in {row[0] for row in csv.reader(f) if row}:
-                return False
-    with open(path, "a", encoding="utf-8", newline="") as f:
-        rows = csv.writer(f, lineterminator="\n")
-        if not there:
-            rows.writerow(["line", "file_name", "problem"])
-        rows.writerow((problem.line, problem.file_name, problem.text))
+def append_listing(path: str | Path, problem: Problem) -> bool:
+    "Append a bad row to such a CSV, which is created if needed; return False if the row is listed already."
+    with open(path, "a+", encoding="utf-8", newline="") as f:
+        f.seek(0)
+        listed = {row[0] for row in csv.reader(f) if row}
+        if str(problem.line) in listed:
+            return False
+        csv.writer(f, lineterminator="\n").writerows([problem[1:]] if listed else [COLUMNS, problem[1:]])
     return True
 
 
-def _places(table):
-    return cache_places(table.csv.with_name(f"{table.csv.name}-images")) if table.csv.is_file() else []
+def _stamp_files(table: Table) -> tuple[list[Path], dict]:
+    "Return the possible files for the stamps of a table, and the key that must be in it."
+    files = cache_places(table.csv.with_name(f"{table.csv.name}-images")) if table.csv.is_file() else []
+    return files, {"check": FORMAT, "rows": len(table), "pixels": max_pixels()} | table.key
 
 
-def _read_kept(table) -> np.ndarray | None:
-    "Sizes and times of the images that a check of this very table found good; -1 of the others."
-    for place in _places(table):
+def _read_stamps(table: Table) -> np.ndarray | None:
+    "Read (size, time) of the images that an earlier check of this table accepted; -1 for the others."
+    files, key = _stamp_files(table)
+    for file in files:
         with suppress(OSError, ValueError, TypeError, KeyError):
-            head, _, data = place.read_bytes().partition(b"\n")
-            facts = json.loads(head)
-            if facts["key"] == _key(table) and facts["crc"] == zlib.crc32(data):
+            head, _, data = file.read_bytes().partition(b"\n")
+            header = json.loads(head)
+            if header["key"] == key and header["crc"] == zlib.crc32(data):
                 return np.frombuffer(data, np.int64).reshape(len(table), 2)
     return None
 
 
-def _keep(table, stamps):
+def _write_stamps(table: Table, stamps: np.ndarray) -> None:
+    files, key = _stamp_files(table)
     data = stamps.tobytes()
-    head = json.dumps({"key": _key(table), "crc": zlib.crc32(data)}).encode()
-    for place in _places(table):
-        with suppress(OSError):  # a read-only or full place: without it the next start checks again
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(place, "wb") as f:
-                f.write(head + b"\n" + data)
+    for file in files:
+        with suppress(OSError):  # a read-only or full folder: without the file the next start checks again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file, "wb") as f:
+                f.write(json.dumps({"key": key, "crc": zlib.crc32(data)}).encode() + b"\n" + data)
             return
-
-
-def _key(table) -> dict:
-    return {"check": FORMAT, "rows": len(table), "pixels": max_pixels()} | table.key

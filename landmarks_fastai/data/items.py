@@ -1,19 +1,20 @@
-"""The items of a `DataBlock`: labelled images, taken from a folder in the competition's layout or from a DataFrame.
+"""The items of a `DataBlock`: labelled images from a folder in the competition's layout, or from a DataFrame.
 
-Every row is checked before training: all that is wrong is told at once, or left out with `on_bad="skip"`.
+All rows are checked before training. Bad rows stop the program with a list of all of them, or are skipped.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pandas as pd
 
 from landmarks_fastai.data.checks import LEAVES, check_images, write_listing
-from landmarks_fastai.data.labels import Labels, data_folder, open_labels
+from landmarks_fastai.data.labels import Labels, Table, data_folder, open_labels
 from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
 from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.utils.parallel import bar
@@ -39,7 +40,7 @@ class CropIndex(int):
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    "One row of a table of labels, seen whole or through an aligned crop."
+    "An image with its points: one row of `images.labels`, seen whole or through an aligned crop."
 
     images: "LabelledImages"
     row: int
@@ -56,7 +57,7 @@ class LabelledImage:
 
     @property
     def where(self) -> str:
-        "How an error about the image begins."
+        "The first words of an error message about the image: file and line."
         return f"{self.images.labels.csv} line {self.images.labels.line(self.row)}: "
 
     def problem(self, text: str) -> Problem:
@@ -64,10 +65,10 @@ class LabelledImage:
 
 
 class LabelledImages:
-    """Rows of a table of labels as `LabelledImage`s, each made when it is asked for.
+    """A sequence of `LabelledImage`s, each created when it is indexed.
 
-    fastcore's `L`, which every list of fastai is, leaves what has an `iloc` as it is: so it takes a DataFrame, and so it
-    takes this. A list of 393,930 items would take 40 MB, and be copied into each worker page by page.
+    It has an `iloc`, like a DataFrame, so that fastcore's `L` does not convert it to a list: a list of 393,930 items
+    would take 40 MB, and be copied into each worker page by page.
     """
 
     def __init__(
@@ -89,116 +90,101 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i):
+    @overload
+    def __getitem__(self, i: int) -> LabelledImage: ...
+    @overload
+    def __getitem__(self, i: slice | Sequence | np.ndarray) -> "LabelledImages": ...
+    def __getitem__(self, i: int | slice | Sequence | np.ndarray) -> "LabelledImage | LabelledImages":
         if isinstance(i, (int, np.integer)):
             return LabelledImage(self, int(self.rows[i]), i if isinstance(i, CropIndex) else None)
         return LabelledImages(self.labels, self.folder, self.left_out, self.listing, self.rows[i])
 
     @property
     def all_rows(self) -> "LabelledImages":
-        "Of the same table, whatever part this is."
+        "All images of the table that these are a part of."
         return LabelledImages(self.labels, self.folder, self.left_out, self.listing)
 
     def sample(self, at_most: int) -> Iterator[LabelledImage]:
-        "At most so many of them, evenly spaced."
+        "Yield at most that many images, evenly spaced."
         step = max(1, -(-len(self) // at_most))
         return (self[i] for i in range(0, len(self), step))
 
 
-class FrameLabels:
-    "A DataFrame of file names and coordinates, with the methods of `Labels`."
+class FrameLabels(Table):
+    """The rows of a DataFrame of file names and coordinates, with the methods of `Labels`.
 
-    csv = Path("DataFrame")  # no file: what is found of its images is not kept for a later start
+    Raises `UserError` for a wrong number of columns, no rows, or a coordinate that is not a number.
+    """
 
     def __init__(self, frame: pd.DataFrame):
         if frame.shape[1] < 3 or frame.shape[1] % 2 == 0 or not len(frame):
-            raise UserError(
-                f"the DataFrame has {len(frame)} rows and {frame.shape[1]} columns: a column of file names, then x0, y0, x1, y1, … expected"
-            )
+            found = f"{len(frame)} rows and {frame.shape[1]} columns"
+            raise UserError(f"the DataFrame has {found}: a column of file names, then x0, y0, x1, y1, … expected")
         try:
             values = frame.iloc[:, 1:].to_numpy(np.float32)
         except (ValueError, TypeError) as e:
-            raise UserError(f"the DataFrame holds a coordinate that is no number ({e})") from None
-        self.names, self.values = frame.iloc[:, 0].astype(str).tolist(), values.reshape(len(frame), -1, 2)
-        self.n_points = self.values.shape[1]
-        names = "\n".join(self.names).encode()
-        self.key = {"rows": len(self.names), "digest": hashlib.sha256(names).hexdigest()}
-
-    @property
-    def identity(self) -> dict:
-        return {"rows": len(self), "points": self.n_points, "digest": self.key["digest"]}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, row: int) -> str:
-        return self.names[row]
-
-    def line(self, row: int) -> int:
-        return row
-
-    def lines_and_names(self) -> Iterator[tuple[int, str]]:
-        return enumerate(self.names)
+            raise UserError(f"the DataFrame holds a coordinate that is not a number ({e})") from None
+        names: list[str] = frame.iloc[:, 0].astype(str).tolist()
+        key = {"rows": len(names), "digest": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+        super().__init__(Path("DataFrame"), key, names, np.arange(len(names)))  # no file: image checks are not stored
+        self.values = values.reshape(len(frame), -1, 2)
+        self.n_points: int = self.values.shape[1]
+        self.identity = {"rows": len(names), "points": self.n_points, "digest": key["digest"]}
 
     def points(self, row: int) -> np.ndarray:
         return self.values[row]
 
-    def some_points(self, start: int, stop: int) -> np.ndarray:
+    def read_points(self, start: int, stop: int) -> np.ndarray:
         return self.values[start:stop]
 
     def faults(self) -> dict[int, str]:
         rows = np.flatnonzero(~np.isfinite(self.values).all((1, 2)))
         return dict.fromkeys(rows.tolist(), "a coordinate is NaN or infinite: fix or delete this row")
 
-    def problem(self, row: int, text: str) -> Problem:
-        return Problem(self.csv, row, self.names[row], text)
-
 
 def labelled_images(
-    source: "str | Path | pd.DataFrame | LabelledImages",
-    image_folder: "str | Path | None" = None,  # of a DataFrame's file names
+    source: str | Path | pd.DataFrame | LabelledImages,
+    image_folder: str | Path | None = None,  # of a DataFrame's file names
     on_bad: str = "stop",
     listing: Path | None = None,
     left_out: np.ndarray | None = None,
-    progress=bar,
+    progress: Callable[..., Iterable] = bar,
 ) -> LabelledImages:
-    """The rows of a folder in the competition's layout (`train/landmarks.csv`, `train/images/`) or of a DataFrame, checked.
+    """Check all rows of a folder in the competition's layout (`train/landmarks.csv`, `train/images/`) or of a DataFrame.
 
-    Raises `BadData` with all that is wrong; with `on_bad="skip"` it prints how many rows are left out, and lists them in
-    `listing`. A resumed run names the rows that it began without in `left_out`: it goes on without those, whatever is
-    wrong now.
+    Raises `BadData` with all bad rows; with `on_bad="skip"` it prints how many are left out, and lists them in `listing`.
+    A resumed run passes the rows that it started without as `left_out`: it continues without those, whatever the check finds.
     """
     if isinstance(source, LabelledImages):
         return source
     if isinstance(source, pd.DataFrame):
         labels, folder = FrameLabels(source), Path(image_folder or ".")
     else:
-        side = data_folder(source) / "train"
-        if not os.path.isfile(side / "landmarks.csv"):  # False, not an error, where a folder is closed
-            raise UserError(f"{side / 'landmarks.csv'} not found; -d wants the folder that holds train/ and test/")
-        labels, folder = open_labels(side / "landmarks.csv"), side / "images"
+        train = data_folder(source) / "train"
+        if not os.path.isfile(train / "landmarks.csv"):  # False, not an error, for a folder without permission
+            raise UserError(f"{train / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/")
+        labels, folder = open_labels(train / "landmarks.csv"), train / "images"
     faults = labels.faults()
-    found = check_images(labels, folder, labels.some_points, list(faults), progress)
+    found = check_images(labels, folder, labels.read_points, list(faults), progress)
     if left_out is not None:
-        leaving = [r for r in found.rows.tolist() if found.faults[r] == LEAVES and r not in left_out]
-        if leaving:
+        if leaving := [r for r in found.rows.tolist() if found.faults[r] == LEAVES and r not in left_out]:
             raise BadData(map(found.problem, leaving), len(leaving))
         return LabelledImages(labels, folder, left_out, listing)
     rows = np.union1d(found.rows, list(faults)).astype(np.int64)
     problems = (labels.problem(r, faults[r]) if r in faults else found.problem(r) for r in rows.tolist())
-    _report_bad_rows(rows, problems, labels, on_bad, listing)
+    _report_bad_rows(len(rows), problems, len(labels), on_bad, listing)
     return LabelledImages(labels, folder, rows, listing)
 
 
-def _report_bad_rows(rows, problems, labels, on_bad, listing):
-    "Stop with the bad rows, or list them and print how many are left out."
-    stops = len(rows) > 0 and (on_bad == "stop" or len(rows) == len(labels))
-    if listing and len(rows) > (SHOWN if stops else 0):
+def _report_bad_rows(n_bad: int, problems: Iterable[Problem], n_rows: int, on_bad: str, listing: Path | None) -> None:
+    "Raise `BadData`, or list the bad rows and print how many are left out."
+    stop = n_bad > 0 and (on_bad == "stop" or n_bad == n_rows)
+    if listing and n_bad > (SHOWN if stop else 0):
         problems = list(problems)
         write_listing(listing, problems)
     elif listing:
-        Path(listing).unlink(missing_ok=True)  # of an earlier start
-    if stops:
-        raise BadData(problems, len(rows), "--on-bad skip" if len(rows) < len(labels) else "", listing)
-    if len(rows):
-        print(f"{len(rows)} of {len(labels)} rows are bad and left out" + (f": {listing}" if listing else ""))
+        Path(listing).unlink(missing_ok=True)  # from an earlier start
+    if stop:
+        raise BadData(problems, n_bad, "--on-bad skip" if n_bad < n_rows else "", listing)
+    if n_bad:
+        print(f"{n_bad} of {n_rows} rows are bad and left out" + (f": {listing}" if listing else ""))

@@ -1,5 +1,6 @@
-"Which rows are trained on, and which are held out for validation."
+"Split the rows into training and validation."
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,37 +10,33 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import Settings
 
 
-def split_rows(n: int, settings: Settings, left_out=()) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and to validate on: the last `valid_pct` of the file, as the published entry's, or as many at random.
+def split_rows(n: int, settings: Settings, left_out: Sequence[int] | np.ndarray = ()) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows to train on and to validate on: the last `valid_pct` of the file, or as many at random.
 
-    With `all_rows` the same rows are validated on, and trained on as well. Rows that are left out are taken out of the
-    split of all: one that becomes bad between two stages moves no other from one side to the other.
+    With `all_rows` training includes the validation rows. `left_out` is removed after the split: a row that becomes bad
+    between two stages moves no other row from one part to the other.
     """
     n_train = int(n * (1 - settings.valid_pct) + 1e-9)
-    rows = np.arange(n)
-    if settings.valid_random:
-        rows = np.random.default_rng(settings.split_seed).permutation(n)
-    train, valid = rows[:n_train], rows[n_train:]
-    train = np.arange(n) if settings.all_rows else train
-    return np.setdiff1d(train, left_out), np.setdiff1d(valid, left_out)
+    rows = np.random.default_rng(settings.split_seed).permutation(n) if settings.valid_random else np.arange(n)
+    train = rows if settings.all_rows else rows[:n_train]
+    return np.setdiff1d(train, left_out), np.setdiff1d(rows[n_train:], left_out)
 
 
 @dataclass(frozen=True)
 class RowSplitter:
-    "The `splitter` of a DataBlock. Raises `UserError` where a side has no rows, or training not one batch."
+    "The `splitter` of a DataBlock. Raises `UserError` if a part has no rows, or training less than one batch."
 
     settings: Settings
 
     def __call__(self, items: LabelledImages) -> tuple[list[int], list[int]]:
         train, valid = split_rows(len(items), self.settings, items.left_out)
         bad = f", {len(items.left_out)} of them bad," if len(items.left_out) else ""
-        n = f"{items.labels.csv}: {len(items)} rows{bad}"
+        csv, size = items.labels.csv, self.settings.batch_size
+        n = f"{csv}: {len(items)} rows{bad}"
         if not len(train):
             raise UserError(f"{n} leave none to train on: lower --valid-pct or add rows")
         if not len(valid):
             raise UserError(f"{n} leave none to validate on: fix them or raise --valid-pct")
-        if len(train) < self.settings.batch_size:  # a short last batch is dropped in training
-            raise UserError(
-                f"{items.labels.csv}: {len(train)} training rows make no batch of {self.settings.batch_size}: use -b {len(train)}"
-            )
+        if len(train) < size:  # a short last batch is dropped in training
+            raise UserError(f"{csv}: {len(train)} training rows make no batch of {size}: use -b {len(train)}")
         return train.tolist(), valid.tolist()

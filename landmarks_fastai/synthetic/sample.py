@@ -1,6 +1,4 @@
-"""Make a set of drawn faces with exact landmarks in the competition's layout: `python -m landmarks_fastai.synthetic DIR`."""
-
-from __future__ import annotations
+"Write drawn faces with exact landmarks in the competition's layout: `python -m landmarks_fastai.synthetic DIR`."
 
 import argparse
 import functools
@@ -11,9 +9,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -24,149 +22,127 @@ from landmarks_fastai.synthetic.faces import render_face
 
 __all__ = ["render_face", "main", "make_sample", "flip_indices_of_template"]
 
-FORMAT = 1  # raise it when the same arguments begin to give other bytes
+FORMAT = 1  # to be raised when the same arguments give other bytes
 SIDES = ("train", "test")
-
-
-def _name(seed: int, side: int, index: int) -> str:
-    """A file name like the competition's: 32 hex digits."""
-    return hashlib.md5(f"{seed}/{side}/{index}".encode(), usedforsecurity=False).hexdigest() + ".jpg"
+Progress = Callable[[int, int], object]  # called with the numbers of images done and of all images
 
 
 def _render_one(job: tuple[int, int], folder: str, n_points: int, n_asked: int, seed: int) -> tuple[str, str]:
-    """Write the picture (side, index); return its row of landmarks.csv and of test_points.csv."""
+    "Write the image (side, index); return its row of landmarks.csv and its row of test_points.csv."
     side, index = job
     rng = np.random.default_rng([seed, side, index])
     image, points = render_face(rng, n_points)
-    name = _name(seed, side, index)
+    name = hashlib.md5(f"{seed}/{side}/{index}".encode(), usedforsecurity=False).hexdigest() + ".jpg"
     image.save(Path(folder, SIDES[side], "images", name), quality=int(rng.integers(72, 96)))
-    asked = rng.permutation(n_points)[:n_asked].tolist()
-    row = "\t".join([name, *map(str, np.rint(points).astype(int).ravel().tolist())])
-    return row, f"{name}\t{asked}"
+    indices = rng.permutation(n_points)[:n_asked].tolist()
+    return "\t".join([name, *map(str, np.rint(points).astype(int).ravel().tolist())]), f"{name}\t{indices}"
 
 
-@contextmanager
-def _mapper(processes: int) -> Iterator[Callable]:
-    """`map`, in this process or in a pool."""
-    if processes <= 1:
-        yield map
-        return
-    # spawn, because forking a process that already runs threads (torch, a notebook) can hang
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield functools.partial(pool.map, chunksize=8)
+def _write_lines(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
-def _write_rows(path: Path, header: list[str], rows: list[str]) -> None:
-    path.write_text("\n".join(["\t".join(header), *rows]) + "\n", encoding="utf-8", newline="\n")
-
-
-def _fill(folder: Path, recipe: dict, processes: int, progress: Callable[[int, int], object] | None) -> None:
-    """Draw the whole set into an existing folder."""
-    counts = (recipe["n_train"], recipe["n_test"])
-    jobs = [(side, index) for side in (0, 1) for index in range(counts[side])]
+def _write_sample(folder: Path, recipe: dict[str, int], processes: int, progress: Progress | None) -> None:
+    "Write all files of a sample into an existing folder."
+    n_train = recipe["n_train"]
+    jobs = [(0, index) for index in range(n_train)] + [(1, index) for index in range(recipe["n_test"])]
     for side in SIDES:
         (folder / side / "images").mkdir(parents=True)
-    draw = functools.partial(_render_one, folder=str(folder), **{k: recipe[k] for k in ("n_points", "n_asked", "seed")})
+    numbers = {key: recipe[key] for key in ("n_points", "n_asked", "seed")}
+    render, processes = functools.partial(_render_one, folder=str(folder), **numbers), min(processes, len(jobs) // 8)
     rows = []
-    with _mapper(min(processes, len(jobs) // 8)) as run:
-        for row in run(draw, jobs):
+    with ExitStack() as stack:
+        run = map
+        if processes > 1:  # spawned: forking a process that runs threads (torch, a notebook) can hang
+            pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+            run = functools.partial(stack.enter_context(pool).map, chunksize=8)
+        for row in run(render, jobs):
             rows.append(row)
             if progress:
                 progress(len(rows), len(jobs))
-    header = ["file_name", *(f"Point_M{i}_{axis}" for i in range(recipe["n_points"]) for axis in "XY")]
-    _write_rows(folder / "train" / "landmarks.csv", header, [row for row, _ in rows[: counts[0]]])
-    _write_rows(folder / "test" / "landmarks.csv", header, [row for row, _ in rows[counts[0] :]])
-    asked = [asked for _, asked in rows[counts[0] :]]
-    _write_rows(folder / "test" / "test_points.csv", ["file_name", "point_index_list"], asked)
-    (folder / "sample.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8", newline="\n")
+    labels, test_points = zip(*rows, strict=True)
+    header = "\t".join(["file_name", *(f"Point_M{i}_{axis}" for i in range(recipe["n_points"]) for axis in "XY")])
+    _write_lines(folder / "train" / "landmarks.csv", header, *labels[:n_train])
+    _write_lines(folder / "test" / "landmarks.csv", header, *labels[n_train:])
+    _write_lines(folder / "test" / "test_points.csv", "file_name\tpoint_index_list", *test_points[n_train:])
+    _write_lines(folder / "sample.json", json.dumps(recipe, indent=1))
+    folder.chmod(0o755)  # `mkdtemp` created it for this user only
 
 
-def _is_done(folder: Path, recipe: dict) -> bool:
-    """Whether folder already holds this very set; UserError if it holds something else."""
+def _is_complete(folder: Path, recipe: dict[str, int]) -> bool:
+    "Return whether the folder holds this sample already. Raises `UserError` if it holds something else."
     if not os.path.lexists(folder):
         return False
     if not folder.is_dir():
-        raise UserError(f"{folder} is a file, not a folder; give another name")
+        raise UserError(f"{folder} is a file, not a folder; choose another name")
     try:
-        made = json.loads((folder / "sample.json").read_text(encoding="utf-8"))
+        stored = json.loads((folder / "sample.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         if any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and is no drawn sample; give another folder or empty it") from None
+            raise UserError(f"{folder} is not empty and holds no sample; choose another folder or empty it") from None
         return False
-    if made == recipe:
+    if stored == recipe:
         return True
-    keys = [k for k in recipe if not isinstance(made, dict) or made.get(k) != recipe[k]]
-    raise UserError(f"{folder} holds a sample drawn with another {', '.join(keys)}; give another folder or remove it")
-
-
-def _check(recipe: dict) -> None:
-    for key, least in (("n_train", 1), ("n_test", 0), ("n_points", 1), ("n_asked", 1), ("seed", 0)):
-        if recipe[key] < least:
-            raise UserError(f"{key} must be at least {least}, not {recipe[key]}")
+    keys = [key for key in recipe if not isinstance(stored, dict) or stored.get(key) != recipe[key]]
+    raise UserError(f"{folder} holds a sample drawn with another {', '.join(keys)}; choose another folder or remove it")
 
 
 def make_sample(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     n_train: int = 1200,
     n_test: int = 100,
     n_points: int = 971,
     seed: int = 0,
-    n_asked: int = 30,
-    processes: int | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    n_asked: int = 30,  # point indices in each row of test_points.csv
+    processes: int | None = None,  # None: one a core
+    progress: Progress | None = None,
 ) -> Path:
-    """Write drawn faces in the competition's layout into folder and return it; the test side's truth is written as well.
+    """Write drawn faces in the competition's layout, with the true points of the test images, and return the folder.
 
     Coordinates in the files are pixels of the image as stored, rounded to integers (pixel centres). The same numbers
-    give the same bytes, whatever `processes` (default: one a core). A folder that already holds this set is kept.
+    give the same bytes, whatever `processes`. A folder that holds this sample already is not changed. Raises `UserError`
+    for a folder that holds something else or cannot be written, and for numbers that are too small.
     """
     folder = Path(folder)
-    recipe = {
-        "format": FORMAT,
-        "n_train": int(n_train),
-        "n_test": int(n_test),
-        "n_points": int(n_points),
-        "n_asked": int(n_asked),
-        "seed": int(seed),
-    }
-    _check(recipe)
+    numbers = {"n_train": n_train, "n_test": n_test, "n_points": n_points, "n_asked": n_asked, "seed": seed}
+    recipe = {"format": FORMAT} | {key: int(number) for key, number in numbers.items()}
+    for key in numbers:
+        if recipe[key] < (least := 0 if key in ("n_test", "seed") else 1):
+            raise UserError(f"{key} must be at least {least}, not {recipe[key]}")
     try:
-        if _is_done(folder, recipe):
+        if _is_complete(folder, recipe):
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # filled beside its place and renamed, so that a broken run leaves no half of a set
-        half = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        # written under another name, so that an interrupted run leaves nothing
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _fill(half, recipe, os.cpu_count() or 1 if processes is None else processes, progress)
-            half.chmod(0o755)
+            _write_sample(temporary, recipe, os.cpu_count() or 1 if processes is None else processes, progress)
             try:
-                half.replace(folder)
-            except OSError:  # another process that drew the same set was first
-                if not _is_done(folder, recipe):
+                temporary.replace(folder)
+            except OSError:  # unless another process has finished the same sample
+                if not _is_complete(folder, recipe):
                     raise
         finally:
-            shutil.rmtree(half, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as e:
         raise UserError(f"cannot write {folder}: {e.strerror or e}") from e
     return folder
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `python -m landmarks_fastai.synthetic`; returns the exit code."""
+    "Run the command `python -m landmarks_fastai.synthetic`; return the exit code."
     parser = argparse.ArgumentParser(
         prog="python -m landmarks_fastai.synthetic",
         description="Draw faces with exact landmarks, in the layout of Kaggle's Thousand Facial Landmarks.",
         epilog="DIR gets train/images, train/landmarks.csv, test/images, test/test_points.csv and, to score a"
-        " submission, test/landmarks.csv. The same numbers give the same files; a finished set is not drawn again.",
+        " submission, test/landmarks.csv. The same numbers give the same files; a complete sample is not drawn again.",
     )
-    parser.add_argument("folder", metavar="DIR", help="folder to make; it must be absent, empty or this very set")
-    for flag, dest, default, text in (
-        ("--train", "n_train", 1200, "pictures to train on"),
-        ("--test", "n_test", 100, "pictures to predict"),
-        ("--points", "n_points", 971, "landmarks in each face"),
-        ("--seed", "seed", 0, "another seed, other faces"),
-    ):
-        parser.add_argument(flag, dest=dest, type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    parser.add_argument("folder", metavar="DIR", help="output folder; absent, empty, or with the same sample in it")
+    add = functools.partial(parser.add_argument, type=int, metavar="N")
+    add("--train", dest="n_train", default=1200, help="training images (default %(default)s)")
+    add("--test", dest="n_test", default=100, help="test images (default %(default)s)")
+    add("--points", dest="n_points", default=971, help="landmarks of each face (default %(default)s)")
+    add("--seed", default=0, help="random seed (default %(default)s)")
     args = vars(parser.parse_args(argv))
     try:
         folder = make_sample(**args)
@@ -175,7 +151,3 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print("{n_train} train and {n_test} test faces with {n_points} landmarks each are in ".format(**args) + str(folder))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

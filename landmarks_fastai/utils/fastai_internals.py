@@ -1,56 +1,57 @@
-"""A Learner whose fit may begin in the middle of an epoch. All private names of fastai that this program touches are here.
+"""A Learner whose fit can start in the middle of an epoch, and all private names of fastai that this program uses.
 
-Read in fastai 2.8.12: `Learner._do_fit`, `_with_events`, `_end_cleanup`; `DataLoader.fake_l`, `_device`.
-`tests/test_resumable.py` fails where a later version changes what is relied on.
+Checked with fastai 2.8.12: `Learner._do_fit`, `_with_events`, `_end_cleanup`; `DataLoader.fake_l`, `_device`.
+`tests/utils/test_fastai_internals.py` fails if a later version changes them.
 """
 
 import copy
 
-from fastai.callback.core import CancelEpochException
+from fastai.callback.core import CancelEpochException  # type: ignore[attr-defined] (fastai creates it at run time)
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 
 
 def worker_count(dl: DataLoader) -> int:
-    "The worker processes of a DataLoader; none within its `one_batch`. `dl.num_workers` is another number."
+    "Return the number of worker processes; 0 within `one_batch`, where `dl.num_workers` does not change."
     return dl.fake_l.num_workers
 
 
 def without_device(dl: DataLoader) -> DataLoader:
-    "A copy that makes batches as the original does, for a worker process: nothing in it opens a CUDA context."
+    "Copy a DataLoader for a worker process: it makes the same batches, and nothing in it opens a CUDA context."
     twin = copy.copy(dl)
     twin.__dict__.update(fake_l=None, after_batch=None, _device=None)
     return twin
 
 
 class ResumableLearner(Learner):
-    """fastai's own `fit(start_epoch=)` goes through the events of the epochs that it skips, and every tracker counts them;
-    and it knows no batch.
+    """A Learner whose next fit starts at `begin`.
+
+    fastai's `fit(start_epoch=)` runs the events of the skipped epochs, so that trackers count them, and cannot skip batches.
     """
 
-    begin = (0, 0)  # epoch, and its batch, that the next fit begins at
+    begin: tuple[int, int] = (0, 0)  # epoch, and batch in it, at which the next fit starts
 
     @property
     def first_batch(self) -> int:
-        "Of this epoch's training."
+        "The training batch at which the current epoch starts."
         return self.begin[1] if self.epoch == self.begin[0] else 0
 
-    def _do_fit(self):
+    def _do_fit(self) -> None:
         try:
             for epoch in range(self.begin[0], self.n_epoch):
                 self.epoch = epoch
                 self._with_events(self._do_epoch, "epoch", CancelEpochException)
         finally:
-            self.begin = (0, 0)  # a later fit starts at its beginning
+            self.begin = (0, 0)
 
-    def all_batches(self):
-        self.n_iter = len(self.dl)
+    def all_batches(self) -> None:
+        self.n_iter = len(self.dl)  # type: ignore[arg-type] (`dl` is set in an epoch)
         first = self.first_batch if self.training else 0
         if first < self.n_iter:
-            for i, batch in enumerate(self.dl, first):
+            for i, batch in enumerate(self.dl, first):  # type: ignore[arg-type]
                 self.one_batch(i, batch)
 
-    def release_batch(self):
-        "Let go of the last batch, its predictions and its graph: after an error fastai keeps them."
+    def release_batch(self) -> None:
+        "Release the last batch, its predictions and its graph, which fastai keeps after an error."
         self._end_cleanup()
         self.loss_grad = None

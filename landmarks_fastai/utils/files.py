@@ -1,42 +1,38 @@
-"Files that are whole or not there, and a lock that one process holds."
+"Atomic writes, a lock between processes, and the places of cache files."
 
 import errno
 import hashlib
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from landmarks_fastai.errors import UserError
 
 ON_WINDOWS = os.name == "nt"
-# the disk is full, the quota is used up, the file too large, the disk read-only, closed or broken, a folder is there
-REFUSALS = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "EISDIR")
-    if hasattr(errno, name)
-}
+# disk full, quota used up, file too large, disk read-only, no permission, disk broken, a folder of that name
+REFUSALS = {getattr(errno, name, 0) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EISDIR".split()}
 
 
 class NotWritten(UserError, OSError):
-    "A file that the system refuses to take: a line for the user, and an `OSError` for whoever has another place for it."
+    "A file that the system refuses to write: a line for the user, and an `OSError` for code that can try another place."
 
 
 @contextmanager
-def atomic_path(path: Path):
-    """The name of a temporary sibling of `path`: what the block writes there takes its name when the block ends well.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield the name of a temporary file beside `path`, which replaces `path` when the block ends without an error.
 
-    The folder that `path` is in is made where it is absent.
-
-    Synced before it is renamed; named after the process, so that two that write one file at once do not mix.
-    Raises `NotWritten`, which is a `UserError`, where there is no room.
+    Creates the parent folder if needed. The file is synced before it is renamed, and named after the process, so that two
+    processes can write one file. Raises `NotWritten` if the system refuses to write it.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    made = False
+    created = False
     try:
-        with suppress(OSError):  # what is wrong with it, or that it is there, `open` finds out in the block
+        with suppress(OSError):  # if it exists, or cannot be created, `open` in the block finds out
             path.parent.mkdir()
-            made = True
+            created = True
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
@@ -44,29 +40,24 @@ def atomic_path(path: Path):
     except OSError as e:
         if e.errno not in REFUSALS and str(e.filename) != str(temporary):
             raise
-        raise NotWritten(
-            f"{path} cannot be written ({reason(e)}): make room, or choose another place with --out"
-        ) from None
+        raise NotWritten(f"{path} cannot be written ({reason(e)}): make room, or choose another --out") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-            if made:
-                path.parent.rmdir()  # where nothing was written into it
+            if created:
+                path.parent.rmdir()  # fails unless nothing was written into it
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str = "w"):
-    "As `atomic_path`, opened to write."
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    with atomic_path(path) as temporary, open(temporary, mode, **text) as f:
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    "Open a file that replaces `path` when the block ends without an error; text is UTF-8. Raises like `atomic_path`."
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    with atomic_path(path) as temporary, open(temporary, mode, encoding=encoding, newline=newline) as f:
         yield f
 
 
-def rename(temporary: Path, path: Path, tries: int = 20):
-    """Rename a file over `path`, or a folder to where none is.
-
-    On Windows another program (a virus scanner, a viewer) may hold it open for a moment.
-    """
+def rename(temporary: Path, path: Path, tries: int = 20) -> None:
+    "Rename a file over `path`, or a folder to a free name; on Windows retry while another program (a virus scanner) holds it."
     for left in reversed(range(tries)):
         try:
             os.replace(temporary, path)
@@ -75,7 +66,7 @@ def rename(temporary: Path, path: Path, tries: int = 20):
             if not ON_WINDOWS or not left:
                 raise
             time.sleep(0.1)
-    if hasattr(os, "O_DIRECTORY"):  # so that the new name outlives a power cut; Windows cannot sync a folder
+    if hasattr(os, "O_DIRECTORY"):  # the new name must survive a power failure; Windows cannot sync a folder
         with suppress(OSError):  # nor can some network folders
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -85,29 +76,29 @@ def rename(temporary: Path, path: Path, tries: int = 20):
 
 
 @contextmanager
-def process_lock(path: Path):
-    """Yield whether this process got the lock of that name, for the time of the block; the file goes with it.
+def process_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path` for the time of the block; yield whether this process got it.
 
-    It is the process's own: a POSIX record lock is not handed down to a forked worker, as `flock`'s is, so that a killed
-    run's orphaned workers do not keep it.
+    A POSIX record lock, unlike `flock`'s, is not inherited by forked workers: those of a killed run do not hold it.
+    Raises `UserError` if the file cannot be opened.
     """
     try:
         f = open(path, "ab+", buffering=0)
     except OSError as e:
         raise UserError(f"{path} cannot be opened ({reason(e)}): move it away") from None
-    held = _lock(f) and _is(path, f)  # it may have been removed since it was opened
+    held = _lock(f) and _is_open_file(path, f)  # it may have been removed since it was opened
     try:
         yield held
     finally:
-        if held and not ON_WINDOWS:
-            path.unlink(missing_ok=True)  # before it is let go: who waits for it must not lock a removed file
-        f.close()
-        if held and ON_WINDOWS:  # where an open file cannot be removed
+        if ON_WINDOWS:  # which cannot remove an open file
+            f.close()
+        if held:
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # before the lock is released: nobody must lock a removed file
+        f.close()
 
 
-def _lock(f) -> bool:
+def _lock(f: IO[bytes]) -> bool:
     try:
         import fcntl
 
@@ -116,48 +107,58 @@ def _lock(f) -> bool:
         import msvcrt
 
         try:
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined] (Windows)
         except OSError:
             return False
-    except OSError as e:  # a file system without locks: go on without
+    except OSError as e:  # on a file system without locks, continue without
         return e.errno not in (errno.EACCES, errno.EAGAIN)
     return True
 
 
-def _is(path: Path, f) -> bool:
-    "Whether the open file still has that name."
+def _is_open_file(path: Path, f: IO[bytes]) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
     except OSError:
         return False
 
 
-def reason(error) -> str:
-    "What went wrong, in one line."
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0][:200]
+def reason(error: BaseException) -> str:
+    "Describe an error in one line of at most 200 characters."
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def read_at(f, length: int, place: int) -> bytes:
-    "Bytes of an unbuffered file. A forked worker shares the file's position, so that must not matter."
+def check_folder(folder: Path, hint: str) -> Path:
+    "Return a folder. Raises `UserError`, which ends with `hint`, if it does not exist or cannot be read."
+    try:
+        os.listdir(folder)
+        return folder
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no such folder; {hint}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder} cannot be read ({reason(e)}); {hint}") from None
+
+
+def read_at(f: IO[bytes], length: int, place: int) -> bytes:
+    "Read bytes at a position of an unbuffered file. Forked workers share the file's position, so it is not used."
     if hasattr(os, "pread"):
         return os.pread(f.fileno(), length, place)
-    f.seek(place)  # Windows: a worker is spawned and has a file of its own
+    f.seek(place)  # on Windows workers are spawned, each with a file of its own
     return f.read(length)
 
 
-def write_at(f, data, place: int):
-    "Write all of `data` at a place of an unbuffered file; as `read_at`."
-    if hasattr(os, "pwrite"):
-        while data:
-            done = os.pwrite(f.fileno(), data, place)
-            data, place = data[done:], place + done
+def write_at(f: IO[bytes], data: bytes | memoryview, place: int) -> None:
+    "Write all of `data` at a position of an unbuffered file, like `read_at`."
+    if not hasattr(os, "pwrite"):
+        f.seek(place)
+        f.write(data)
         return
-    f.seek(place)
-    f.write(data)
+    while data:
+        done = os.pwrite(f.fileno(), data, place)
+        data, place = data[done:], place + done
 
 
 def cache_places(path: Path) -> list[Path]:
-    "Where a cache of `path` may lie: beside it; then in the user's cache folder, under a name made from its path."
+    "Return the possible cache files of `path`: one beside it; one in the user's cache folder, named by a hash of the path."
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
     places = [path.with_name(path.name + ".cache"), Path(home) / "landmarks_fastai" / f"{name}.cache"]

@@ -1,7 +1,7 @@
-"""What a run may use of the machine it is on, and how. None of it travels with a checkpoint.
+"""The settings of a run that depend on the machine; a checkpoint does not store them.
 
-On a GPU: mixed precision, channels_last, pinned memory, TF32, `torch.compile`. Nobody has measured these here; on the CPU
-`benchmarks/README.md` has what the same choices gave.
+Mixed precision, channels_last, pinned memory, TF32 and `torch.compile` were not measured on a GPU;
+`benchmarks/README.md` has the measurements on a CPU.
 """
 
 import ctypes
@@ -9,48 +9,53 @@ import multiprocessing
 import os
 import re
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.utils.files import reason
+
+if TYPE_CHECKING:
+    import torch
 
 AMP = ("auto", "off", "bf16", "fp16")
-# The limit of images.py, in a variable of the environment: a spawned worker inherits nothing else.
+# The environment variable that passes `Machine.max_pixels` to data/images.py: a spawned worker inherits nothing else.
 MAX_PIXELS = "LANDMARKS_MAX_PIXELS"
-# Turing without tensor cores: convolutions in fp16 give NaN there (pytorch issues 69449, 77955), Ultralytics' check_amp
-# refuses the same cards by name.
+# Turing without tensor cores: fp16 convolutions give NaN (pytorch issues 69449, 77955); Ultralytics' check_amp refuses
+# the same cards by name.
 NAN_IN_FP16 = re.compile(r"\bGTX 16[356]0\b|\bT(400|500|550|600|1000|1200|2000)\b", re.IGNORECASE)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from glibc's malloc.h
 
 
 @dataclass(frozen=True)
 class Machine:
-    "The defaults are the CPU's."
+    "Device, precision, worker processes and limits; the defaults are for a CPU."
 
     device: str = "cpu"  # or cuda
-    workers: int | None = None  # processes that decode images; None chooses by the cores
-    cache: bool = False  # keep fitted images on disk
-    amp: str = "auto"  # one of `AMP`; auto is the GPU's better one, and off on a CPU and on `NAN_IN_FP16`
+    workers: int | None = None  # processes that decode images; None: by the number of cores
+    cache: bool = False  # store fitted images on disk
+    amp: str = "auto"  # one of `AMP`; auto is bf16 or fp16 on a GPU, off on a CPU and on `NAN_IN_FP16`
     channels_last: bool = True
-    pin_memory: bool = True  # beside a GPU; a CPU has nothing to copy to
+    pin_memory: bool = True  # on a GPU
     tf32: bool = True  # on a GPU that has it
     compile: bool = False
-    # Millions of pixels of an image. Decoding takes 10 bytes a pixel (measured: 1.7 GB for a PNG of 13,300 px squared, which
-    # is 543 kB on disk), so 0.6 GB a worker at this; cameras of 61 megapixels pass.
+    # Largest image, in millions of pixels. Decoding takes 10 bytes a pixel (measured: 1.7 GB for a PNG of 13,300 x 13,300
+    # px, 543 kB on disk), so 0.6 GB a worker with 64, which accepts images of 61-megapixel cameras.
     max_pixels: float = 64.0
-    save_every: float = 5.0  # minutes from one writing of a stage's state to the next; each epoch's end has its own
+    save_every: float = 5.0  # minutes between two saves of a stage's state; it is also saved after each epoch
 
     @property
     def decoders(self) -> int:
-        """Processes that decode images: one a core beside a GPU; half the cores where the CPU trains too.
+        """The number of processes that decode images: one a core on a GPU, half the cores on a CPU; eight at most.
 
-        Eight at the most: past that a laptop's memory pays for nothing. None on two cores, which training keeps busy: a
-        worker there costs more than it does, `benchmarks/throughput.py`. None beside a CPU that has its images ready: to
-        read them takes less than to pass them on.
+        0 on two cores, which training keeps busy: a worker costs more than it gains (`benchmarks/throughput.py`). 0 on a
+        CPU with cached images: reading them takes less time than passing them between processes.
         """
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # A spawned worker (Windows) imports everything again: 0.4 GB, and training and validation keep theirs side by side.
+        # A spawned worker (Windows) imports everything again, 0.4 GB; training and validation each have their own workers.
         if multiprocessing.get_context().get_start_method() != "fork":
             cores = min(cores, total_memory() // (2 << 30))
         if self.device == "cuda":
@@ -59,11 +64,12 @@ class Machine:
 
     @property
     def pins(self) -> bool:
+        "Whether batches are copied to pinned memory."
         return self.pin_memory and self.device == "cuda"
 
     @property
     def precision(self) -> str:
-        "What `amp` comes to: off, bf16 or fp16. bf16 needs no loss scaling; GPUs before Ampere do not compute in it."
+        "The precision that `amp` selects: off, bf16 or fp16. bf16 needs no loss scaling; GPUs before Ampere lack it."
         if self.amp != "auto":
             return self.amp
         if self.device != "cuda":
@@ -74,67 +80,58 @@ class Machine:
             return "bf16"
         return "off" if NAN_IN_FP16.search(torch.cuda.get_device_name()) else "fp16"
 
-    def autocast(self):
-        "The context in which a network computes."
+    def autocast(self) -> AbstractContextManager:
+        "Return the context for a network's forward pass."
         import torch
 
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return torch.autocast(self.device, dtypes.get(self.precision), enabled=self.precision in dtypes)
 
     @property
-    def memory_format(self):
+    def memory_format(self) -> "torch.memory_format":
         import torch
 
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def prepare(self):
-        "Tell the process: once, before the first network is made. Raises `UserError` for what this machine cannot do."
+    def prepare(self) -> None:
+        "Apply the settings to this process, before a network is created. Raises `UserError` for what the machine cannot do."
         if self.amp == "fp16" and self.device == "cpu":
             raise UserError("--amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp")
         keep_freed_memory()
         os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
-        if self.compile:
-            _try_compiler(self.device)
-        if self.device == "cuda":
-            import torch
+        import torch
 
+        if self.compile:
+            try:
+                torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
+            except Exception as e:  # the errors of torch._inductor, the compiler and the linker share no narrower base
+                raise UserError(f"--compile: it fails here ({reason(e)}): run without --compile") from None
+        if self.device == "cuda":
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32
-            # All batches but the last are of one shape, so one search pays for a whole stage. It may choose another
-            # algorithm in another run: on a GPU runs of one seed differ by rounding anyway, on a CPU, where they are
-            # equal to the last bit, this is not reached.
+            # All batches but the last have one shape: one search serves a stage. Another run may choose another algorithm,
+            # but on a GPU runs with one seed differ by rounding anyway.
             torch.backends.cudnn.benchmark = True
 
 
 def total_memory() -> int:
-    "Bytes of this machine's memory."
+    "Return the machine's memory in bytes."
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    status = (ctypes.c_ulonglong * 8)(64)  # Windows' MEMORYSTATUSEX: its own size, then the physical memory
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+    status = (ctypes.c_ulonglong * 8)(64)  # MEMORYSTATUSEX: the size of the structure, then the physical memory
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)  # type: ignore[attr-defined] (Windows)
     return status[1]
 
 
-def _try_compiler(device: str):
-    "Compile something small: a machine without a compiler is found out now, in one line."
-    import torch
-
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as e:  # torch._inductor's, the compiler's and the linker's own errors share no narrower base
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
-        raise UserError(f"--compile: this machine cannot compile ({why}): run without --compile") from None
-
-
 def keep_freed_memory() -> bool:
-    """Let malloc keep the memory that a step frees, for the next step; False where there is no glibc to tell.
+    """Let glibc's malloc keep freed memory for the next step; return False on systems without glibc.
 
-    glibc hands every large tensor's memory back to the kernel, which clears it, page by page, for the next one: on two
-    cores keeping it made training 9% faster (resnet18, 128 px), predicting a third (resnext50), at 5% more memory.
+    By default it returns the memory of each large tensor to the kernel, which clears it page by page for the next one. On
+    two cores keeping it made training 9% faster (resnet18, 128 px), predicting a third (resnext50), with 5% more memory.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # one arena for all threads: the others' are of 64 MB, and what is larger goes the old way
+    # one arena for all threads: the arenas of other threads have 64 MB, and what is larger is returned to the kernel
     options = [(M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_ARENA_MAX, 1)]
     return bool(mallopt) and all(mallopt(option, value) for option, value in options)

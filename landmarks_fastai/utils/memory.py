@@ -1,71 +1,67 @@
-"Too little memory: what it looks like, and which batch fits."
+"Recognise errors of too little memory, and find a batch size that fits."
 
 import os
 import shutil
 import traceback
+from collections.abc import Callable
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.hardware import Machine
 
-# How torch says in a RuntimeError's text that memory is short: its CPU allocator, oneDNN (2), CUDA's driver, cuDNN, cuBLAS
+# In the text of a RuntimeError: torch's CPU allocator, oneDNN (2), the CUDA driver, cuDNN, cuBLAS
 NO_MEMORY = (
     "can't allocate memory", "could not create a primitive", "could not create a memory object",
     "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
 )  # fmt: skip
+MORE_SHM = "use --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
 
 
 def out_of_memory(error: Exception) -> bool:
-    "Whether the main process, or the GPU, had too little memory for what it computed."
+    "Return whether an error says that the main process or the GPU has too little memory."
     import torch
 
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in NO_MEMORY)
 
 
-def check_shared_memory(machine: Machine, batch_bytes: int):
-    """Raise `UserError` where /dev/shm, which workers pass their batches through, may not hold them: a container has 64 MB.
+def check_shared_memory(machine: Machine, batch_bytes: int) -> None:
+    """Raise `UserError` if /dev/shm is too small for the workers' batches: a container has 64 MB.
 
-    Told before, because a worker that finds it full prints a traceback and the main process waits for its batch forever.
+    Checked beforehand: a worker that finds it full prints a traceback, and the main process waits for its batch forever.
     """
     shm = "/dev/shm"
     if not machine.decoders or not os.path.isdir(shm):
         return
-    needed = (2 * machine.decoders + 2) * batch_bytes  # each prefetches 2; 2 are in use
+    needed = (2 * machine.decoders + 2) * batch_bytes  # each worker prefetches 2; 2 are in use
     free = shutil.disk_usage(shm).free
     if needed > free:
-        raise UserError(
-            f"{machine.decoders} workers may need {needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}: "
-            "use --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
-        )
+        sizes = f"{needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}"
+        raise UserError(f"{machine.decoders} workers may need {sizes}: {MORE_SHM}")
 
 
-def check_worker_died(error: BaseException | None):
-    "Raise `UserError` where a worker died: torch says of what in the error itself or in its cause."
-    died = "DataLoader worker (pid" in str(error)  # not an error that a worker met: "in DataLoader worker process 0"
+def check_worker_died(error: BaseException | None) -> None:
+    "Raise `UserError` if a worker was killed: torch gives the cause in the error, or in the error's cause."
+    died = "DataLoader worker (pid" in str(error)  # an error raised in a worker has "in DataLoader worker process 0"
     while error:
         if "Bus error" in str(error):
-            raise UserError(
-                "a worker was killed by a bus error, for want of shared memory: use --workers 0, or a larger /dev/shm "
-                "(docker run --shm-size 8g)"
-            ) from None
+            raise UserError(f"a worker was killed by a bus error, shared memory is too small: {MORE_SHM}") from None
         error = error.__cause__ or error.__context__
     if died:
-        raise UserError(
-            "a worker was killed from outside, as the system does where memory is short: use fewer --workers, or --workers 0"
-        ) from None
+        cause = "a worker was killed from outside, as the system does where memory is short"
+        raise UserError(f"{cause}: use fewer --workers, or --workers 0") from None
 
 
-def batch_that_fits(error: Exception, step, n: int) -> int:
-    "What of n/2, n/4, … `step` is computed with, by trying, after `error`, which `out_of_memory` knows; 0: none of them."
+def batch_that_fits(error: Exception, step: Callable[[int], object], n: int) -> int:
+    "Return the first of the batch sizes n/2, n/4, … for which `step` fits in memory, 0 if none does, after `error`."
     import torch
 
     while n := n // 2:
-        traceback.clear_frames(error.__traceback__)  # they hold what was computed so far
+        traceback.clear_frames(error.__traceback__)  # they hold tensors of the failed step
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
             step(n)
             return n
-        except ValueError:  # a norm, which wants more than one image
+        except ValueError:  # a batch norm needs more than one image
             return 0
         except Exception as e:
             if not out_of_memory(e):

@@ -1,19 +1,21 @@
-"Ctrl-C and SIGTERM: a step that is under way is done before they are heeded, a second one is heeded at once."
+"Ctrl-C and SIGTERM: the first one lets the current step finish, a second one stops at once."
 
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
-# Ctrl-C, a scheduler's or the system's stop, a terminal that was closed
+# Ctrl-C; the stop of a scheduler or the system; a closed terminal
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-UNREAD = 141  # exit code where who reads the output is gone, as of a program that SIGPIPE ends
+UNREAD = 141  # exit code when the reader of the output is gone, as of a program that SIGPIPE ends
 
 
 class Stopped(KeyboardInterrupt):
-    "The user, or the machine, stopped the program; the text says what is kept. `code` is the exit code."
+    "The user or the system stopped the program. The text says what is saved; `code` is the exit code."
 
     def __init__(self, text: str = "", code: int = 130):
         super().__init__(text)
@@ -21,31 +23,32 @@ class Stopped(KeyboardInterrupt):
 
 
 class SignalFlag:
-    "Which signal came first; None: none did."
+    "A signal handler that stores the first signal, and raises `Stopped` at the second."
 
-    number: int | None = None
+    number: int | None = None  # of the first signal
 
-    def __call__(self, number, frame):
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
             raise Stopped(code=128 + number)
         self.number = number
-        # On macOS the signal may have ended the data loader's workers too. torch would then raise in the middle of a step.
+        # On macOS the signal may have ended the data loader's workers too: torch would raise in the middle of a step.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     @property
     def code(self) -> int:
-        return 128 + self.number
+        "The exit code after the first signal."
+        return 128 + (self.number or 0)
 
 
 @contextmanager
-def signal_flag():
-    "For a while, `Asked` takes Ctrl-C and SIGTERM. Only a program's main thread can have that: elsewhere it stays empty."
+def signal_flag() -> Iterator[SignalFlag]:
+    "Handle Ctrl-C and SIGTERM with a `SignalFlag` for the time of the block; in the main thread only, others cannot."
     flag = SignalFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # as `nohup` sets SIGHUP
+    handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # `nohup` ignores SIGHUP
     old = {number: signal.signal(number, flag) for number in handled}
     try:
         yield flag
@@ -55,25 +58,22 @@ def signal_flag():
                 signal.signal(number, handler)
 
 
-def exit_on_sigterm():
-    "Let SIGTERM end the program as Ctrl-C does, with its own exit code."
+def exit_on_sigterm() -> None:
+    "Let SIGTERM end the program like Ctrl-C, with an exit code of its own."
 
-    def stop(number, frame):
+    def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(code=128 + number)
 
     with suppress(ValueError):  # not the main thread
         for number in STOPPING[1:]:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` sets SIGHUP
+            if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, stop)
 
 
 @contextmanager
-def signals_blocked():
-    """For the start of workers: each inherits the block, so that no signal can end it before it leaves them to its parent.
-
-    What comes meanwhile reaches this process when the block ends.
-    """
-    if not hasattr(signal, "sigtimedwait"):  # macOS, which cannot tell a signal's sender, and Windows
+def signals_blocked() -> Iterator[None]:
+    "Block signals while workers start and inherit the block; signals that arrive reach this process when the block ends."
+    if not hasattr(signal, "sigtimedwait"):  # macOS, which cannot tell the sender of a signal, and Windows
         yield
         return
     old = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -83,20 +83,21 @@ def signals_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def leave_signals_to_parent(number: int = 0):
-    """In a worker that `signals_blocked` started: Ctrl-C and a scheduler's SIGTERM reach every process of a run.
+def leave_signals_to_parent(number: int = 0) -> None:
+    """Make a worker that started in `signals_blocked` ignore signals, except from its parent; `number` is torch's worker id.
 
-    A worker that died of one would end the run with an error, where the main process finishes its step and saves. The
-    worker ends at once, whatever it is reading, when the main process sends it a signal or is there no more.
+    Ctrl-C and a scheduler's SIGTERM reach all processes of a run. A worker that died of one would end the run with an
+    error, while the main process finishes its step and saves. The worker ends at once when its parent signals it or dies.
     """
     if hasattr(signal, "sigtimedwait"):
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _end_with_parent():
-    parent, sender = multiprocessing.parent_process().pid, None
+def _exit_with_parent() -> None:
+    process = multiprocessing.parent_process()
+    parent, sender = process.pid if process else 0, None
     while os.getppid() == parent and sender != parent:
         info = signal.sigtimedwait(STOPPING, 1)
         sender = info and info.si_pid

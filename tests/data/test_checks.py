@@ -1,4 +1,4 @@
-"The check before training: all that is wrong is told at once, what is odd is noted, and what was found good is believed."
+"The check of all rows and images before training, and images that disappear during training."
 
 import csv as csv_room
 import io
@@ -44,7 +44,7 @@ def save(path, image, **kwargs):
     return path
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+def test_16_bit_images_are_scaled_not_clipped(tmp_path):
     grey = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
     expected = [[[v >> 8] * 3 for v in grey[0].tolist()]]
     assert rgb(save(tmp_path / "a.png", grey)) == expected
@@ -61,7 +61,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert rgb(tmp_path / "d.png") == [[[0] * 3, [200] * 3]]
 
 
-def test_what_is_transparent_is_black_and_its_hidden_colour_does_not_show(tmp_path):
+def test_transparent_pixels_become_black(tmp_path):
     pixels = np.array([[[200, 100, 50, 255], [255, 0, 255, 0], [200, 100, 50, 128]]], np.uint8)
     seen = [[[200, 100, 50], [0, 0, 0], [100, 50, 25]]]
     assert rgb(save(tmp_path / "a.png", pixels)) == seen
@@ -80,14 +80,14 @@ def test_what_is_transparent_is_black_and_its_hidden_colour_does_not_show(tmp_pa
     assert rgb(save(tmp_path / "f.png", np.array([[7, 8]], np.uint8), transparency=8)) == [[[7] * 3, [0] * 3]]
 
 
-def test_cmyk_one_bit_and_grey_are_what_they_look_like(tmp_path):
+def test_cmyk_one_bit_and_grey_convert_to_rgb(tmp_path):
     red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     assert np.abs(np.array(rgb(save(tmp_path / "a.jpg", red, quality=95))) - [255, 0, 0]).max() < 12
     assert rgb(save(tmp_path / "b.png", Image.fromarray(np.array([[True, False]])))) == [[[255] * 3, [0] * 3]]
     assert rgb(save(tmp_path / "c.png", np.array([[77]], np.uint8))) == [[[77] * 3]]
 
 
-def test_the_first_picture_of_an_animation_is_used(tmp_path):
+def test_first_frame_of_an_animation_is_used(tmp_path):
     first, second = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
     for name in ("a.gif", "a.tif", "a.png", "a.webp"):
         save(
@@ -109,7 +109,7 @@ def test_exif_rotation_is_reported_and_not_applied(tmp_path, kind):
     save(tmp_path / f"a.{kind}", pixels, exif=exif)
     found = np.asarray(open_image(tmp_path / f"a.{kind}"))
     assert found.shape == (16, 32, 3) and found[:6, :6].min() > 200 and found[10:].max() < 50
-    assert checks.look_inside(tmp_path / f"a.{kind}") == ((32, 16), ["with EXIF rotation"])
+    assert checks.inspect_image(tmp_path / f"a.{kind}") == ((32, 16), ["with EXIF rotation"])
 
 
 def in_row(data, row, image, name=None, **kwargs):
@@ -129,7 +129,7 @@ def names(data):
     return [line.split("\t")[0] for line in csv_lines(data / "train" / "landmarks.csv")[1:]]
 
 
-def test_what_is_odd_is_noted_once_in_a_line_a_kind(data, capsys):
+def test_each_kind_of_unusual_image_is_noted_once(data, capsys):
     image = Image.open(data / "train" / "images" / names(data)[0])
     image.load()
     exif = Image.Exif()
@@ -148,11 +148,11 @@ def test_what_is_odd_is_noted_once_in_a_line_a_kind(data, capsys):
     csv = data / "train" / "landmarks.csv"
     for said in (
         f"note: images named in more than one row: 1; the first: {csv} line 11, {names(data)[1]}",
-        f"note: 1 image is animated or of several pages, the first picture is used; the first: {csv} line 10, d.gif",
-        f"note: 1 image is CMYK, made RGB; the first: {csv} line 5, {names(data)[3]}",
-        f"note: 1 image is of 16 bits, made RGB of 8; the first: {csv} line 9, c.png",
-        "note: 1 image is with transparency, made RGB, what is transparent black",
-        f"note: 1 image is with EXIF rotation, which is not applied: landmarks are pixels of the file's own rows and columns; "
+        f"note: 1 image is animated or of several pages, the first frame is used; the first: {csv} line 10, d.gif",
+        f"note: 1 image is CMYK, converted to RGB; the first: {csv} line 5, {names(data)[3]}",
+        f"note: 1 image is 16-bit, converted to 8-bit RGB; the first: {csv} line 9, c.png",
+        "note: 1 image is with transparency, converted to RGB, transparent pixels black",
+        f"note: 1 image is with EXIF rotation, which is not applied: landmarks are pixels of the image as stored; "
         f"the first: {csv} line 6, {names(data)[4]}",
     ):
         assert any(line.startswith(said) for line in lines), said
@@ -161,7 +161,7 @@ def test_what_is_odd_is_noted_once_in_a_line_a_kind(data, capsys):
     assert capsys.readouterr().out == ""  # told at the first check
 
 
-def test_all_problems_are_listed_at_once_in_file_order(run_script, data, tmp_path):
+def test_all_bad_rows_are_reported_in_file_order(run_script, data, tmp_path):
     images, csv = data / "train" / "images", data / "train" / "landmarks.csv"
     (images / names(data)[1]).unlink()
     (images / names(data)[9]).write_bytes(b"")
@@ -179,7 +179,7 @@ def test_all_problems_are_listed_at_once_in_file_order(run_script, data, tmp_pat
     assert not list((tmp_path / "here" / "runs").iterdir())
 
 
-def test_of_many_problems_twenty_are_told_and_all_listed(run_script, data, tmp_path):
+def test_first_twenty_bad_rows_are_printed_and_all_listed(run_script, data, tmp_path):
     gone = names(data)[3:30]
     for name in gone:
         (data / "train" / "images" / name).unlink()
@@ -202,7 +202,7 @@ def test_of_many_problems_twenty_are_told_and_all_listed(run_script, data, tmp_p
     assert not listing.exists()
 
 
-def test_skip_leaves_bad_rows_out_and_moves_no_other(run_script, data, tmp_path):
+def test_skip_removes_bad_rows_and_moves_no_other_row(run_script, data, tmp_path):
     images, csv = data / "train" / "images", data / "train" / "landmarks.csv"
     (images / names(data)[0]).unlink()
     (images / names(data)[35]).write_bytes(b"no image")
@@ -225,7 +225,7 @@ def test_skip_leaves_bad_rows_out_and_moves_no_other(run_script, data, tmp_path)
     assert code == 1 and err.count("\n") == 4
 
 
-def test_what_is_listed(data, tmp_path):
+def test_listing_has_skipped_rows_or_more_than_the_printed_ones(data, tmp_path):
     "All that is left out; of what stops a run only what is more than the terminal shows."
     listing = tmp_path / "bad.csv"
     (data / "train" / "images" / names(data)[0]).unlink()
@@ -238,7 +238,7 @@ def test_what_is_listed(data, tmp_path):
     assert not listing.exists()  # nor is that of a start before
 
 
-def test_skipping_too_much_is_said(run_script, data):
+def test_skipping_all_validation_rows_is_an_error(run_script, data):
     for k, name in enumerate(names(data)):
         if k >= 32:
             (data / "train" / "images" / name).unlink()
@@ -250,7 +250,7 @@ def test_skipping_too_much_is_said(run_script, data):
     assert code == 1 and err.splitlines()[-1] == "error: 40 rows are bad: fix them"
 
 
-def test_a_checkpoint_from_before_the_choice_still_loads():
+def test_settings_without_on_bad_load():
     facts = Settings().to_dict()
     facts.pop("on_bad")
     assert Settings.from_dict(facts) == Settings()
@@ -263,7 +263,7 @@ def swap(path, content):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_what_was_found_good_is_not_opened_again_until_it_changes(data):
+def test_accepted_image_is_not_opened_again_until_it_changes(data):
     images = data / "train" / "images"
     labelled_images(data)
     swap(images / names(data)[4], b"no image")
@@ -276,7 +276,7 @@ def test_what_was_found_good_is_not_opened_again_until_it_changes(data):
     labelled_images(data)
 
 
-def test_an_image_of_too_many_pixels_is_told_by_row_before_it_is_decoded(run_script, data, monkeypatch):
+def test_too_large_image_is_reported_before_it_is_decoded(run_script, data, monkeypatch):
     monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")  # the scripts set it: it is put back behind the test
     lines = [zlib.compress(bytes(13301) * 13300, 9)]  # 13,300 squared, grey: a file of 170 kB
     bomb = png(13300, 13300, 8, 0, b"").replace(zlib.compress(b""), b"")
@@ -305,7 +305,7 @@ def test_max_pixels_limits_training_and_prediction(run_script, data, monkeypatch
     assert code == 2 and "no number of millions" in err
 
 
-def test_what_was_found_bad_is_opened_at_each_start(data):
+def test_rejected_image_is_opened_at_each_start(data):
     "A cause may go that leaves size and time as they were: permissions, a disk."
     path = data / "train" / "images" / names(data)[4]
     whole = path.read_bytes()
@@ -319,7 +319,7 @@ def test_what_was_found_bad_is_opened_at_each_start(data):
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-3], lambda b: b"", lambda b: b"\0" * 500, lambda b: b[:-8] + b"8 bytes!"]
 )
-def test_a_torn_or_foreign_result_is_not_believed(data, damage):
+def test_damaged_stamp_file_is_ignored(data, damage):
     labelled_images(data)
     kept = data / "train" / "landmarks.csv-images.cache"
     kept.write_bytes(damage(kept.read_bytes()))
@@ -328,7 +328,7 @@ def test_a_torn_or_foreign_result_is_not_believed(data, damage):
         labelled_images(data)
 
 
-def test_a_jpeg_with_bytes_behind_its_end_is_no_alarm_and_one_cut_short_is(data):
+def test_truncated_jpeg_is_reported_and_trailing_bytes_are_accepted(data):
     path = data / "train" / "images" / names(data)[4]
     whole = path.read_bytes()
     path.write_bytes(whole + b"x" * 300)
@@ -338,7 +338,7 @@ def test_a_jpeg_with_bytes_behind_its_end_is_no_alarm_and_one_cut_short_is(data)
         labelled_images(data)
 
 
-def test_the_folder_itself_may_be_a_link_and_so_may_an_image_within_it(data, tmp_path):
+def test_links_to_the_folder_and_inside_it_are_followed(data, tmp_path):
     images = data / "train" / "images"
     (images / names(data)[1]).unlink()
     (images / names(data)[1]).symlink_to(names(data)[2])
@@ -354,7 +354,7 @@ def test_the_folder_itself_may_be_a_link_and_so_may_an_image_within_it(data, tmp
 @pytest.mark.parametrize(
     "name", ["../out.jpg", "/etc/passwd", "C:\\x.jpg", "a/../../out.jpg", "..\\out.jpg", "link.jpg", "circle"]
 )
-def test_a_name_that_leaves_the_folder_is_not_opened(tmp_path, name):
+def test_name_outside_the_folder_is_not_opened(tmp_path, name):
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "out.jpg")
@@ -363,7 +363,7 @@ def test_a_name_that_leaves_the_folder_is_not_opened(tmp_path, name):
     (tmp_path / "test_points.csv").write_text(f"file_name\tpoint_index_list\n{name}\t[0]\n")
     asked = competition.read_test_points(tmp_path / "test_points.csv")
     found = checks.check_images(asked, images)
-    assert found.rows.tolist() == [0] and "leaves the image folder" in found.text(0)
+    assert found.rows.tolist() == [0] and "leaves the image folder" in found.problem(0).text
 
 
 def delete_in_epoch(epoch, paths):
@@ -379,7 +379,7 @@ def delete_in_epoch(epoch, paths):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_vanishes_costs_that_image(run_script, data, tmp_path, workers):
+def test_training_continues_without_a_deleted_image(run_script, data, tmp_path, workers):
     paths = [data / "train" / "images" / names(data)[row] for row in (3, 36)]  # one of each side
     with delete_in_epoch(1, paths):
         code, out, err = run_script(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
@@ -391,14 +391,14 @@ def test_an_image_that_vanishes_costs_that_image(run_script, data, tmp_path, wor
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_that_vanishes_stops_the_run_in_one_line(run_script, data, tmp_path, workers):
+def test_deleted_image_folder_stops_the_run(run_script, data, tmp_path, workers):
     with delete_in_epoch(0, [data / "train" / "images" / name for name in names(data)]):
         code, _, err = run_script(f"train.py {QUICK} -e 3 --workers {workers} -n r -d", data)
     assert code == 1 and err.count("\n") == 1 and "is the folder still there?" in err
     assert not [p for p in (tmp_path / "here" / "runs").iterdir()]
 
 
-def test_the_last_image_of_a_training_batch_is_taken_twice(data, run_script):
+def test_batch_with_one_remaining_image_still_trains(data, run_script):
     "Of batches of two, one image vanished from many: a batch norm would refuse what is left."
     with delete_in_epoch(0, [data / "train" / "images" / name for name in names(data)[:6]]):
         code, _, err = run_script(f"train.py {QUICK} -b 2 -n r -d", data)
@@ -416,7 +416,7 @@ def broken_inside(data, row):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_only_decoding_tells_stops_the_run_or_is_skipped(run_script, data, tmp_path, workers):
+def test_image_that_fails_to_decode_stops_the_run_or_is_skipped(run_script, data, tmp_path, workers):
     path = broken_inside(data, 7)
     code, _, err = run_script(f"train.py {QUICK} --workers {workers} -n r -d", data)
     assert code == 1 and err.count("\n") == 1 and f"line 9: image {path}" in err
@@ -426,24 +426,24 @@ def test_what_only_decoding_tells_stops_the_run_or_is_skipped(run_script, data, 
     assert pd.read_csv(tmp_path / "here" / "runs" / "r/bad.csv").file_name.tolist() == ["7.png"]
 
 
-def test_a_csv_that_is_wrong_from_end_to_end_is_told_and_not_kept_whole_in_memory(tmp_path):
+def test_error_texts_of_a_malformed_csv_are_limited(tmp_path):
     from landmarks_fastai.data.labels import open_labels
-    from landmarks_fastai.data.landmarks_csv import KEPT
+    from landmarks_fastai.data.landmarks_csv import MAX_TEXTS
 
     csv = tmp_path / "l.csv"
-    csv.write_text("file_name\tx\ty\n" + "".join(f"{i}.jpg\t1\n" for i in range(5 * KEPT)))
+    csv.write_text("file_name\tx\ty\n" + "".join(f"{i}.jpg\t1\n" for i in range(5 * MAX_TEXTS)))
     with pytest.raises(BadData) as e:
         from landmarks_fastai.data.labels import read_labels
 
         read_labels(csv)
-    assert e.value.problems[-1] == f"{5 * KEPT} rows are bad: fix them" and len(e.value.problems) == SHOWN + 2
+    assert e.value.problems[-1] == f"{5 * MAX_TEXTS} rows are bad: fix them" and len(e.value.problems) == SHOWN + 2
     labels = open_labels(csv)
     faults = labels.faults()
-    assert len(faults) == 5 * KEPT and len(set(faults.values())) == 2 and len(labels) == 5 * KEPT
+    assert len(faults) == 5 * MAX_TEXTS and len(set(faults.values())) == 2 and len(labels) == 5 * MAX_TEXTS
     assert (N_TRAIN, labels.name(77)) == (40, "77.jpg")
 
 
-def test_far_outside_is_the_side_of_an_image(data):
+def test_point_is_bad_beyond_one_image_side_outside(data):
     csv, image = data / "train" / "landmarks.csv", data / "train" / "images" / names(data)[4]
     width, height = Image.open(image).size
     whole = csv_lines(csv)[5]

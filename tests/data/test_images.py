@@ -1,4 +1,4 @@
-"A JPEG decoded smaller lies where its points say; what the cache gives back is what was read, or it is read again."
+"Decoding images at reduced size, and the cache of fitted images."
 
 import os
 import pickle
@@ -29,7 +29,7 @@ def save_dot(path, width, height, x, y, sigma=24.0):
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("width,height", [(1024, 768), (767, 1023), (601, 605), (1201, 640)])
-def test_a_dot_in_a_jpeg_decoded_smaller_lies_where_its_point_is_mapped(tmp_path, fit, width, height):
+def test_reduced_jpeg_shows_a_dot_where_its_point_is_mapped(tmp_path, fit, width, height):
     point = np.array([0.52 * width, 0.47 * height])
     path = save_dot(tmp_path / "x.jpg", width, height, *point)
     fitted, to_input = read_input(path, fit, 64)
@@ -42,7 +42,7 @@ def test_a_dot_in_a_jpeg_decoded_smaller_lies_where_its_point_is_mapped(tmp_path
     assert to_input.to_input(point) == pytest.approx(whole.to_input(point), abs=0.2)  # two stored pixels at the most
 
 
-def test_a_large_jpeg_is_decoded_no_larger_than_needed_and_looks_the_same(tmp_path, monkeypatch):
+def test_large_jpeg_is_decoded_reduced_and_looks_the_same(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     soft = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((1600, 1200), Image.BICUBIC)
     soft.save(tmp_path / "x.jpg", quality=95)
@@ -76,7 +76,7 @@ def same(a, b):
     return np.array_equal(np.asarray(a[0]), np.asarray(b[0])) and a[1] == b[1]
 
 
-def test_the_cache_gives_back_what_was_read_bit_for_bit(tmp_path, monkeypatch):
+def test_cached_inputs_equal_decoded_ones_bit_for_bit(tmp_path, monkeypatch):
     folder, inputs = cached(tmp_path)
     plain = Inputs("crop", 32)
     first = [inputs(i, folder / f"{i}.jpg") for i in range(6)]
@@ -89,7 +89,7 @@ def test_the_cache_gives_back_what_was_read_bit_for_bit(tmp_path, monkeypatch):
     assert all(same(first[i], again(i, folder / f"{i}.jpg")) for i in range(6))
 
 
-def test_a_changed_image_a_torn_record_and_another_key_are_read_again(tmp_path):
+def test_changed_image_damaged_record_or_other_key_is_decoded_again(tmp_path):
     folder, inputs = cached(tmp_path)
     old = [inputs(i, folder / f"{i}.jpg") for i in range(6)]
     (folder / "0.jpg").write_bytes((folder / "5.jpg").read_bytes())
@@ -110,7 +110,7 @@ def test_a_changed_image_a_torn_record_and_another_key_are_read_again(tmp_path):
     assert same(cached(tmp_path)[1](3, folder / "3.jpg"), old[3])
 
 
-def test_a_new_cache_is_short_and_a_full_one_demands_no_room(tmp_path, monkeypatch):
+def test_cache_grows_with_its_records_and_a_full_one_needs_no_space(tmp_path, monkeypatch):
     "By what was written alone: Windows allocates a length at once, and has no `st_blocks`."
     folder, inputs = cached(tmp_path)
     cache = inputs.cache
@@ -125,7 +125,7 @@ def test_a_new_cache_is_short_and_a_full_one_demands_no_room(tmp_path, monkeypat
     assert cached(tmp_path)[1].cache.missing_bytes == 0
 
 
-def test_an_image_that_vanishes_is_named_although_it_was_kept(tmp_path):
+def test_deleted_image_is_reported_although_it_is_cached(tmp_path):
     folder, inputs = cached(tmp_path)
     inputs(0, folder / "0.jpg")
     (folder / "0.jpg").unlink()
@@ -133,7 +133,7 @@ def test_an_image_that_vanishes_is_named_although_it_was_kept(tmp_path):
         inputs(0, folder / "0.jpg", "x.csv line 2: ")
 
 
-def test_processes_that_fill_a_cache_at_once_leave_it_whole(tmp_path):
+def test_concurrent_writers_leave_a_valid_cache(tmp_path):
     folder, inputs = cached(tmp_path, n=40)
     inputs.cache.path.unlink()
     code = (
@@ -150,9 +150,7 @@ def test_processes_that_fill_a_cache_at_once_leave_it_whole(tmp_path):
     assert sum(k is not None for k in kept) >= 1 and not list(tmp_path.glob("*.tmp"))
 
 
-def test_no_room_is_said_before_training_and_a_full_disk_later_costs_the_cache_only(
-    tmp_path, monkeypatch, run_script, drawn
-):
+def test_full_disk_is_reported_before_training_and_ignored_later(tmp_path, monkeypatch, run_script, drawn):
     folder, inputs = cached(tmp_path)
     real = InputCache.put
     monkeypatch.setattr(
@@ -165,7 +163,7 @@ def test_no_room_is_said_before_training_and_a_full_disk_later_costs_the_cache_o
     assert code == 1 and err.count("\n") == 1 and "--cache" in err and "make room" in err
 
 
-def test_training_from_the_cache_is_training(run_script, drawn, tmp_path):
+def test_training_from_the_cache_gives_identical_weights(run_script, drawn, tmp_path):
     "The same weights to the last bit: from files, while the cache is written, and from the cache."
     weights = []
     for name, more in [("a", ""), ("b", "--cache"), ("c", "--cache"), ("d", "--cache --workers 1")]:

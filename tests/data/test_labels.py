@@ -1,4 +1,4 @@
-"landmarks.csv: what is in it arrives, what is wrong with it is named with its line, and its cache is never wrong."
+"Parsing landmarks.csv, error messages with line numbers, and the cache file."
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def csv(tmp_path):
     return write(tmp_path / "landmarks.csv", ROW.format("a"), "b.jpg\t-7\t8\t9\t10\t11\t32767", ROW.format("c"))
 
 
-def test_rows_arrive(csv):
+def test_read_labels_returns_names_points_and_lines(csv):
     labels = read_labels(csv)
     assert (len(labels), labels.n_points) == (3, 3)
     assert [labels.name(i) for i in range(3)] == ["a.jpg", "b.jpg", "c.jpg"]
@@ -37,7 +37,7 @@ def test_rows_arrive(csv):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_blank_lines_and_windows_line_ends_are_passed_over_and_lines_stay_counted(tmp_path, end):
+def test_blank_lines_and_windows_line_ends_are_skipped_and_counted(tmp_path, end):
     csv = write(tmp_path / "l.csv", ROW.format("a"), "", ROW.format("имя с пробелом"), "", end=end)
     labels = read_labels(csv)
     assert [labels.name(i) for i in range(2)] == ["a.jpg", "имя с пробелом.jpg"]
@@ -45,13 +45,13 @@ def test_blank_lines_and_windows_line_ends_are_passed_over_and_lines_stay_counte
     assert labels.points(1).tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
-def test_a_last_line_without_its_end_counts(tmp_path):
+def test_last_line_without_newline_is_read(tmp_path):
     csv = tmp_path / "l.csv"
     csv.write_text(HEADER + "\n" + ROW.format("a") + "\n" + ROW.format("b"))
     assert read_labels(csv).name(1) == "b.jpg"
 
 
-def test_decimals_anywhere_keep_every_row_exact(tmp_path, monkeypatch):
+def test_late_decimals_keep_all_rows_exact(tmp_path, monkeypatch):
     "The first rows go to int16; when decimals come, in a later block, what is written becomes float32."
     monkeypatch.setattr(landmarks_csv, "BLOCK", 64)
     text = [f"{i}.jpg\t{i}\t-{i}\t3\t4\t5\t6" for i in range(300)] + ["x.jpg\t0.25\t2\t3\t4\t5\t-6.5"]
@@ -61,7 +61,7 @@ def test_decimals_anywhere_keep_every_row_exact(tmp_path, monkeypatch):
     assert [labels.name(i) for i in (0, 299, 300)] == ["0.jpg", "299.jpg", "x.jpg"]
 
 
-def test_whole_numbers_arrive_however_they_are_cut_into_blocks_and_pieces(tmp_path, monkeypatch):
+def test_integers_are_read_for_any_block_and_piece_size(tmp_path, monkeypatch):
     "Of one to five digits, negative, in blocks that hold a blank line, a sign or a decimal, and in those that do not."
     rng = np.random.default_rng(0)
     points = (rng.integers(-32767, 32768, (400, 6)) / 10.0 ** rng.integers(0, 5, (400, 6))).astype(int)
@@ -80,7 +80,7 @@ def test_whole_numbers_arrive_however_they_are_cut_into_blocks_and_pieces(tmp_pa
         assert [labels.line(i) for i in (0, 49, 50, 399)] == [2, 51, 53, 402]
 
 
-def test_plain_rows_need_no_pandas(csv):
+def test_integer_rows_do_not_import_pandas(csv):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai.data.labels import read_labels;"
         f"print(len(read_labels({str(csv)!r})), 'pandas' in sys.modules)"
@@ -105,19 +105,19 @@ BAD = {
     ),
     "beyond 63 bits": (
         "b.jpg\t1\t10000000000000000000\t3\t4\t5\t6",
-        "line 3: point 0's y is 1e+19, a number",
+        "line 3: point 0's y is 10000000000000000000, a number",
     ),
     "NUL": ("b.jpg\0\t1\t2\t3\t4\t5\t6", "line 3"),
     "control": ("b.jpg\t1\t2\t3\x074\t5\t6\t7", "line 3: point 1's x is"),
     "carriage return": ("b\r.jpg\t1\t2\t3\t4\t5\t6", "line 3: holds a carriage return within the line"),
     "minus alone": ("b.jpg\t1\t-\t3\t4\t5\t6", "line 3: point 0's y is '-', a number expected"),
     "just too large": ("b.jpg\t1\t-32768\t3\t4\t5\t6", "line 3: point 0's y is -32768, a number between"),
-    "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e+30"),
+    "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e30, a number"),
 }
 
 
 @pytest.mark.parametrize("row,message", BAD.values(), ids=BAD)
-def test_a_bad_row_is_named_with_its_line(tmp_path, row, message):
+def test_bad_row_is_reported_with_its_line(tmp_path, row, message):
     csv = write(tmp_path / "l.csv", ROW.format("a"), row, ROW.format("c"))
     with pytest.raises(UserError) as e:
         read_labels(csv)
@@ -128,21 +128,21 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, row, message):
     assert str(again.value) == str(e.value)
 
 
-def test_a_bad_row_far_down_has_the_right_line(tmp_path, monkeypatch):
+def test_bad_row_in_a_later_block_has_the_right_line(tmp_path, monkeypatch):
     monkeypatch.setattr(landmarks_csv, "BLOCK", 100)
     csv = write(tmp_path / "l.csv", *[ROW.format(i) for i in range(500)], "", "b.jpg\t1\t2\tthree\t4\t5\t6")
     with pytest.raises(UserError, match="line 503: point 1's x is 'three'"):
         read_labels(csv)
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path):
+def test_row_that_is_not_utf8_is_reported(tmp_path):
     csv = tmp_path / "l.csv"
     csv.write_bytes((HEADER + "\n" + ROW.format("a") + "\n").encode() + b"\xff\xfe.jpg\t1\t2\t3\t4\t5\t6\n")
     with pytest.raises(UserError, match="line 3: not UTF-8"):
         read_labels(csv)
 
 
-def test_halves_of_a_letter_in_two_names_do_not_make_one(tmp_path):
+def test_split_utf8_character_in_two_names_is_reported(tmp_path):
     csv = tmp_path / "l.csv"
     row = b"\t1\t2\t3\t4\t5\t6\n"
     csv.write_bytes(HEADER.encode() + b"\na\xc3" + row + b"\xa9.jpg" + row)
@@ -151,7 +151,7 @@ def test_halves_of_a_letter_in_two_names_do_not_make_one(tmp_path):
 
 
 @pytest.mark.parametrize("number", ["1", "1.5"])
-def test_a_byte_order_mark_within_the_file_is_its_name_s(tmp_path, number):
+def test_byte_order_mark_in_a_row_is_part_of_the_name(tmp_path, number):
     csv = write(tmp_path / "l.csv", f"\ufeffa.jpg\t{number}\t2\t3\t4\t5\t6")
     assert read_labels(csv).name(0) == "\ufeffa.jpg"
 
@@ -165,7 +165,7 @@ def test_a_byte_order_mark_within_the_file_is_its_name_s(tmp_path, number):
         ("a,b,c\n1,2,3\n", "line 1"),
     ],
 )
-def test_files_without_rows(tmp_path, text, message):
+def test_files_without_rows_are_refused(tmp_path, text, message):
     csv = tmp_path / "l.csv"
     csv.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -173,7 +173,7 @@ def test_files_without_rows(tmp_path, text, message):
     assert os.listdir(tmp_path) == ["l.csv"]
 
 
-def test_a_missing_file(tmp_path):
+def test_missing_file_is_reported(tmp_path):
     with pytest.raises(UserError, match="not found"):
         read_labels(tmp_path / "nothing.csv")
 
@@ -182,7 +182,7 @@ def cache_of(csv):
     return csv.with_name(csv.name + ".cache")
 
 
-def test_the_cache_serves_the_next_start_and_no_other_file(csv):
+def test_cache_is_reused_until_the_csv_changes(csv):
     read_labels(csv)
     stamp = cache_of(csv).stat().st_mtime_ns
     read_labels(csv)
@@ -195,13 +195,13 @@ def test_the_cache_serves_the_next_start_and_no_other_file(csv):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"\0" * 5000, lambda b: b[:100]])
-def test_a_torn_or_foreign_cache_is_not_believed(csv, damage):
+def test_damaged_label_cache_is_replaced(csv, damage):
     read_labels(csv)
     cache_of(csv).write_bytes(damage(cache_of(csv).read_bytes()))
     assert read_labels(csv).points(0).tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
-def test_a_truncated_or_replaced_csv_is_read_again(csv):
+def test_truncated_or_replaced_csv_is_read_again(csv):
     read_labels(csv)
     whole = csv.read_bytes()
     csv.write_bytes(whole[: whole.index(b"b.jpg")])
@@ -216,7 +216,7 @@ def test_a_truncated_or_replaced_csv_is_read_again(csv):
     assert read_labels(csv).name(0) == "x.jpg"
 
 
-def test_a_csv_that_changes_while_it_is_read_is_refused(csv, monkeypatch):
+def test_csv_that_changes_while_it_is_read_is_refused(csv, monkeypatch):
     real = labels.read_rows
 
     def read_rows(path):
@@ -232,7 +232,7 @@ def test_a_csv_that_changes_while_it_is_read_is_refused(csv, monkeypatch):
     assert len(read_labels(csv)) == 4
 
 
-def test_a_cache_of_another_version_is_made_anew(csv, monkeypatch):
+def test_cache_of_another_format_is_replaced(csv, monkeypatch):
     monkeypatch.setattr(labels, "FORMAT", labels.FORMAT + 1)
     read_labels(csv)
     newer = cache_of(csv).read_bytes()
@@ -242,7 +242,7 @@ def test_a_cache_of_another_version_is_made_anew(csv, monkeypatch):
     assert read_labels(csv).points(2).tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
-def test_processes_that_start_at_once_all_read_it_right(tmp_path):
+def test_concurrent_first_reads_all_succeed(tmp_path):
     "Eight at one time, none finding a cache: each gets the rows, and one whole cache and nothing else is left."
     text = [f"{i}.jpg\t" + "\t".join(str(v) for v in range(i, i + 400)) for i in range(3000)]
     csv = write(tmp_path / "l.csv", *text, header="file_name\t" + "\t".join(f"c{k}" for k in range(400)))
@@ -256,7 +256,7 @@ def test_processes_that_start_at_once_all_read_it_right(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]
 
 
-def test_cache_of_a_read_only_folder_goes_to_the_cache_folder(csv, tmp_path, monkeypatch):
+def test_cache_of_a_read_only_folder_is_in_the_user_cache(csv, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(labels, "atomic_write", _refuse_in(csv.parent, labels.atomic_write))
     assert len(read_labels(csv)) == 3

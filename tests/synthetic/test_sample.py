@@ -73,7 +73,7 @@ def test_layout_of_files(made):
     assert [p.name for p in made.parent.iterdir()] == [made.name]  # no temporary folder is left
 
 
-def test_asked_points(made):
+def test_test_points_list_thirty_different_indices(made):
     head, *rows = table(made / "test" / "test_points.csv")
     assert head == ["file_name", "point_index_list"]
     assert [r[0] for r in rows] == [r[0] for r in table(made / "test" / "landmarks.csv")[1:]]
@@ -83,7 +83,7 @@ def test_asked_points(made):
     assert re.fullmatch(r"\[\d+(, \d+){29}\]", rows[0][1])
 
 
-def test_files_hold_what_is_drawn(made):
+def test_files_match_rendered_faces(made):
     for side, name in enumerate(("train", "test")):
         for index, row in enumerate(table(made / name / "landmarks.csv")[1:]):
             image, points = render_face(np.random.default_rng([3, side, index]), 68)
@@ -93,7 +93,7 @@ def test_files_hold_what_is_drawn(made):
                 assert np.abs(np.asarray(stored, float) - np.asarray(image, float)).mean() < 12
 
 
-def test_same_bytes_with_two_processes_and_others_with_another_seed(made, tmp_path):
+def test_bytes_depend_on_the_seed_and_not_on_processes(made, tmp_path):
     seen = []
     two = make_sample(tmp_path / "two", **{**SMALL, "processes": 2}, progress=lambda *now: seen.append(now))
     assert contents(two) == contents(made)
@@ -102,7 +102,7 @@ def test_same_bytes_with_two_processes_and_others_with_another_seed(made, tmp_pa
     assert not set(contents(made).values()) & set(contents(other).values())
 
 
-def test_a_finished_set_is_not_rewritten(made):
+def test_complete_sample_is_not_rewritten(made):
     def stamps():
         return {p: p.stat().st_mtime_ns for p in [made, *made.rglob("*")]}
 
@@ -111,7 +111,7 @@ def test_a_finished_set_is_not_rewritten(made):
     assert stamps() == before
 
 
-def test_folder_in_the_way(made, tmp_path):
+def test_folder_with_other_content_is_refused(made, tmp_path):
     before = contents(made)
     with pytest.raises(UserError, match="another seed"):
         make_sample(made, **{**SMALL, "seed": 9})
@@ -131,7 +131,7 @@ def test_empty_folder_and_few_points(tmp_path):
     assert sorted(json.loads(table(made / "test" / "test_points.csv")[1][1])) == [0, 1, 2, 3, 4]
 
 
-def test_a_broken_run_leaves_nothing(tmp_path):
+def test_interrupted_run_leaves_nothing(tmp_path):
     def stop(done, total):
         raise KeyboardInterrupt
 
@@ -141,7 +141,7 @@ def test_a_broken_run_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"n_train": 0}, {"n_test": -1}, {"n_points": 0}, {"n_asked": 0}, {"seed": -1}])
-def test_wrong_numbers(wrong, tmp_path):
+def test_numbers_that_are_too_small_are_refused(wrong, tmp_path):
     with pytest.raises(UserError, match=next(iter(wrong))):
         make_sample(tmp_path / "new", **{**SMALL, **wrong})
     assert list(tmp_path.iterdir()) == []
@@ -167,7 +167,7 @@ def test_command(tmp_path):
 
 
 @pytest.mark.parametrize("args", [["--points", "0"], ["--seed", "-1"]])
-def test_command_mistakes(args, tmp_path, capsys):
+def test_command_reports_mistakes(args, tmp_path, capsys):
     assert main([str(tmp_path / "new"), *args]) == 1
     assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
     (tmp_path / "file").write_text("", encoding="utf-8")
@@ -191,7 +191,7 @@ def test_any_number_of_points(n):
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 68, 971])
-def test_mirror_pairs(n):
+def test_flip_indices_of_template_are_an_involution(n):
     pairs = flip_indices_of_template(n)
     assert pairs.shape == (n,) and np.issubdtype(pairs.dtype, np.integer)
     assert np.array_equal(pairs[pairs], np.arange(n))
@@ -224,7 +224,7 @@ def test_mean_face_is_symmetric_and_spread():
     assert mean.imag.min() < -0.5 and mean.imag.max() > 1.4 and np.ptp(mean.real) > 1.7
 
 
-def test_two_that_draw_one_set_at_once_both_have_it(tmp_path):
+def test_concurrent_runs_of_one_sample_both_succeed(tmp_path):
     from landmarks_fastai.synthetic import sample
 
     folder, drawn_first = tmp_path / "set", []
@@ -259,7 +259,7 @@ def eyes():
                 yield gray, p, k
 
 
-def test_pupils_are_the_darkest_place_of_the_eye():
+def test_pupil_landmarks_are_the_darkest_point_of_the_eye():
     steps = [(x, y) for x in (-2, 0, 2) for y in (-2, 0, 2)]
     seen = np.array([[bright(gray, p[PUPIL + k] + step) for step in steps] for gray, p, k in eyes()])
     assert len(seen) > 40
@@ -272,7 +272,7 @@ def test_pupils_are_the_darkest_place_of_the_eye():
     assert centre < 0.5 * whites
 
 
-def test_brow_edges_and_mouth_corners_lie_on_edges_in_the_picture():
+def test_brow_and_mouth_landmarks_lie_on_image_edges():
     brows, mouths = [], []
     steps = np.arange(-6, 6.1, 0.5)
     for image, p in faces():

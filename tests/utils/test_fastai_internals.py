@@ -50,7 +50,7 @@ def learn():
     return learn
 
 
-def test_a_fit_begins_where_it_is_told_and_the_next_one_at_its_beginning(learn):
+def test_fit_starts_at_begin_and_the_next_fit_at_zero(learn):
     "`_do_fit` is what `fit` calls for its epochs; this Learner's begins at another."
     watch = Watch()
     learn.begin = (1, 3)  # behind the last of 3 batches of epoch 1
@@ -62,7 +62,7 @@ def test_a_fit_begins_where_it_is_told_and_the_next_one_at_its_beginning(learn):
     assert watch.batches == [(0, 0), (0, 1), (0, 2)]
 
 
-def test_a_fit_that_fails_leaves_no_beginning_behind(learn):
+def test_failed_fit_resets_begin(learn):
     class Fail(Callback):
         def before_batch(self):
             raise ValueError("no")
@@ -73,7 +73,7 @@ def test_a_fit_that_fails_leaves_no_beginning_behind(learn):
     assert learn.begin == (0, 0)
 
 
-def test_with_events_calls_what_is_behind_a_cancelled_epoch(learn):
+def test_with_events_runs_after_epoch_of_a_cancelled_epoch(learn):
     class Cancel(Callback):
         def before_train(self):
             raise CancelEpochException()
@@ -83,14 +83,14 @@ def test_with_events_calls_what_is_behind_a_cancelled_epoch(learn):
     assert watch.events == [("before_epoch", 0), ("after_cancel_epoch", 0), ("after_epoch", 0)]
 
 
-def test_release_batch_lets_go_of_the_last_batch(learn):
+def test_release_batch_drops_the_last_batch(learn):
     learn.fit(1)
     learn.xb, learn.pred, learn.loss_grad = (torch.zeros(1),), torch.zeros(1), torch.zeros(1)
     learn.release_batch()
     assert learn.xb == (None,) and learn.pred is None and learn.loss_grad is None
 
 
-def test_the_workers_of_a_loader_are_counted_and_a_copy_has_no_device():
+def test_worker_count_and_copy_without_device():
     dl = FastaiLoader([1.0, 2.0], bs=1, num_workers=3, device="cpu")
     assert worker_count(dl) == 3
     with dl.fake_l.no_multiproc():  # what `one_batch` does
@@ -99,7 +99,7 @@ def test_the_workers_of_a_loader_are_counted_and_a_copy_has_no_device():
     assert twin.device is None and str(dl.device) == "cpu" and twin.do_batch([twin.do_item(1)]).tolist() == [2.0]
 
 
-def test_the_private_names_are_those_that_were_read():
+def test_private_names_of_fastai_are_unchanged():
     "Not the version is asserted, but what the override copies of it."
     loop = inspect.getsource(Learner._do_fit)
     assert "self.epoch=epoch" in loop.replace(" ", "") and "_with_events(self._do_epoch, 'epoch'" in loop, (
@@ -109,7 +109,7 @@ def test_the_private_names_are_those_that_were_read():
     assert not inspect.signature(Learner._end_cleanup).parameters.keys() - {"self"}
 
 
-def test_the_smoothed_loss_stays_on_the_cpu_where_the_network_is_on_a_device(drawn, tmp_path):
+def test_smoothed_loss_stays_on_the_cpu(drawn, tmp_path):
     "fastai keeps it there, and `torch.lerp` refuses mixed devices. The meta device stands in for a GPU."
     from landmarks_fastai import landmark_dataloaders, landmark_learner
     from landmarks_fastai.training.state import capture_state, restore_state

@@ -1,4 +1,4 @@
-"Files that are whole or not there, and the lock; what Windows does otherwise, as far as Linux can tell."
+"Atomic writes and the process lock, also with Windows' behaviour simulated on Linux."
 
 import errno
 import os
@@ -12,7 +12,7 @@ from landmarks_fastai.utils import files
 from landmarks_fastai.utils.files import NotWritten, atomic_path, atomic_write, process_lock
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
+def test_failed_atomic_write_keeps_the_old_file(tmp_path):
     (tmp_path / "old").write_text("old")
     with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "old") as f:
         f.write("half")
@@ -20,13 +20,13 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert os.listdir(tmp_path) == ["old"] and (tmp_path / "old").read_text() == "old"
 
 
-def test_what_is_written_stands_there(tmp_path):
+def test_atomic_write_writes_utf8_text(tmp_path):
     with atomic_write(tmp_path / "имя.txt") as f:
         f.write("строка\n")
     assert (tmp_path / "имя.txt").read_bytes() == "строка\n".encode() and len(os.listdir(tmp_path)) == 1
 
 
-def test_a_full_disk_is_an_error_for_the_user_and_one_of_the_system():
+def test_full_disk_raises_user_error_and_os_error():
     if not os.path.exists("/dev/full"):
         pytest.skip("no device that is always full")
     with pytest.raises(NotWritten, match="x cannot be written .No space left on device.: make room") as caught:
@@ -35,7 +35,7 @@ def test_a_full_disk_is_an_error_for_the_user_and_one_of_the_system():
     assert isinstance(caught.value, UserError) and isinstance(caught.value, OSError)
 
 
-def test_other_errors_of_the_block_are_left_alone(tmp_path):
+def test_atomic_write_passes_other_errors_on(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "x"):
         open(tmp_path / "gone")
 
@@ -48,7 +48,7 @@ def test_folder_in_place_of_a_file_is_reported(tmp_path):
         pass
 
 
-def test_where_nothing_can_be_locked_a_run_goes_on_without(tmp_path, monkeypatch):
+def test_process_lock_is_granted_on_file_systems_without_locks(tmp_path, monkeypatch):
     import fcntl
 
     def refuse(*args):
@@ -76,7 +76,7 @@ def windows(monkeypatch):
     return held
 
 
-def test_a_rename_waits_for_whoever_holds_the_file_on_windows(tmp_path, windows):
+def test_rename_retries_on_windows(tmp_path, windows):
     (tmp_path / "x").write_text("old")
     with atomic_write(tmp_path / "x") as f:
         f.write("new")
@@ -87,7 +87,7 @@ def test_a_rename_waits_for_whoever_holds_the_file_on_windows(tmp_path, windows)
     assert (tmp_path / "x").read_text() == "new" and os.listdir(tmp_path) == ["x"]
 
 
-def test_the_lock_by_windows_own_means(tmp_path, monkeypatch):
+def test_process_lock_on_windows(tmp_path, monkeypatch):
     locked = set()
 
     def locking(fd, mode, length):
@@ -105,7 +105,7 @@ def test_the_lock_by_windows_own_means(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-def test_a_lock_is_free_again(tmp_path):
+def test_process_lock_can_be_taken_again(tmp_path):
     for _ in range(2):
         with process_lock(tmp_path / "l") as held:
             assert held and (tmp_path / "l").exists()

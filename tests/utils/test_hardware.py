@@ -1,4 +1,4 @@
-"The machine's flags: what they come to on a CPU, that results stay what they were, and one line where they cannot be had."
+"Precision, memory format, compilation, threads and workers of `Machine`."
 
 import shutil
 import threading
@@ -36,7 +36,7 @@ def watch(learn):
     return types
 
 
-def test_bf16_computes_in_bf16_learns_alike_and_validates_outside_fit(drawn):
+def test_bf16_trains_in_bf16_and_validates_in_float32(drawn):
     plain, mixed = learner(drawn), learner(drawn, amp="bf16")
     types, losses = watch(mixed), []
     with plain.no_bar(), mixed.no_bar():
@@ -59,7 +59,7 @@ def test_the_head_computes_in_float32_under_autocast(drawn):
     assert set(types) == {(torch.float32, torch.float32)}
 
 
-def test_precision_by_machine():
+def test_auto_precision_on_a_cpu_is_off():
     assert Machine().precision == "off" and Machine(amp="bf16").precision == "bf16"
     assert not learner_callbacks(Machine()) and learner_callbacks(Machine(amp="bf16")) == [Amp]
 
@@ -84,7 +84,7 @@ def test_auto_precision_by_gpu(monkeypatch, name, bf16, precision):
     assert Machine("cuda", amp="fp16").precision == "fp16"  # who asks for it by name gets it
 
 
-def test_cudnn_searches_for_its_fastest_algorithm_on_a_gpu_alone(monkeypatch):
+def test_cudnn_benchmark_is_set_on_a_gpu_only(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
@@ -100,7 +100,7 @@ def learner_callbacks(machine):
     return [type(cb) for cb in on_machine(machine) if isinstance(cb, Amp)]
 
 
-def test_memory_order_is_that_of_the_machine(drawn):
+def test_channels_last_sets_the_memory_format(drawn):
     for on in (True, False):
         learn = learner(drawn, channels_last=on)
         with learn.no_bar():
@@ -114,7 +114,7 @@ def test_fp16_on_a_cpu_is_refused(run_script, drawn):
     assert code == 1 and err.count("\n") == 1 and "--amp fp16" in err and "--amp bf16" in err
 
 
-def test_a_machine_without_a_compiler_is_told_in_one_line(run_script, drawn, monkeypatch):
+def test_missing_compiler_is_reported_in_one_line(run_script, drawn, monkeypatch):
     def no_compiler(*args, **kwargs):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nin many lines")
 
@@ -123,7 +123,7 @@ def test_a_machine_without_a_compiler_is_told_in_one_line(run_script, drawn, mon
     assert code == 1 and err.count("\n") == 1 and "--compile" in err and "No working C++ compiler" in err
 
 
-def test_machine_flags_keep_the_points(run_script, drawn, tmp_path):
+def test_machine_flags_do_not_change_predictions(run_script, drawn, tmp_path):
     runs = tmp_path / "here" / "runs"
     assert run_script(f"train.py {QUICK} --amp bf16 --no-tf32 --no-pin-memory -n m -d", drawn)[::2] == (0, "")
     assert run_script("finetune.py -e 1 --workers 0 --amp bf16 -pm m -n n")[::2] == (0, "")
@@ -153,7 +153,7 @@ def test_compiled_networks_train_and_predict_the_same(run_script, drawn, tmp_pat
     assert found[1] == pytest.approx(found[0], abs=0.01)
 
 
-def test_freed_memory_is_kept_where_glibc_is():
+def test_keep_freed_memory_works_with_glibc():
     assert keep_freed_memory() in (True, False)
     import ctypes
     import sys
@@ -161,7 +161,7 @@ def test_freed_memory_is_kept_where_glibc_is():
     assert keep_freed_memory() == (sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"))
 
 
-def test_side_by_side_keeps_the_order_and_no_more_than_a_few_wait():
+def test_threaded_map_keeps_the_order_and_limits_waiting_items():
     begun, before = [], torch.get_num_threads()
 
     def work(k):
@@ -178,7 +178,7 @@ def test_side_by_side_keeps_the_order_and_no_more_than_a_few_wait():
     assert torch.get_num_threads() == before
 
 
-def test_side_by_side_passes_errors_on_and_can_be_left():
+def test_threaded_map_passes_errors_on_and_can_be_closed():
     def work(k):
         if k == 3:
             raise UserError("line 7: gone")
@@ -194,7 +194,7 @@ def test_side_by_side_passes_errors_on_and_can_be_left():
     assert threading.active_count() == before
 
 
-def test_workers_on_this_machine(monkeypatch):
+def test_number_of_workers_by_cores(monkeypatch):
     for cores, cpu, cuda in [(1, 0, 1), (2, 0, 2), (8, 4, 8), (64, 8, 8)]:
         monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
         assert (Machine().decoders, Machine("cuda").decoders) == (cpu, cuda)

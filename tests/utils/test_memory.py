@@ -1,4 +1,4 @@
-"Where the machine has no more to give: memory and room on the disk."
+"Too little memory, shared memory or disk space."
 
 import os
 import shutil
@@ -41,7 +41,7 @@ def small_memory(monkeypatch):
         monkeypatch.setattr(room, "build_model", built)
 
 
-def test_too_little_memory_says_what_batch_fits(run_script, drawn, tmp_path, small_memory):
+def test_out_of_memory_error_names_a_batch_size_that_fits(run_script, drawn, tmp_path, small_memory):
     result = run_script(f"train.py {SHORT} -b 16 --accumulate 2 -n r -d", drawn)
     check_refused(
         result, "-b 16: not enough memory", "-b 4 fits (tried here); with --accumulate 8 it makes the same steps"
@@ -65,7 +65,7 @@ def test_too_little_memory_says_what_batch_fits(run_script, drawn, tmp_path, sma
         "could not create a primitive",
     ],
 )
-def test_every_way_of_saying_that_memory_is_short_is_known(text):
+def test_out_of_memory_errors_are_recognised(text):
     assert out_of_memory(RuntimeError(text))
     assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
@@ -82,7 +82,7 @@ echo $? >> code.txt
 
 
 @pytest.mark.slow
-def test_the_shared_memory_of_a_container_is_too_small_for_a_worker(drawn, tmp_path):
+def test_too_small_shared_memory_is_reported(drawn, tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     script = SMALL_SHM.format(python=sys.executable, root=ROOT, flags=f"{QUICK} --size 64 -b 8", data=drawn)
@@ -92,7 +92,7 @@ def test_the_shared_memory_of_a_container_is_too_small_for_a_worker(drawn, tmp_p
     assert all("error: 1 workers may need" in line and "use --workers 0, or a larger /dev/shm" in line for line in err)
 
 
-def test_a_worker_that_a_bus_error_killed_is_told_in_one_line(run_script, drawn, finished_run, monkeypatch):
+def test_worker_killed_by_a_bus_error_is_reported(run_script, drawn, finished_run, monkeypatch):
     "As torch raises it: the signal's own text is the cause of `exited unexpectedly`."
     from landmarks_fastai.inference import predictor
 
@@ -128,7 +128,7 @@ mkdir out && cp -r runs/* out/
 
 
 @pytest.mark.slow
-def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, run_script):
+def test_full_disk_keeps_the_previous_state(drawn, tmp_path, run_script):
     "A file system that holds one state and not two: the first stays whole, and the run goes on from it."
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
@@ -150,7 +150,7 @@ def test_the_disk_is_full_while_the_state_is_written(drawn, tmp_path, run_script
 
 
 @pytest.mark.parametrize("bytes_left", [1 << 10, 1 << 14, 1 << 17, 1 << 20])
-def test_no_file_can_grow_is_said_in_one_line(run_script, drawn, finished_run, tmp_path, bytes_left):
+def test_file_size_limit_is_reported_in_one_line(run_script, drawn, finished_run, tmp_path, bytes_left):
     "As a quota does; whichever file is the first that does not fit."
     import resource
 
