@@ -66,7 +66,7 @@ def read_crop(path: str | Path, to_input: PixelMap, size: int, where: str = "") 
     with open_undecoded(path, where) as image:
         width = image.width
         least = SPARE * to_input.scale
-        image.draft(None, (max(1, int(width * least)), max(1, int(image.height * least))))
+        image.draft(None, (max(1, int(width * least)), max(1, int(image.height * least))))  # type: ignore[arg-type]
         return cut_image(to_rgb(image), to_input, size, round(width / image.width))
 
 
