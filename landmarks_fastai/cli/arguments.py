@@ -175,8 +175,16 @@ def finetune_parser() -> argparse.ArgumentParser:
         "The stage saves its best epoch, or the loaded model if no epoch is better."
     )
     _add_checkpoint(parser, required=False)
-    lr = f"{FINETUNE_LR_MULT} of the previous stage's"
-    changed = {"epochs": FINETUNE_EPOCHS, "lr": lr, "seed": "the checkpoint's plus 1", "minutes": "0", "freeze": "off"}
+    lr = f"{FINETUNE_LR_MULT['onecycle']} of the previous stage's with onecycle, {FINETUNE_LR_MULT['plateau']} with others"
+    sched = "onecycle where crops are aligned, else the checkpoint's"
+    changed = {
+        "epochs": FINETUNE_EPOCHS,
+        "lr": lr,
+        "sched": sched,
+        "seed": "the checkpoint's plus 1",
+        "minutes": "0",
+        "freeze": "off",
+    }
     defaults = {f.name: changed.get(f.name, "the checkpoint's") for f in dataclasses.fields(Settings)}
     training = _add_settings(parser, "training", [*TRAINING, "data", "on_bad", "freeze", "all_rows"], defaults)
     _add_settings(parser, "augmentation and evaluation", [*INPUT, *IMAGES], defaults)

@@ -33,7 +33,7 @@ def main() -> None:
             if args.lr == "find":
                 find_lr(learn, run)
             elif args.lr:
-                note_low_lr(learn, FINETUNE_LR_MULT * previous.settings.lr)
+                note_low_lr(learn, FINETUNE_LR_MULT[settings.sched] * previous.settings.lr)
         best = fit_stage(learn, run, previous, previous_scores, app.started(state), state)
         print(report(run, best, machine))
 

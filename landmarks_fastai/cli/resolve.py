@@ -51,9 +51,11 @@ def next_settings(args: argparse.Namespace, before: Settings) -> Settings:
     "The settings of a later stage. Raises `UserError` for a flag that contradicts the checkpoint."
     typed = explicit_settings(args)
     check_fixed(typed, before, NETWORK + SPLIT)
+    sched = typed.get("sched") or ("onecycle" if typed.get("align", before.align) else before.sched)
     changes = {
         "epochs": FINETUNE_EPOCHS,
-        "lr": before.lr * FINETUNE_LR_MULT,
+        "sched": sched,
+        "lr": before.lr * FINETUNE_LR_MULT[sched],
         "seed": (before.seed + 1) % 2**32,
         "minutes": 0.0,
         "freeze": False,
