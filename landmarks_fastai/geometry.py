@@ -1,45 +1,46 @@
-"""Image pixels <-> network input: one invertible map, used by data, metric, prediction and drawing alike.
+"""Image pixels <-> network input: one invertible map, used by data, metrics, predictions and plots.
 
-The pixel convention, named once. Two kinds of numbers describe a place in a picture:
+There are two kinds of coordinates:
 
-- *pixels*: a landmark's (x, y) counts pixel CENTRES; the centre of the top-left pixel is (0, 0).
-  This is what `landmarks.csv` holds, what OpenCV and dlib mean, and what a person reads off a viewer.
-  "Pixels of the image as stored" and "pixels of the network's input" are both of this kind.
-- *unit* coordinates: [-1, 1] from the picture's left EDGE to its right edge (top to bottom for y).
-  This is what the network predicts and what `grid_sample(align_corners=False)` samples by.
+- *pixels*: (0, 0) is the CENTRE of the top-left pixel, as in `landmarks.csv`, OpenCV and dlib. "Pixels of the image as
+  stored" and "pixels of the network's input" are both of this kind.
+- *unit* coordinates: [-1, 1] from the left EDGE of the input to its right edge (top to bottom for y). The network
+  predicts them, and `grid_sample(align_corners=False)` samples by them.
 
-fastai's `PointScaler` divides by the size alone, which takes a pixel centre for an edge: half an input pixel off.
-The half is added here, in `PixelMap.to_input` and `input_to_unit`, and nowhere else.
+fastai's `PointScaler` divides by the size alone, which takes a pixel's centre for its edge: half an input pixel off. The
+half pixel is added here, in `PixelMap.after_resize` and `input_to_unit`, and nowhere else.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+Coordinates = TypeVar("Coordinates", np.ndarray, torch.Tensor)  # what goes in as an array comes out as one
+
 
 class PixelMap(NamedTuple):
-    """Where a pixel of the image as stored lies in the network's input: an affine map with an inverse.
+    """The affine map from pixels of the image as stored to pixels of the network's input.
 
     `x_input = a * x + b * y + c` and `y_input = d * x + e * y + f`. The fields are floats, or tensors of shape (batch, 1)
     for a batch of images.
     """
 
-    a: float
-    b: float
-    c: float
-    d: float
-    e: float
-    f: float
+    a: Any
+    b: Any
+    c: Any
+    d: Any
+    e: Any
+    f: Any
 
-    def to_input(self, points):
-        "Points (…, n, 2) in pixels of the image as stored -> pixels of the network's input."
+    def to_input(self, points: Coordinates) -> Coordinates:
+        "Map points (…, n, 2) in pixels of the image as stored -> pixels of the network's input."
         x, y = points[..., 0], points[..., 1]
         return _stack(points, x * self.a + y * self.b + self.c, x * self.d + y * self.e + self.f)
 
-    def to_image(self, points):
-        "Points (…, n, 2) in pixels of the network's input -> pixels of the image as stored."
+    def to_image(self, points: Coordinates) -> Coordinates:
+        "Map points (…, n, 2) in pixels of the network's input -> pixels of the image as stored."
         x, y = points[..., 0] - self.c, points[..., 1] - self.f
         det = self.a * self.e - self.b * self.d
         return _stack(points, (x * self.e - y * self.b) / det, (y * self.a - x * self.d) / det)
@@ -47,9 +48,9 @@ class PixelMap(NamedTuple):
     def after_resize(
         self, scale_x: float, scale_y: float | None = None, left: float = 0.0, top: float = 0.0
     ) -> "PixelMap":
-        """The map that first crops at the pixel edges (left, top) and resizes by the scales, then does as this one.
+        """Return the map of an image that is cropped at the pixel edges (left, top) and resized before this map applies.
 
-        This one starts from the resized crop; the returned one starts from the image before it was cropped and resized.
+        `self` maps pixels of the resized crop; the returned map takes pixels of the image before the crop.
         """
         scale_y = scale_x if scale_y is None else scale_y
         # a pixel's centre is half a pixel from its edge, before and after: part = (stored + 0.5 - left) * scale - 0.5
@@ -59,17 +60,19 @@ class PixelMap(NamedTuple):
 
     @property
     def scale(self) -> float:
-        "Pixels of the input in one pixel of the image as stored: the square root of the areas' ratio."
+        "Pixels of the input per pixel of the image as stored: the square root of the ratio of the areas."
         return abs(self.a * self.e - self.b * self.d) ** 0.5
 
     @classmethod
-    def from_batch(cls, rows):
-        "The maps of a batch, a tensor (batch, 6) of rows in the order of the fields, as one map that broadcasts."
+    def from_batch(cls, rows: torch.Tensor) -> "PixelMap":
+        "Make one map that broadcasts of a batch of maps (batch, 6), whose columns are the fields."
         return cls(*rows[:, :, None].unbind(1))
 
 
-def _stack(points, x, y):
-    return torch.stack([x, y], -1) if isinstance(points, torch.Tensor) else np.stack([x, y], -1)
+def _stack(points: Coordinates, x: Coordinates, y: Coordinates) -> Coordinates:
+    if isinstance(points, torch.Tensor):
+        return torch.stack([x, y], -1)  # pyright: ignore[reportArgumentType, reportReturnType] (all three are tensors)
+    return np.stack([x, y], -1)
 
 
 def pixel_map(
@@ -78,11 +81,11 @@ def pixel_map(
     fit: str,  # crop, pad or squish
     size: int,  # of the network's input, which is square
 ) -> PixelMap:
-    """The map of one image.
+    """Return the map of one image.
 
-    crop: the short side becomes `size`, the middle is kept (the published entry's way); points may fall outside.
-    pad: the long side becomes `size`, black is added around.
-    squish: both sides become `size`, the aspect is lost.
+    crop: centre crop, the short side becomes `size` (as in the published entry); points may fall outside.
+    pad: the long side becomes `size`, with a black border.
+    squish: both sides become `size`, the aspect ratio changes.
     """
     left, top, right, bottom = _source_box(width, height, fit)
     scale_x, scale_y = size / (right - left), size / (bottom - top)
@@ -90,8 +93,8 @@ def pixel_map(
     return PixelMap(1.0, 0.0, 0.0, 0.0, 1.0, 0.0).after_resize(scale_x, scale_y, left, top)
 
 
-def _source_box(width, height, fit):
-    "The box (left, top, right, bottom), in pixel edges of the image as stored, that becomes the input."
+def _source_box(width: int, height: int, fit: str) -> tuple[float, float, float, float]:
+    "The box (left, top, right, bottom), in pixel edges of the image as stored, that becomes the input; ints for pad."
     if fit == "squish":
         return 0.0, 0.0, float(width), float(height)
     side = {"crop": min, "pad": max}[fit](width, height)
@@ -103,16 +106,16 @@ def _source_box(width, height, fit):
 
 def fit_image(
     image: Image.Image,  # the image as stored
-    fit: str,
-    size: int,
+    fit: str,  # crop, pad or squish
+    size: int,  # of the network's input
     reduced: int = 1,  # how many times smaller than stored the image was decoded
 ) -> tuple[Image.Image, PixelMap]:
-    "An image as the network's input, and the map that made it, `pixel_map`'s: no size or margin is rounded."
+    "Fit an image to the network's input, (size, size); returns it with its map from the image as stored."
     left, top, right, bottom = _source_box(*image.size, fit)
     to_input = pixel_map(*image.size, fit, size).after_resize(1 / reduced)
     if fit == "pad" and image.width != image.height:
-        canvas = Image.new(image.mode, (right - left, bottom - top))
-        canvas.paste(image, (-left, -top))
+        canvas = Image.new(image.mode, (int(right - left), int(bottom - top)))
+        canvas.paste(image, (-int(left), -int(top)))
         image, left, top, right, bottom = canvas, 0, 0, canvas.width, canvas.height
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)), to_input
 
@@ -120,43 +123,43 @@ def fit_image(
 def cut_image(
     image: Image.Image,  # the image as stored
     to_input: PixelMap,
-    size: int,
+    size: int,  # of the network's input
     reduced: float = 1.0,  # how many times smaller than stored the image was decoded
 ) -> Image.Image:
-    """The network's input that a map describes, resampled from the image; outside of the image it is black.
+    """Resample the network's input, (size, size), through a map; black outside of the image.
 
-    An image that becomes smaller is resized first, with a filter as wide as the reduction: a warp alone would alias.
+    An image that becomes smaller is first resized with an antialiasing filter, which an affine transform lacks.
     """
-    left, top, right, bottom = _covered_box(to_input, size)
-    box = [max(0.0, left / reduced), max(0.0, top / reduced), right / reduced, bottom / reduced]
-    box[2:] = min(image.width, box[2]), min(image.height, box[3])
+    left, top, right, bottom = (edge / reduced for edge in _covered_box(to_input, size))
+    left, top, right, bottom = max(0.0, left), max(0.0, top), min(image.width, right), min(image.height, bottom)
     from_decoded = to_input.after_resize(reduced)
-    if from_decoded.scale < 1 and box[2] > box[0] and box[3] > box[1]:
-        sides = [max(1, round((b - a) * from_decoded.scale)) for a, b in zip(box[:2], box[2:], strict=True)]
-        image = image.resize(sides, Image.Resampling.BILINEAR, box=tuple(box))
-        scales = [(b - a) / side for a, b, side in zip(box[:2], box[2:], sides, strict=True)]
-        from_decoded = from_decoded.after_resize(*scales, -box[0] / scales[0], -box[1] / scales[1])
+    if from_decoded.scale < 1 and right > left and bottom > top:
+        width, height = (max(1, round(side * from_decoded.scale)) for side in (right - left, bottom - top))
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        scale_x, scale_y = (right - left) / width, (bottom - top) / height
+        from_decoded = from_decoded.after_resize(scale_x, scale_y, -left / scale_x, -top / scale_y)
     a, b, c, d, e, f = from_decoded
     det = a * e - b * d
     back = np.array([[e, -b], [-d, a]]) / det
-    shift = 0.5 - back @ [c + 0.5, f + 0.5]  # Pillow counts from edges
+    shift = 0.5 - back @ [c + 0.5, f + 0.5]  # Pillow's coordinates start at pixel edges
     rows = [*back[0], shift[0], *back[1], shift[1]]
-    # Pillow's bicubic warp moves a dot by up to a tenth of a pixel: its cubic does not reproduce a ramp
+    # not bicubic: Pillow's moves a dot by up to a tenth of a pixel, its kernel does not reproduce a linear ramp
     return image.transform((size, size), Image.Transform.AFFINE, rows, Image.Resampling.BILINEAR)
 
 
-def _covered_box(to_input: PixelMap, size: int):
-    "The box (left, top, right, bottom), in pixel edges of the image as stored, that the input shows a part of."
+def _covered_box(to_input: PixelMap, size: int) -> tuple[float, float, float, float]:
+    "The bounding box (left, top, right, bottom) of the input, in pixel edges of the image as stored."
     corners = np.array([[-0.5, -0.5], [size - 0.5, -0.5], [-0.5, size - 0.5], [size - 0.5, size - 0.5]])
     corners = to_input.to_image(corners) + 0.5
-    return *corners.min(0), *corners.max(0)
+    (left, top), (right, bottom) = corners.min(0).tolist(), corners.max(0).tolist()
+    return left, top, right, bottom
 
 
-def input_to_unit(points, size: int):
-    "Points in pixels of a `size` x `size` input -> unit coordinates, [-1, 1] from edge to edge."
+def input_to_unit(points: Coordinates, size: int) -> Coordinates:
+    "Convert points (…, 2) in pixels of a `size` x `size` input to unit coordinates, [-1, 1] from edge to edge."
     return (points + 0.5) * (2 / size) - 1
 
 
-def unit_to_input(points, size: int):
-    "The inverse of `input_to_unit`."
+def unit_to_input(points: Coordinates, size: int) -> Coordinates:
+    "Convert points (…, 2) in unit coordinates to pixels of the input: the inverse of `input_to_unit`."
     return (points + 1) * (size / 2) - 0.5

@@ -20,7 +20,7 @@ Normaliser = str | tuple[int, int]  # of an NME: box_diag, image_diag, or the in
 
 def points_in_image(
     unit: torch.Tensor,  # (batch, n, 2) unit coordinates
-    maps: torch.Tensor,  # (batch, 4): each image's PixelMap
+    maps: torch.Tensor,  # (batch, 6): each image's PixelMap
     size: int,  # of the network's input
 ) -> torch.Tensor:
     """The points (batch, n, 2), float64, in pixels of the images as stored, on the device of `unit`.
@@ -29,7 +29,7 @@ def points_in_image(
     """
     device = torch.device("cpu") if unit.device.type == "mps" else unit.device
     points = unit_to_input(_float64(unit, device), size)
-    return PixelMap.from_batch(_float64(maps, device)).to_image(points)  # pyright: ignore[reportReturnType]
+    return PixelMap.from_batch(_float64(maps, device)).to_image(points)
 
 
 def _float64(tensor, device):

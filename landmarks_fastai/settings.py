@@ -1,22 +1,24 @@
-"The settings that a network was trained with, stored in its checkpoint. Every default stands here once."
+"The settings that a network was trained with, stored in its checkpoint. Every default is defined here, once."
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from landmarks_fastai.errors import UserError
 
-FITS = ("crop", "pad", "squish")  # `pixel_map` in geometry.py says what each does
+FITS = ("crop", "pad", "squish")  # described in `pixel_map`, geometry.py
 OPTIMISERS = ("adamw", "adam", "sgd")
 HEAD_INITS = ("mean", "random")
 TARGETS = ("unit", "pixels")
-LOSSES = ("l1", "smooth_l1", "mse", "wing")  # losses.py says what each is
+LOSSES = ("l1", "smooth_l1", "mse", "wing")  # defined in training/losses.py
 MIRRORS = ("auto", "none")
 ON_BAD = ("stop", "skip")
 SCHEDULES = ("plateau", "step", "onecycle", "none")
 ROUNDINGS = ("nearest", "floor", "none")
 
-OUT = "runs"  # folder that a run's files go to
+OUT = "runs"  # default folder of the runs
 
 FINETUNE_EPOCHS = 6  # of the published entry's second and third stage
 # A later stage's learning rate, as a multiple of the previous stage's, by its schedule. A tenth is the published entry's.
@@ -25,14 +27,22 @@ FINETUNE_EPOCHS = 6  # of the published entry's second and third stage
 FINETUNE_LR_MULT = {"plateau": 0.1, "step": 0.1, "none": 0.1, "onecycle": 0.5}
 
 
-def _setting(default, about, choices=None, low=None, high=None):
+def _setting(
+    default: Any,
+    about: str,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
     return field(default=default, metadata={"about": about, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are the published entry's, except where a measurement found something better (`benchmarks/score.md`);
-    `RECIPES["baseline"]` undoes all of that.
+    """The settings of one stage, checked when they are created. Raises `UserError` for a value out of range.
+
+    The defaults are the published entry's, except where a measurement found something better (`benchmarks/score.md`);
+    `RECIPES["baseline"]` restores the entry's.
     """
 
     arch: str = _setting("resnext50_32x4d", "network: any torchvision or timm name; timm:NAME where both have it")
@@ -86,7 +96,7 @@ class Settings:
     seed: int = _setting(0, "random seed", low=0, high=2**32 - 1)
     split_seed: int = _setting(0, "random seed of --valid-random: the first stage's", low=0, high=2**32 - 1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if f.name in ("mean", "std"):
@@ -98,55 +108,62 @@ class Settings:
             else:
                 _check(f, value)
 
-    def replace(self, **changes) -> "Settings":
-        "Other values of some settings, by name. Raises `UserError` for one that does not exist, or a value out of range."
+    def replace(self, **changes: Any) -> "Settings":
+        "Return a copy with some fields changed. Raises `UserError` for an unknown field or a value out of range."
         if unknown := sorted(changes.keys() - {f.name for f in dataclasses.fields(self)}):
             raise UserError(f"unknown setting: {', '.join(unknown)}")
         return dataclasses.replace(self, **changes)
 
-    def of(self, names) -> dict:
+    def of(self, names: Iterable[str]) -> dict[str, Any]:
+        "Return some of the settings, by name."
         return {name: getattr(self, name) for name in names}
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        "Return all settings as JSON types."
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, record: dict) -> "Settings":
-        "Raises `UserError` where a setting is missing, unknown or of the wrong kind: the file is not trusted."
+    def from_dict(cls, record: Any) -> "Settings":
+        """Create the settings from a record of `to_dict`, of this or an earlier version.
+
+        Raises `UserError` if a setting is missing, unknown or of the wrong type: the file is not trusted.
+        """
         names = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
         if isinstance(record, dict):
-            record = {RENAMED.get(k, k): v for k, v in (NEWER | record).items()}
-            if record.pop("borders", "keep") != "keep":  # its points are those of trimmed images
+            values = {RENAMED.get(k, k): v for k, v in (NEWER | record).items()}
+            if values.pop("borders", "keep") != "keep":  # its points are those of trimmed images
                 raise UserError(
                     "trained with --borders trim, and border trimming was removed (it cut faces out of dark pictures): "
                     "train again, or use an earlier version of this program"
                 )
-        if not isinstance(record, dict) or set(record) != names:
-            odd = sorted(set(record) ^ names) if isinstance(record, dict) else ["settings"]
+        if set(values) != names:
+            odd = sorted(set(values) ^ names) if isinstance(record, dict) else ["settings"]
             raise UserError(f"setting missing or unknown: {', '.join(odd)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**values)
 
 
-# What checkpoints lack that were written before there was a choice.
+# Values of newer settings for the checkpoints of earlier versions.
 NEWER = {"on_bad": "stop", "align": 0.0, "shape": ()}
-# Settings by the names that earlier versions gave them.
+# Names of settings in earlier versions.
 RENAMED = {"start": "init_head", "head_rate": "head_lr_mult", "pairs": "flip_indices"}
 
-# What the DataLoaders decide; a Learner takes it from them.
+# Settings of the DataLoaders; a Learner takes them from there.
 DATA = ("size", "fit", "align", "shape", "n_points", "flip_indices", "data", "on_bad", "valid_pct", "valid_random",
         "all_rows", "aug", "mirror", "batch_size", "split_seed")  # fmt: skip
-# What a checkpoint decides: its weights have no other meaning.
+# Settings of the network: its weights are useless with other values.
 NETWORK = ("arch", "head", "targets")
-# What it decides for a prediction, and a later stage may change: it is scored at both.
+# Settings of the input. A prediction takes the checkpoint's; a later stage may change them, and scores at both.
 INPUT = ("size", "fit")
-# The second pass, which a later stage may begin or end.
+# Settings of the second pass; a later stage may switch it on or off.
 ALIGN = ("align", "shape")
-# And what a later stage cannot change either: rows that the network was trained on would be validated on.
+# Settings of the split. A later stage cannot change them: it would validate on rows that were trained on.
 SPLIT = ("valid_pct", "valid_random")
 
-# The published entry as it was, every addition of this program switched off. Its loss was taken on pixels of the
-# input, and its last layer was initialised near zero: at the picture's corner.
-RECIPES = {
+# `baseline` is the published entry, without what this program adds to it. Its loss was computed in pixels of the input,
+# and its last layer was initialised near zero: all points start at the image's corner.
+RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
     "baseline": {
         "init_head": "random", "targets": "pixels", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False, "align": 0.0,
@@ -154,11 +171,11 @@ RECIPES = {
     },
 }  # fmt: skip
 
-# L2 decay of 0.05 (adam, sgd) is not AdamW's decay of 0.05: it would flatten the network.
+# Default weight decay of each optimiser. adam and sgd add L2 decay to the gradient: 0.05 would be far too strong there.
 WEIGHT_DECAY = {"adamw": 0.05, "adam": 0.0, "sgd": 0.0}
 
 
-def _check(f, value):
+def _check(f: dataclasses.Field, value: Any) -> None:
     kind = type(f.default)
     right = isinstance(value, kind) or (kind is float and type(value) is int)
     if not right or (kind is not bool and isinstance(value, bool)):
@@ -171,11 +188,11 @@ def _check(f, value):
             raise UserError(f"{f.name} is {value}: a number {_range(low, high)} expected")
 
 
-def _range(low, high):
+def _range(low: float | None, high: float | None) -> str:
     return f"from {low} to {high}" if high is not None else f"of at least {low}"
 
 
-def _check_stats(name, value):
+def _check_stats(name: str, value: Any) -> None:
     right = isinstance(value, tuple) and len(value) == 3
     if not right or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
         raise UserError(f"{name} is {value!r}: three numbers expected")
@@ -183,13 +200,13 @@ def _check_stats(name, value):
         raise UserError(f"std is {value!r}: numbers above 0 expected")
 
 
-def _check_shape(shape, n_points: int):
+def _check_shape(shape: Any, n_points: int) -> None:
     right = isinstance(shape, tuple) and len(shape) in (0, 2 * n_points)
     if not right or not all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in shape):
         raise UserError(f"shape is not a list of {n_points} points")
 
 
-def check_flip_indices(flip_indices, n_points: int):
+def check_flip_indices(flip_indices: Any, n_points: int) -> None:
     "Raise `UserError` unless the flip indices are empty, or a permutation of the points that is its own inverse."
     right = (
         isinstance(flip_indices, tuple)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from typing import Any
 
 from landmarks_fastai.cli.resume import flag_of
 from landmarks_fastai.errors import UserError
@@ -37,9 +38,10 @@ def first_settings(args: argparse.Namespace, drawn: bool) -> Settings:
     "The settings of a first stage; `drawn` if it trains on drawn faces."
     recipe = RECIPES[args.recipe]
     start = {k: v for k, v in DRAWN.items() if not recipe or k in ("arch", "size", "valid_pct")} if drawn else {}
-    typed = start | recipe | explicit_settings(args)
+    typed: dict[str, Any] = start | recipe | explicit_settings(args)
     typed.setdefault("wd", WEIGHT_DECAY[typed.get("opt", Settings.opt)])
-    return Settings(**typed | {"data": os.path.abspath(typed.get("data") or ".")})
+    typed["data"] = os.path.abspath(typed.get("data") or ".")
+    return Settings(**typed)
 
 
 def default_lr(args: argparse.Namespace, drawn: bool) -> float:

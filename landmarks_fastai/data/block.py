@@ -2,9 +2,11 @@
 
 import os
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from fastcore.foundation import L
 
 from landmarks_fastai.data.align import MIN_POINTS, Alignment, NoShape, procrustes_mean, shape_setting
 from landmarks_fastai.data.augment import Augment
-from landmarks_fastai.data.flip import ROWS, NoFlipMap, learn_flip_map
+from landmarks_fastai.data.flip import ROWS, FlipMap, NoFlipMap, learn_flip_map
 from landmarks_fastai.data.image_cache import Inputs, open_cache
 from landmarks_fastai.data.images import image_size
 from landmarks_fastai.data.items import LabelledImages, labelled_images
@@ -30,21 +32,21 @@ from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import bar
 
-# The least that aligned crops must narrow the spread of the points by. Photographs of faces: 3.8; drawn faces: 5.1.
+# Least factor by which aligned crops must reduce the spread of the points. Photographs of faces: 3.8; drawn faces: 5.1.
 MIN_GAIN = 1.5
 
 
 def landmark_block(
     settings: Settings | None = None,  # None: the defaults
     *,
-    item_tfms: list | None = None,  # see points in unit coordinates
+    item_tfms: list | None = None,  # they get points in unit coordinates
     batch_tfms: list | None = None,
     machine: Machine = Machine(),  # noqa: B008
-    **changes,  # fields of `Settings` by name: size=128, batch_size=32, fit="crop", …
+    **changes: Any,  # fields of `Settings` by name: size=128, batch_size=32, fit="crop", …
 ) -> DataBlock:
-    """A `DataBlock` of landmarks. Its source is what `landmark_dataloaders` takes, but a DataFrame.
+    """Create a `DataBlock` of landmarks. Its source is that of `landmark_dataloaders`, except a DataFrame.
 
-    Items are (PILImage, TensorPoint, TensorMap), batches (images, points (batch, n_points, 2), maps (batch, 4)). Points
+    Items are (PILImage, TensorPoint, TensorMap), batches (images, points (batch, n_points, 2), maps (batch, 6)). Points
     are in unit coordinates, [-1, 1] from edge to edge of the input (`geometry.py`). Raises `UserError` for a setting
     that does not exist or is out of range.
     """
@@ -53,8 +55,8 @@ def landmark_block(
     if settings.aug or settings.flip_indices:
         augment = [Augment(settings.aug, settings.flip_indices or None, settings.seed)]
     block = DataBlock(
-        blocks=(ImageBlock, PointBlock),
-        dl_type=LandmarkDL,
+        blocks=[ImageBlock, PointBlock],
+        dl_type=LandmarkDL,  # pyright: ignore[reportArgumentType] (fastai annotates an instance, and takes a class)
         get_items=partial(labelled_images, on_bad=settings.on_bad),
         get_x=OpenInput(Inputs(**settings.of(INPUT)), alignment),
         get_y=StoredPoints(),
@@ -82,15 +84,16 @@ def landmark_dataloaders(
     item_tfms: list | None = None,
     batch_tfms: list | None = None,
     machine: Machine = Machine(),  # noqa: B008
-    listing: Path | None = None,  # file that lists bad rows that are left out
-    left_out: np.ndarray | None = None,  # rows that a resumed run began without
-    progress=bar,
-    **changes,  # fields of `Settings` by name: size=128, batch_size=32, …
+    listing: Path | None = None,  # file that lists the bad rows that are left out
+    left_out: np.ndarray | None = None,  # rows that a resumed run started without
+    progress: Callable[..., Iterable] = bar,
+    **changes: Any,  # fields of `Settings` by name: size=128, batch_size=32, …
 ) -> DataLoaders:
-    """Training and validation `DataLoaders` of checked rows, their flip map learned from the training rows' points.
+    """Create the training and validation `DataLoaders`; all rows are checked, and the flip map is learned from the training rows.
 
-    `dls.settings` has the settings that they were made by, `dls.flip` the `FlipMap` or the `NoFlipMap` that says why
-    there is none, where it was learned. Raises `UserError`, and `BadData` with every bad row.
+    `dls.settings` are the resulting settings. `dls.flip` is the `FlipMap`, or the `NoFlipMap` with the reason why there
+    is none; None if it was not learned. `dls.align_gain` is the factor by which aligned crops reduce the spread of the
+    points; None if it was not measured. Raises `UserError`, and `BadData` with every bad row.
 
     >>> dls = landmark_dataloaders("faces", size=128, batch_size=32)
     """
@@ -108,12 +111,17 @@ def landmark_dataloaders(
             key |= {"shape": zlib.crc32(repr(settings.shape).encode())}
             inputs.crops = open_cache(images.folder, rows, f"align{settings.align:g}", settings.size, key)
     dls = block.dataloaders(images)
-    dls.flip, dls.align_gain = flip, gain
+    # attributes of their own, that fastai's DataLoaders do not declare
+    dls.flip, dls.align_gain = flip, gain  # pyright: ignore[reportAttributeAccessIssue]
     return dls
 
 
-def with_flip_map(settings: Settings, images: LabelledImages) -> "tuple[Settings, object]":
-    "The settings with the indices of the mirrored points where they are wanted and not known yet, and what was found."
+def with_flip_map(settings: Settings, images: LabelledImages) -> tuple[Settings, FlipMap | NoFlipMap | None]:
+    """Return the settings with the flip indices, and the map that was learned, or the reason why there is none.
+
+    It is None where nothing was learned: mirroring is off, or the settings have flip indices. Raises `UserError` for
+    `tta` without mirroring.
+    """
     if settings.mirror == "none":
         if settings.tta:
             raise UserError("--tta scores the mirrored image too, --mirror none forbids it: run without one of them")
@@ -129,16 +137,16 @@ def with_flip_map(settings: Settings, images: LabelledImages) -> "tuple[Settings
 
 
 def alignment_of(settings: Settings) -> Alignment | None:
-    "The alignment that the settings describe; None where there is no second pass."
+    "Return the alignment of the settings; None if there is no second pass."
     if not settings.align or not settings.shape:
         return None
     return Alignment(np.array(settings.shape).reshape(-1, 2), settings.align, settings.size)
 
 
 def with_alignment(settings: Settings, images: LabelledImages) -> tuple[Settings, float | None]:
-    """The settings with the mean shape where there is a second pass, and how many times less the points spread in its crops.
+    """Return the settings with the mean shape, and the factor by which aligned crops reduce the spread of the points.
 
-    Where they spread as much as in the whole images, a second pass would show nothing new: `align` becomes 0.
+    The factor is None where it was not measured. If it is too small, a second pass is of no use: `align` becomes 0.
     """
     if not settings.align or settings.shape:
         return settings if settings.align else settings.replace(shape=()), None
@@ -153,14 +161,16 @@ def with_alignment(settings: Settings, images: LabelledImages) -> tuple[Settings
             points.append(item.points)
     try:
         settings = settings.replace(shape=shape_setting(procrustes_mean(np.stack(points))))
-    except (NoShape, ValueError):  # no image can be read: its absence is reported where it is trained on
+    except (NoShape, ValueError):  # no image can be read; training reports it
         return off, None
-    gain = spread(points, whole) / max(1e-9, spread(points, alignment_of(settings).maps(np.stack(points))))
+    alignment = alignment_of(settings)
+    assert alignment is not None
+    gain = spread(points, whole) / max(1e-9, spread(points, alignment.maps(np.stack(points))))
     return (settings if gain >= MIN_GAIN else off), gain
 
 
-def spread(points: list[np.ndarray], maps: list[PixelMap | None]) -> float:
-    "Root mean square distance of points from their mean place in the input, in pixels of the images as stored."
+def spread(points: Sequence[np.ndarray], maps: Sequence[PixelMap | None]) -> float:
+    "Root mean square distance of the points from their mean position in the input, in pixels of the images as stored."
     pairs = [(p, m) for p, m in zip(points, maps, strict=True) if m]
     mean = np.mean([m.to_input(p) for p, m in pairs], axis=0)
     return float(np.sqrt(np.mean([((m.to_image(mean) - p) ** 2).sum(-1).mean() for p, m in pairs])))

@@ -1,14 +1,17 @@
 """The transforms of an item: a labelled image -> (network input, unit points, map).
 
-`OpenInput` and `StoredPoints` are the getters in front of fastai's `ImageBlock` and `PointBlock`. `PointsToUnit`, the
-first item transform, takes the points from pixels of the image as stored to unit coordinates, and hands on the image's
-map: a `PixelMap`, by which metrics and predictions go back to the image as stored.
+`OpenInput` and `StoredPoints` are the getters of fastai's `ImageBlock` and `PointBlock`. `PointsToUnit`, the first item
+transform, converts the points from pixels of the image as stored to unit coordinates, and adds the image's `PixelMap` to
+the item: metrics and predictions use its inverse.
+
+The annotations of `encodes` and `decodes` are no hints: fastai selects the method by them, and converts what it returns.
 """
 
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,27 +29,27 @@ from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, cut_image, fit_image, input_to_unit, unit_to_input
 
-UNMOUNTED = 4  # lost images in a row, in batches that lose most of theirs
+UNMOUNTED = 4  # unreadable images, in consecutive batches that lose most of theirs, that stop the run
 
 
 class TensorMap(TensorBase):
-    "A `PixelMap` as four numbers, so that it collates with the item it belongs to."
+    "A `PixelMap` as a tensor of its six numbers, which is collated with its item."
 
 
 @dataclass
 class CroppedImage:
-    "An image at prediction, seen through an aligned crop."
+    "An image to predict, seen through an aligned crop."
 
     image: "str | Path | Image.Image | np.ndarray"
     to_input: PixelMap
 
 
 class OpenInput(Transform):
-    """The `get_x`: an item -> its image as the network's input, a `PILImage` with its map in `to_input`.
+    """The `get_x`: an item -> the network's input, a `PILImage` with its map in `to_input`.
 
-    Takes a `LabelledImage`, and at prediction a path, a PIL image or an array (h, w, 3) uint8. The image of a
-    `LabelledImage` that cannot be used comes blank, with its `error`: fastai opens the first item to learn what items
-    are, where nothing can be skipped. `PointsToUnit` skips or raises.
+    An item is a `LabelledImage`, or in a prediction a path, a PIL image or an array (h, w, 3) uint8. If the file of a
+    `LabelledImage` cannot be used, the image is blank and has an `error`, which `PointsToUnit` raises or skips: fastai
+    opens the first item to find the types, where it can skip nothing.
     """
 
     input_types = (LabelledImage, CroppedImage, str, Path, Image.Image, np.ndarray)
@@ -66,12 +69,12 @@ class OpenInput(Transform):
                 error = item, e
         else:
             image, to_input = self.unlabelled(item)
-        image = PILImage.create(image)
-        image.to_input, image.error = to_input, error
-        return image
+        fitted: Any = PILImage.create(image)
+        fitted.to_input, fitted.error = to_input, error
+        return fitted
 
-    def unlabelled(self, item) -> tuple[Image.Image, PixelMap]:
-        "The input and map of a path, a PIL image, an array, or a crop of one of these."
+    def unlabelled(self, item: Any) -> tuple[Image.Image, PixelMap]:
+        "Return the input and map of a path, a PIL image, an array, or a `CroppedImage` of one of these."
         item, to_input = (item.image, item.to_input) if isinstance(item, CroppedImage) else (item, None)
         if isinstance(item, (str, Path)):
             return (read_crop(item, to_input, self.inputs.size), to_input) if to_input else self.inputs.read(item)
@@ -81,12 +84,14 @@ class OpenInput(Transform):
         return fit_image(image, self.inputs.fit, self.inputs.size)
 
     def labelled(self, item: LabelledImage) -> tuple[Image.Image, PixelMap]:
-        "The item's input and map: whole, or the aligned crop where it is asked for and its points have a shape."
+        "Return the item's input and map: of the aligned crop if the item has one, else of the whole image."
         if item.crop is not None:
-            own = item.crop.to_input is None
-            to_input = self.alignment.maps(item.points[None])[0] if own else item.crop.to_input
-            if to_input:
-                return self.inputs.crop(item.row, item.path, to_input, item.where, cached=own)
+            to_input, of_labels = item.crop.to_input, item.crop.to_input is None
+            if of_labels:
+                assert self.alignment is not None
+                to_input = self.alignment.maps(item.points[None])[0]
+            if to_input:  # None: the labelled points have no plausible shape
+                return self.inputs.crop(item.row, item.path, to_input, item.where, cached=of_labels)
         return self.inputs(item.row, item.path, item.where)
 
 
@@ -100,16 +105,22 @@ class StoredPoints(Transform):
 
 
 class LostImages:
-    "The images that training goes on without: each is told once a run, and listed."
+    "The images that became unreadable during training: a warning is printed once for each, and it is added to the listing."
 
     def __init__(self):
-        self.batch, self.in_a_row, self.told = [], 0, set()
+        self.batch: list[tuple[LabelledImage, str]] = []
+        self.in_a_row = 0
+        self.told: set[int] = set()  # rows that a warning was printed for
 
-    def add(self, item: LabelledImage, why: str):
+    def add(self, item: LabelledImage, why: str) -> None:
+        "Add an image of the current batch."
         self.batch.append((item, why))
 
-    def end_batch(self, size: int):
-        "Tell those of a batch. Raises `UserError` where most of it, or of some small ones, is gone: a folder is, not an image."
+    def end_batch(self, size: int) -> None:
+        """Print the warnings of a batch of `size` images.
+
+        Raises `UserError` if consecutive batches lose most of their images: then the folder is gone, not an image.
+        """
         lost, self.batch = self.batch, []
         self.in_a_row = self.in_a_row + len(lost) if 2 * len(lost) > size else 0
         if self.in_a_row >= UNMOUNTED:
@@ -120,19 +131,21 @@ class LostImages:
                 self.tell(item, why)
 
     @staticmethod
-    def tell(item: LabelledImage, why: str):
+    def tell(item: LabelledImage, why: str) -> None:
+        "Add an image to the listing, and print a warning unless another worker did."
         if listing := item.images.listing:
-            with suppress(OSError):  # a full disk must not end a run over a list
+            with suppress(OSError):  # a full disk must not stop the run here
                 if not append_listing(listing, item.problem(why)):
-                    return  # another worker has told it
+                    return
         print(f"warning: {why}: the run goes on without it", file=sys.stderr, flush=True)
 
 
 class PointsToUnit(ItemTransform):
-    """(input, points in pixels of the image as stored) -> (input, points in unit coordinates, map); without points likewise.
+    """(input, points in pixels of the image as stored) -> (input, points in unit coordinates, map); points are optional.
 
-    It stands before the item transforms that a user adds: those see points in unit coordinates, as fastai's own do.
-    An image that cannot be used is skipped, by fastai's `SkipItemException`, where `on_bad` allows it; `lost` has it then.
+    It runs before the item transforms of a user: they get points in unit coordinates, like fastai's own transforms.
+    An image that cannot be used is skipped with fastai's `SkipItemException` and added to `lost`, if it is missing or
+    `on_bad` is "skip"; otherwise its `UserError` is raised.
     """
 
     order = -10
@@ -142,7 +155,7 @@ class PointsToUnit(ItemTransform):
         self.size, self.on_bad, self.lost = size, on_bad, LostImages()
 
     def setups(self, dl):
-        if len(dl.dataset):  # what `get_c(dls)` gives: numbers of a prediction
+        if len(dl.dataset):  # the value of `get_c(dls)`: the network's number of outputs
             self.c = dl.dataset.tls[1][0].numel()
 
     def encodes(self, item):
@@ -150,7 +163,7 @@ class PointsToUnit(ItemTransform):
         if image.error:
             self.skip_or_raise(*image.error)
         to_input = image.to_input
-        points = [p.as_subclass(torch.Tensor) for p in points]  # fastai's types make each of the next operations slower
+        points = [p.as_subclass(torch.Tensor) for p in points]  # operations on fastai's types are slower
         points = [TensorPoint(input_to_unit(to_input.to_input(p), self.size)) for p in points]
         return image, *points, TensorMap(torch.tensor(to_input))
 
@@ -158,7 +171,7 @@ class PointsToUnit(ItemTransform):
         image, *rest = item
         return image, *(TensorPoint(unit_to_input(p, self.size)) for p in rest if isinstance(p, TensorPoint))
 
-    def skip_or_raise(self, item: LabelledImage, error: UserError):
+    def skip_or_raise(self, item: LabelledImage, error: UserError) -> NoReturn:
         if self.on_bad != "skip" and not isinstance(error, MissingImage):
             raise error
         self.lost.add(item, error.line)

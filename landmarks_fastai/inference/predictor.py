@@ -1,15 +1,18 @@
 """Checkpoint + images -> points in pixels of the images as stored.
 
-The loop over batches is our own: a Learner needs training data to exist, and gathers all predictions in memory,
-where 100,000 images of 971 points must not sit.
+This is a loop of its own: a Learner needs training data, and `get_preds` returns all predictions at once, which is too
+much memory for 100,000 images of 971 points.
 """
 
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from landmarks_fastai.competition import (
@@ -37,21 +40,27 @@ from landmarks_fastai.utils.memory import batch_that_fits, check_shared_memory, 
 from landmarks_fastai.utils.parallel import threaded_map
 from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
 
-CHUNK = 64  # batches of a first pass before their second: the workers have no work between two passes
+CHUNK = 64  # batches of a first pass before their second pass: workers idle between two passes
 
 
 class FittedImages(Dataset):
-    "Images as the network's uint8 input (3, size, size), each with its map."
+    "Images as the network's input, uint8 (3, size, size), each with its map (6,)."
 
-    def __init__(self, folder: Path, names: list[str], settings: Settings, where=lambda row: ""):
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str] | np.ndarray,  # of the files
+        settings: Settings,
+        where: Callable[[int], str] = lambda row: "",  # first words of an error message about a row
+    ):
         self.folder, self.names, self.where = folder, np.array([os.fsencode(name) for name in names]), where
         self.inputs = Inputs(**settings.of(INPUT))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, row):
-        """The row's input and map; of a `CropIndex` those of its crop."""
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "Return the row's input and map: of the whole image, or of the crop of a `CropIndex`."
         path = self.folder / os.fsdecode(self.names[row])
         if isinstance(row, CropIndex) and row.to_input:
             fitted, to_input = self.inputs.crop(row, path, row.to_input, self.where(row), cached=False)
@@ -61,38 +70,42 @@ class FittedImages(Dataset):
 
 
 class LineOf:
-    "Where a row was named, for the error of an image that cannot be read."
+    "The file and line of a row, for the error message of an image that cannot be read."
 
     def __init__(self, test_points: TestPoints):
         self.csv, self.lines = test_points.csv, test_points.lines
 
-    def __call__(self, row):
+    def __call__(self, row: int) -> str:
         return f"{self.csv} line {self.lines[row]}: "
 
 
 def predict_batches(
     checkpoint: Checkpoint,
-    images: Dataset,  # of FittedImages
+    images: FittedImages,
     machine: Machine = Machine(),  # noqa: B008
     batch_size: int = 32,
-    flip_indices=(),  # of the flip map, for the flip test
-):
-    "Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the images' order."
+    flip_indices: Sequence[int] = (),  # for the flip test; empty: none
+) -> Iterator[np.ndarray]:
+    """Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the order of the images.
+
+    Raises `UserError` for an image that cannot be read, and if the memory is too small for a batch.
+    """
     settings, device = checkpoint.settings, machine.device
     check_shared_memory(machine, batch_size * 3 * settings.size**2)
-    model = fuse_norms(checkpoint.model(), settings.size).to(device, memory_format=machine.memory_format)
+    # torch's annotation of `to` lacks memory_format
+    model = fuse_norms(checkpoint.model(), settings.size).to(device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     if machine.compile:
         model.compile()
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
 
-    def points_of(batch):
+    def points_of(batch: Sequence[torch.Tensor]) -> np.ndarray:
         pixels, maps = batch
         inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
         with torch.inference_mode(), machine.autocast():
             unit = predict_with_flip(model, inputs.contiguous(memory_format=machine.memory_format), flip_indices)
         return points_in_image(unit, maps, settings.size).float().cpu().numpy()
 
-    def one_step(n):
+    def one_step(n: int) -> None:
         points_of(
             (torch.zeros(n, 3, settings.size, settings.size, dtype=torch.uint8), torch.eye(2, 3).flatten().expand(n, 6))
         )
@@ -108,19 +121,25 @@ def predict_batches(
         raise UserError(f"-b {batch_size}: not enough memory for such a batch: {way}") from None
 
 
-def batches_of_points(points_of, images: Dataset, machine: Machine, batch_size: int, alignment: Alignment | None):
-    "`points_of` each batch of the images, in order; with an alignment those of the second pass."
+def batches_of_points(
+    points_of: Callable[[Sequence[torch.Tensor]], np.ndarray],  # (inputs, maps) -> points (batch, n_points, 2)
+    images: FittedImages,
+    machine: Machine,
+    batch_size: int,
+    alignment: Alignment | None,
+) -> Iterator[np.ndarray]:
+    "Yield `points_of` each batch of the images, in order; with an alignment, of the aligned crops in a second pass."
     rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
-
     unaligned = 0
 
-    def crops_of(rows, points):
+    def crops_of(rows: Sequence[int], points: np.ndarray) -> list[CropIndex]:
         nonlocal unaligned
+        assert alignment is not None
         maps = alignment.maps(points)
         unaligned += maps.count(None)
         return [CropIndex.of(row, to_input) for row, to_input in zip(rows, maps, strict=True)]
 
-    def both_passes(rows):
+    def both_passes(rows: Sequence[int]) -> np.ndarray:
         points = points_of(default_collate([images[row] for row in rows]))
         return points_of(default_collate([images[row] for row in crops_of(rows, points)])) if alignment else points
 
@@ -128,7 +147,7 @@ def batches_of_points(points_of, images: Dataset, machine: Machine, batch_size: 
         yield from threaded_map(both_passes, rows)
         report_unaligned(unaligned, len(images))
         return
-    order = []  # of the batches of a pass
+    order: list[Any] = []  # the rows of each batch of a pass
     loader = DataLoader(
         images,
         batch_sampler=order,
@@ -138,7 +157,7 @@ def batches_of_points(points_of, images: Dataset, machine: Machine, batch_size: 
         persistent_workers=machine.decoders > 0,
     )
 
-    def one_pass(rows):
+    def one_pass(rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         order[:] = rows
         with signals_blocked():  # the workers start here
             return map(points_of, iter(loader))
@@ -152,10 +171,10 @@ def batches_of_points(points_of, images: Dataset, machine: Machine, batch_size: 
     report_unaligned(unaligned, len(images))
 
 
-def fuse_norms(model, size: int):
-    """The network with each batch norm folded into the convolution before it, where torch.fx can follow the network.
+def fuse_norms(model: nn.Module, size: int) -> nn.Module:
+    """Fold each batch norm into the convolution before it, if torch.fx can trace the network.
 
-    What comes out is compared with what came in: a network that fx misreads is left as it is.
+    The outputs before and after are compared; if they differ, the network is returned unchanged.
     """
     from torch.fx.experimental.optimization import fuse
 
@@ -164,25 +183,26 @@ def fuse_norms(model, size: int):
         with torch.no_grad():
             fused = fuse(model)
             same = torch.allclose(fused(inputs), model(inputs), atol=1e-4)
-    except Exception:  # control flow that fx cannot trace raises whatever the network's own code then does
+    except Exception:  # a network that fx cannot trace may raise anything
         return model
     return fused if same else model
 
 
 def predict_test(
     checkpoint: Checkpoint,
-    data,  # the competition's folder
-    run: Run,  # whose submit.csv, points.npy and points.json are written
-    rounding: str = "nearest",
+    data: str | Path,  # a folder in the competition's layout
+    run: Run,  # submit.csv, points.npy and points.json are written to its folder
+    rounding: str = "nearest",  # of the submission: nearest, floor or none
     machine: Machine = Machine(),  # noqa: B008
     batch_size: int = 32,
-    flip_test: bool = False,  # also at the mirrored image, where the checkpoint has a flip map
-    progress=lambda batches, total: batches,
+    flip_test: bool = False,  # no effect if the checkpoint has no flip map
+    progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
 ) -> int:
-    """Write the submission, and every point of every test image, as they come; returns the number of images.
+    """Predict the test images, and write the submission and all points; returns the number of images.
 
     points.npy is float32 (images, n_points, 2), pixels of the images as stored; points.json lists the file names in
-    its order. All three appear when all is done, or not at all.
+    the same order. All three files are written completely or not at all. Raises `UserError` without test_points.csv, and
+    `BadData` with every bad image.
     """
     side = data_folder(data) / "test"
     if not os.path.isfile(side / "test_points.csv"):

@@ -35,8 +35,7 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
     report_alignment(dls)
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     try:
-        # raises `UserError` for a misfit, which fastai's `load` does not
-        checkpoint.tensors(learn.model)  # pyright: ignore[reportArgumentType]
+        checkpoint.tensors(learn.model)  # raises `UserError` for a misfit, which fastai's `load` does not
     except UserError as e:
         if settings.size != checkpoint.settings.size:
             bound = f"{settings.arch} may be bound to the {checkpoint.settings.size} px it was trained at"
@@ -54,7 +53,7 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
         changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped"
         raise UserError(f"{changed}: restore it, or start over with --overwrite")
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
-    learn.begin = state.place  # pyright: ignore[reportAttributeAccessIssue]
+    learn.begin = state.place
     return learn
 
 

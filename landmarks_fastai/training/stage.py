@@ -1,85 +1,48 @@
-"""One stage of training: score what was loaded, fit, keep the best, draw it, say what comes next.
+"""One stage of training: fit, save the best epoch, plot its results, print the next commands.
 
-A stage keeps the best epoch by the competition's score on the validation rows, and leaves in the run's folder best.pth,
-history.csv, results.png, batch.png (what it trained on), and, where the landmarks have a flip map, mirror.json and,
-of the stage that learned it, mirror.png.
+The best epoch is the one with the best score on the validation rows. The run's folder gets best.pth, history.csv,
+results.png and batch.png (a training batch).
 """
 
 import shlex
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
-import torch
+from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback
 
 from landmarks_fastai import plots
-from landmarks_fastai.data.align import report_unaligned
-from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from landmarks_fastai.runs.run import Run, write_record
+from landmarks_fastai.runs.run import Run, typed_as, write_record
 from landmarks_fastai.settings import ALIGN, INPUT, Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
-from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
+from landmarks_fastai.training.learner import LandmarkLearner, load_best
+from landmarks_fastai.training.memory import within_memory
+from landmarks_fastai.training.scoring import validation_scores, with_input_of
 from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.hardware import Machine
-from landmarks_fastai.utils.memory import batch_that_fits, check_shared_memory, check_worker_died, out_of_memory
 
-RESULTS_SHOWN = 6  # faces in results.png
-BATCH_SHOWN = 8  # and in batch.png
-FOREVER = 10_000  # epochs of a stage that ends by the clock
-LOW, FEW_STEPS = 0.25, 10_000  # of `note_low_lr`
-PICTURES = 5  # seconds that the pictures at a stage's end take
-
-
-def with_input_of(learn: LandmarkLearner, before: Checkpoint) -> LandmarkLearner:
-    "The Learner itself, or, where the checkpoint has another input, one that sees what the checkpoint saw."
-    checkpoint_settings = learn.settings.replace(**before.settings.of(INPUT))
-    if checkpoint_settings == learn.settings:
-        return learn
-    dls = landmark_dataloaders(learn.dls.items.all_rows, checkpoint_settings, machine=learn.machine)
-    other = landmark_learner(dls, weights=None, machine=learn.machine, path=learn.path)
-    return load_best(other, before.path)
+RESULTS_SHOWN = 6  # images in results.png
+BATCH_SHOWN = 8  # images in batch.png
+FOREVER = 10_000  # epochs of a stage with a time limit
+LOW, FEW_STEPS = 0.25, 10_000  # of `note_low_lr`: share of the default learning rate, number of steps
+PICTURES = 5  # seconds for the plots at the end of a stage
 
 
-def score_loaded(learn: LandmarkLearner, previous: Checkpoint) -> tuple[float, float]:
-    "Score and NME of what was loaded, on the validation rows as they are now, as the input that it was trained with."
-    flip_indices = learn.settings.flip_indices if learn.settings.tta else ()
-    own = with_input_of(learn, previous)
-    score, nme = validation_scores(own, flip_indices, previous.settings)
-    reported = "" if previous.score is None else f"; its stage reported {previous.score:.6g}"
-    print(f"loaded: score {score:.6g} on the validation rows{reported}", flush=True)
-    if own is not learn:
-        here, _ = validation_scores(learn, flip_indices, previous.settings)
-        was, now = (f"{s.size} px, {s.fit}" for s in (previous.settings, learn.settings))
-        print(f"that is at {was}; at {now}, it scores {here:.6g}", flush=True)
-    return score, nme
+def find_lr(learn: LandmarkLearner, run: Run) -> None:
+    """Set the learning rate to the suggestion of `lr_find`, print it, and write lr.png.
 
-
-def validation_scores(learn: LandmarkLearner, flip_indices=(), of: Settings | None = None) -> tuple[float, float]:
-    """Score and NME of the Learner's network on its validation rows, with the flip test where there are flip indices.
-
-    `of` says whether there is a second pass; None: the Learner's settings do.
+    Raises `UserError` if the loss diverges within too few steps.
     """
-    settings = learn.settings.replace(**of.of(ALIGN)) if of else learn.settings
-    evaluation = callbacks.EvaluateModel("score", settings, None, flip_indices)
-    with callbacks.no_bars(learn), within_memory(learn):
-        learn.validate(cbs=evaluation)
-        if not evaluation.alignment:
-            return evaluation.score, evaluation.nme
-        report_unaligned(evaluation.crops.count(None), len(evaluation.crops))
-        return evaluation.second_pass(learn)
-
-
-def find_lr(learn: LandmarkLearner, run: Run):
-    "Set the Learner's rate to the one that `lr_find` suggests; it is printed, and drawn to lr.png."
     with callbacks.no_bars(learn), within_memory(learn):
         try:
             found = learn.lr_find(show_plot=False)
-        except IndexError:  # of fewer than 15 steps it has nothing left to look at
+        except IndexError:  # fastai drops the first 10 and the last 5 steps
             steps = len(learn.recorder.losses)
             raise UserError(
                 f"--lr find: the loss grew fourfold within {steps} steps, too few to read a rate from: "
@@ -92,11 +55,12 @@ def find_lr(learn: LandmarkLearner, run: Run):
     learn.settings = learn.settings.replace(lr=rate)
 
 
-def note_low_lr(learn: LandmarkLearner, default: float):
-    """Print a line where the rate is far below the default and the stage has few steps.
+def note_low_lr(learn: LandmarkLearner, default: float) -> None:
+    """Print a note if the learning rate is far below the default and the stage has few steps.
 
-    Measured: 670 steps on 2,175 photographs end at 7.74 with the published entry's 3e-4, at 3.93 with the default of 2e-3;
-    1,780 steps on 19,000 drawn faces at 7.78 and 5.23. The entry's own 98,000 steps are many; between, nothing was.
+    Measured scores with the published entry's 3e-4 and the default of 2e-3: 7.74 and 3.93 after 670 steps on 2,175
+    photographs, 7.78 and 5.23 after 1,780 steps on 19,000 drawn faces. The entry made 98,000 steps; nothing between was
+    measured.
     """
     steps = learn.settings.epochs * len(learn.dls.train) // learn.settings.accumulate
     if learn.settings.lr <= LOW * default and steps < FEW_STEPS and not learn.settings.minutes:
@@ -110,71 +74,85 @@ def note_low_lr(learn: LandmarkLearner, default: float):
 def fit_stage(
     learn: LandmarkLearner,
     run: Run,
-    previous: Checkpoint | None = None,  # the loaded model; None in a first stage
-    previous_scores: tuple[float, float] | None = None,  # its score and NME, as `score_loaded` found them
-    started: float | None = None,  # `time.monotonic` when the minutes began to count
-    state: State | None = None,  # of the stopped run that goes on
+    previous: Checkpoint | None = None,  # the loaded checkpoint; None in a first stage
+    previous_scores: tuple[float, float] | None = None,  # its score and NME, from `score_loaded`
+    started: float | None = None,  # `time.monotonic` at the start of the time limit
+    state: State | None = None,  # of the stopped run to resume
 ) -> Checkpoint:
-    """Fit, load the best again, draw it. The state of a run that was claimed is kept while it trains.
+    """Fit, load the best epoch and plot it; returns its checkpoint. A run with a record saves its state while it trains.
 
-    The best is that of the stage's epochs and of the given model: a stage never ends with worse than it was given.
-    Raises `UserError` where no epoch gave a finite score and nothing was given.
+    If no epoch is better than the loaded model, that is saved: a stage never ends with a worse model. Raises `UserError`
+    if there is none, and no epoch has a finite score.
     """
     started, settings = started or time.monotonic(), learn.settings
     if not state:
-        if run.record:  # what --resume goes on with
+        if run.record:  # --resume reads the settings
             write_record(run, replace(run.record, settings=settings.to_dict()))
         learn.dls.train.show_batch(max_n=BATCH_SHOWN)
         plots.save_figure(run.file("batch.png"))
-    own, watch = learn.metrics, callbacks.StopOnNaN()
+    metrics, stop_on_nan, history = learn.metrics, callbacks.StopOnNaN(), callbacks.History(run)
     bars = callbacks.show_progress(learn)
-    evaluations = extra_evaluations(learn, settings)
+    evaluations = add_evaluations(learn, settings)
     save = callbacks.SaveBest(run, settings, previous_scores[0] if previous_scores else None, evaluations)
-    history = callbacks.History(run)
-    cbs = [watch, save, history, *bars]
+    cbs = [stop_on_nan, save, history, *bars]
     if settings.patience or settings.align:
         learn.metrics = [*learn.metrics, save.column]
     if settings.patience:
         cbs.append(EarlyStoppingCallback("best", np.less, patience=settings.patience))
-    if state and state.place[0] >= settings.epochs and not settings.minutes:  # stopped behind its last epoch
+    if state and state.place[0] >= settings.epochs and not settings.minutes:  # stopped after its last epoch
         save.best, save.saved = state.metadata["remembered"]["save_best"].values()
     else:
-        kept = _kept(learn, run, history, previous_scores, started, state)
-        with within_memory(learn), kept as keep:
-            _fit(learn, [*cbs, *keep], started, state)
+        saving_state = _saving_state(learn, run, history, previous_scores, started, state)
+        with within_memory(learn), saving_state as state_cbs:
+            _fit(learn, [*cbs, *state_cbs], started, state)
     learn.remove_cbs([callbacks.Average, callbacks.EvaluateModel])
-    learn.metrics = own
-    _check_saved(learn, run, save.saved, watch.step, previous, previous_scores)
-    best = read_checkpoint(run.file("best.pth"))
+    learn.metrics = metrics
+    _check_saved(learn, run, save.saved, stop_on_nan.step, previous, previous_scores)
+    return _load_and_plot_best(learn, run)
+
+
+def _load_and_plot_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
+    "Load the run's checkpoint, write results.png, and print the score with the flip test."
+    best, flip_indices, tta = read_checkpoint(run.file("best.pth")), learn.settings.flip_indices, learn.settings.tta
     learn = with_input_of(learn, best)
-    best.tensors(learn.model)  # refuses, in one line, a file that another put there since
+    best.tensors(learn.model)  # raises `UserError` if the file was replaced since
     load_best(learn, best.path)
     learn.settings = learn.settings.replace(**best.settings.of(ALIGN))
     learn.show_results(max_n=RESULTS_SHOWN)
     plots.save_figure(run.file("results.png"))
-    if settings.flip_indices and not settings.tta:
-        print(f"with the flip test it scores {validation_scores(learn, settings.flip_indices)[0]:.6g}")
+    if flip_indices and not tta:
+        print(f"with the flip test it scores {validation_scores(learn, flip_indices)[0]:.6g}")
     return best
 
 
-def _check_saved(learn, run, saved: bool, nan_step, previous, previous_scores):
-    "Where no epoch was saved, save the loaded model, or raise `UserError`; warn of a loss that was no number."
+def _check_saved(
+    learn: LandmarkLearner,
+    run: Run,
+    saved: bool,  # whether an epoch was saved
+    nan_step: tuple[int, int] | None,  # epoch and step of a loss that was NaN or infinite
+    previous: Checkpoint | None,
+    previous_scores: tuple[float, float] | None,
+) -> None:
+    "If no epoch was saved, save the loaded model, or raise `UserError`; print a warning if the loss was NaN or infinite."
     where = f"the loss became NaN or infinite in epoch {nan_step[0]}, step {nan_step[1]}" if nan_step else ""
     try_this = "try a lower -lr" + (", or --amp off" if learn.machine.precision != "off" else "")
     if not saved:
-        if previous is None:
-            run.file("state.safetensors").unlink(missing_ok=True)  # it would come to the same end
+        if previous is None or previous_scores is None:
+            run.file("state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
-        write_checkpoint(
-            run, previous.model(), learn.settings.replace(**previous.settings.of(INPUT + ALIGN)), *previous_scores, -1
-        )
+        settings = learn.settings.replace(**previous.settings.of(INPUT + ALIGN))
+        write_checkpoint(run, previous.model(), settings, *previous_scores, -1)
     if where:
         print(f"warning: {where}; the best before it is kept; {try_this}")
 
 
-def extra_evaluations(learn: LandmarkLearner, settings: Settings) -> list:
-    "What is scored beside the network itself, each with a column of its own: with the flip test, and the running average."
-    flip_indices, evaluations = settings.flip_indices if settings.tta else (), []
+def add_evaluations(learn: LandmarkLearner, settings: Settings) -> list[callbacks.EvaluateModel]:
+    """Add evaluations with the flip test and of the averaged weights, each with a column; returns those of `SaveBest`.
+
+    With `align` they include one of the network itself, whose first pass is the score column already.
+    """
+    flip_indices = settings.flip_indices if settings.tta else ()
+    evaluations: list[callbacks.EvaluateModel] = []
     if settings.tta:
         evaluations.append(callbacks.EvaluateModel("flip_score", settings, None, flip_indices))
     if settings.ema:
@@ -183,56 +161,34 @@ def extra_evaluations(learn: LandmarkLearner, settings: Settings) -> list:
         evaluations.append(callbacks.EvaluateModel("ema", settings, lambda: average.network, flip_indices))
     learn.add_cbs(evaluations)
     learn.metrics = [*learn.metrics, *(evaluation.column for evaluation in evaluations)]
-    if settings.align and not settings.tta:  # the Learner's own first pass is the score column already
-        evaluations.insert(0, own := callbacks.EvaluateModel("own", settings))
-        learn.add_cb(own)
+    if settings.align and not settings.tta:
+        evaluations.insert(0, first_pass := callbacks.EvaluateModel("first_pass", settings))
+        learn.add_cb(first_pass)
     return evaluations
 
 
 @contextmanager
-def within_memory(learn: LandmarkLearner):
-    "Where the memory is too small for a batch, say so in one line, with the size that was tried and fits."
-    settings, machine = learn.settings, learn.machine
-
-    def one_step(n):
-        learn.model.train()
-        learn.opt.zero_grad()
-        images = torch.zeros(n, 3, settings.size, settings.size, device=learn.dls.device)
-        with machine.autocast():
-            pred = learn.model(images.contiguous(memory_format=machine.memory_format))
-            loss = learn.loss_func(pred, torch.zeros(n, settings.n_points, 2, device=learn.dls.device))
-        loss.backward()
-        learn.opt.step()
-
-    check_shared_memory(machine, settings.batch_size * (3 * settings.size**2 + 8 * settings.n_points))
-    try:
-        yield
-    except Exception as e:
-        check_worker_died(e)
-        if not out_of_memory(e):
-            raise
-        learn.release_batch()
-        size, fits = settings.batch_size, batch_that_fits(e, one_step, settings.batch_size)
-        way = "no smaller one fits: try a smaller --size or another --arch"
-        if fits:
-            way = f"-b {fits} fits (tried here); with --accumulate {-(-size * settings.accumulate // fits)} it makes the same steps"
-        raise UserError(f"-b {size}: not enough memory for such a batch: {way}") from None
-
-
-@contextmanager
-def _kept(learn, run, history, previous_scores, started, state):
-    "The callbacks that keep the stage's state, for the time of a fit; none for a run that nobody claimed."
+def _saving_state(
+    learn: LandmarkLearner,
+    run: Run,
+    history: callbacks.History,
+    previous_scores: tuple[float, float] | None,
+    started: float,
+    state: State | None,
+) -> Iterator[list[Callback]]:
+    "A context of a fit, with the callbacks that save the stage's state; none if the run has no record."
     if not run.record:
         yield []
         return
     images = learn.dls.items
     metadata = {"loaded": previous_scores, "labels": images.labels.identity, "left_out": images.left_out.tolist()}
-    keep = SaveResumeState(run, metadata, history, 60 * learn.machine.save_every, state, time.monotonic() - started)
-    with keep.stopping_on_signals():
-        yield [keep]
+    spent = time.monotonic() - started
+    save_state = SaveResumeState(run, metadata, history, 60 * learn.machine.save_every, state, spent)
+    with save_state.stopping_on_signals():
+        yield [save_state]
 
 
-def _fit(learn, cbs, started, state):
+def _fit(learn: LandmarkLearner, cbs: list[Callback], started: float, state: State | None) -> None:
     settings, epochs = learn.settings, learn.settings.epochs
     if settings.minutes:
         flip_test = 2.5 if settings.flip_indices and not settings.tta else 0.0
@@ -244,14 +200,14 @@ def _fit(learn, cbs, started, state):
 
 
 def report(run: Run, best: Checkpoint, machine: Machine) -> str:
-    "What a stage says last."
-    when = f"epoch {best.epoch}" if best.epoch >= 0 else "the loaded model, which no epoch beat"
+    "Return the last lines that a stage prints: its score, its files, and the commands that can follow."
+    when = "the loaded model, which no epoch beat" if best.epoch == -1 else f"epoch {best.epoch}"
     gpu = " --gpu" if machine.device == "cuda" else ""
     pm = f"-pm {shlex.quote(run.name)}{run.out_flag}{gpu}"
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (
         f"run {run.name}: score {best.score:.6g}, nme_box_diag {best.nme:.4g}{held} ({when})\n"
         f"look at {run.file('results.png')}; epochs in {run.file('history.csv')}\n"
-        f"next stage:  python finetune.py {pm}\n"
-        f"submission:  python predict.py {pm}"
+        f"next stage:  {typed_as('finetune.py')} {pm}\n"
+        f"submission:  {typed_as('predict.py')} {pm}"
     )

@@ -5,10 +5,13 @@ Checked with fastai 2.8.12: `Learner._do_fit`, `_with_events`, `_end_cleanup`; `
 """
 
 import copy
+from typing import TypeVar
 
 from fastai.callback.core import CancelEpochException  # type: ignore[attr-defined] (fastai creates it at run time)
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+
+Loader = TypeVar("Loader", bound=DataLoader)
 
 
 def worker_count(dl: DataLoader) -> int:
@@ -16,7 +19,7 @@ def worker_count(dl: DataLoader) -> int:
     return dl.fake_l.num_workers
 
 
-def without_device(dl: DataLoader) -> DataLoader:
+def without_device(dl: Loader) -> Loader:
     "Copy a DataLoader for a worker process: it makes the same batches, and nothing in it opens a CUDA context."
     twin = copy.copy(dl)
     twin.__dict__.update(fake_l=None, after_batch=None, _device=None)

@@ -12,7 +12,7 @@ from landmarks_fastai.data.block import alignment_of
 from landmarks_fastai.inference.predictor import FittedImages, predict_batches
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.training.learner import load_best
-from landmarks_fastai.training.stage import validation_scores
+from landmarks_fastai.training.scoring import validation_scores
 from landmarks_fastai.utils.hardware import Machine
 from tests.conftest import N_POINTS, N_TEST, QUICK
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from landmarks_fastai.settings import OPTIMISERS, Settings
 from landmarks_fastai.training.callbacks.schedules import PlateauLR, StepLR, StopOnNaN
-from landmarks_fastai.training.learner import body_and_head, optimiser
+from landmarks_fastai.training.components import body_and_head, optimiser
 
 
 def learner(scores, opt="adamw", lr=3e-4):

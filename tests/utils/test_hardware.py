@@ -95,7 +95,7 @@ def test_cudnn_benchmark_is_set_on_a_gpu_only(monkeypatch):
 
 
 def learner_callbacks(machine):
-    from landmarks_fastai.training.learner import on_machine
+    from landmarks_fastai.training.components import on_machine
 
     return [type(cb) for cb in on_machine(machine) if isinstance(cb, Amp)]
 

@@ -1,8 +1,11 @@
-"What an epoch is scored by, and what is kept of it."
+"Callbacks that score an epoch, and save the best."
+# fastai sets attributes when it runs, `learn` among them
+# pyright: reportAttributeAccessIssue=false
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback
@@ -12,20 +15,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from landmarks_fastai.data.block import alignment_of
 from landmarks_fastai.data.flip import predict_with_flip
-from landmarks_fastai.metrics import points_in_image, stage_metrics
+from landmarks_fastai.metrics import ImageMetric, points_in_image, stage_metrics
 from landmarks_fastai.runs.checkpoint import write_checkpoint
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.settings import Settings
 
 
 class Average(Callback):
-    """An exponential average of the weights, and of the norms' running means, taken after every step.
+    """An exponential moving average of the weights, and of the norms' running means, updated after every step.
 
-    What counts or indexes is copied: PyTorch's `AveragedModel(use_buffers=True)` averages it too, and truncates. After 40
-    steps a position index of swin_t was one off in each of its 12 blocks.
+    Integer buffers are copied. PyTorch's `AveragedModel(use_buffers=True)` averages and truncates them: after 40 steps a
+    position index of swin_t was one off in each of its 12 blocks.
 
-    Its memory grows with the stage, (1 + n) / (10 + n) after n steps, up to `decay`: a stage of fifty steps has a use
-    for it too.
+    After n steps the decay is (1 + n) / (10 + n), up to `decay`, so that short stages of fifty steps gain from it too.
     """
 
     order = 45
@@ -38,29 +40,32 @@ class Average(Callback):
 
     @torch.no_grad()
     def after_step(self):
-        n = int(self.twin.n_averaged)  # it lies on the CPU whatever the network's device: nothing waits for a GPU
-        floats, others = [], []
+        n = int(self.twin.n_averaged)  # on the CPU with any network: this does not wait for a GPU
+        floats: list[tuple[torch.Tensor, torch.Tensor]] = []
+        others: list[tuple[torch.Tensor, torch.Tensor]] = []
         for pair in zip(_tensors(self.network), _tensors(self.model), strict=True):
             (floats if n and pair[0].is_floating_point() else others).append(pair)
         if floats:
-            get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(*zip(*floats, strict=True), n)
+            averages, values = zip(*floats, strict=True)
+            get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(averages, values, n)
         if others:
-            torch._foreach_copy_(*zip(*others, strict=True))
+            averages, values = zip(*others, strict=True)
+            torch._foreach_copy_(averages, values)  # pyright: ignore[reportPrivateImportUsage] (one kernel for all)
         self.twin.n_averaged += 1
 
     @property
-    def network(self):
+    def network(self) -> nn.Module:
         return self.twin.module
 
 
-def _tensors(network):
+def _tensors(network: nn.Module) -> Iterator[torch.Tensor]:
     return chain(network.parameters(), network.buffers())
 
 
 class EvaluateModel(Callback):
-    """Score a network on the validation batches that the Learner goes through, with the flip test where it is wanted.
+    """Score a network on the validation batches of the Learner, with the flip test if there are flip indices.
 
-    With an alignment it also finds each image's aligned crop, for `second_pass`.
+    With an alignment it also collects the maps of the aligned crops, for `second_pass`.
     """
 
     order = 46  # before the Recorder reads the column
@@ -69,8 +74,8 @@ class EvaluateModel(Callback):
         self,
         name: str,  # of its column
         settings: Settings,
-        network: Callable[[], nn.Module] | None = None,  # the network to score; None: the Learner's own
-        flip_indices: tuple = (),  # for the flip test; empty: none
+        network: Callable[[], nn.Module] | None = None,  # the network to score; None: the Learner's
+        flip_indices: Sequence[int] = (),  # for the flip test; empty: none
     ):
         self.settings, self.network, self.flip_indices = settings, network, flip_indices
         self.metrics, self.alignment = stage_metrics(settings.size), alignment_of(settings)
@@ -78,6 +83,7 @@ class EvaluateModel(Callback):
 
     @property
     def scored(self) -> nn.Module:
+        "The network that is scored."
         return self.network() if self.network else self.model
 
     def before_validate(self):
@@ -90,7 +96,8 @@ class EvaluateModel(Callback):
         if self.training:
             return
         known = self.network is None and not len(self.flip_indices)
-        unit = self.pred if known else predict_with_flip(self.scored, *self.xb, self.flip_indices)
+        (images,) = self.xb
+        unit = self.pred if known else predict_with_flip(self.scored, images, self.flip_indices)
         for metric in self.metrics:
             metric.add(unit, self.yb[0], self.learn.maps)
         if self.alignment:
@@ -99,12 +106,9 @@ class EvaluateModel(Callback):
 
     @torch.no_grad()
     def second_pass(self, learn: Learner) -> tuple[float, float]:
-        "Score and NME of a second pass over the aligned crops that the pass before has found."
-        network, dl, metrics = (
-            self.network() if self.network else learn.model,
-            learn.dls.valid,
-            stage_metrics(self.settings.size),
-        )
+        "Return score and NME of a second pass, over the aligned crops of the first."
+        network: Any = self.network() if self.network else learn.model
+        dl, metrics = learn.dls.valid, stage_metrics(self.settings.size)
         dl.crops = dict(zip(dl.seen, self.crops, strict=True))
         try:
             for images, points, maps in dl:
@@ -113,44 +117,55 @@ class EvaluateModel(Callback):
                     metric.add(unit, points, maps)
         finally:
             dl.crops = None
-        return tuple(metric.value for metric in metrics)
+        return _score_and_nme(metrics)
 
     @property
-    def score(self):
+    def first_pass(self) -> tuple[float, float]:
+        "Score and NME of the last validation."
+        return _score_and_nme(self.metrics)
+
+    @property
+    def score(self) -> float | None:
+        "The score of the last validation; None before the first."
         return self.metrics[0].value
 
-    @property
-    def nme(self):
-        return self.metrics[1].value
+
+def _score_and_nme(metrics: list[ImageMetric]) -> tuple[float, float]:
+    score, nme = (metric.value for metric in metrics)
+    assert score is not None and nme is not None  # a pass without images raises in `LandmarkDL`
+    return score, nme
 
 
 class SaveBest(Callback):
-    """Write the run's checkpoint when a score is better than the best so far: the network's or its average's.
+    """Write the run's checkpoint when an evaluation has a better score than the best so far.
 
-    fastai's `SaveModelCallback` reads its file back as a pickle; here the stage itself loads the best, tensors only.
+    fastai's `SaveModelCallback` reads its file back as a pickle; here the stage loads the best, tensors only.
     """
 
-    order = 47  # behind `EvaluateModel`, before the Recorder asks for the column
+    order = 47  # after `EvaluateModel`, before the Recorder reads the column
 
     def __init__(
         self,
         run: Run,
         settings: Settings,
         best: float | None = None,  # score to beat: the loaded model's
-        evaluations: list[EvaluateModel] | None = None,  # that compete; none: the Learner's own score does
+        evaluations: list[EvaluateModel] | None = None,  # the best of them counts, or the Learner's metrics
     ):
         self.save_to, self.settings, self.evaluations = run, settings, evaluations or []
         self.best, self.saved = math.inf if best is None else best, False
-        self.column = ValueMetric(lambda: self.found[0], "best")  # the better of the epoch's scores
+        self.column = ValueMetric(lambda: self.found[0], "best")  # the best score of the epoch
 
     def after_validate(self):
-        found = [(e.score, e.nme, e.scored, e) for e in self.evaluations]
+        found: list[tuple[float, float, nn.Module, EvaluateModel | None]]
+        found = [(*e.first_pass, e.scored, e) for e in self.evaluations]
         if not any(e.network is None for e in self.evaluations):
-            own = {m.name: m.value for m in self.learn.metrics if m.name in ("score", "nme_box_diag")}
-            found.insert(0, (own["score"], own["nme_box_diag"], self.model, None))
-        *self.found, best = min(found, key=lambda f: math.inf if math.isnan(f[0]) else f[0])
-        if best and best.alignment:  # the network with the better first pass makes the second
-            self.found[:2] = best.second_pass(self.learn)
+            values = {m.name: m.value for m in self.learn.metrics if m.name in ("score", "nme_box_diag")}
+            found.insert(0, (values["score"], values["nme_box_diag"], self.model, None))
+        score, nme, network, best = min(found, key=lambda f: math.inf if math.isnan(f[0]) else f[0])
+        if best and best.alignment:  # a second pass of the network with the best first pass only
+            learn: Any = self.learn
+            score, nme = best.second_pass(learn)
+        self.found = score, nme, network
 
     def after_epoch(self):
         score, nme, network = self.found
