@@ -58,8 +58,8 @@ class Settings:
     align: float = _setting(
         1.3, "second pass over aligned crops, this many times the size of the shape", low=0.0, high=10.0
     )
-    shape: tuple = _setting((), "mean shape that crops are aligned to: x0, y0, x1, y1, …; empty: none")
     n_points: int = _setting(0, "landmarks of an image; taken from the data", low=0, high=100_000)
+    shape: tuple = _setting((), "mean shape that crops are aligned to: x0, y0, x1, y1, …; empty: none")
     flip_indices: tuple = _setting((), "index of the mirrored k-th point, for each k; empty: no flip map")
     mean: tuple = _setting((0.485, 0.456, 0.406), "per-channel mean of the body's input, in 0..1")
     std: tuple = _setting((0.229, 0.224, 0.225), "per-channel standard deviation of the body's input")

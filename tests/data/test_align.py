@@ -1,8 +1,10 @@
 "Aligned crops: the similarity is the right one, what makes no shape has none, and points come back through the crop."
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from landmarks_fastai.data.align import Alignment, NoShape, procrustes_mean
 from landmarks_fastai.data.block import landmark_dataloaders
@@ -84,7 +86,20 @@ def test_points_of_a_batch_of_crops_map_back_to_the_labels(drawn, workers):
     assert (crops.amax(1) - crops.amin(1)).amax(1).min() > 64 / 1.05 * 0.8  # they fill the input
 
 
-def test_objects_that_fill_their_images_get_no_second_pass(drawn):
-    assert landmark_dataloaders(drawn, size=64, align=3.0).settings.align == 0.0
-    assert landmark_dataloaders(drawn, size=64, align=1.0).settings.align == 1.0
-    assert Settings().align > 1
+def test_second_pass_is_on_where_it_narrows_the_spread_of_the_points(drawn, tmp_path):
+    dls = landmark_dataloaders(drawn, size=64)
+    assert dls.settings.align == Settings().align > 1 and dls.align_gain > 1.5
+    assert len(dls.settings.shape) == 2 * N_POINTS
+    # objects that already lie the same way in every image
+    points = np.tile(shapes(1)[0].ravel(), (20, 1)) + np.random.default_rng(0).normal(0, 2, (20, 2 * N_POINTS))
+    for i in range(20):
+        Image.new("RGB", (200, 200)).save(tmp_path / f"{i}.png")
+    frame = pd.DataFrame(points)
+    frame.insert(0, "file_name", [f"{i}.png" for i in range(20)])
+    dls = landmark_dataloaders(frame, image_folder=tmp_path, size=64)
+    assert dls.settings.align == 0 and dls.settings.shape == () and dls.align_gain < 1.5
+
+
+def test_two_points_have_no_second_pass(drawn):
+    frame = pd.read_csv(drawn / "train/landmarks.csv", sep="\t").iloc[:, :5]
+    assert landmark_dataloaders(frame, image_folder=drawn / "train/images", size=64).settings.align == 0

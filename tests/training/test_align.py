@@ -94,8 +94,8 @@ def test_a_first_pass_without_a_plausible_shape_stands(aligned_run, drawn, monke
     assert points == pytest.approx(np.concatenate(list(predict_batches(once, images, Machine(workers=0)))), abs=1e-4)
 
 
-def test_a_later_stage_begins_the_second_pass_and_another_ends_it(run_script, finished_run, drawn):
-    finished_run("c")
+def test_a_later_stage_begins_the_second_pass_and_another_ends_it(run_script, drawn):
+    assert run_script(f"train.py {QUICK} --align off -n c -d", drawn)[0] == 0
     before = read_checkpoint("runs/c/best.pth")
     assert before.settings.align == 0
     code, out, err = run_script("finetune.py -e 1 --align 1.05 -n c2 -pm c")
