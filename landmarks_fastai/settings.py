@@ -58,6 +58,9 @@ class Settings:
     align: float = _setting(
         1.3, "second pass over aligned crops, this many times the size of the shape", low=0.0, high=10.0
     )
+    whole_pct: float = _setting(
+        0.25, "fraction of a training batch that is whole images where crops are aligned", low=0.0, high=1.0
+    )
     n_points: int = _setting(0, "landmarks of an image; taken from the data", low=0, high=100_000)
     shape: tuple = _setting((), "mean shape that crops are aligned to: x0, y0, x1, y1, …; empty: none")
     flip_indices: tuple = _setting((), "index of the mirrored k-th point, for each k; empty: no flip map")
@@ -145,12 +148,12 @@ class Settings:
 
 
 # Values of newer settings for the checkpoints of earlier versions.
-NEWER = {"on_bad": "stop", "align": 0.0, "shape": ()}
+NEWER = {"on_bad": "stop", "align": 0.0, "shape": (), "whole_pct": 0.25}
 # Names of settings in earlier versions.
 RENAMED = {"start": "init_head", "head_rate": "head_lr_mult", "pairs": "flip_indices"}
 
 # Settings of the DataLoaders; a Learner takes them from there.
-DATA = ("size", "fit", "align", "shape", "n_points", "flip_indices", "data", "on_bad", "valid_pct", "valid_random",
+DATA = ("size", "fit", "align", "shape", "whole_pct", "n_points", "flip_indices", "data", "on_bad", "valid_pct", "valid_random",
         "all_rows", "aug", "mirror", "batch_size", "split_seed")  # fmt: skip
 # Settings of the network: its weights are useless with other values.
 NETWORK = ("arch", "head", "targets")

@@ -68,7 +68,8 @@ def run_script(tmp_path, monkeypatch, capfd):
 
 
 ARCH = "timm:test_resnet"  # 0.5 million weights: most of a test's time would go into writing resnet18's 11
-QUICK = f"--arch {ARCH} --weights none --size 32 -b 8 -e 1 --workers 0"
+# One pass: the second has tests of its own (training/test_align.py), and most others hold for either
+QUICK = f"--arch {ARCH} --weights none --size 32 -b 8 -e 1 --workers 0 --align off"
 
 
 @pytest.fixture(scope="session")

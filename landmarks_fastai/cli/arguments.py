@@ -137,7 +137,7 @@ SWITCHES = [
 ]
 TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
             "step_size", "gamma", "seed"]  # fmt: skip
-IMAGES = ["align", "aug", "mirror", "ema", "tta"]
+IMAGES = ["align", "whole_pct", "aug", "mirror", "ema", "tta"]
 
 
 def train_parser() -> argparse.ArgumentParser:

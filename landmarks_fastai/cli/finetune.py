@@ -1,4 +1,4 @@
-"A later stage: `python finetune.py -pm NAME` continues from the checkpoint of a run, at a tenth of its learning rate."
+"A later stage: `python finetune.py -pm NAME` continues from the best checkpoint of a run, at a lower learning rate."
 
 from landmarks_fastai.cli import app, arguments, resolve
 from landmarks_fastai.cli.resume import record_of

@@ -20,8 +20,6 @@ from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.fastai_internals import without_device, worker_count
 from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
 
-WHOLE_EVERY = 4  # in a training batch with aligned crops every fourth image is seen whole
-
 
 class BatchMaker(Dataset):
     """Make the batches of lists of rows, in this process or in a worker, with a loader that has no device.
@@ -97,7 +95,8 @@ class LandmarkDL(TfmdDL):
         if self.crops is not None:
             return [CropIndex.of(i, self.crops[i]) if self.crops[i] else i for i in rows if i in self.crops]
         if self.shuffle and self.settings.shape:
-            rows = [i if k % self.bs % WHOLE_EVERY == 0 else CropIndex.of(i) for k, i in enumerate(rows)]
+            whole = [k * self.settings.whole_pct % 1 < self.settings.whole_pct for k in range(self.bs or 1)]
+            rows = [i if whole[k % len(whole)] else CropIndex.of(i) for k, i in enumerate(rows)]
         return rows[self.first * self.bs :]
 
     def shuffle_fn(self, idxs: Iterable[int]) -> list[int]:

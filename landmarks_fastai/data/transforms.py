@@ -29,7 +29,7 @@ from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, cut_image, fit_image, input_to_unit, unit_to_input
 
-UNMOUNTED = 4  # unreadable images, in consecutive batches that lose most of theirs, that stop the run
+UNMOUNTED = 4  # unreadable images in a row of batches, each with more than half unreadable: the run stops
 
 
 class TensorMap(TensorBase):

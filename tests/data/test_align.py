@@ -96,7 +96,7 @@ def test_second_pass_is_on_where_it_narrows_the_spread_of_the_points(drawn, tmp_
         Image.new("RGB", (200, 200)).save(tmp_path / f"{i}.png")
     frame = pd.DataFrame(points)
     frame.insert(0, "file_name", [f"{i}.png" for i in range(20)])
-    dls = landmark_dataloaders(frame, image_folder=tmp_path, size=64)
+    dls = landmark_dataloaders(frame, image_folder=tmp_path, size=64, batch_size=8)
     assert dls.settings.align == 0 and dls.settings.shape == () and dls.align_gain < 1.5
 
 

@@ -95,9 +95,9 @@ class EvaluateModel(Callback):
     def after_batch(self):
         if self.training:
             return
-        known = self.network is None and not len(self.flip_indices)
+        already_predicted = self.network is None and not len(self.flip_indices)
         (images,) = self.xb
-        unit = self.pred if known else predict_with_flip(self.scored, images, self.flip_indices)
+        unit = self.pred if already_predicted else predict_with_flip(self.scored, images, self.flip_indices)
         for metric in self.metrics:
             metric.add(unit, self.yb[0], self.learn.maps)
         if self.alignment:
@@ -153,22 +153,22 @@ class SaveBest(Callback):
     ):
         self.save_to, self.settings, self.evaluations = run, settings, evaluations or []
         self.best, self.saved = math.inf if best is None else best, False
-        self.column = ValueMetric(lambda: self.found[0], "best")  # the best score of the epoch
+        self.column = ValueMetric(lambda: self.epoch_best[0], "best")  # the best score of the epoch
 
     def after_validate(self):
-        found: list[tuple[float, float, nn.Module, EvaluateModel | None]]
-        found = [(*e.first_pass, e.scored, e) for e in self.evaluations]
+        candidates: list[tuple[float, float, nn.Module, EvaluateModel | None]]
+        candidates = [(*e.first_pass, e.scored, e) for e in self.evaluations]
         if not any(e.network is None for e in self.evaluations):
             values = {m.name: m.value for m in self.learn.metrics if m.name in ("score", "nme_box_diag")}
-            found.insert(0, (values["score"], values["nme_box_diag"], self.model, None))
-        score, nme, network, best = min(found, key=lambda f: math.inf if math.isnan(f[0]) else f[0])
-        if best and best.alignment:  # a second pass of the network with the best first pass only
+            candidates.insert(0, (values["score"], values["nme_box_diag"], self.model, None))
+        score, nme, network, evaluation = min(candidates, key=lambda f: math.inf if math.isnan(f[0]) else f[0])
+        if evaluation and evaluation.alignment:  # a second pass of the network with the best first pass only
             learn: Any = self.learn
-            score, nme = best.second_pass(learn)
-        self.found = score, nme, network
+            score, nme = evaluation.second_pass(learn)
+        self.epoch_best = score, nme, network
 
     def after_epoch(self):
-        score, nme, network = self.found
+        score, nme, network = self.epoch_best
         if score < self.best:
             self.best, self.saved = score, True
             write_checkpoint(self.save_to, network, self.settings, score, nme, self.epoch)
