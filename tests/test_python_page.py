@@ -141,7 +141,8 @@ def test_a_dataframe_gives_the_batches_of_its_folder(drawn, data):
 
 def test_predictions_are_in_the_pixels_that_the_page_says(drawn, tmp_path):
     # at 64 px no file is decoded at a part of its size, so a path and an image give the same pixels
-    learn = learner(landmark_dataloaders(drawn, size=64, batch_size=8, machine=Machine(workers=0)), tmp_path)
+    dls = landmark_dataloaders(drawn, size=64, batch_size=8, align=0.0, machine=Machine(workers=0))
+    learn = learner(dls, tmp_path)
     file = sorted((drawn / "test" / "images").iterdir())[0]
     decoded, raw, again = learn.predict(str(file))
     assert isinstance(decoded, TensorPoint) and torch.equal(raw, again)

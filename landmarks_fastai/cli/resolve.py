@@ -38,11 +38,7 @@ def explicit_settings(args: argparse.Namespace) -> dict:
 def first_settings(args: argparse.Namespace, drawn: bool) -> Settings:
     "The settings of a first stage; `drawn` if it trains on drawn faces."
     recipe = RECIPES[args.recipe]
-    start = (
-        {k: v for k, v in DRAWN.items() if not recipe or k in ("arch", "size", "valid_pct")}
-        if drawn
-        else {}
-    )
+    start = {k: v for k, v in DRAWN.items() if not recipe or k in ("arch", "size", "valid_pct")} if drawn else {}
     typed: dict[str, Any] = start | recipe | explicit_settings(args)
     typed.setdefault("wd", WEIGHT_DECAY[typed.get("opt", Settings.opt)])
     typed["data"] = os.path.abspath(typed.get("data") or ".")

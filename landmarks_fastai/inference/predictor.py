@@ -126,7 +126,7 @@ def batches_of_points(
     images: FittedImages,
     machine: Machine,
     batch_size: int,
-    alignment: Alignment | None,
+    alignment: Alignment | None = None,
 ) -> Iterator[np.ndarray]:
     "Yield `points_of` each batch of the images, in order; with an alignment, of the aligned crops in a second pass."
     rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]

@@ -156,7 +156,7 @@ def test_a_rate_that_ruins_everything_says_so_and_saves_nothing(run_script, draw
 @pytest.fixture
 def learn(drawn, tmp_path):
     machine = Machine(workers=0)
-    dls = landmark_dataloaders(drawn, size=32, batch_size=8, epochs=1, machine=machine)
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, epochs=1, align=0.0, machine=machine)
     return landmark_learner(dls, ARCH, "none", machine=machine, path=tmp_path)
 
 

@@ -112,7 +112,7 @@ class EvaluateModel(Callback):
         dl.crops = dict(zip(dl.seen, self.crops, strict=True))
         try:
             for images, points, maps in dl:
-                unit = predict_with_flip(network, images, self.flip_indices)
+                unit = predict_with_flip(network, images.as_subclass(torch.Tensor), self.flip_indices)
                 for metric in metrics:
                     metric.add(unit, points, maps)
         finally:
