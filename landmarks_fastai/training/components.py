@@ -32,7 +32,7 @@ def optimiser(settings: Settings) -> partial:
 def scheduler(settings: Settings) -> list[Callback]:
     "Return the callbacks that change the learning rate between epochs; none for `onecycle`, which is `fit_one_cycle`."
     if settings.sched == "plateau":
-        return [callbacks.PlateauLR()]
+        return [callbacks.PlateauLR(("best", "score") if settings.align else ("score",))]  # best: of the second pass
     return [callbacks.StepLR(settings.step_size, settings.gamma)] if settings.sched == "step" else []
 
 

@@ -108,6 +108,20 @@ def test_patience_stops_early(run_script, drawn):
     assert table.best.iloc[-1] >= table.best.min()
 
 
+def test_plateau_follows_best_only_where_a_second_pass_has_it(run_script, drawn):
+    "`--patience` shows the column `best` too; the published entry's schedule follows the score."
+    monitored = []
+
+    class Note(Callback):
+        def before_train(self):  # once: an epoch of one fit
+            monitored.append(self.learn.plateau_lr.monitor)
+
+    with every_learner_has(Note()):
+        for flags in ("--patience 5", "--align 1.05"):
+            assert run_script(f"train.py {QUICK} {flags} --overwrite -n m -d", drawn)[0] == 0
+    assert monitored == ["score", "best"]
+
+
 def test_accumulated_batches_make_the_step_of_one_large_batch():
     "On a network without norms: fastai's `GradientAccumulation` counts images, and is given batches times their size."
     weights = []

@@ -18,20 +18,17 @@ class PlateauLR(ReduceLROnPlateau):
 
     def __init__(
         self,
-        monitor: str = "score",
+        monitors: tuple[str, ...] = ("score",),  # columns; the first that a fit has is monitored
         patience: int = 1,  # epochs without a better score before a reduction
         factor: float = 0.31622,  # of the learning rate: the root of 0.1
         threshold: float = 1e-4,  # better is below best * (1 - threshold)
         eps: float = 1e-8,  # smaller changes of the rate are not made
     ):
-        super().__init__(monitor=monitor, comp=np.less, patience=patience, factor=factor)
-        self.threshold, self.eps = threshold, eps
+        super().__init__(monitor=monitors[-1], comp=np.less, patience=patience, factor=factor)
+        self.monitors, self.threshold, self.eps = monitors, threshold, eps
 
     def before_fit(self):
-        if "best" in self.recorder.metric_names:  # `SaveBest` scores the second pass too
-            self.monitor = "best"
-        elif self.monitor == "best":
-            self.monitor = "score"
+        self.monitor = next((name for name in self.monitors if name in self.recorder.metric_names), self.monitors[-1])
         super().before_fit()
 
     def after_epoch(self):
