@@ -69,11 +69,6 @@ def nme(
     return (pred - truth).norm(dim=-1).mean(1) / torch.where(length > 0, length, 1.0)
 
 
-def nme_box_diag(pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    "`nme` by the diagonal of the box of the true points; (batch, n, 2) pixels -> (batch,)."
-    return nme(pred, truth)
-
-
 def auc(
     pred: Points,
     truth: Points,
@@ -161,4 +156,4 @@ class FailureRate(ImageMetric):
 
 def stage_metrics(size: int) -> list[ImageMetric]:
     "The metrics of every epoch: `score`, the competition's mean squared error, and `nme_box_diag`."
-    return [ImageMetric(mean_squared_error, "score", size), ImageMetric(nme_box_diag, "nme_box_diag", size)]
+    return [ImageMetric(mean_squared_error, "score", size), ImageMetric(nme, "nme_box_diag", size)]

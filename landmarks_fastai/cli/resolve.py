@@ -65,7 +65,6 @@ def next_settings(args: argparse.Namespace, before: Settings) -> Settings:
     }
     if typed.get("opt", before.opt) != before.opt:
         changes["wd"] = WEIGHT_DECAY[typed["opt"]]
-    changes |= {"shape": ()} if not before.align or not typed.get("align", before.align) else {}
     if "data" in typed:
         typed["data"] = os.path.abspath(typed["data"] or ".")
     after = before.replace(**changes | typed)

@@ -1,12 +1,13 @@
-"""What training does to a face: one warp that moves image and points together, and colour.
+"""The augmentation of training batches: one warp of images and points together, and colour changes.
 
-The whole batch is turned, scaled, shifted and mirrored by one `grid_sample`, in the unit coordinates of geometry.py.
-The points go through the same matrices. A mirrored face's points change their names (`mirror.py`); fastai's own
-`Flip` moves them and leaves the names, which teaches the network that left is right.
+A batch is rotated, scaled, shifted and flipped by one `grid_sample`, in the unit coordinates of geometry.py. The same
+matrices move the points. Points of a flipped image are reordered by the flip indices (flip.py); fastai's `Flip` leaves
+their order as it is, which teaches the network that left is right.
 All random numbers are drawn in the main process, a function of (seed, epoch, batch).
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,16 +33,16 @@ class Augment(ItemTransform):
 
     def __init__(
         self,
-        strength: float,  # 0 leaves all but the mirror away
-        flip_indices=None,  # of the flip map; None never mirrors
+        strength: float,  # 0: flips only
+        flip_indices: Sequence[int] | torch.Tensor | None = None,  # None: no flips
         seed: int = 0,
     ):
         self.strength, self.seed = strength, seed
         self.flip_indices = None if flip_indices is None else torch.as_tensor(flip_indices)
         self.begin(0)
 
-    def begin(self, epoch: int, batch: int = 0):
-        "The next batch is that of this epoch."
+    def begin(self, epoch: int, batch: int = 0) -> None:
+        "Set the epoch and the number of the next batch."
         self.epoch, self.batch = epoch, batch
 
     def encodes(self, item):
@@ -49,9 +50,7 @@ class Augment(ItemTransform):
         rng = np.random.default_rng([self.seed, self.epoch, self.batch])
         self.batch += 1
         matrix, mirrored = self.sample_warp(rng, len(images))
-        back = invert(matrix).to(
-            images.device
-        )  # on the CPU: on a GPU, an inverse that checks itself waits for the step
+        back = invert(matrix).to(images.device)  # computed on the CPU: the batch has few matrices
         matrix, mirrored = matrix.to(images.device), mirrored.to(images.device)
         colours = [c.to(images.device) for c in self.sample_colour(rng, len(images))]
         moved = warp_images(images.as_subclass(torch.Tensor), back)
@@ -60,7 +59,7 @@ class Augment(ItemTransform):
         renamed = warp_points(rename(points.as_subclass(torch.Tensor), mirrored, self.flip_indices), matrix)
         return TensorImage(moved), TensorPoint(renamed), *maps
 
-    def sample_warp(self, rng, n: int):
+    def sample_warp(self, rng: np.random.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Matrices (n, 2, 3) that take unit coordinates before to those after, and which faces are mirrored (n,)."
         turn, scale = self._spread(rng, math.radians(TURN), n), self._spread(rng, SCALE, n).exp()
         x, y = self._spread(rng, 2 * SHIFT, n), self._spread(rng, 2 * SHIFT, n)
@@ -70,7 +69,7 @@ class Augment(ItemTransform):
         rows = [torch.stack([cos * sign, -sin, x], 1), torch.stack([sin * sign, cos, y], 1)]
         return torch.stack(rows, 1), mirrored
 
-    def sample_colour(self, rng, n: int):
+    def sample_colour(self, rng: np.random.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Contrast, saturation (n, 1, 1, 1) and what is added to each channel (n, 3, 1, 1)."
         grey, channel = (n, 1, 1, 1), (n, 3, 1, 1)
         contrast, saturation = self._spread(rng, COLOUR, grey).exp(), self._spread(rng, COLOUR, grey).exp()
@@ -80,26 +79,26 @@ class Augment(ItemTransform):
         return torch.from_numpy(rng.uniform(-width, width, shape).astype(np.float32)) * self.strength
 
 
-def warp_points(points, matrix):
+def warp_points(points: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     "Points (batch, n, 2) through matrices (batch, 2, 3), both in unit coordinates."
     return points @ matrix[:, :, :2].transpose(1, 2) + matrix[:, None, :, 2]
 
 
-def rename(points, mirrored, flip_indices):
+def rename(points: torch.Tensor, mirrored: torch.Tensor, flip_indices: torch.Tensor | None) -> torch.Tensor:
     "The points of mirrored faces under their new names: (batch, n, 2), not moved."
     if flip_indices is None:
         return points
     return torch.where(mirrored[:, None, None], points[:, flip_indices.to(points.device)], points)
 
 
-def invert(matrix):
+def invert(matrix: torch.Tensor) -> torch.Tensor:
     "Matrices (batch, 2, 3) that undo others: a, b, c, d become d, -b, -c, a over the determinant."
     (a, b, _), (c, d, _) = (row.unbind(1) for row in matrix.unbind(1))
     inverse = torch.stack([torch.stack([d, -b], 1), torch.stack([-c, a], 1)], 1) / (a * d - b * c)[:, None, None]
     return torch.cat([inverse, -inverse @ matrix[:, :, 2:]], 2)
 
 
-def warp_images(images, back):
+def warp_images(images: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     """Images (batch, 3, h, w) warped; `back` are the inverse matrices: `grid_sample` asks where a pixel comes from.
 
     What lies outside is reflected in: no black corners.
@@ -108,7 +107,9 @@ def warp_images(images, back):
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def change_colours(images, contrast, saturation, added):
+def change_colours(
+    images: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor, added: torch.Tensor
+) -> torch.Tensor:
     "Contrast about each image's mean, saturation about each pixel's grey, then the channels' shifts; in 0..1."
     mean = images.mean((1, 2, 3), keepdim=True)
     images = (images - mean) * contrast + mean

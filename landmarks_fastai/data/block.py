@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from landmarks_fastai.data.items import LabelledImages, labelled_images
 from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.data.split import RowSplitter
 from landmarks_fastai.data.transforms import OpenInput, PointsToUnit, StoredPoints
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, pixel_map
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.utils.hardware import Machine
@@ -102,7 +102,7 @@ def landmark_dataloaders(
         settings = settings.replace(data=os.path.abspath(source or "."))
     images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, progress)
     settings, flip = with_flip_map(settings.replace(n_points=images.labels.n_points), images)
-    settings, gain = with_alignment(settings, images)
+    settings, gain = with_alignment(settings, images, flip.shape if isinstance(flip, FlipMap) else None)
     block = landmark_block(settings, item_tfms=item_tfms, batch_tfms=batch_tfms, machine=machine)
     if machine.cache:
         rows, key, inputs = len(images.labels), {"labels": images.labels.key}, block.getters[0].inputs
@@ -143,7 +143,11 @@ def alignment_of(settings: Settings) -> Alignment | None:
     return Alignment(np.array(settings.shape).reshape(-1, 2), settings.align, settings.size)
 
 
-def with_alignment(settings: Settings, images: LabelledImages) -> tuple[Settings, float | None]:
+def with_alignment(
+    settings: Settings,
+    images: LabelledImages,
+    mean: np.ndarray | None = None,  # `procrustes_mean` of the training rows, if it is known from the flip map
+) -> tuple[Settings, float | None]:
     """Return the settings with the mean shape, and the factor by which aligned crops reduce the spread of the points.
 
     The factor is None where it was not measured. If it is too small, a second pass is of no use: `align` becomes 0.
@@ -154,19 +158,29 @@ def with_alignment(settings: Settings, images: LabelledImages) -> tuple[Settings
     if settings.n_points < MIN_POINTS:
         return off, None
     train, _ = RowSplitter(settings)(images)
-    points, whole = [], []
-    for item in images[train].sample(ROWS):
-        with suppress(UserError):
-            whole.append(pixel_map(*image_size(item.path), settings.fit, settings.size))
-            points.append(item.points)
-    try:
-        settings = settings.replace(shape=shape_setting(procrustes_mean(np.stack(points))))
-    except (NoShape, ValueError):  # no image can be read; training reports it
+    sampled = list(points_and_maps(images[train], settings))
+    if not sampled:  # training reports that no image can be read
         return off, None
+    points, whole = zip(*sampled, strict=True)
+    try:
+        mean = procrustes_mean(np.stack(points)) if mean is None else mean
+    except NoShape:
+        return off, None
+    settings = settings.replace(shape=shape_setting(mean))
     alignment = alignment_of(settings)
     assert alignment is not None
     gain = spread(points, whole) / max(1e-9, spread(points, alignment.maps(np.stack(points))))
     return (settings if gain >= MIN_GAIN else off), gain
+
+
+def points_and_maps(images: LabelledImages, settings: Settings) -> Iterator[tuple[np.ndarray, PixelMap]]:
+    """Yield the points of at most 2,000 evenly spaced images, (n_points, 2) pixels as stored, and the map of the whole image.
+
+    Only the images' headers are read. Images that do not exist are left out: training prints a warning for them.
+    """
+    for item in images.sample(ROWS):
+        with suppress(MissingImage):
+            yield item.points, pixel_map(*image_size(item.path, item.where), settings.fit, settings.size)
 
 
 def spread(points: Sequence[np.ndarray], maps: Sequence[PixelMap | None]) -> float:

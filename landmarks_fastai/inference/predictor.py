@@ -130,23 +130,28 @@ def batches_of_points(
 ) -> Iterator[np.ndarray]:
     "Yield `points_of` each batch of the images, in order; with an alignment, of the aligned crops in a second pass."
     rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
-    unaligned = 0
-
-    def crops_of(rows: Sequence[int], points: np.ndarray) -> list[CropIndex]:
-        nonlocal unaligned
-        assert alignment is not None
-        maps = alignment.maps(points)
-        unaligned += maps.count(None)
-        return [CropIndex.of(row, to_input) for row, to_input in zip(rows, maps, strict=True)]
-
-    def both_passes(rows: Sequence[int]) -> np.ndarray:
-        points = points_of(default_collate([images[row] for row in rows]))
-        return points_of(default_collate([images[row] for row in crops_of(rows, points)])) if alignment else points
-
-    if not (machine.workers or machine.device != "cpu" or machine.compile):
-        yield from threaded_map(both_passes, rows)
-        report_unaligned(unaligned, len(images))
+    use_loader = machine.workers or machine.device != "cpu" or machine.compile
+    one_pass = (_with_loader if use_loader else _with_threads)(points_of, images, machine)
+    if not alignment:
+        yield from one_pass(rows)
         return
+    unaligned = 0
+    for k in range(0, len(rows), CHUNK):
+        first = rows[k : k + CHUNK]
+        maps = [alignment.maps(points) for points in one_pass(first)]
+        unaligned += sum(found.count(None) for found in maps)
+        yield from one_pass([list(map(CropIndex.of, *each)) for each in zip(first, maps, strict=True)])
+    report_unaligned(unaligned, len(images))
+
+
+Pass = Callable[[Sequence[Sequence[int]]], Iterator[np.ndarray]]  # the rows of each batch -> their points
+
+
+def _with_threads(points_of: Callable, images: FittedImages, machine: Machine) -> Pass:
+    return lambda rows: threaded_map(lambda batch: points_of(default_collate([images[row] for row in batch])), rows)
+
+
+def _with_loader(points_of: Callable, images: FittedImages, machine: Machine) -> Pass:
     order: list[Any] = []  # the rows of each batch of a pass
     loader = DataLoader(
         images,
@@ -162,13 +167,7 @@ def batches_of_points(
         with signals_blocked():  # the workers start here
             return map(points_of, iter(loader))
 
-    if not alignment:
-        yield from one_pass(rows)
-        return
-    for k in range(0, len(rows), CHUNK):
-        first = rows[k : k + CHUNK]
-        yield from one_pass([crops_of(*each) for each in zip(first, one_pass(first), strict=True)])
-    report_unaligned(unaligned, len(images))
+    return one_pass
 
 
 def fuse_norms(model: nn.Module, size: int) -> nn.Module:

@@ -54,4 +54,4 @@ def validation_scores(
         if not evaluation.alignment:
             return evaluation.first_pass
         report_unaligned(evaluation.crops.count(None), len(evaluation.crops))
-        return evaluation.second_pass(learn)
+        return evaluation.second_pass()

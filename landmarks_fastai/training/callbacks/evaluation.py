@@ -5,16 +5,16 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import Learner, ValueMetric
+from fastai.learner import ValueMetric
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from landmarks_fastai.data.block import alignment_of
 from landmarks_fastai.data.flip import predict_with_flip
+from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.metrics import ImageMetric, points_in_image, stage_metrics
 from landmarks_fastai.runs.checkpoint import write_checkpoint
 from landmarks_fastai.runs.run import Run
@@ -81,12 +81,9 @@ class EvaluateModel(Callback):
         self.metrics, self.alignment = stage_metrics(settings.size), alignment_of(settings)
         self.column = ValueMetric(lambda: self.score, name)
 
-    @property
-    def scored(self) -> nn.Module:
-        "The network that is scored."
-        return self.network() if self.network else self.model
-
     def before_validate(self):
+        self.scored: nn.Module = self.network() if self.network else self.model
+        self.scored_dl: LandmarkDL = self.dl
         for metric in self.metrics:
             metric.reset()
         self.scored.eval()
@@ -105,14 +102,13 @@ class EvaluateModel(Callback):
             self.crops += self.alignment.maps(points.cpu().numpy())
 
     @torch.no_grad()
-    def second_pass(self, learn: Learner) -> tuple[float, float]:
-        "Return score and NME of a second pass, over the aligned crops of the first."
-        network: Any = self.network() if self.network else learn.model
-        dl, metrics = learn.dls.valid, stage_metrics(self.settings.size)
+    def second_pass(self) -> tuple[float, float]:
+        "Return score and NME of a second pass, over the aligned crops of the last validation."
+        dl, metrics = self.scored_dl, stage_metrics(self.settings.size)
         dl.crops = dict(zip(dl.seen, self.crops, strict=True))
         try:
             for images, points, maps in dl:
-                unit = predict_with_flip(network, images.as_subclass(torch.Tensor), self.flip_indices)
+                unit = predict_with_flip(self.scored, images.as_subclass(torch.Tensor), self.flip_indices)
                 for metric in metrics:
                     metric.add(unit, points, maps)
         finally:
@@ -163,8 +159,7 @@ class SaveBest(Callback):
             candidates.insert(0, (values["score"], values["nme_box_diag"], self.model, None))
         score, nme, network, evaluation = min(candidates, key=lambda f: math.inf if math.isnan(f[0]) else f[0])
         if evaluation and evaluation.alignment:  # a second pass of the network with the best first pass only
-            learn: Any = self.learn
-            score, nme = evaluation.second_pass(learn)
+            score, nme = evaluation.second_pass()
         self.epoch_best = score, nme, network
 
     def after_epoch(self):
