@@ -72,16 +72,20 @@ ARCH = "timm:test_resnet"  # 0.5 million weights: most of a test's time would go
 QUICK = f"--arch {ARCH} --weights none --size 32 -b 8 -e 1 --workers 0 --align off"
 
 
+def train_run(flags: str, data: Path, out: Path) -> Path:
+    "The folder of a finished run `m` of train.py, in a fixture that lives longer than one test."
+    import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *flags.split(), "-n", "m", "--out", str(out), "-d", str(data)])
+        train.main()
+    return out / "m"
+
+
 @pytest.fixture(scope="session")
 def quick_run(drawn, tmp_path_factory):
     "The folder of one finished run of `train.py QUICK`, that no test may change: a test takes a copy."
-    import train
-
-    out = tmp_path_factory.mktemp("quick")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *QUICK.split(), "-n", "m", "--out", str(out), "-d", str(drawn)])
-        train.main()
-    return out / "m"
+    return train_run(QUICK, drawn, tmp_path_factory.mktemp("quick"))
 
 
 @pytest.fixture

@@ -66,10 +66,10 @@ def check_labels(csv: Path, data: bytes):
 
 def check_points(csv: Path, data: bytes):
     "A row of whole numbers for each name, and no more rows than lines."
-    asked = competition.read_test_points(csv)
-    assert asked.indices.dtype.kind in "iu" and asked.indices.ndim == 2
-    assert len(asked) == len(asked.lines) == len(asked.indices) < lines_of(data)
-    assert (np.diff(asked.lines.astype(np.int64)) > 0).all() and all(asked.names)
+    test_points = competition.read_test_points(csv)
+    assert test_points.indices.dtype.kind in "iu" and test_points.indices.ndim == 2
+    assert len(test_points) == len(test_points.lines) == len(test_points.indices) < lines_of(data)
+    assert (np.diff(test_points.lines.astype(np.int64)) > 0).all() and all(test_points.names)
 
 
 def feed(target: str, csv: Path, data: bytes):

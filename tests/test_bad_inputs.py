@@ -93,15 +93,15 @@ def at_place(make, side="train", line=9):
     return harm
 
 
-def asked(change, line=4):
+def edit_test_points(change, line=4):
     return lambda data, out: edit_line(asked_of(data), line, change)
 
 
 def list_is(text):
-    return asked(lambda line: line.split("\t")[0] + "\t" + text)
+    return edit_test_points(lambda line: line.split("\t")[0] + "\t" + text)
 
 
-def facts(change):
+def edit_metadata(change):
     "Change what the checkpoint says of itself."
 
     def harm(data, out):
@@ -126,7 +126,7 @@ def older(change):
 
 
 def setting(**changes):
-    return facts(lambda f: f | {"settings": f["settings"] | changes})
+    return edit_metadata(lambda f: f | {"settings": f["settings"] | changes})
 
 
 def tensors(change):
@@ -300,26 +300,26 @@ CASES = {
     "an index beyond 64 bits": (list_is(f"[0, {'9' * 30}]"), PREDICT, ["line 4", "is no list"]),
     "fewer indices": (list_is("[0, 1]"), PREDICT, ["line 4: 2 indices found, 7 as in the rows before"]),
     "an empty list": (list_is("[]"), PREDICT, ["line 4: '[]' is no list"]),
-    "no list": (asked(lambda x: x.split("\t")[0]), PREDICT, ["line 4: a file name, a TAB and a list"]),
+    "no list": (edit_test_points(lambda x: x.split("\t")[0]), PREDICT, ["line 4: a file name, a TAB and a list"]),
     "test_points.csv in UTF-16": (
         whole_csv(lambda b: b.decode().encode("utf-16"), asked_of), PREDICT, ["test_points.csv: not UTF-8"],
     ),
     "a test name that climbs": (
-        asked(lambda x: "../x.jpg\t" + x.split("\t")[1]), PREDICT, ["line 4: file name '../x.jpg' leaves"],
+        edit_test_points(lambda x: "../x.jpg\t" + x.split("\t")[1]), PREDICT, ["line 4: file name '../x.jpg' leaves"],
     ),
     "a missing test image": (at_place(lambda path: None, "test", 4), PREDICT, ["line 4: image", "not found"]),
     "half a test image": (image(lambda b: b[: len(b) // 2], "test", 4), PREDICT, ["line 4: image", "is cut short"]),
     # checkpoints
     "tensors alone": (tensors(lambda t: {k: v for k, v in t.items() if k != METADATA}), PREDICT, ["it has no settings"]),
-    "no metadata": (facts(lambda f: {}), FINETUNE, ["it has no settings"]),
-    "a list for metadata": (facts(lambda f: []), PREDICT, ["it has no settings"]),
-    "another format": (facts(lambda f: f | {"format": 99}), FINETUNE, ["another version of this program (format 99)"]),
+    "no metadata": (edit_metadata(lambda f: {}), FINETUNE, ["it has no settings"]),
+    "a list for metadata": (edit_metadata(lambda f: []), PREDICT, ["it has no settings"]),
+    "another format": (edit_metadata(lambda f: f | {"format": 99}), FINETUNE, ["another version of this program (format 99)"]),
     "an older .json of nothing": (older(lambda text: ""), FINETUNE, ["m_best.json cannot be read"]),
     "an older .json of garbage": (older(lambda text: text[:99]), FINETUNE, ["m_best.json cannot be read"]),
     "a deep older .json": (older(lambda text: "[" * 10**5), PREDICT, ["m_best.json cannot be read"]),
     "a folder of something else": (lambda data, out: [(out / "r").mkdir(), (out / "r/x").touch()], TRAIN, ["not the folder of a run"]),
-    "a score of NaN": (facts(lambda f: f | {"score": float("nan")}), PREDICT, ["score, nme_box_diag and epoch must be finite"]),
-    "no settings": (facts(lambda f: f | {"settings": None}), PREDICT, ["setting missing or unknown"]),
+    "a score of NaN": (edit_metadata(lambda f: f | {"score": float("nan")}), PREDICT, ["score, nme_box_diag and epoch must be finite"]),
+    "no settings": (edit_metadata(lambda f: f | {"settings": None}), PREDICT, ["setting missing or unknown"]),
     "an unknown setting": (setting(surprise=1), PREDICT, ["setting missing or unknown: surprise"]),
     "a setting of the wrong kind": (setting(size="large"), FINETUNE, ["size is 'large': int expected"]),
     "an unknown way with bad rows": (setting(on_bad="ignore"), FINETUNE, ["on_bad is 'ignore': one of stop, skip"]),

@@ -14,15 +14,21 @@ from landmarks_fastai.errors import UserError
 HEADER = "file_name\tpoint_index_list\n"
 
 
-def ask(tmp_path, *rows):
+def write_test_points(tmp_path, *rows):
     csv = tmp_path / "test_points.csv"
     csv.write_text(HEADER + "".join(f"{r}\n" for r in rows), encoding="utf-8")
     return csv
 
 
 def test_index_lists_are_parsed(tmp_path):
-    asked = competition.read_test_points(ask(tmp_path, "a.jpg\t[742, 385]", "б б.jpg\t[0,7]", 'c.jpg\t"[ 1 , 2 ]"'))
-    assert asked.names == ["a.jpg", "б б.jpg", "c.jpg"] and asked.indices.tolist() == [[742, 385], [0, 7], [1, 2]]
+    test_points = competition.read_test_points(
+        write_test_points(tmp_path, "a.jpg\t[742, 385]", "б б.jpg\t[0,7]", 'c.jpg\t"[ 1 , 2 ]"')
+    )
+    assert test_points.names == ["a.jpg", "б б.jpg", "c.jpg"] and test_points.indices.tolist() == [
+        [742, 385],
+        [0, 7],
+        [1, 2],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -36,13 +42,13 @@ def test_index_lists_are_parsed(tmp_path):
 def test_bad_row_is_reported_with_its_line(tmp_path, monkeypatch, row):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="test_points.csv line 3: "):
-        competition.read_test_points(ask(tmp_path, "z.jpg\t[1, 2]", row))
+        competition.read_test_points(write_test_points(tmp_path, "z.jpg\t[1, 2]", row))
     assert os.listdir(tmp_path) == ["test_points.csv"]
 
 
 def test_indices_get_the_smallest_integer_type(tmp_path):
     for index in (-1, 127, 128, -129, 32768, 2**31, 2**32, 10**18 - 1):
-        found = competition.read_test_points(ask(tmp_path, f"a.jpg\t[-1, {index}]")).indices
+        found = competition.read_test_points(write_test_points(tmp_path, f"a.jpg\t[-1, {index}]")).indices
         assert found.dtype.kind in "iu" and found.tolist() == [[-1, index]]
         assert found.itemsize == next(n for n in (1, 2, 4, 8) if -(2 ** (8 * n - 1)) <= index < 2 ** (8 * n - 1))
 
@@ -50,16 +56,16 @@ def test_indices_get_the_smallest_integer_type(tmp_path):
 def test_index_list_is_matched_in_linear_time(tmp_path):
     "In one pass: a search that tries every way to share out a million spaces takes hours."
     with pytest.raises(UserError, match="line 2: .* is no list"):
-        competition.read_test_points(ask(tmp_path, "a.jpg\t[1" + " " * 1_000_000 + "x"))
+        competition.read_test_points(write_test_points(tmp_path, "a.jpg\t[1" + " " * 1_000_000 + "x"))
 
 
 def test_index_out_of_range_is_reported_with_its_line(tmp_path):
-    asked = competition.read_test_points(ask(tmp_path, "a.jpg\t[1, 67]", "b.jpg\t[68, 2]"))
-    asked.check_range(69)
+    test_points = competition.read_test_points(write_test_points(tmp_path, "a.jpg\t[1, 67]", "b.jpg\t[68, 2]"))
+    test_points.check_range(69)
     with pytest.raises(UserError, match=r"test_points.csv line 3: point index 68 .* 68 points \(0 to 67\)"):
-        asked.check_range(68)
+        test_points.check_range(68)
     with pytest.raises(UserError, match="line 2: point index -7 asked for"):
-        competition.read_test_points(ask(tmp_path, "a.jpg\t[1, -7]")).check_range(68)
+        competition.read_test_points(write_test_points(tmp_path, "a.jpg\t[1, -7]")).check_range(68)
 
 
 def test_file_without_header_line_is_refused(tmp_path):
@@ -139,7 +145,7 @@ def scored(tmp_path):
     truth.write_text("file_name\tx0\ty0\tx1\ty1\tx2\ty2\nb.jpg\t10\t20\t30\t40\t50\t60\na.jpg\t1\t2\t3\t4\t5\t6\n")
     submission = tmp_path / "submission.csv"
     submission.write_text(competition.submission_header(2) + "a.jpg,5,6,1,2\nb.jpg,33,44,50.5,60\n")
-    return submission, ask(tmp_path, "a.jpg\t[2, 0]", "b.jpg\t[1, 2]"), truth
+    return submission, write_test_points(tmp_path, "a.jpg\t[2, 0]", "b.jpg\t[1, 2]"), truth
 
 
 def test_score_by_hand(scored, capsys):
@@ -173,10 +179,10 @@ def test_a_bad_submission_is_not_scored(scored, capsys, text, message):
 
 
 def test_image_missing_from_the_truth_is_reported(scored):
-    submission, asked, truth = scored
+    submission, test_points, truth = scored
     truth.write_text("".join(truth.read_text().splitlines(True)[:2]))
     with pytest.raises(UserError, match=r"landmarks.csv: no row for a.jpg \(1 images are missing in all\)"):
-        competition.score(submission, asked, truth)
+        competition.score(submission, test_points, truth)
 
 
 def test_score_command_requires_a_subcommand(capsys):

@@ -16,7 +16,6 @@ from landmarks_fastai.metrics import (
     failure_rate,
     mean_squared_error,
     nme,
-    nme_box_diag,
     points_in_image,
     stage_metrics,
 )
@@ -61,17 +60,17 @@ def test_a_short_batch_weighs_by_its_images():
 
 
 def test_nothing_waits_for_the_device_until_the_value_is_asked_for(monkeypatch):
-    metric, asked = ImageMetric(mean_squared_error, "score", SIZE), []
+    metric, moved = ImageMetric(mean_squared_error, "score", SIZE), []
     for name in ("item", "cpu", "tolist", "__float__", "__bool__"):
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(
-            torch.Tensor, name, lambda self, *args, name=name, real=real: asked.append(name) or real(self, *args)
+            torch.Tensor, name, lambda self, *args, name=name, real=real: moved.append(name) or real(self, *args)
         )
     state = batch(WIDE, TALL)
-    asked.clear()
+    moved.clear()
     metric.accumulate(state)
     metric.accumulate(state)
-    assert not asked and metric.value == pytest.approx((5 / 4 + 9 / 4) / 2) and asked
+    assert not moved and metric.value == pytest.approx((5 / 4 + 9 / 4) / 2) and moved
 
 
 def test_score_of_a_set_is_the_float64_mean():
@@ -99,13 +98,13 @@ def test_points_in_image_undoes_the_map():
 
 
 def test_nme_of_a_point_alone_is_its_distance():
-    assert nme_box_diag(torch.tensor([[[4.0, 6.0]]]), torch.tensor([[[1.0, 2.0]]])).tolist() == [5.0]
+    assert nme(torch.tensor([[[4.0, 6.0]]]), torch.tensor([[[1.0, 2.0]]])).tolist() == [5.0]
 
 
 def test_nme_measures_each_image_by_its_own_box_however_small():
     truth = torch.tensor([[[0.0, 0.0], [0.3, 0.4]], [[100.0, 100.0], [106.0, 108.0]], [[5.0, 5.0], [5.0, 5.0]]])
     pred = truth + torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]], [[0.0, 7.0]]])
-    assert nme_box_diag(pred, truth).tolist() == pytest.approx([5 / 0.5, 2 / 10, 7])
+    assert nme(pred, truth).tolist() == pytest.approx([5 / 0.5, 2 / 10, 7])
 
 
 # three points, the first two 10 px apart, their box 30 x 40: its diagonal is 50

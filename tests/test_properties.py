@@ -183,9 +183,12 @@ def test_any_bytes_are_parsed_the_same_by_numpy_and_pandas(data, cut):
 
 
 def asked_rows(csv):
-    asked = competition.read_test_points(csv)
-    assert asked.indices.dtype.kind in "iu" and asked.indices.shape == (len(asked), asked.indices.size // len(asked))
-    return asked.lines.tolist(), asked.names, asked.indices.tolist()
+    found = competition.read_test_points(csv)
+    assert found.indices.dtype.kind in "iu" and found.indices.shape == (
+        len(found),
+        found.indices.size // len(found),
+    )
+    return found.lines.tolist(), found.names, found.indices.tolist()
 
 
 SPACE = st.sampled_from(["", "", " ", "  "])

@@ -133,7 +133,8 @@ def test_python_of_other_pages_compiles_and_its_imports_exist(page):
     for code in re.findall(r"```python\n(.+?)```", PAGES[page], re.S):
         for node in ast.parse(code, page).body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                exec(ast.unparse(node), {})
+                exec(ast.unparse(node), names := {})
+                assert {alias.asname or alias.name.split(".")[0] for alias in node.names} - {"*"} <= names.keys()
 
 
 @each(PAGES)

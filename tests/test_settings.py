@@ -40,9 +40,9 @@ def test_a_wrong_setting_is_refused_by_name(key, value):
 
 
 def test_from_dict_refuses_other_types():
-    for facts in (None, [], {}, {"arch": "resnet18"}):
+    for record in (None, [], {}, {"arch": "resnet18"}):
         with pytest.raises(UserError, match="setting"):
-            Settings.from_dict(facts)
+            Settings.from_dict(record)
 
 
 def test_settings_with_border_trimming_are_refused():

@@ -251,9 +251,9 @@ def test_skipping_all_validation_rows_is_an_error(run_script, data):
 
 
 def test_settings_without_on_bad_load():
-    facts = Settings().to_dict()
-    facts.pop("on_bad")
-    assert Settings.from_dict(facts) == Settings()
+    record = Settings().to_dict()
+    record.pop("on_bad")
+    assert Settings.from_dict(record) == Settings()
 
 
 def swap(path, content):
@@ -361,8 +361,8 @@ def test_name_outside_the_folder_is_not_opened(tmp_path, name):
     (images / "link.jpg").symlink_to(tmp_path / "out.jpg")
     (images / "circle").symlink_to(images / "circle")
     (tmp_path / "test_points.csv").write_text(f"file_name\tpoint_index_list\n{name}\t[0]\n")
-    asked = competition.read_test_points(tmp_path / "test_points.csv")
-    found = checks.check_images(asked, images)
+    test_points = competition.read_test_points(tmp_path / "test_points.csv")
+    found = checks.check_images(test_points, images)
     assert found.rows.tolist() == [0] and "leaves the image folder" in found.problem(0).text
 
 

@@ -30,13 +30,13 @@ def predict(run_script, trained, line, *more):
 def test_submission_and_points_agree(run_script, drawn, trained):
     code, out, err = predict(run_script, trained, "")
     assert (code, err) == (0, "") and out.startswith("6 images: ")
-    asked = read_test_points(drawn / "test" / "test_points.csv")
+    test_points = read_test_points(drawn / "test" / "test_points.csv")
     points = np.load(trained / "m/points.npy")
     assert points.shape == (6, N_POINTS, 2) and points.dtype == np.float32
-    assert json.loads((trained / "m/points.json").read_text(encoding="utf-8")) == asked.names
+    assert json.loads((trained / "m/points.json").read_text(encoding="utf-8")) == test_points.names
     names, submitted = read_submission(trained / "m/submit.csv")
-    assert names == asked.names and submitted.shape == (6, 7, 2)
-    expected = np.stack([p[i] for p, i in zip(points, asked.indices, strict=True)])
+    assert names == test_points.names and submitted.shape == (6, 7, 2)
+    expected = np.stack([p[i] for p, i in zip(points, test_points.indices, strict=True)])
     assert (submitted == np.rint(expected)).all()
     for rounding, what in [("floor", np.floor), ("none", np.asarray)]:
         assert predict(run_script, trained, f"--round {rounding}")[0] == 0
@@ -44,8 +44,8 @@ def test_submission_and_points_agree(run_script, drawn, trained):
     # the score, worked out from the truth file's own text
     rows = [line.split("\t") for line in (drawn / "test" / "landmarks.csv").read_text().splitlines()[1:]]
     truth = {r[0]: np.array(r[1:], float).reshape(-1, 2) for r in rows}
-    errors = [(p - truth[n][i]) ** 2 for n, p, i in zip(asked.names, expected, asked.indices, strict=True)]
-    found = score(trained / "m/submit.csv", asked.csv, drawn / "test" / "landmarks.csv")
+    errors = [(p - truth[n][i]) ** 2 for n, p, i in zip(test_points.names, expected, test_points.indices, strict=True)]
+    found = score(trained / "m/submit.csv", test_points.csv, drawn / "test" / "landmarks.csv")
     assert found == pytest.approx(np.mean(errors), rel=1e-5)
 
 
@@ -95,10 +95,10 @@ def test_checkpoints_that_are_not_what_they_say(run_script, trained, tmp_path, s
     out = tmp_path / "out"
     out.mkdir()
     good = torch.load(trained / "m/best.pth", weights_only=True)
-    facts = good.pop(METADATA)
+    metadata = good.pop(METADATA)
 
     def refused(message, tensors=good, **settings):
-        torch.save(tensors | {METADATA: facts | {"settings": facts["settings"] | settings}}, out / "x.pth")
+        torch.save(tensors | {METADATA: metadata | {"settings": metadata["settings"] | settings}}, out / "x.pth")
         code, _, err = run_script(f"{script} --workers 0 --out {out} -pm x")
         assert code == 1 and message in err and err.count("\n") == 1 and "Traceback" not in err, err
         assert [p.name for p in out.iterdir()] == ["x.pth"]

@@ -14,7 +14,7 @@ from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.training.learner import load_best
 from landmarks_fastai.training.scoring import validation_scores
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import N_POINTS, N_TEST, QUICK
+from tests.conftest import N_POINTS, N_TEST, QUICK, train_run
 
 ALIGN = f"{QUICK} --align 1.05"
 
@@ -22,17 +22,7 @@ ALIGN = f"{QUICK} --align 1.05"
 @pytest.fixture(scope="module")
 def aligned_run(drawn, tmp_path_factory):
     "The best.pth of a stage with aligned crops, and its history."
-    import sys
-
-    import train
-
-    out = tmp_path_factory.mktemp("aligned")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys, "argv", ["train.py", *ALIGN.split(), "-e", "3", "-n", "m", "--out", str(out), "-d", str(drawn)]
-        )
-        train.main()
-    return out / "m"
+    return train_run(f"{ALIGN} -e 3", drawn, tmp_path_factory.mktemp("aligned"))
 
 
 def learner(run, drawn, **machine):

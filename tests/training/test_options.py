@@ -216,9 +216,9 @@ def test_all_rows_trains_on_the_validation_rows_and_says_so(run_script, drawn):
 def test_flip_indices_of_a_checkpoint_are_checked(run_script, finished_run):
     path = finished_run("c") / "best.pth"
     state = torch.load(path, weights_only=True)
-    facts = state[METADATA]
+    metadata = state[METADATA]
     for wrong in ([0, 1], [1] * N_POINTS, ["a"] * N_POINTS, [N_POINTS] * N_POINTS, [[0]] * N_POINTS):
-        torch.save(state | {METADATA: facts | {"settings": facts["settings"] | {"flip_indices": wrong}}}, path)
+        torch.save(state | {METADATA: metadata | {"settings": metadata["settings"] | {"flip_indices": wrong}}}, path)
         code, _, err = run_script("predict.py --workers 0 -pm c")
         assert code == 1 and "permutation" in err and err.count("\n") == 1, wrong
 

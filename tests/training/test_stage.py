@@ -132,9 +132,9 @@ def test_score_is_the_competition_score_of_the_validation_rows(run_script, drawn
 
 def test_the_checkpoint_is_tensors_and_their_meaning(quick_run):
     state = torch.load(quick_run / "best.pth", weights_only=True)
-    facts = state.pop(METADATA)
-    assert facts == json.loads(json.dumps(facts)) and all(isinstance(t, torch.Tensor) for t in state.values())
-    assert facts["settings"]["n_points"] == N_POINTS and facts["settings"]["size"] == 32
+    metadata = state.pop(METADATA)
+    assert metadata == json.loads(json.dumps(metadata)) and all(isinstance(t, torch.Tensor) for t in state.values())
+    assert metadata["settings"]["n_points"] == N_POINTS and metadata["settings"]["size"] == 32
     files = [
         "batch.png",
         "best.pth",
