@@ -11,13 +11,15 @@ fastai's `PointScaler` divides by the size alone, which takes a pixel's centre f
 half pixel is added here, in `PixelMap.after_resize` and `input_to_unit`, and nowhere else.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
 
-Coordinates = TypeVar("Coordinates", np.ndarray, torch.Tensor)  # what goes in as an array comes out as one
+if TYPE_CHECKING:  # predictions with ONNX Runtime need no torch
+    import torch
+
+Coordinates = TypeVar("Coordinates", np.ndarray, "torch.Tensor")  # what goes in as an array comes out as one
 
 
 class PixelMap(NamedTuple):
@@ -64,15 +66,17 @@ class PixelMap(NamedTuple):
         return abs(self.a * self.e - self.b * self.d) ** 0.5
 
     @classmethod
-    def from_batch(cls, rows: torch.Tensor) -> "PixelMap":
+    def from_batch(cls, rows: "torch.Tensor") -> "PixelMap":
         "Make one map that broadcasts of a batch of maps (batch, 6), whose columns are the fields."
         return cls(*rows[:, :, None].unbind(1))
 
 
 def _stack(points: Coordinates, x: Coordinates, y: Coordinates) -> Coordinates:
-    if isinstance(points, torch.Tensor):
-        return torch.stack([x, y], -1)  # pyright: ignore[reportArgumentType, reportReturnType] (all three are tensors)
-    return np.stack([x, y], -1)
+    if isinstance(points, np.ndarray):
+        return np.stack([x, y], -1)
+    import torch
+
+    return torch.stack([x, y], -1)  # pyright: ignore[reportArgumentType, reportReturnType] (all three are tensors)
 
 
 def pixel_map(

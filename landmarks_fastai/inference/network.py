@@ -1,0 +1,25 @@
+"The interface of a trained network, whatever runs it: PyTorch or ONNX Runtime."
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from landmarks_fastai.settings import Settings
+
+
+class UnitPoints(NamedTuple):
+    "What a network makes of a batch of inputs, in unit coordinates: [-1, 1] from edge to edge of the input."
+
+    points: np.ndarray  # float32 (batch, n_points, 2)
+    spread: np.ndarray | None  # float32 (batch, n_points): radius that 68% of the errors lie within; None: not trained
+
+
+class Network(Protocol):
+    "A trained network. `TorchNetwork` and `OnnxNetwork` implement it."
+
+    name: str  # of the run that trained it
+    settings: Settings
+
+    def __call__(self, pixels: np.ndarray, flip_test: bool = False) -> UnitPoints:
+        "Predict the points of inputs, uint8 (batch, size, size, 3) RGB. The flip test needs `settings.flip_indices`."
+        ...
