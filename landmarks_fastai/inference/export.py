@@ -66,7 +66,7 @@ class ExportedNetwork(nn.Module):
 
 
 def export_checkpoint(checkpoint: Checkpoint, path: Path, flip_test: bool = False) -> None:
-    """Write a checkpoint as one ONNX file, after its points were found equal to the checkpoint's.
+    """Write a checkpoint as one ONNX file, if its points are the checkpoint's on a few images.
 
     Raises `UserError` if the network cannot be exported or its points differ, if the file cannot be written, and for a
     flip test without flip indices.
@@ -74,28 +74,35 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, flip_test: bool = Fals
     settings = checkpoint.settings
     if flip_test and not settings.flip_indices:
         raise UserError("--tta: the checkpoint has no flip map (none was found, or --mirror none): export without --tta")
+    check_packages()
     model = checkpoint.model()
-    write_model(_onnx_model(ExportedNetwork(model, settings, flip_test).eval(), settings), path, checkpoint, flip_test)
+    # TODO(confidence): model = PointsAndSpread(model) if settings.confidence else model, for the next line alone
+    exported = _onnx_model(ExportedNetwork(model, settings, flip_test).eval(), settings)
+    with written_model(exported, path, metadata_of(checkpoint, flip_test)) as network:
+        _compare(network, model, path)
 
 
-def write_model(model: Any, path: Path, checkpoint: Checkpoint, flip_test: bool, same: bool = True) -> None:
-    "Write an `onnx.ModelProto` with its metadata; with `same`, only if its points are the checkpoint's."
-    metadata = {
+def metadata_of(checkpoint: Checkpoint, flip_test: bool) -> dict[str, Any]:
+    "The metadata of a checkpoint's export, of JSON types."
+    return {
         "version": __version__,
         "name": checkpoint.name,
         "score": checkpoint.score,
         "flip_test": flip_test,
         "settings": checkpoint.settings.to_dict(),
     }
+
+
+@contextmanager
+def written_model(model: Any, path: Path, metadata: dict[str, Any]) -> Iterator[OnnxNetwork]:
+    "Yield the network of an `onnx.ModelProto`, which gets its final name when the block ends without an error."
     del model.metadata_props[:]
     model.metadata_props.add(key=METADATA, value=metadata_text(metadata))
     if model.ByteSize() > MAX_BYTES:
         raise UserError(f"{path} would have {model.ByteSize() / 1e9:.1f} GB: one ONNX file has 2 GB at the most")
     with atomic_path(path) as temporary:
         temporary.write_bytes(sealed(model.SerializeToString()))
-        network = OnnxNetwork(temporary)
-        if same:
-            _compare(network, checkpoint, path)
+        yield OnnxNetwork(temporary)
 
 
 def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
@@ -124,15 +131,14 @@ def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
     return model
 
 
-def _compare(network: OnnxNetwork, checkpoint: Checkpoint, path: Path) -> None:
-    "Raise `UserError` unless an exported network gives the checkpoint's points, on batches of two sizes."
-    settings, model = checkpoint.settings, checkpoint.model()
-    flip_indices = settings.flip_indices if network.flip_test_inside else ()
+def _compare(network: OnnxNetwork, model: nn.Module, path: Path) -> None:
+    "Raise `UserError` unless an exported network gives the points of the checkpoint's model, in batches of two sizes."
+    settings = network.settings
     pixels = sample_inputs(settings, max(BATCHES))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
     with torch.inference_mode():
-        expected = predict_with_flip(model, images, flip_indices).numpy()
+        expected = predict_with_flip(model, images, settings.flip_indices if network.flip_test_inside else ()).numpy()
     for n in BATCHES:
         try:
             found = network(pixels[:n]).points
@@ -141,7 +147,7 @@ def _compare(network: OnnxNetwork, checkpoint: Checkpoint, path: Path) -> None:
         far = np.linalg.norm(found - expected[:n], axis=-1).max() * settings.size / 2
         if not far <= TOLERANCE:  # NaN too
             raise UserError(
-                f"{path} was not written: its points are up to {far:.3g} px of the input off the checkpoint's, in a batch of {n}"
+                f"{path} was not written: in a batch of {n} its points are up to {far:.3g} px of the input off the checkpoint's"
             )
 
 
