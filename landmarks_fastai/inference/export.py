@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from landmarks_fastai import __version__
+import landmarks_fastai
 from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
@@ -32,6 +32,9 @@ MAX_BYTES = 2**31 - 1  # of a protobuf message
 
 class ExportedNetwork(nn.Module):
     "The network of a checkpoint from uint8 pixels to unit coordinates."
+
+    scale: torch.Tensor
+    shift: torch.Tensor
 
     def __init__(
         self,
@@ -73,7 +76,9 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, flip_test: bool = Fals
     """
     settings = checkpoint.settings
     if flip_test and not settings.flip_indices:
-        raise UserError("--tta: the checkpoint has no flip map (none was found, or --mirror none): export without --tta")
+        raise UserError(
+            "--tta: the checkpoint has no flip map (none was found, or --mirror none): export without --tta"
+        )
     check_packages()
     model = checkpoint.model()
     # TODO(confidence): model = PointsAndSpread(model) if settings.confidence else model, for the next line alone
@@ -85,7 +90,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, flip_test: bool = Fals
 def metadata_of(checkpoint: Checkpoint, flip_test: bool) -> dict[str, Any]:
     "The metadata of a checkpoint's export, of JSON types."
     return {
-        "version": __version__,
+        "version": landmarks_fastai.__version__,
         "name": checkpoint.name,
         "score": checkpoint.score,
         "flip_test": flip_test,

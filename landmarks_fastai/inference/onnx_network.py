@@ -71,7 +71,7 @@ class OnnxNetwork:
         if not flip_test or self.flip_test_inside:
             return unit
         mirrored = self._predict(pixels[:, :, ::-1])
-        points = (unit.points + mirrored.points[:, self.flip_indices] * np.float32([-1, 1])) / 2
+        points = (unit.points + mirrored.points[:, self.flip_indices] * np.array([-1, 1], np.float32)) / 2
         if unit.spread is None or mirrored.spread is None:
             return UnitPoints(points, None)
         return UnitPoints(points, (unit.spread + mirrored.spread[:, self.flip_indices]) / 2)
@@ -150,7 +150,9 @@ def _read_metadata(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(found, dict) or "settings" not in found:
         raise UserError(f"{path} has no settings in its metadata: {HINT}")
     if found.get("format") != FORMAT:
-        raise UserError(f"{path} was exported by another version of this program (format {found.get('format')}): {HINT}")
+        raise UserError(
+            f"{path} was exported by another version of this program (format {found.get('format')}): {HINT}"
+        )
     score = found.get("score")
     right = isinstance(found.get("name"), str) and isinstance(found.get("flip_test"), bool)
     if not right or not (score is None or (isinstance(score, (int, float)) and math.isfinite(score))):
