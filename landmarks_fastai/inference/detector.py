@@ -6,7 +6,7 @@ requires OpenCV, 60 MB more, and could drop or replace the file in any release.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,19 +19,22 @@ STRIDES = (8, 16, 32)  # one cell of an output is so many pixels of the input
 OVERLAP = 0.3  # of two boxes, intersection over union, from which the less certain one is dropped; OpenCV's default
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
 class Detection(NamedTuple):
     "A face: its box in pixel edges of the picture, (0, 0) being the top-left corner of the top-left pixel."
 
-    box: tuple[float, float, float, float]  # left, top, right, bottom; it may reach outside of the picture
+    box: Box  # it may reach outside of the picture
     score: float  # 0 to 1
 
 
 class FaceDetector:
-    "Finds the faces of a picture. A call takes as long for 20,000 px as for 640: the picture is reduced first."
+    "Finds the faces of a picture. The network sees 640 x 640 px of any picture, so that its time is always the same."
 
     def __init__(
         self,
-        threads: int | None = None,  # None: as many as ONNX Runtime takes, one a core
+        threads: int = 1,  # for one picture; several are searched side by side
         least_score: float = 0.6,  # at 0.6 OpenCV Zoo's own demo shows a face
     ):
         try:
@@ -39,19 +42,20 @@ class FaceDetector:
         except ModuleNotFoundError:
             raise UserError("finding faces needs onnxruntime: pip install 'landmarks-fastai[runtime]'") from None
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors alone
         self.session = onnxruntime.InferenceSession(YUNET, options, providers=["CPUExecutionProvider"])
         self.least_score = least_score
 
-    def __call__(self, image: Image.Image) -> list[Detection]:
-        "Return the faces of an RGB picture, the most certain one first."
+    def __call__(self, image: Image.Image, least_score: float | None = None) -> list[Detection]:
+        "Return the faces of an RGB picture, the most certain one first; `least_score` replaces the detector's."
         pixels, scale_x, scale_y = detector_input(image)
         names = [f"{what}_{stride}" for what in ("cls", "obj", "bbox") for stride in STRIDES]
-        outputs = self.session.run(names, {"input": pixels})
-        boxes, scores = decode(outputs[:3], outputs[3:6], outputs[6:], self.least_score)
+        outputs: Any = self.session.run(names, {"input": pixels})
+        least_score = self.least_score if least_score is None else least_score
+        boxes, scores = decode(outputs[:3], outputs[3:6], outputs[6:], least_score)
         boxes = boxes / [scale_x, scale_y, scale_x, scale_y]
-        return [Detection(tuple(boxes[k].tolist()), float(scores[k])) for k in keep_best(boxes, scores)]
+        return [Detection((*boxes[k].tolist(),), float(scores[k])) for k in keep_best(boxes, scores)]
 
 
 def detector_input(image: Image.Image) -> tuple[np.ndarray, float, float]:
