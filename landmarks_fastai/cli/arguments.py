@@ -229,6 +229,7 @@ def predict_parser() -> argparse.ArgumentParser:
     group("--overlay", action="store_true", help="write copies of the pictures with the points into runs/NAME/overlay")
     group("--confidence", action="store_true", dest="draw_confidence", help="draw each point's spread in them, too")
     group("--detect", action="store_true", help="find the faces in each picture first; several are possible")
+    group("--smooth", action="store_true", help="videos: smooth the points over time (One Euro filter)")
     about = "CSV of file_name,left,top,right,bottom: the boxes of the objects' points, in pixels of the picture"
     group("--boxes", metavar="CSV", help=about)
     defaults = {f.name: "the checkpoint's" for f in dataclasses.fields(Settings)}

@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,43 +61,67 @@ def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "R
 
 
 def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> None:
-    "Predict the pictures of the command line. Exits with 1 at the end if one of them could not be used."
+    "Predict the pictures and videos of the command line. Exits with 1 at the end if one of them could not be used."
     from landmarks_fastai.data.align import report_unaligned
-    from landmarks_fastai.inference.pictures import find_pictures, read_boxes
     from landmarks_fastai.inference.writers import open_writer
 
-    given = read_boxes(args.boxes) if args.boxes else None
-
-    def boxes_of(picture: "Picture") -> "Sequence[Box]":
-        "The boxes of the path as it was typed or found, or else of the file's name."
-        return given.get(picture.name) or given.get(Path(picture.name).name, []) if given else []
-
-    first = predictor.networks[0].settings
-    n_pictures = n_objects = n_bad = n_rotated = 0
-    with ExitStack() as files:
-        write, path = files.enter_context(open_writer(args.format, run.folder, first.n_points, False))
-        for result in predictor.stream(find_pictures(args.paths), boxes_of if given else None):
+    settings = predictor.networks[0].settings
+    one_object = not (args.detect or args.boxes)
+    n_results = n_objects = n_bad = n_rotated = 0
+    with open_writer(args.format, run.folder, settings.n_points, False) as (write, path):
+        for result in results_of(args, predictor, run):
             write(result)
             if result.error:
                 print(f"error: {result.error}", file=sys.stderr, flush=True)
-            elif not result.objects:
-                print(f"note: {result.source}: no {'box' if given else 'face'} found", file=sys.stderr, flush=True)
-            elif args.overlay:
+            elif not result.objects and result.frame is None:
+                print(
+                    f"note: {result.source}: no {'face' if args.detect else 'box'} found", file=sys.stderr, flush=True
+                )
+            elif args.overlay and result.frame is None:
                 write_overlay(result, run.folder / "overlay", args.draw_confidence)
-            n_pictures += 1
+            n_results += 1
             n_objects += len(result.objects)
             n_bad += bool(result.error)
             n_rotated += result.rotated
     report_unaligned(predictor.unaligned, n_objects)
-    objects = f", {n_objects} objects" if given or args.detect else ""
-    print(
-        f"{n_pictures} pictures{objects}: {path}"
-        + (f"; with the points drawn: {run.folder / 'overlay'}" if args.overlay else "")
-    )
+    counts = f"{n_results} pictures" + ("" if one_object else f", {n_objects} objects")
+    print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / 'overlay'}" if args.overlay else ""))
     if n_rotated:
         print(f"the EXIF rotation of {n_rotated} pictures was applied: their points are of the picture as it is shown")
     if n_bad:
-        raise UserError(f"{n_bad} of {n_pictures} pictures could not be used: see above; their rows are empty")
+        raise UserError(f"{n_bad} of {n_results} pictures could not be used: see above; their rows are empty")
+
+
+def results_of(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> "Iterator[PictureResult]":
+    "Yield the results of all pictures and frames; a video that is damaged gives a result with an error at its end."
+    from landmarks_fastai.inference.pictures import find_pictures, is_video, read_boxes
+    from landmarks_fastai.inference.writers import output_path
+
+    of_files = read_boxes(args.boxes) if args.boxes else None
+
+    def boxes(picture: "Picture") -> "Sequence[Box]":
+        "The boxes of the path as it was typed or found, or else of the file's name."
+        return of_files.get(picture.name) or of_files.get(Path(picture.name).name, []) if of_files else []
+
+    for videos, paths in groupby(find_pictures(args.paths), is_video):
+        if not videos:
+            yield from predictor.stream(paths, boxes if of_files else None)
+            continue
+        from landmarks_fastai.inference.pictures import Picture
+        from landmarks_fastai.inference.predictor import PictureResult
+        from landmarks_fastai.inference.video import predict_video
+        from landmarks_fastai.utils.parallel import bar
+
+        for path in paths:
+            copy = output_path(run.folder / "overlay", str(path), ".mp4") if args.overlay else None
+            try:
+                if of_files:
+                    raise UserError(f"{path}: --boxes is for pictures; --detect finds the faces of a video")
+                yield from predict_video(
+                    predictor, path, copy, args.smooth, confidence=args.draw_confidence, progress=bar
+                )
+            except UserError as e:
+                yield PictureResult(Picture(path), error=e.line)
 
 
 def write_overlay(result: "PictureResult", folder: Path, confidence: bool) -> None:
@@ -108,7 +132,6 @@ def write_overlay(result: "PictureResult", folder: Path, confidence: bool) -> No
 
     drawn = draw_points(result.picture.image(), result.objects, confidence)
     path = output_path(folder, result.source, Path(result.source).suffix + ".jpg")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "wb") as file:
         drawn.save(file, "JPEG", quality=92)
 

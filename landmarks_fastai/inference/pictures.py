@@ -171,4 +171,9 @@ def _below(folder: str) -> Iterator[Path]:
 
 def _is_media(path: Path) -> bool:
     suffix = path.suffix.lower()
-    return suffix in VIDEOS or Image.registered_extensions().get(suffix) in Image.OPEN  # others are only written
+    return is_video(path) or Image.registered_extensions().get(suffix) in Image.OPEN  # others are only written
+
+
+def is_video(path: Path) -> bool:
+    "Return whether the suffix is that of a video."
+    return path.suffix.lower() in VIDEOS

@@ -121,7 +121,6 @@ def _pts(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tup
             if file_name in written:  # a.jpg and a.png
                 file_name = file_name.with_name(Path(result.source).name + f"{frame}{number}.pts")
             written.add(file_name)
-            file_name.parent.mkdir(parents=True, exist_ok=True)
             rows = [each.points + 1] + ([each.confidence] if each.confidence is not None else [])
             lines = (" ".join(f"{v:.{DIGITS}f}" for v in row) for row in np.column_stack(rows))
             with atomic_write(file_name) as file:
@@ -186,10 +185,15 @@ def _list(files: ExitStack, file: IO[str]) -> Callable[[Any], None]:
 
 
 def output_path(folder: Path, source: str, suffix: str) -> Path:
-    "The path in `folder` of a file made of a picture: the picture's own path below it, without drive, root and `..`."
+    """Return the path in `folder` of a file made of a picture: the picture's path below it, without drive, root and `..`.
+
+    Its folder is created.
+    """
     path = Path(source or "picture")
     parts = [part for part in path.parts if part not in (path.anchor, "..")]
-    return folder.joinpath(*parts[:-1], path.stem + suffix)
+    made = folder.joinpath(*parts[:-1], path.stem + suffix)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    return made
 
 
 def _number(each: Prediction, k: int) -> int:

@@ -264,3 +264,48 @@ def test_overlays_are_written_beside_the_points(trained, files, run_script, tmp_
     code, out, _ = run_script(f"predict.py --out {trained} -pm m --overlay", tmp_path / "a", tmp_path / "b")
     assert code == 0 and f"with the points drawn: {trained / 'm' / 'overlay'}" in out
     assert len(list((trained / "m/overlay").rglob("x.jpg.jpg"))) == 2
+
+
+@pytest.fixture(scope="module")
+def good_run(tmp_path_factory):
+    "A network that was trained well enough for its points to be compared: one minute."
+    from landmarks_fastai.synthetic.sample import make_sample
+
+    folder = tmp_path_factory.mktemp("good")
+    faces = make_sample(folder / "faces", 240, 24, N_POINTS, seed=11, n_asked=7, processes=1)
+    flags = "--arch timm:test_resnet --weights none --size 48 -b 16 -e 30 -lr 1e-2 --sched onecycle --workers 0"
+    return train_run(flags, faces, folder), faces
+
+
+@pytest.mark.slow
+def test_faces_in_scenes_score_as_those_cut_exactly(good_run):
+    "Several drawn faces in larger scenes, found by the detector, against the same faces with their exact boxes."
+    from landmarks_fastai.data.labels import open_labels
+    from landmarks_fastai.inference.detector import FaceDetector
+
+    run, faces = good_run
+    labels = open_labels(faces / "test" / "landmarks.csv")
+    rng, exact, detected, alone = np.random.default_rng(0), [], [], []
+    predictor, finder = Predictor(run), Predictor(run, detector=FaceDetector())
+    for start in range(0, 24, 4):
+        scene, truth = Image.new("RGB", (1100, 1100), (110, 90, 70)), []
+        for k in range(4):
+            image = Image.open(faces / "test" / "images" / labels.name(start + k))
+            alone.append(((predictor(image.convert("RGB")).points - labels.points(start + k)) ** 2).mean())
+            corner = [550 * (k % 2), 550 * (k // 2)] + rng.integers(0, 550 - max(image.size), 2)
+            scene.paste(image, tuple(corner.tolist()))
+            truth.append(labels.points(start + k) + corner)
+        boxes = [(*p.min(0), *(p.max(0) + 1)) for p in truth]
+        exact += [((f.points - p) ** 2).mean() for f, p in zip(predictor(scene, boxes), truth, strict=True)]
+        found = finder(scene)
+        assert len(found) == 4 and all(f.score > 0.6 for f in found)
+        detected += [min(((f.points - p) ** 2).mean() for f in found) for p in truth]
+    assert np.mean(exact) < 1.2 * np.mean(alone) and np.mean(detected) < 1.2 * np.mean(exact)
+
+
+def test_a_picture_without_a_face_has_an_empty_row(trained, drawn, files, run_script, tmp_path):
+    Image.new("RGB", (300, 200), (30, 90, 120)).save(tmp_path / "sky.png")
+    code, out, err = run_script(f"predict.py --detect --out {trained} -pm m", tmp_path / "sky.png", files[0])
+    assert code == 0 and f"note: {tmp_path / 'sky.png'}: no face found" in err and "2 pictures, 1 objects" in out
+    found = csv_points(trained / "m/predictions.csv")
+    assert found[(str(tmp_path / "sky.png"), "")] is None and found[(str(files[0]), "0")] is not None
