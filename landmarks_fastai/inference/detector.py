@@ -16,6 +16,9 @@ from landmarks_fastai.errors import UserError
 YUNET = Path(__file__).with_name("yunet.onnx")
 SIDE = 640  # of the network's input, which the file fixes
 STRIDES = (8, 16, 32)  # one cell of an output is so many pixels of the input
+# Share of a face's box above the highest landmark: on 800 photographs in scenes of 1200 x 900 px, labelled with a dense
+# mesh, the other three edges lie within 0.01 of the points' box, the top one 0.13 of its height above it.
+FOREHEAD = 0.115
 OVERLAP = 0.3  # of two boxes, intersection over union, from which the less certain one is dropped; OpenCV's default
 
 
@@ -23,9 +26,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Detection(NamedTuple):
-    "A face: its box in pixel edges of the picture, (0, 0) being the top-left corner of the top-left pixel."
+    "A face: the box of its landmarks, pixel edges of the picture; (0, 0) is the top-left corner of the top-left pixel."
 
-    box: Box  # it may reach outside of the picture
+    box: Box  # brows to chin; it may reach outside of the picture
     score: float  # 0 to 1
 
 
@@ -54,8 +57,10 @@ class FaceDetector:
         outputs: Any = self.session.run(names, {"input": pixels})
         least_score = self.least_score if least_score is None else least_score
         boxes, scores = decode(outputs[:3], outputs[3:6], outputs[6:], least_score)
+        kept = keep_best(boxes, scores)
+        boxes[:, 1] += FOREHEAD * (boxes[:, 3] - boxes[:, 1])
         boxes = boxes / [scale_x, scale_y, scale_x, scale_y]
-        return [Detection((*boxes[k].tolist(),), float(scores[k])) for k in keep_best(boxes, scores)]
+        return [Detection((*boxes[k].tolist(),), float(scores[k])) for k in kept]
 
 
 def detector_input(image: Image.Image) -> tuple[np.ndarray, float, float]:
