@@ -27,14 +27,18 @@ class OneEuro:
         step = max(seconds - self.seconds, 1e-3)
         size = max(float(np.hypot(*np.ptp(points, 0))), 1e-6)
         velocity = (points - self.points) / step / size
-        self.velocity = self.velocity + _gain(SPEED_CUTOFF, step) * (velocity - self.velocity)
+        self.velocity = self.velocity + gain(SPEED_CUTOFF, step) * (velocity - self.velocity)
         speed = np.hypot(*self.velocity.T)[:, None]
-        self.smooth = self.smooth + _gain(STILL * (1 + (speed / SPEED) ** 2), step) * (points - self.smooth)
+        self.smooth = self.smooth + gain(self.cutoff(speed), step) * (points - self.smooth)
         self.points, self.seconds = points, seconds
         return self.smooth
 
+    def cutoff(self, speed: np.ndarray) -> np.ndarray:
+        "Return the cutoffs in hertz at speeds in diagonals of the points' box a second."
+        return STILL * (1 + (speed / SPEED) ** 2)
 
-def _gain(cutoff, step: float):
+
+def gain(cutoff, step: float):
     "The share of a new value in a low-pass filter with this cutoff in hertz, `step` seconds after the last value."
     return 1 / (1 + 1 / (2 * np.pi * cutoff * step))
 

@@ -105,6 +105,6 @@ def interpolate(before: list[Face], after: list[Face], steps: int) -> list[list[
         frames.append([])
         for face in after:
             values = np.array([[*each.box, each.score] for each in (start[face.track], face)])
-            *box, score = ((1 - share) * values[0] + share * values[1]).tolist()
+            *box, score = (values[0] + share * (values[1] - values[0])).tolist()
             frames[-1].append(Face((box[0], box[1], box[2], box[3]), score, face.track))
     return frames

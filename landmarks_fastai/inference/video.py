@@ -73,6 +73,7 @@ class Video:
         "Yield the packets of the pictures, and None, which empties the decoder, where the reading stops with an error."
         try:
             for packet in self.container.demux():
+                self.damaged |= packet.is_corrupt  # not all of it is in the file
                 if packet.pts is not None:  # sound counts: it may be longer than the pictures
                     self.end = max(self.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream is self.stream:
@@ -186,5 +187,7 @@ def predict_video(
             if write:
                 write(draw_points(picture.image(), result.objects, confidence, least_side=0), picture.time)
             yield result
+        if not video.frames:  # before an empty copy replaces another
+            raise UserError(video.fault)
     if video.fault:
         raise UserError(video.fault)
