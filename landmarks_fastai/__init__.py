@@ -1,7 +1,7 @@
 "Train a network that finds many landmarks in a picture, on fastai."
 
 __version__ = "0.1.0"
-__all__ = ["landmark_block", "landmark_dataloaders", "landmark_learner"]
+__all__ = ["Predictor", "landmark_block", "landmark_dataloaders", "landmark_learner"]
 
 
 def __getattr__(name: str):
@@ -14,4 +14,8 @@ def __getattr__(name: str):
         from landmarks_fastai.training.learner import landmark_learner
 
         return landmark_learner
+    if name == "Predictor":
+        from landmarks_fastai.inference.predictor import Predictor
+
+        return Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

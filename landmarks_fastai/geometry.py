@@ -159,6 +159,22 @@ def _covered_box(to_input: PixelMap, size: int) -> tuple[float, float, float, fl
     return left, top, right, bottom
 
 
+def box_map(
+    box: tuple[float, float, float, float],  # left, top, right, bottom of an object's points: edges, pixels as stored
+    points_box: tuple[float, ...],  # where the points' box lay in the training inputs, unit coordinates
+    size: int,  # of the network's input
+) -> PixelMap:
+    """Return the map that puts a box where the points' box lay in training: same middle, same area, nothing squeezed."""
+    left, top, right, bottom = box
+    target = [(edge + 1) * size / 2 for edge in points_box]  # edges, pixels of the input
+    area = (target[2] - target[0]) * (target[3] - target[1])
+    scale = (area / ((right - left) * (bottom - top))) ** 0.5
+    # an edge of x is the pixel coordinate x - 0.5
+    shift_x = (target[0] + target[2]) / 2 - 0.5 - scale * ((left + right) / 2 - 0.5)
+    shift_y = (target[1] + target[3]) / 2 - 0.5 - scale * ((top + bottom) / 2 - 0.5)
+    return PixelMap(scale, 0.0, shift_x, 0.0, scale, shift_y)
+
+
 def input_to_unit(points: Coordinates, size: int) -> Coordinates:
     "Convert points (…, 2) in pixels of a `size` x `size` input to unit coordinates, [-1, 1] from edge to edge."
     return (points + 0.5) * (2 / size) - 1

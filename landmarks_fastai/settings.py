@@ -17,6 +17,7 @@ MIRRORS = ("auto", "none")
 ON_BAD = ("stop", "skip")
 SCHEDULES = ("plateau", "step", "onecycle", "none")
 ROUNDINGS = ("nearest", "floor", "none")
+FORMATS = ("csv", "json", "coco", "pts", "npy")  # of predictions: inference/writers.py
 
 OUT = "runs"  # default folder of the runs
 
@@ -63,6 +64,7 @@ class Settings:
     )
     n_points: int = _setting(0, "landmarks of an image; taken from the data", low=0, high=100_000)
     shape: tuple = _setting((), "mean shape that crops are aligned to: x0, y0, x1, y1, …; empty: none")
+    points_box: tuple = _setting((), "mean box of the points in the input: left, top, right, bottom, unit coordinates")
     flip_indices: tuple = _setting((), "index of the mirrored k-th point, for each k; empty: no flip map")
     mean: tuple = _setting((0.485, 0.456, 0.406), "per-channel mean of the body's input, in 0..1")
     std: tuple = _setting((0.229, 0.224, 0.225), "per-channel standard deviation of the body's input")
@@ -104,6 +106,8 @@ class Settings:
             value = getattr(self, f.name)
             if f.name in ("mean", "std"):
                 _check_stats(f.name, value)
+            elif f.name == "points_box":
+                _check_box(value)
             elif f.name == "shape":
                 _check_shape(value, self.n_points)
             elif f.name == "flip_indices":
@@ -148,13 +152,13 @@ class Settings:
 
 
 # Values of newer settings for the checkpoints of earlier versions.
-NEWER = {"on_bad": "stop", "align": 0.0, "shape": (), "whole_pct": 0.25}
+NEWER = {"on_bad": "stop", "align": 0.0, "shape": (), "whole_pct": 0.25, "points_box": ()}
 # Names of settings in earlier versions.
 RENAMED = {"start": "init_head", "head_rate": "head_lr_mult", "pairs": "flip_indices"}
 
 # Settings of the DataLoaders; a Learner takes them from there.
-DATA = ("size", "fit", "align", "shape", "whole_pct", "n_points", "flip_indices", "data", "on_bad", "valid_pct", "valid_random",
-        "all_rows", "aug", "mirror", "batch_size", "split_seed")  # fmt: skip
+DATA = ("size", "fit", "align", "shape", "whole_pct", "n_points", "points_box", "flip_indices", "data", "on_bad", "valid_pct",
+        "valid_random", "all_rows", "aug", "mirror", "batch_size", "split_seed")  # fmt: skip
 # Settings of the network: its weights are useless with other values.
 NETWORK = ("arch", "head", "targets")
 # Settings of the input. A prediction takes the checkpoint's; a later stage may change them, and scores at both.
@@ -207,6 +211,13 @@ def _check_shape(shape: Any, n_points: int) -> None:
     right = isinstance(shape, tuple) and len(shape) in (0, 2 * n_points)
     if not right or not all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in shape):
         raise UserError(f"shape is not a list of {n_points} points")
+
+
+def _check_box(box: Any) -> None:
+    right = isinstance(box, tuple) and (not box or len(box) == 4)
+    right = right and all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in box)
+    if not right or (box and not (box[2] > box[0] and box[3] > box[1])):
+        raise UserError(f"points_box is {box!r}: left, top, right, bottom expected")
 
 
 def check_flip_indices(flip_indices: Any, n_points: int) -> None:

@@ -14,6 +14,7 @@ from landmarks_fastai.runs.run import typed_as
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_LR_MULT,
+    FORMATS,
     INPUT,
     NETWORK,
     OUT,
@@ -174,7 +175,7 @@ def finetune_parser() -> argparse.ArgumentParser:
         "Settings that are not given are taken from the checkpoint.\n"
         "The stage saves its best epoch, or the loaded model if no epoch is better."
     )
-    _add_checkpoint(parser, required=False)
+    _add_checkpoint(parser)
     lr = f"{FINETUNE_LR_MULT['onecycle']} of the previous stage's with onecycle, {FINETUNE_LR_MULT['plateau']} with others"
     sched = "onecycle where crops are aligned, else the checkpoint's"
     changed = {
@@ -214,11 +215,23 @@ def _parse(parser, argv, script: str) -> argparse.Namespace:
 def predict_parser() -> argparse.ArgumentParser:
     "The flags of predict.py."
     parser = _parser(
-        "Predict the points of the test images and write the submission.\n\n"
-        "Reads DIR/test/test_points.csv and DIR/test/images; writes runs/NAME/submit.csv (the submission),\n"
+        "Predict the points of pictures; without PATH, of the competition's test images, and write the submission.\n\n"
+        "With PATH: writes runs/NAME/predictions.csv (or what --format says), in pixels of the picture as it is shown.\n"
+        "Without: reads DIR/test/test_points.csv and DIR/test/images; writes runs/NAME/submit.csv (the submission),\n"
         "points.npy (every point of every image, in pixels of the image as stored) and points.json (its file names)."
     )
-    _add_checkpoint(parser)
+    about = "pictures, folders, patterns like 'a/**/*.jpg', videos; - reads a list of these from stdin"
+    parser.add_argument("paths", nargs="*", metavar="PATH", help=about)
+    about = "checkpoint: the name of a run in the output folder, or a path; an .onnx file; several are averaged"
+    _add_checkpoint(parser, about, action="append", required=True)
+    group = parser.add_argument_group("pictures").add_argument
+    group("--format", choices=FORMATS, default=FORMATS[0], help=f"of the file of points (default: {FORMATS[0]})")
+    group("--overlay", action="store_true", help="write copies of the pictures with the points into runs/NAME/overlay")
+    group("--confidence", action="store_true", dest="draw_confidence", help="draw each point's spread in them, too")
+    group("--detect", action="store_true", help="find the faces in each picture first; several are possible")
+    group("--smooth", action="store_true", help="videos: smooth the points over time (One Euro filter)")
+    about = "CSV of file_name,left,top,right,bottom: the boxes of the objects' points, in pixels of the picture"
+    group("--boxes", metavar="CSV", help=about)
     defaults = {f.name: "the checkpoint's" for f in dataclasses.fields(Settings)}
     _add_settings(parser, "data", ["data", "batch_size"], defaults)
     about = f"rounding of the submitted coordinates (default: {ROUNDINGS[0]})"
@@ -232,9 +245,14 @@ def predict_parser() -> argparse.ArgumentParser:
 
 def predict_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     "The parsed command line of predict.py."
-    return predict_parser().parse_args(argv)
+    parser = predict_parser()
+    args = parser.parse_args(argv)
+    if not args.paths and (typed := [f"--{name}" for name in ("overlay", "detect", "boxes") if getattr(args, name)]):
+        parser.error(f"{typed[0]} is for pictures: name them, as in: -pm NAME {typed[0]} photo.jpg")
+    if args.detect and args.boxes:
+        parser.error("--detect finds boxes and --boxes has them: use one")
+    return args
 
 
-def _add_checkpoint(parser, required=True):
-    about = "checkpoint: the name of a run in the output folder, or a path"
-    parser.add_argument("-pm", "--pretrained-model", required=required, metavar="NAME", help=about)
+def _add_checkpoint(parser, about="checkpoint: the name of a run in the output folder, or a path", **kwargs):
+    parser.add_argument("-pm", "--pretrained-model", metavar="NAME", help=about, **kwargs)

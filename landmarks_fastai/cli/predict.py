@@ -1,27 +1,139 @@
-"The submission: `python predict.py -pm NAME` predicts the test images' points."
+"Predictions: `python predict.py -pm NAME` writes the submission, `… -pm NAME PATH` predicts any pictures."
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from landmarks_fastai.cli import app, arguments, resolve
+from landmarks_fastai.errors import UserError
+
+if TYPE_CHECKING:
+    from landmarks_fastai.inference.pictures import Picture
+    from landmarks_fastai.inference.predictor import Box, PictureResult, Predictor
+    from landmarks_fastai.runs.run import Run
 
 
 def main() -> None:
     args = arguments.predict_arguments()
 
-    from landmarks_fastai.inference.predictor import predict_test
-    from landmarks_fastai.runs.checkpoint import find_checkpoint
+    from landmarks_fastai.inference.predictor import Predictor, open_network
     from landmarks_fastai.runs.claim import claim_output
-    from landmarks_fastai.utils.parallel import bar
 
     machine = resolve.machine(args)
-    checkpoint = find_checkpoint(args.pretrained_model, args.out)
-    settings = resolve.predict_settings(args, checkpoint.settings)
-    run = claim_output(args.out, checkpoint.name)
-    flip_test = bool(settings.flip_indices) if args.flip_test is None else args.flip_test
-    n = predict_test(checkpoint, settings.data, run, args.rounding, machine, settings.batch_size, flip_test, bar)
+    networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
+    for network in networks:
+        resolve.check_prediction(args, network.settings)
+    settings = networks[0].settings
+    detector = None
+    if args.detect:
+        from landmarks_fastai.inference.detector import FaceDetector
+
+        detector = FaceDetector()
+    predictor = Predictor(
+        networks,
+        machine=machine,
+        batch_size=args.batch_size or settings.batch_size,
+        flip_test=args.flip_test,
+        detector=detector,
+    )
+    run = claim_output(args.out, "+".join(dict.fromkeys(network.name for network in networks)))
+    if args.paths:
+        predict_pictures(args, predictor, run)
+    else:
+        predict_submission(args, predictor, run)
+
+
+def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> None:
+    "Predict the competition's test images."
+    from landmarks_fastai.inference.submission import predict_test
+    from landmarks_fastai.utils.parallel import bar
+
+    data = predictor.networks[0].settings.data if args.data is None else args.data
+    n = predict_test(predictor, data, run, args.rounding, bar)
     print(
         f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}"
     )
     if args.rounding == "nearest":  # an error spread evenly over a pixel has a mean square of 1/12
         print("the submission has whole numbers, which adds about 0.08 to its score: --round none writes decimals")
+
+
+def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> None:
+    "Predict the pictures and videos of the command line. Exits with 1 at the end if one of them could not be used."
+    from landmarks_fastai.data.align import report_unaligned
+    from landmarks_fastai.inference.writers import open_writer
+
+    settings = predictor.networks[0].settings
+    one_object = not (args.detect or args.boxes)
+    n_results = n_objects = n_bad = n_rotated = 0
+    with open_writer(args.format, run.folder, settings.n_points, False) as (write, path):
+        for result in results_of(args, predictor, run):
+            write(result)
+            if result.error:
+                print(f"error: {result.error}", file=sys.stderr, flush=True)
+            elif not result.objects and result.frame is None:
+                print(
+                    f"note: {result.source}: no {'face' if args.detect else 'box'} found", file=sys.stderr, flush=True
+                )
+            elif args.overlay and result.frame is None:
+                write_overlay(result, run.folder / "overlay", args.draw_confidence)
+            n_results += 1
+            n_objects += len(result.objects)
+            n_bad += bool(result.error)
+            n_rotated += result.rotated
+    report_unaligned(predictor.unaligned, n_objects)
+    counts = f"{n_results} pictures" + ("" if one_object else f", {n_objects} objects")
+    print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / 'overlay'}" if args.overlay else ""))
+    if n_rotated:
+        print(f"the EXIF rotation of {n_rotated} pictures was applied: their points are of the picture as it is shown")
+    if n_bad:
+        raise UserError(f"{n_bad} of {n_results} pictures could not be used: see above; their rows are empty")
+
+
+def results_of(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> "Iterator[PictureResult]":
+    "Yield the results of all pictures and frames; a video that is damaged gives a result with an error at its end."
+    from landmarks_fastai.inference.pictures import find_pictures, is_video, read_boxes
+    from landmarks_fastai.inference.writers import output_path
+
+    of_files = read_boxes(args.boxes) if args.boxes else None
+
+    def boxes(picture: "Picture") -> "Sequence[Box]":
+        "The boxes of the path as it was typed or found, or else of the file's name."
+        return of_files.get(picture.name) or of_files.get(Path(picture.name).name, []) if of_files else []
+
+    for videos, paths in groupby(find_pictures(args.paths), is_video):
+        if not videos:
+            yield from predictor.stream(paths, boxes if of_files else None)
+            continue
+        from landmarks_fastai.inference.pictures import Picture
+        from landmarks_fastai.inference.predictor import PictureResult
+        from landmarks_fastai.inference.video import predict_video
+        from landmarks_fastai.utils.parallel import bar
+
+        for path in paths:
+            copy = output_path(run.folder / "overlay", str(path), ".mp4") if args.overlay else None
+            try:
+                if of_files:
+                    raise UserError(f"{path}: --boxes is for pictures; --detect finds the faces of a video")
+                yield from predict_video(
+                    predictor, path, copy, args.smooth, confidence=args.draw_confidence, progress=bar
+                )
+            except UserError as e:
+                yield PictureResult(Picture(path), error=e.line)
+
+
+def write_overlay(result: "PictureResult", folder: Path, confidence: bool) -> None:
+    "Write a copy of the picture with its points, with the picture's path below the folder. Raises `UserError`."
+    from landmarks_fastai.inference.overlay import draw_points
+    from landmarks_fastai.inference.writers import output_path
+    from landmarks_fastai.utils.files import atomic_write
+
+    drawn = draw_points(result.picture.image(), result.objects, confidence)
+    path = output_path(folder, result.source, Path(result.source).suffix + ".jpg")
+    with atomic_write(path, "wb") as file:
+        drawn.save(file, "JPEG", quality=92)
 
 
 def command() -> None:

@@ -87,13 +87,11 @@ def drawn_faces(settings: Settings, out: str, weights: str) -> Settings:
     return settings.replace(data=os.path.abspath(folder))
 
 
-def predict_settings(args: argparse.Namespace, checkpoint: Settings) -> Settings:
-    "The settings of a checkpoint, with data and batch size of the command line. Raises `UserError` for other changes."
-    typed = explicit_settings(args)
-    check_fixed(typed, checkpoint, NETWORK + INPUT)
+def check_prediction(args: argparse.Namespace, checkpoint: Settings) -> None:
+    "Raise `UserError` for flags of predict.py that contradict the checkpoint."
+    check_fixed(explicit_settings(args), checkpoint, NETWORK + INPUT)
     if args.flip_test and not checkpoint.flip_indices:
         raise UserError("--tta: the checkpoint has no flip map (none was found, or --mirror none): run without --tta")
-    return checkpoint.replace(**typed)
 
 
 def check_fixed(typed: dict, before: Settings, names: tuple[str, ...]) -> None:
@@ -107,12 +105,14 @@ def check_fixed(typed: dict, before: Settings, names: tuple[str, ...]) -> None:
 
 def machine(args: argparse.Namespace) -> Machine:
     "The `Machine` of the flags, prepared. Without a GPU, --gpu prints a warning and the CPU is used."
-    import torch
+    device = "cpu"
+    if args.gpu:
+        import torch
 
-    if args.gpu and not torch.cuda.is_available():
-        why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
-        print(f"warning: --gpu was given, {why}: using the CPU", file=sys.stderr)
-    device = "cuda" if args.gpu and torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
+            print(f"warning: --gpu was given, {why}: using the CPU", file=sys.stderr)
     names = {f.name for f in dataclasses.fields(Machine)} - {"device"}
     found = Machine(device, **{k: v for k, v in vars(args).items() if k in names})
     found.prepare()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from landmarks_fastai.geometry import PixelMap
+from landmarks_fastai.settings import Settings
 
 MIN_POINTS = 3  # fewer have no shape to align
 # Root mean square distance from the mean shape, in radii of the fitted shape, from which points are not taken for the
@@ -51,6 +52,13 @@ class Alignment:
             PixelMap(*map(float, (t.real, -t.imag, s.real, t.imag, t.real, s.imag))) if ok else None
             for t, s, ok in zip(turn, shift, plausible, strict=True)
         ]
+
+
+def alignment_of(settings: Settings) -> Alignment | None:
+    "Return the alignment of the settings; None if there is no second pass."
+    if not settings.align or not settings.shape:
+        return None
+    return Alignment(np.array(settings.shape).reshape(-1, 2), settings.align, settings.size)
 
 
 def report_unaligned(n: int, total: int):

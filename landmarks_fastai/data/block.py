@@ -17,7 +17,7 @@ from fastai.vision.core import PointScaler
 from fastai.vision.data import ImageBlock, PointBlock
 from fastcore.foundation import L
 
-from landmarks_fastai.data.align import MIN_POINTS, Alignment, NoShape, procrustes_mean, shape_setting
+from landmarks_fastai.data.align import MIN_POINTS, NoShape, alignment_of, procrustes_mean, shape_setting
 from landmarks_fastai.data.augment import Augment
 from landmarks_fastai.data.flip import ROWS, FlipMap, NoFlipMap, learn_flip_map
 from landmarks_fastai.data.image_cache import Inputs, open_cache
@@ -27,7 +27,7 @@ from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.data.split import RowSplitter
 from landmarks_fastai.data.transforms import OpenInput, PointsToUnit, StoredPoints
 from landmarks_fastai.errors import MissingImage, UserError
-from landmarks_fastai.geometry import PixelMap, pixel_map
+from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import bar
@@ -102,7 +102,10 @@ def landmark_dataloaders(
         settings = settings.replace(data=os.path.abspath(source or "."))
     images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, progress)
     settings, flip = with_flip_map(settings.replace(n_points=images.labels.n_points), images)
-    settings, gain = with_alignment(settings, images, flip.shape if isinstance(flip, FlipMap) else None)
+    train, _ = RowSplitter(settings)(images)
+    sampled = list(points_and_maps(images[train], settings))
+    settings = settings.replace(points_box=points_box(sampled, settings.size))
+    settings, gain = with_alignment(settings, sampled, flip.shape if isinstance(flip, FlipMap) else None)
     block = landmark_block(settings, item_tfms=item_tfms, batch_tfms=batch_tfms, machine=machine)
     if machine.cache:
         rows, key, inputs = len(images.labels), {"labels": images.labels.key}, block.getters[0].inputs
@@ -136,16 +139,9 @@ def with_flip_map(settings: Settings, images: LabelledImages) -> tuple[Settings,
     return settings.replace(flip_indices=tuple(found.flip_indices.tolist())), found
 
 
-def alignment_of(settings: Settings) -> Alignment | None:
-    "Return the alignment of the settings; None if there is no second pass."
-    if not settings.align or not settings.shape:
-        return None
-    return Alignment(np.array(settings.shape).reshape(-1, 2), settings.align, settings.size)
-
-
 def with_alignment(
     settings: Settings,
-    images: LabelledImages,
+    sampled: Sequence[tuple[np.ndarray, PixelMap]],  # of the training rows, from `points_and_maps`
     mean: np.ndarray | None = None,  # `procrustes_mean` of the training rows, if it is known from the flip map
 ) -> tuple[Settings, float | None]:
     """Return the settings with the mean shape, and the factor by which aligned crops reduce the spread of the points.
@@ -155,11 +151,7 @@ def with_alignment(
     if not settings.align or settings.shape:
         return settings if settings.align else settings.replace(shape=()), None
     off = settings.replace(align=0.0, shape=())
-    if settings.n_points < MIN_POINTS:
-        return off, None
-    train, _ = RowSplitter(settings)(images)
-    sampled = list(points_and_maps(images[train], settings))
-    if not sampled:  # training reports that no image can be read
+    if settings.n_points < MIN_POINTS or not sampled:  # training reports that no image can be read
         return off, None
     points, whole = zip(*sampled, strict=True)
     try:
@@ -181,6 +173,15 @@ def points_and_maps(images: LabelledImages, settings: Settings) -> Iterator[tupl
     for item in images.sample(ROWS):
         with suppress(MissingImage):
             yield item.points, pixel_map(*image_size(item.path, item.where), settings.fit, settings.size)
+
+
+def points_box(sampled: Sequence[tuple[np.ndarray, PixelMap]], size: int) -> tuple[float, ...]:
+    "Return the mean box of the points in the input: left, top, right, bottom in unit coordinates; empty without images."
+    boxes = [
+        np.stack([p.min(0), p.max(0)]) for points, m in sampled if (p := input_to_unit(m.to_input(points), size)).size
+    ]
+    box = np.mean(boxes, axis=0).ravel().round(4).tolist() if boxes else []
+    return tuple(box) if boxes and box[2] > box[0] and box[3] > box[1] else ()  # no box: one point, or all on a line
 
 
 def spread(points: Sequence[np.ndarray], maps: Sequence[PixelMap | None]) -> float:

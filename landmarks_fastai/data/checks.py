@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 from PIL.ImageFile import ImageFile
 
-from landmarks_fastai.data.images import check_mode, has_exif_rotation, is_16_bit, max_pixels, open_undecoded
+from landmarks_fastai.data.images import check_mode, exif_turn, is_16_bit, max_pixels, open_undecoded
 from landmarks_fastai.data.labels import Table
 from landmarks_fastai.errors import Problem, UserError
 from landmarks_fastai.utils.files import atomic_write, cache_places, check_folder
@@ -186,7 +186,7 @@ def inspect_image(path: str | Path) -> tuple[tuple[int, int], list[str]]:
             image.mode in ("1", "L", "LA", "La") or image.mode[0] == "I",
             image.mode in ("P", "PA"),
             image.has_transparency_data,
-            has_exif_rotation(image),
+            exif_turn(image) is not None,
         )
         size, end = image.size, ENDS.get(image.format or "")
         if not end or end not in _read_end(image):

@@ -5,7 +5,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +19,12 @@ from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.hardware import MAX_PIXELS, Machine
 
 SPARE = 2  # decoded sides are at least this many times the input's, like `reducing_gap` of Pillow's thumbnails
-ORIENTATION = 0x0112  # EXIF tag
+ORIENTATION = 0x0112  # EXIF tag; its values and what they ask of a viewer:
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+SIDEWAYS = {turn for value, turn in TURNS.items() if value >= 5}  # those that swap width and height
 # Pillow's decoders raise more than OSError for damaged files.
 REFUSALS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error,
@@ -30,25 +35,45 @@ EIGHT_BITS = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "C
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def open_image(path: str | Path, where: str = "") -> Image.Image:
-    """Open an image as RGB. EXIF rotation is not applied: landmarks are pixels of the image as stored.
+def open_image(path: str | Path, where: str = "", exif: bool = False) -> Image.Image:
+    """Open an image as RGB. EXIF rotation is applied with `exif` only: landmarks are pixels of the image as stored.
 
     Raises `UserError`, which begins with `where`, for a file that is missing, damaged or cut short.
     """
     with open_undecoded(path, where) as image:
-        return to_rgb(image)
+        return _decoded(image, image.size, exif)
 
 
-def image_size(path: str | Path, where: str = "") -> tuple[int, int]:
-    "Read the width and height of the image as stored from the file's header. Raises like `open_image`."
+def exif_turn(image: Image.Image) -> Image.Transpose | None:
+    "Return what EXIF asks viewers to do with an opened image; None if it is stored as it is shown."
+    with suppress(*REFUSALS):
+        if "rotated" in image.info:
+            return TURNS.get(image.info["rotated"])
+        if "exif" in image.info or image.format == "TIFF":
+            return TURNS.get(image.getexif().get(ORIENTATION, 1))
+    return None
+
+
+def image_size(path: str | Path, where: str = "", exif: bool = False) -> tuple[int, int]:
+    "Read width and height of the image as stored, with `exif` as shown, from the file's header. Raises like `open_image`."
     with open_undecoded(path, where) as image:
-        return image.size
+        turned = exif and exif_turn(image) in SIDEWAYS
+        return (image.height, image.width) if turned else image.size
 
 
-def read_input(path: str | Path, fit: str, size: int, where: str = "") -> tuple[Image.Image, PixelMap]:
+def is_rotated(path: str | Path, where: str = "") -> bool:
+    "Return whether EXIF asks viewers to rotate or mirror the image. Raises like `open_image`."
+    with open_undecoded(path, where) as image:
+        return exif_turn(image) is not None
+
+
+def read_input(
+    path: str | Path, fit: str, size: int, where: str = "", exif: bool = False
+) -> tuple[Image.Image, PixelMap]:
     """Read an image as the network's input of `size` x `size` pixels, with the map from pixels of the image as stored.
 
-    Raises like `open_image`. A JPEG much larger than the input is decoded at 1/2, 1/4 or 1/8 of its sides.
+    With `exif`, of the image as shown: EXIF rotation is applied. Raises like `open_image`. A JPEG much larger than the
+    input is decoded at 1/2, 1/4 or 1/8 of its sides.
     """
     with open_undecoded(path, where) as image:
         width, height = image.size
@@ -56,18 +81,46 @@ def read_input(path: str | Path, fit: str, size: int, where: str = "") -> tuple[
         if fit != "squish":
             scale = SPARE * size / (min if fit == "crop" else max)(width, height)
             least = (max(1, int(width * scale)), max(1, int(height * scale)))
-        image.draft(None, least)  # type: ignore[arg-type] (None keeps the mode)
-        reduced = round(width / image.width)
-        return fit_image(to_rgb(image), fit, size, reduced)
+        return fit_image(_decoded(image, least, exif), fit, size, round(width / image.width))
 
 
 def read_crop(path: str | Path, to_input: PixelMap, size: int, where: str = "") -> Image.Image:
-    "The network's input that a map describes. Decodes a JPEG at a half, a quarter or an eighth where that is enough."
+    "Read the network's input that a map describes. Raises like `open_image`."
+    return read_crops(path, [to_input], size, where)[0]
+
+
+def read_crops(
+    path: str | Path, maps: Sequence[PixelMap], size: int, where: str = "", exif: bool = False
+) -> list[Image.Image]:
+    """Read the network's inputs that maps describe; the image is decoded once, a JPEG no larger than the crops need.
+
+    With `exif` the maps are of the image as shown. Raises like `open_image`.
+    """
     with open_undecoded(path, where) as image:
-        width = image.width
-        least = SPARE * to_input.scale
-        image.draft(None, (max(1, int(width * least)), max(1, int(image.height * least))))  # type: ignore[arg-type]
-        return cut_image(to_rgb(image), to_input, size, round(width / image.width))
+        width, scale = image.width, SPARE * max(to_input.scale for to_input in maps)
+        least = (max(1, int(width * scale)), max(1, int(image.height * scale)))
+        decoded = _decoded(image, least, exif)
+        return [cut_image(decoded, to_input, size, round(width / image.width)) for to_input in maps]
+
+
+def read_reduced(path: str | Path, side: int, where: str = "", exif: bool = False) -> tuple[Image.Image, float]:
+    """Read an image whose long side is at most `side` pixels, and how many times smaller than the file's it is.
+
+    With `exif` it is the image as shown. Raises like `open_image`.
+    """
+    with open_undecoded(path, where) as image:
+        long = max(image.size)
+        decoded = _decoded(image, (min(SPARE * side, image.width), min(SPARE * side, image.height)), exif)
+        decoded.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=None)
+        return decoded, long / max(decoded.size)
+
+
+def _decoded(image: ImageFile, least: tuple[int, int], exif: bool) -> Image.Image:
+    "Decode an opened image as RGB; a JPEG at a half, a quarter or an eighth of its sides, if it has `least` pixels then."
+    turn = exif_turn(image) if exif else None
+    image.draft(None, least)  # type: ignore[arg-type] (None keeps the mode)
+    decoded = to_rgb(image)
+    return decoded if turn is None else decoded.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -104,14 +157,6 @@ def is_16_bit(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or any(re.search(r";16[BLN]?(?!\w)", args) for args in tiles)
 
 
-def has_exif_rotation(image: Image.Image) -> bool:
-    "Return whether EXIF says that viewers must rotate or mirror the image."
-    with suppress(*REFUSALS):
-        has_exif = "exif" in image.info or image.format == "TIFF"
-        return "rotated" in image.info or has_exif and image.getexif().get(ORIENTATION, 1) not in (0, 1)
-    return False
-
-
 def max_pixels() -> int:
     "Return the largest number of pixels that an image may have: `Machine.max_pixels`."
     return int(os.environ.get(MAX_PIXELS) or 1e6 * Machine.max_pixels)
@@ -123,8 +168,8 @@ def open_undecoded(path: str | Path, where: str = "") -> Iterator[ImageFile]:
     Image.MAX_IMAGE_PIXELS = max_pixels() / 2  # type: ignore[assignment] (Pillow refuses twice as many, which may be odd)
     try:
         with Image.open(path) as image:
-            if image.format == "TIFF" and has_exif_rotation(image):  # the only format that Pillow rotates by itself
-                image.info["rotated"] = True
+            if image.format == "TIFF" and exif_turn(image) is not None:  # the only format that Pillow rotates by itself
+                image.info["rotated"] = image.getexif()[ORIENTATION]
                 image.getexif()[ORIENTATION] = 1
                 image._size = image._tile_size  # type: ignore[attr-defined] (of Pillow's TiffImageFile)
             yield image

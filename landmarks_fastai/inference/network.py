@@ -1,5 +1,7 @@
 "The interface of a trained network, whatever runs it: PyTorch or ONNX Runtime."
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,4 +24,8 @@ class Network(Protocol):
 
     def __call__(self, pixels: np.ndarray, flip_test: bool = False) -> UnitPoints:
         "Predict the points of inputs, uint8 (batch, size, size, 3) RGB. The flip test needs `settings.flip_indices`."
+        ...
+
+    def streams(self) -> AbstractContextManager[tuple[int, Callable[[], None]]]:
+        "A context with the number of threads that should call the network side by side, and what each calls first."
         ...

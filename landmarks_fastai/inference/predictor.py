@@ -1,235 +1,265 @@
-"""Checkpoint + images -> points in pixels of the images as stored.
+"""Pictures -> points in their pixels: files, folders, PIL images, arrays and streams of frames.
 
 This is a loop of its own: a Learner needs training data, and `get_preds` returns all predictions at once, which is too
-much memory for 100,000 images of 971 points.
+much memory for 100,000 images of 971 points. It needs neither torch nor fastai if the network is an ONNX file.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from PIL import Image
 
-from landmarks_fastai.competition import (
-    TestPoints,
-    read_test_points,
-    round_points,
-    submission_header,
-    submission_line,
-)
-from landmarks_fastai.data.align import Alignment, report_unaligned
-from landmarks_fastai.data.block import alignment_of
-from landmarks_fastai.data.checks import check_images
-from landmarks_fastai.data.flip import predict_with_flip
-from landmarks_fastai.data.image_cache import Inputs
-from landmarks_fastai.data.items import CropIndex
-from landmarks_fastai.data.labels import data_folder
-from landmarks_fastai.errors import BadData, UserError
-from landmarks_fastai.metrics import points_in_image
-from landmarks_fastai.runs.checkpoint import Checkpoint
-from landmarks_fastai.runs.run import Run
-from landmarks_fastai.settings import INPUT, Settings
-from landmarks_fastai.utils.files import atomic_write
+from landmarks_fastai.data.align import alignment_of
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import PixelMap, box_map, unit_to_input
+from landmarks_fastai.inference.network import Network
+from landmarks_fastai.inference.pictures import Box, Picture, Source, find_pictures
+from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.hardware import Machine
-from landmarks_fastai.utils.memory import batch_that_fits, check_shared_memory, check_worker_died, out_of_memory
 from landmarks_fastai.utils.parallel import threaded_map
-from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
 
-CHUNK = 64  # batches of a first pass before their second pass: workers idle between two passes
+DETECTED_SIDE = 640  # long side of the picture that the detector gets, in pixels
+LOADED_PIXELS = 8_000_000  # of decoded pictures in one batch: four frames of 1920 x 1080
 
 
-class FittedImages(Dataset):
-    "Images as the network's input, uint8 (3, size, size), each with its map (6,)."
+@dataclass
+class Prediction:
+    "The points of one object; `np.asarray(prediction)` are the points."
+
+    points: np.ndarray  # float32 (n_points, 2), pixels of the picture
+    confidence: np.ndarray | None = (
+        None  # float32 (n_points,), pixels: 68% of the errors are smaller; None: not trained
+    )
+    box: Box | None = None  # that was detected or given
+    score: float | None = None  # of the detector, 0 to 1
+    track: int | None = None  # number of the object in a video
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.points, dtype, copy=copy)
+
+
+@dataclass
+class PictureResult:
+    "What was found in one picture."
+
+    picture: Picture = field(repr=False)
+    size: tuple[int, int] = (0, 0)  # width and height
+    objects: list[Prediction] = field(default_factory=list)
+    rotated: bool = False  # whether the EXIF rotation of the file was applied
+    frame: int | None = None  # of a video, from 0
+    time: float | None = None  # of the frame, in seconds
+    error: str = ""  # why the picture could not be used
+
+    @property
+    def source(self) -> str:
+        "The path of the picture; empty if it was none."
+        return self.picture.name
+
+
+class Predictor:
+    """Predict points with a trained network, or with the mean of several.
+
+    Points are float32 (n_points, 2) in pixels of the picture: (0, 0) is the centre of its top-left pixel. Of a file it is
+    the picture as viewers show it (EXIF rotation applied), of a PIL image or array the pixels that it has.
+
+    >>> predictor = Predictor("runs/faces")
+    >>> predictor("photo.jpg").points
+    """
 
     def __init__(
         self,
-        folder: Path,
-        names: Sequence[str] | np.ndarray,  # of the files
-        settings: Settings,
-        where: Callable[[int], str] = lambda row: "",  # first words of an error message about a row
+        models: "str | Path | Network | Sequence[str | Path | Network]",  # a run's name or folder, a .pth or an .onnx file
+        out: str | Path = OUT,  # output folder, of the runs' names
+        *,
+        machine: Machine = Machine(),  # noqa: B008
+        batch_size: int = 32,
+        flip_test: bool | None = None,  # None: where the network has a flip map
+        detector: Callable[[Image.Image], Sequence[Any]] | None = None,  # picture -> detections (box, score)
     ):
-        self.folder, self.names, self.where = folder, np.array([os.fsencode(name) for name in names]), where
-        self.inputs = Inputs(**settings.of(INPUT))
+        """Open the networks. Raises `UserError` if one cannot be opened, or their numbers of points differ."""
+        names = [models] if isinstance(models, (str, Path)) or callable(models) else list(models)
+        self.networks = [n if callable(n) else open_network(n, out, machine) for n in names]
+        self.batch_size, self.flip_test, self.detector = batch_size, flip_test, detector
+        self.unaligned = 0  # objects whose first pass made no plausible shape
+        counts = {network.settings.n_points: network.name for network in self.networks}
+        if len(counts) > 1:
+            found = ", ".join(f"{name} {n}" for n, name in counts.items())
+            raise UserError(f"these networks predict different numbers of points ({found}): no mean can be taken")
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def __call__(self, source: "Source | Iterable[Source]", boxes: Sequence[Box] | None = None) -> Any:
+        """Predict a picture: returns a `Prediction`; a list of them if there are boxes or a detector.
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "Return the row's input and map: of the whole image, or of the crop of a `CropIndex`."
-        path = self.folder / os.fsdecode(self.names[row])
-        if isinstance(row, CropIndex) and row.to_input:
-            fitted, to_input = self.inputs.crop(row, path, row.to_input, self.where(row), cached=False)
-        else:
-            fitted, to_input = self.inputs(row, path, self.where(row))
-        return torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy()), torch.tensor(to_input)
+        A list of pictures gives a list of these, a folder or an iterator gives an iterator, in constant memory. `boxes` are
+        those of the objects in one picture: their points' bounding boxes, in pixel edges. Raises `UserError` for a picture
+        that cannot be used.
+        """
+        one = isinstance(source, (str, Path, Image.Image, np.ndarray))
+        if one and not (isinstance(source, (str, Path)) and os.path.isdir(source)):
+            return next(self._points([source], boxes))
+        if isinstance(source, (list, tuple)):
+            return list(self._points(source))
+        return self._points(find_pictures([str(source)]) if isinstance(source, (str, Path)) else source)
 
+    def _points(self, sources: Iterable[Source], boxes: Sequence[Box] | None = None) -> Iterator[Any]:
+        several = boxes is not None or self.detector is not None
+        for result in self.stream(sources, None if boxes is None else lambda picture: boxes):
+            if result.error:
+                raise UserError(result.error)
+            yield result.objects if several else result.objects[0]
 
-class LineOf:
-    "The file and line of a row, for the error message of an image that cannot be read."
-
-    def __init__(self, test_points: TestPoints):
-        self.csv, self.lines = test_points.csv, test_points.lines
-
-    def __call__(self, row: int) -> str:
-        return f"{self.csv} line {self.lines[row]}: "
-
-
-def predict_batches(
-    checkpoint: Checkpoint,
-    images: FittedImages,
-    machine: Machine = Machine(),  # noqa: B008
-    batch_size: int = 32,
-    flip_indices: Sequence[int] = (),  # for the flip test; empty: none
-) -> Iterator[np.ndarray]:
-    """Yield float32 arrays (batch, n_points, 2), pixels of the images as stored, in the order of the images.
-
-    Raises `UserError` for an image that cannot be read, and if the memory is too small for a batch.
-    """
-    settings, device = checkpoint.settings, machine.device
-    check_shared_memory(machine, batch_size * 3 * settings.size**2)
-    # torch's annotation of `to` lacks memory_format
-    model = fuse_norms(checkpoint.model(), settings.size).to(device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
-    if machine.compile:
-        model.compile()
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
-
-    def points_of(batch: Sequence[torch.Tensor]) -> np.ndarray:
-        pixels, maps = batch
-        inputs = (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
-        with torch.inference_mode(), machine.autocast():
-            unit = predict_with_flip(model, inputs.contiguous(memory_format=machine.memory_format), flip_indices)
-        return points_in_image(unit, maps, settings.size).float().cpu().numpy()
-
-    def one_step(n: int) -> None:
-        points_of(
-            (torch.zeros(n, 3, settings.size, settings.size, dtype=torch.uint8), torch.eye(2, 3).flatten().expand(n, 6))
-        )
-
-    try:
-        yield from batches_of_points(points_of, images, machine, batch_size, alignment_of(settings))
-    except Exception as e:
-        check_worker_died(e)
-        if not out_of_memory(e):
-            raise
-        fits = batch_that_fits(e, one_step, batch_size)
-        way = f"-b {fits} fits (tried here)" if fits else "no smaller one fits"
-        raise UserError(f"-b {batch_size}: not enough memory for such a batch: {way}") from None
-
-
-def batches_of_points(
-    points_of: Callable[[Sequence[torch.Tensor]], np.ndarray],  # (inputs, maps) -> points (batch, n_points, 2)
-    images: FittedImages,
-    machine: Machine,
-    batch_size: int,
-    alignment: Alignment | None = None,
-) -> Iterator[np.ndarray]:
-    "Yield `points_of` each batch of the images, in order; with an alignment, of the aligned crops in a second pass."
-    rows = [range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)]
-    use_loader = machine.workers or machine.device != "cpu" or machine.compile
-    one_pass = (_with_loader if use_loader else _with_threads)(points_of, images, machine)
-    if not alignment:
-        yield from one_pass(rows)
-        return
-    unaligned = 0
-    for k in range(0, len(rows), CHUNK):
-        first = rows[k : k + CHUNK]
-        maps = [alignment.maps(points) for points in one_pass(first)]
-        unaligned += sum(found.count(None) for found in maps)
-        yield from one_pass([list(map(CropIndex.of, *each)) for each in zip(first, maps, strict=True)])
-    report_unaligned(unaligned, len(images))
-
-
-Pass = Callable[[Sequence[Sequence[int]]], Iterator[np.ndarray]]  # the rows of each batch -> their points
-
-
-def _with_threads(points_of: Callable, images: FittedImages, machine: Machine) -> Pass:
-    return lambda rows: threaded_map(lambda batch: points_of(default_collate([images[row] for row in batch])), rows)
-
-
-def _with_loader(points_of: Callable, images: FittedImages, machine: Machine) -> Pass:
-    order: list[Any] = []  # the rows of each batch of a pass
-    loader = DataLoader(
-        images,
-        batch_sampler=order,
-        num_workers=machine.decoders,
-        pin_memory=machine.pins,
-        worker_init_fn=leave_signals_to_parent,
-        persistent_workers=machine.decoders > 0,
-    )
-
-    def one_pass(rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        order[:] = rows
-        with signals_blocked():  # the workers start here
-            return map(points_of, iter(loader))
-
-    return one_pass
-
-
-def fuse_norms(model: nn.Module, size: int) -> nn.Module:
-    """Fold each batch norm into the convolution before it, if torch.fx can trace the network.
-
-    The outputs before and after are compared; if they differ, the network is returned unchanged.
-    """
-    from torch.fx.experimental.optimization import fuse
-
-    inputs = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.no_grad():
-            fused = fuse(model)
-            same = torch.allclose(fused(inputs), model(inputs), atol=1e-4)
-    except Exception:  # a network that fx cannot trace may raise anything
-        return model
-    return fused if same else model
-
-
-def predict_test(
-    checkpoint: Checkpoint,
-    data: str | Path,  # a folder in the competition's layout
-    run: Run,  # submit.csv, points.npy and points.json are written to its folder
-    rounding: str = "nearest",  # of the submission: nearest, floor or none
-    machine: Machine = Machine(),  # noqa: B008
-    batch_size: int = 32,
-    flip_test: bool = False,  # no effect if the checkpoint has no flip map
-    progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
-) -> int:
-    """Predict the test images, and write the submission and all points; returns the number of images.
-
-    points.npy is float32 (images, n_points, 2), pixels of the images as stored; points.json lists the file names in
-    the same order. All three files are written completely or not at all. Raises `UserError` without test_points.csv, and
-    `BadData` with every bad image.
-    """
-    side = data_folder(data) / "test"
-    if not os.path.isfile(side / "test_points.csv"):
-        raise UserError(f"{side / 'test_points.csv'} not found: it says which points of which images to submit")
-    test_points = read_test_points(side / "test_points.csv")
-    n_points = checkpoint.settings.n_points
-    test_points.check_range(n_points)
-    found = check_images(test_points, side / "images")
-    if len(found.rows):
-        raise BadData(map(found.problem, found.rows.tolist()), len(found.rows))
-    images = FittedImages(side / "images", test_points.names, checkpoint.settings, LineOf(test_points))
-    flip_indices = checkpoint.settings.flip_indices if flip_test else ()
-    batches = predict_batches(checkpoint, images, machine, batch_size, flip_indices)
-    with (
-        atomic_write(run.file("points.json")) as names,
-        atomic_write(run.file("points.npy"), "wb") as points,
-        atomic_write(run.file("submit.csv")) as submission,
-    ):
-        json.dump(test_points.names, names, ensure_ascii=False, indent=0)
-        head = {"descr": "<f4", "fortran_order": False, "shape": (len(test_points), n_points, 2)}
-        np.lib.format.write_array_header_1_0(points, head)
-        submission.write(submission_header(test_points.indices.shape[1]))
-        row = 0
-        for batch in progress(batches, -(-len(test_points) // batch_size)):
-            points.write(np.ascontiguousarray(batch).data)
-            for each in batch:
-                submission.write(
-                    submission_line(test_points.names[row], round_points(each[test_points.indices[row]], rounding))
+    def stream(
+        self,
+        pictures: "Iterable[Source | Picture]",
+        boxes: "Callable[[Picture], Sequence[Box] | None] | None" = None,  # of a picture's objects; None: find them
+    ) -> Iterator[PictureResult]:
+        "Predict pictures one after the other, in constant memory. A picture that cannot be used gives a result with an error."
+        if boxes or self.detector:
+            for network in (n for n in self.networks if not n.settings.points_box):
+                raise UserError(
+                    f"{network.name} was trained by a version that did not store where the points lie in its inputs, so no "
+                    "box can be cut for it: run finetune.py once, or predict whole pictures"
                 )
-                row += 1
-    return row
+        opened = (p if isinstance(p, Picture) else Picture(p) for p in pictures)
+        chunks = self._chunks((picture, boxes(picture) if boxes else None) for picture in opened)
+        with self.networks[0].streams() as (threads, start):
+            for results, unaligned in threaded_map(self._predict, chunks, threads, start):
+                self.unaligned += unaligned
+                yield from results
+
+    def _chunks(self, pictures: Iterable[tuple[Picture, Any]]) -> Iterator[list[tuple[Picture, Any]]]:
+        "Group pictures to batches, smaller ones if their pixels are in memory."
+        chunk, pixels = [], 0
+        for picture, boxes in pictures:
+            chunk.append((picture, boxes))
+            pixels += 0 if isinstance(picture.source, Path) else picture.size[0] * picture.size[1]
+            if len(chunk) == self.batch_size or pixels >= LOADED_PIXELS:
+                yield chunk
+                chunk, pixels = [], 0
+        if chunk:
+            yield chunk
+
+    def _predict(self, chunk: list[tuple[Picture, Sequence[Box] | None]]) -> tuple[list[PictureResult], int]:
+        "Predict a batch of pictures; returns the results, and how many objects have no aligned crop."
+        results = [self._located(*each) for each in chunk]
+        every, unaligned = [], 0
+        for network in self.networks:
+            found, n = self._two_passes(network, results)
+            every.append(found)
+            unaligned += n
+        for k, result in enumerate(results):
+            if result.error:
+                result.objects = []
+                continue
+            for i, each in enumerate(result.objects):
+                of_networks = [found[k][i] for found in every]
+                each.points = np.stack([p.points for p in of_networks]).mean(0)
+                spreads = [p.spread for p in of_networks if p.spread is not None]
+                each.confidence = np.stack(spreads).mean(0) if spreads else None
+        return results, unaligned
+
+    def _located(self, picture: Picture, boxes: Sequence[Box] | None) -> PictureResult:
+        "The result of a picture with its objects' boxes; without boxes or a detector the whole picture is one object."
+        result, none = PictureResult(picture), np.empty((0, 2), np.float32)
+        try:
+            result.size, result.rotated = picture.size, picture.rotated
+            if boxes is not None:
+                result.objects = [Prediction(none, box=_checked(box, picture)) for box in boxes]
+            elif self.detector:
+                reduced, factor = picture.reduced(DETECTED_SIDE)
+                for box, score in self.detector(reduced):
+                    left, top, right, bottom = (float(edge) * factor for edge in box)
+                    result.objects.append(Prediction(none, box=(left, top, right, bottom), score=float(score)))
+            else:
+                result.objects = [Prediction(none)]
+        except UserError as e:
+            result.error = e.line
+        return result
+
+    def _two_passes(
+        self, network: Network, results: list[PictureResult]
+    ) -> "tuple[dict[int, list[_StoredPoints]], int]":
+        "Return the points of each result's objects by one network, and how many of them have no aligned crop."
+        settings = network.settings
+        first = {
+            k: [box_map(each.box, settings.points_box, settings.size) if each.box else None for each in result.objects]
+            for k, result in enumerate(results)
+        }
+        found, unaligned = self._one_pass(network, results, first), 0
+        if alignment := alignment_of(settings):
+            crops = {k: alignment.maps(np.stack([p.points for p in points])) for k, points in found.items() if points}
+            unaligned = sum(maps.count(None) for maps in crops.values())
+            second = self._one_pass(network, results, {k: [m for m in maps if m] for k, maps in crops.items()})
+            for k, points in second.items():
+                refined = iter(points)
+                found[k] = [next(refined) if m else p for m, p in zip(crops[k], found[k], strict=True)]
+        return found, unaligned
+
+    def _one_pass(
+        self,
+        network: Network,
+        results: list[PictureResult],
+        maps: dict[int, list[PixelMap | None]],  # result -> for each object the map of its input; None: whole picture
+    ) -> "dict[int, list[_StoredPoints]]":
+        "Return the points of each result's objects. A picture that can no longer be read gets an error."
+        settings, inputs = network.settings, {}
+        for k, wanted in maps.items():
+            try:
+                if not results[k].error:
+                    inputs[k] = results[k].picture.inputs(wanted, settings.fit, settings.size)
+            except UserError as e:
+                results[k].error = e.line
+        flat = list(chain.from_iterable(inputs.values()))
+        points: list[_StoredPoints] = []
+        for start in range(0, len(flat), self.batch_size):
+            pixels, to_input = zip(*flat[start : start + self.batch_size], strict=True)
+            flip = bool(settings.flip_indices) and self.flip_test is not False
+            unit = network(np.stack(pixels), flip)
+            points += map(_stored, unit.points, unit.spread if unit.spread is not None else [None] * len(pixels),
+                          to_input, [settings.size] * len(pixels))  # fmt: skip
+        stored = iter(points)
+        return {k: [next(stored) for _ in each] for k, each in inputs.items()}
+
+
+class _StoredPoints(NamedTuple):
+    points: np.ndarray  # float32 (n_points, 2), pixels of the picture
+    spread: np.ndarray | None  # (n_points,), likewise
+
+
+def _stored(unit: np.ndarray, spread: np.ndarray | None, to_input: PixelMap, size: int) -> _StoredPoints:
+    points = to_input.to_image(unit_to_input(unit.astype(np.float64), size)).astype(np.float32)
+    return _StoredPoints(points, None if spread is None else spread * (size / 2 / to_input.scale))
+
+
+def _checked(box: Sequence[float], picture: Picture) -> Box:
+    left, top, right, bottom = map(float, box)
+    if not (np.isfinite([left, top, right, bottom]).all() and right > left and bottom > top):
+        raise UserError(f"{picture.name or 'the picture'}: box {left:g}, {top:g}, {right:g}, {bottom:g} is empty: "
+                        "left, top, right, bottom in pixels expected")  # fmt: skip
+    return left, top, right, bottom
+
+
+def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Machine()) -> Network:  # noqa: B008
+    """Open what `-pm` means: an .onnx file, or a checkpoint by its path or its run's name in the output folder.
+
+    Raises `UserError` for a file that does not exist or is of another kind, and for a checkpoint without torch.
+    """
+    if str(name).lower().endswith(".onnx"):
+        from landmarks_fastai.inference.onnx_network import OnnxNetwork
+
+        return OnnxNetwork(name)
+    try:
+        from landmarks_fastai.inference.torch_network import TorchNetwork
+        from landmarks_fastai.runs.checkpoint import find_checkpoint
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("landmarks_fastai"):
+            raise
+        raise UserError(
+            f"{name}: a checkpoint needs {e.name}: pip install 'landmarks-fastai[train]', or export it to ONNX where "
+            f"that is installed (python -m landmarks_fastai.export) and give the .onnx file"
+        ) from None
+    return TorchNetwork(find_checkpoint(str(name), out), machine)

@@ -21,7 +21,8 @@ from fastcore.basics import listify
 from fastcore.foundation import L
 
 from landmarks_fastai import plots
-from landmarks_fastai.data.block import alignment_of, points_and_maps
+from landmarks_fastai.data.align import alignment_of
+from landmarks_fastai.data.block import points_and_maps
 from landmarks_fastai.data.items import LabelledImages
 from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.data.transforms import CroppedImage

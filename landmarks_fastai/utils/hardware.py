@@ -99,14 +99,16 @@ class Machine:
             raise UserError("--amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp")
         keep_freed_memory()
         os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
-        import torch
-
         if self.compile:
+            import torch
+
             try:
                 torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
             except Exception as e:  # the errors of torch._inductor, the compiler and the linker share no narrower base
                 raise UserError(f"--compile: it fails here ({reason(e)}): run without --compile") from None
         if self.device == "cuda":
+            import torch
+
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32
             # All batches but the last have one shape: one search serves a stage. Another run may choose another algorithm,

@@ -38,24 +38,36 @@ def test_a_signal_while_a_worker_starts_does_not_end_it(drawn, monkeypatch):
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # this process has its old mask again
 
 
-SLOW = """
+READING = """
 import os, time
-from landmarks_fastai.inference.predictor import batches_of_points
+from fastai.vision.core import PILImage
+from fasttransform import Transform
+from landmarks_fastai import landmark_dataloaders
+from landmarks_fastai.cli import app
 from landmarks_fastai.utils.hardware import Machine
+from landmarks_fastai.utils.memory import check_worker_died
 
-class Slow:
-    def __len__(self): return 2
-    def __getitem__(self, k):
-        print(os.getpid(), flush=True)
-        time.sleep(60)
+class Slow(Transform):
+    def encodes(self, image: PILImage):
+        {action}
 
-list(batches_of_points(None, Slow(), Machine(workers=1), 1))
+def main():
+    dls = landmark_dataloaders({data!r}, size=32, batch_size=8, machine=Machine(workers=1))
+    dls.valid.after_item.add(Slow())
+    try:
+        list(dls.valid)
+    except Exception as e:
+        check_worker_died(e)
+        raise
+
+app.run_main(main)
 """
+SLOW, KILLED = "print(os.getpid(), flush=True); time.sleep(60)", "os.kill(os.getpid(), 9)"
 
 
 @posix
-def test_a_worker_in_a_slow_read_ends_with_a_killed_main_process():
-    process = python(SLOW)
+def test_a_worker_in_a_slow_read_ends_with_a_killed_main_process(drawn):
+    process = python(READING.format(action=SLOW, data=str(drawn)))
     worker = int(process.stdout.readline())
     try:
         process.kill()
@@ -178,34 +190,12 @@ def test_stopped_runs_lists_the_first_20(tmp_path):
 
 
 @posix
-def test_a_killed_worker_is_told_in_one_line():
+def test_a_killed_worker_is_told_in_one_line(drawn):
     "As the kernel does where memory is short."
-    process = python(KILLED)
+    process = python(READING.format(action=KILLED, data=str(drawn)))
     err = process.stderr.read()
     assert process.wait() == 1
     assert err.splitlines()[-1] == (  # torch warns before it
         "error: a worker was killed from outside, as the system does where memory is short: "
         "use fewer --workers, or --workers 0"
     )
-
-
-KILLED = """
-import os
-from landmarks_fastai.cli import app
-from landmarks_fastai.inference import predictor
-from landmarks_fastai.utils.memory import check_worker_died
-from landmarks_fastai.utils.hardware import Machine
-
-class Killed:
-    def __len__(self): return 2
-    def __getitem__(self, k): os.kill(os.getpid(), 9)
-
-def main():
-    try:
-        list(predictor.batches_of_points(None, Killed(), Machine(workers=1), 1))
-    except Exception as e:
-        check_worker_died(e)
-        raise
-
-app.run_main(main)
-"""

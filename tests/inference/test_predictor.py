@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from landmarks_fastai.competition import read_submission, read_test_points, score
-from landmarks_fastai.inference import predictor
+from landmarks_fastai.inference.torch_network import fuse_norms
 from landmarks_fastai.models.networks import METADATA
-from landmarks_fastai.utils.hardware import Machine
 from tests.conftest import ARCH, N_POINTS, ROOT, edit_line
 
 
@@ -169,36 +168,25 @@ def test_data_without_a_test_side_is_said(run_script, trained, tmp_path):
     assert code == 1 and "test_points.csv not found" in err
 
 
-def test_memory_does_not_hold_the_points(trained, monkeypatch, drawn):
-    "Points are written as they come: at no time do more than two batches exist."
-    import gc
+def test_memory_does_not_hold_the_points(trained, drawn):
+    "Results are written as they come: at no time do more exist than two a thread and one."
     import weakref
 
-    from landmarks_fastai.inference import predictor
-    from landmarks_fastai.runs.checkpoint import find_checkpoint
+    from landmarks_fastai.inference.predictor import Predictor
+    from landmarks_fastai.inference.submission import predict_test
     from landmarks_fastai.runs.run import Run
 
     seen, most = [], 0
 
-    class Batch(np.ndarray):
-        "An array that can be watched."
-
-    def watch(batches, total):
+    def watch(results, total):
         nonlocal most
-        for batch in batches:
-            batch = batch.view(Batch)
-            seen.append(weakref.ref(batch))
-            gc.collect()
+        for result in results:
+            seen.append(weakref.ref(result))
             most = max(most, sum(r() is not None for r in seen))
-            yield batch
+            yield result
 
-    checkpoint = find_checkpoint("m", trained)
-    assert (
-        predictor.predict_test(
-            checkpoint, drawn, Run(trained, "w"), batch_size=1, machine=Machine(workers=0), progress=watch
-        )
-        == 6
-    )
+    predictor = Predictor("m", trained, batch_size=1)
+    assert predict_test(predictor, drawn, Run(trained, "w"), progress=watch) == 6
     assert 0 < most <= 2
 
 
@@ -211,7 +199,7 @@ def test_norms_are_fused_and_the_points_stay():
         for _ in range(3):  # running means that are not 0 and 1
             model.train()(torch.randn(8, 3, 64, 64) * 2 + 1)
     model.eval()
-    fused, inputs = predictor.fuse_norms(model, 64), torch.randn(4, 3, 64, 64)
+    fused, inputs = fuse_norms(model, 64), torch.randn(4, 3, 64, 64)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
     with torch.no_grad():
         assert fused(inputs).numpy() == pytest.approx(model(inputs).numpy(), abs=1e-4)
@@ -227,7 +215,7 @@ def test_a_network_that_fx_cannot_follow_or_misreads_is_left_as_it_is():
             return x.flatten(1)[:, :4] * float(np.random.default_rng().uniform())
 
     for model in (Asks().eval(), Draws().eval()):
-        assert predictor.fuse_norms(model, 8) is model
+        assert fuse_norms(model, 8) is model
 
 
 @pytest.mark.slow

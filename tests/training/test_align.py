@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from landmarks_fastai import landmark_dataloaders, landmark_learner
-from landmarks_fastai.data.align import Alignment
-from landmarks_fastai.data.block import alignment_of
-from landmarks_fastai.inference.predictor import FittedImages, predict_batches
+from landmarks_fastai.data.align import Alignment, alignment_of
+from landmarks_fastai.inference.predictor import Predictor
+from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.training.learner import load_best
 from landmarks_fastai.training.scoring import validation_scores
@@ -71,17 +71,17 @@ def test_predict_py_makes_both_passes(aligned_run, run_script, drawn, tmp_path, 
     assert points.shape == (N_TEST, N_POINTS, 2) and points == pytest.approx(expected, abs=0.01)
 
 
-def test_a_first_pass_without_a_plausible_shape_stands(aligned_run, drawn, monkeypatch, capsys):
-    learn, checkpoint = learner(aligned_run, drawn)
-    images = FittedImages(
-        drawn / "test/images", sorted(p.name for p in (drawn / "test/images").iterdir()), checkpoint.settings
-    )
+def test_a_first_pass_without_a_plausible_shape_stands(aligned_run, drawn, monkeypatch):
+    _, checkpoint = learner(aligned_run, drawn)
+    files = sorted((drawn / "test/images").iterdir())
     monkeypatch.setattr(Alignment, "maps", lambda self, points: [None] * len(points))
-    points = np.concatenate(list(predict_batches(checkpoint, images, Machine(workers=0))))
-    assert f"first pass of {N_TEST} of {N_TEST} images" in capsys.readouterr().out
+    predictor = Predictor(TorchNetwork(checkpoint), flip_test=False)
+    points = np.stack([each.points for each in predictor(files)])
+    assert predictor.unaligned == N_TEST
     once = read_checkpoint(checkpoint.path)
     object.__setattr__(once, "settings", once.settings.replace(align=0.0, shape=()))
-    assert points == pytest.approx(np.concatenate(list(predict_batches(once, images, Machine(workers=0)))), abs=1e-4)
+    expected = np.stack([each.points for each in Predictor(TorchNetwork(once), flip_test=False)(files)])
+    assert points == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_later_stage_begins_the_second_pass_and_another_ends_it(run_script, drawn):

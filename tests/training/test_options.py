@@ -100,18 +100,15 @@ def test_the_better_of_network_and_average_is_saved(run_script, drawn):
 
 
 def test_flip_test_in_validation_and_prediction(run_script, drawn):
-    from landmarks_fastai.inference.predictor import FittedImages, predict_batches
+    from landmarks_fastai.inference.predictor import Predictor
 
     code, out, _ = run_script(f"train.py {QUICK} -e 2 --tta -n t -d", drawn)
     kept, table = best("t"), history("t")
     assert code == 0 and list(table.columns[6:8]) == ["flip_score", "ema"]
     assert kept.score == pytest.approx(table[["flip_score", "ema"]].min().min(), rel=1e-5)
     items = labelled_images(drawn)[np.arange(32, N_TRAIN)]
-    images = FittedImages(items.folder, [item.path.name for item in items.sample(99)], kept.settings)
     truth = np.stack([item.points for item in items.sample(99)]).astype(float)
-    twice = np.concatenate(
-        list(predict_batches(kept, images, Machine(workers=0), flip_indices=kept.settings.flip_indices))
-    )
+    twice = np.stack([each.points for each in Predictor(kept.path)([item.path for item in items.sample(99)])])
     assert ((twice - truth) ** 2).mean() == pytest.approx(kept.score, rel=1e-4)
     # predict.py uses the flip test by default, and a single prediction with --no-tta
     assert run_script("predict.py --workers 0 -pm t")[0] == 0

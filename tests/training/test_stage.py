@@ -118,14 +118,14 @@ def test_freeze_leaves_the_body_as_it_was_running_means_included(run_script, fin
 
 def test_score_is_the_competition_score_of_the_validation_rows(run_script, drawn, tmp_path):
     "What the table says, against the predictions of predict.py's own path on the same images."
-    from landmarks_fastai.inference.predictor import FittedImages, predict_batches
+    from landmarks_fastai.inference.predictor import Predictor
 
     assert run_script(f"train.py {QUICK} --fit squish -n s -d", drawn)[0] == 0
     best = read_checkpoint(tmp_path / "here" / "runs" / "s/best.pth")
     items = labelled_images(drawn)
     items = items[split_rows(len(items), best.settings)[1]]
-    images = FittedImages(items.folder, [item.path.name for item in items.sample(99)], best.settings)
-    points = np.concatenate(list(predict_batches(best, images, Machine(workers=0))))
+    found = Predictor(best.path, flip_test=False)([item.path for item in items.sample(99)])
+    points = np.stack([each.points for each in found])
     truth = np.stack([item.points for item in items.sample(99)])
     assert np.mean((points.astype(np.float64) - truth) ** 2) == pytest.approx(best.score, rel=1e-4)
 

@@ -12,7 +12,7 @@ from fastai.learner import ValueMetric
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from landmarks_fastai.data.block import alignment_of
+from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.metrics import ImageMetric, points_in_image, stage_metrics

@@ -1,0 +1,204 @@
+"""Files of predicted points: csv, json, coco, pts and npy.
+
+Coordinates are pixels of the picture, and (0, 0) is the centre of its top-left pixel; in .pts files it is (1, 1), as in
+those of 300-W. Results are written as they come. An object that has a spread for each point (`confidence`) has it in
+every format.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from landmarks_fastai.inference.predictor import PictureResult, Prediction
+from landmarks_fastai.utils.files import atomic_write
+
+DIGITS = 3  # of a coordinate: a thousandth of a pixel
+Write = Callable[[PictureResult], None]
+
+
+@contextmanager
+def open_writer(
+    kind: str,  # one of `WRITERS`
+    folder: Path,  # gets predictions.csv, .json, .coco.json or .npy, or a folder predictions/ of .pts files
+    n_points: int,
+    confidence: bool,  # whether the objects have a spread
+) -> Iterator[tuple[Write, Path]]:
+    "Yield a function that writes a result, and the path of the file. Files are written completely or not at all."
+    with ExitStack() as files:
+        yield WRITERS[kind](files, folder, n_points, confidence)
+
+
+def _csv(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+    "One row an object: file_name, frame, object, x0, y0, …, then the spreads s0, …; empty cells for a picture without any."
+    path = folder / "predictions.csv"
+    table = csv.writer(files.enter_context(atomic_write(path)), lineterminator="\n")
+    columns = [f"{axis}{k}" for k in range(n_points) for axis in "xy"]
+    columns += [f"s{k}" for k in range(n_points)] if confidence else []
+    table.writerow(["file_name", "frame", "object", *columns])
+
+    def write(result: PictureResult) -> None:
+        frame = "" if result.frame is None else result.frame
+        for k, each in enumerate(result.objects):
+            numbers = [*each.points.ravel(), *(each.confidence if each.confidence is not None else [])]
+            table.writerow([result.source, frame, _number(each, k), *(f"{v:.{DIGITS}f}" for v in numbers)])
+        if not result.objects:
+            table.writerow([result.source, frame, "", *([""] * len(columns))])
+
+    return write, path
+
+
+def _json(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+    "A list with one entry a picture or frame, each with a list of its objects."
+    path = folder / "predictions.json"
+    add = _list(files, files.enter_context(atomic_write(path)))
+
+    def write(result: PictureResult) -> None:
+        entry: dict[str, Any] = {"file_name": result.source, "width": result.size[0], "height": result.size[1]}
+        entry |= {"frame": result.frame, "time": result.time} if result.frame is not None else {}
+        entry |= {"exif_rotation_applied": True} if result.rotated else {}
+        entry |= {"error": result.error} if result.error else {}
+        add(entry | {"objects": [_object(k, each) for k, each in enumerate(result.objects)]})
+
+    return write, path
+
+
+def _object(k: int, each: Prediction) -> dict[str, Any]:
+    found: dict[str, Any] = {"object": _number(each, k)}
+    found |= {"box": _rounded(each.box)} if each.box else {}
+    found |= {"score": round(each.score, DIGITS)} if each.score is not None else {}
+    found |= {"points": _rounded(each.points)}
+    return found | ({"confidence": _rounded(each.confidence)} if each.confidence is not None else {})
+
+
+def _coco(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+    "COCO's keypoint format: images, annotations with keypoints x, y, 2 (visible), one category."
+    path = folder / "predictions.coco.json"
+    file = files.enter_context(atomic_write(path))
+    names = [str(k) for k in range(n_points)]
+    category = {"id": 1, "name": "object", "keypoints": names, "skeleton": []}
+    file.write(f'{{"categories": {json.dumps([category])},\n"annotations": ')
+    images: list[dict] = []  # without points: a hundred bytes a picture
+    files.callback(lambda: file.write(f',\n"images": {json.dumps(images, ensure_ascii=False)}}}\n'))
+    add, number = _list(files, file), iter(range(1, 1 << 62))
+
+    def write(result: PictureResult) -> None:
+        image = {"id": len(images) + 1, "file_name": result.source, "width": result.size[0], "height": result.size[1]}
+        images.append(image | ({"frame": result.frame} if result.frame is not None else {}))
+        for each in result.objects:
+            left, top = (float(v) for v in each.points.min(0))
+            width, height = (float(v) for v in np.ptp(each.points, axis=0))
+            keypoints = np.column_stack([each.points, np.full(n_points, 2)])
+            entry = {
+                "id": next(number),
+                "image_id": image["id"],
+                "category_id": 1,
+                "iscrowd": 0,
+                "num_keypoints": n_points,
+            }
+            entry |= {"bbox": _rounded([left, top, width, height]), "area": round(width * height, DIGITS)}
+            entry |= {"keypoints": _rounded(keypoints.ravel())}
+            entry |= {"score": each.score} if each.score is not None else {}
+            entry |= {"confidence": _rounded(each.confidence)} if each.confidence is not None else {}
+            add(entry)
+
+    return write, path
+
+
+def _pts(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+    "A text file an object, as those of 300-W; spreads are the third number of a line."
+    place, written = folder / "predictions", set[Path]()
+
+    def write(result: PictureResult) -> None:
+        frame = "" if result.frame is None else f"_{result.frame:06}"
+        for k, each in enumerate(result.objects):
+            number = f"_{_number(each, k)}" if len(result.objects) > 1 or each.track is not None else ""
+            file_name = output_path(place, result.source, f"{frame}{number}.pts")
+            if file_name in written:  # a.jpg and a.png
+                file_name = file_name.with_name(Path(result.source).name + f"{frame}{number}.pts")
+            written.add(file_name)
+            rows = [each.points + 1] + ([each.confidence] if each.confidence is not None else [])
+            lines = (" ".join(f"{v:.{DIGITS}f}" for v in row) for row in np.column_stack(rows))
+            with atomic_write(file_name) as file:
+                file.write("\n".join(["version: 1", f"n_points: {n_points}", "{", *lines, "}", ""]))
+
+    return write, place
+
+
+def _npy(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+    "predictions.npy (objects, n_points, 2) and predictions.names.json, the file, frame and object of each row; NaN for none."
+    path = folder / "predictions.npy"
+    rows = files.enter_context(_npy_file(path, (n_points, 2)))
+    spreads = files.enter_context(_npy_file(folder / "predictions.confidence.npy", (n_points,))) if confidence else None
+    add = _list(files, files.enter_context(atomic_write(folder / "predictions.names.json")))
+    none = Prediction(np.full((n_points, 2), np.nan, np.float32))
+
+    def write(result: PictureResult) -> None:
+        for k, each in enumerate(result.objects or [none]):
+            rows(each.points)
+            if spreads:
+                spreads(each.confidence if each.confidence is not None else np.full(n_points, np.nan, np.float32))
+            add([result.source, result.frame, _number(each, k) if result.objects else None])
+
+    return write, path
+
+
+WRITERS = {"csv": _csv, "json": _json, "coco": _coco, "pts": _pts, "npy": _npy}
+
+
+@contextmanager
+def _npy_file(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], None]]:
+    "A .npy of an unknown number of rows: numpy's header has room for the number, which is written at the end."
+    count = 0
+    with atomic_write(path, "wb") as file:
+
+        def header() -> None:
+            head = {"descr": "<f4", "fortran_order": False, "shape": (count, *shape)}
+            np.lib.format.write_array_header_1_0(file, head)
+
+        def write(row: np.ndarray) -> None:
+            nonlocal count
+            count += 1
+            file.write(np.ascontiguousarray(row, "<f4").data)
+
+        header()
+        yield write
+        file.seek(0)
+        header()
+
+
+def _list(files: ExitStack, file: IO[str]) -> Callable[[Any], None]:
+    "A JSON list whose entries are written as they come."
+    separator = "[\n"
+
+    def add(entry: Any) -> None:
+        nonlocal separator
+        file.write(separator + json.dumps(entry, ensure_ascii=False))
+        separator = ",\n"
+
+    files.callback(lambda: file.write("\n]" if separator != "[\n" else "[]"))
+    return add
+
+
+def output_path(folder: Path, source: str, suffix: str) -> Path:
+    """Return the path in `folder` of a file made of a picture: the picture's path below it, without drive, root and `..`.
+
+    Its folder is created.
+    """
+    path = Path(source or "picture")
+    parts = [part for part in path.parts if part not in (path.anchor, "..")]
+    made = folder.joinpath(*parts[:-1], path.stem + suffix)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _number(each: Prediction, k: int) -> int:
+    return k if each.track is None else each.track
+
+
+def _rounded(values: Any) -> list:
+    return np.asarray(values, np.float64).round(DIGITS).tolist()

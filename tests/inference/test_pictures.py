@@ -1,0 +1,311 @@
+"Pictures to points: the Predictor, and `predict.py PATH`: sources, formats, boxes, overlays, broken pictures."
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from landmarks_fastai import Predictor
+from landmarks_fastai.data.images import ORIENTATION, TURNS
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.inference.overlay import draw_points
+from landmarks_fastai.inference.predictor import Prediction
+from tests.conftest import N_POINTS, QUICK, train_run
+
+
+@pytest.fixture
+def files(drawn):
+    return sorted((drawn / "test" / "images").iterdir())
+
+
+@pytest.fixture(scope="module")
+def trained(quick_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    shutil.copytree(quick_run, out / "m")
+    return out
+
+
+@pytest.fixture(scope="module")
+def other_size(drawn, tmp_path_factory):
+    return train_run(f"{QUICK} --size 48 --fit squish --mirror none", drawn, tmp_path_factory.mktemp("other"))
+
+
+def csv_points(path):
+    "(file name, object) -> points; None for a row without."
+    with open(path, newline="") as f:
+        rows = list(csv.reader(f))[1:]
+    return {
+        (name, k): np.array(cells[: 2 * N_POINTS], float).reshape(-1, 2) if any(cells) else None
+        for name, _, k, *cells in rows
+    }
+
+
+def test_every_kind_of_picture_gives_the_points_of_predict_py(trained, files, drawn, run_script):
+    assert run_script(f"predict.py --workers 0 --out {trained} -pm m")[0] == 0
+    names = json.loads((trained / "m/points.json").read_text())
+    expected = dict(zip(names, np.load(trained / "m/points.npy"), strict=True))
+    predictor = Predictor(trained / "m")
+    one = predictor(files[0])
+    assert one.points.shape == (N_POINTS, 2) and one.points.dtype == np.float32 and one.confidence is None
+    assert np.asarray(one) == pytest.approx(expected[files[0].name], abs=1e-4)
+    for several in (
+        predictor(files),
+        predictor(files[0].parent),
+        predictor(str(files[0].parent)),
+        predictor(iter(files)),
+        Predictor("m", trained, batch_size=1)(map(str, files)),
+    ):
+        found = np.stack([each.points for each in several])
+        assert found == pytest.approx(np.stack([expected[file.name] for file in files]), abs=0.01)
+
+
+def test_pixels_give_what_their_file_gives(trained, files):
+    predictor = Predictor(trained / "m", flip_test=False)
+    image = (
+        Image.open(files[0]).convert("RGB").resize((60, 50))
+    )  # no smaller than twice the input: not reduced by decoding
+    image.save("small.png")
+    expected = predictor("small.png").points
+    for same in (image, np.asarray(image)):
+        assert predictor(same).points == pytest.approx(expected, abs=1e-4)
+    for wrong in (np.zeros((9, 9, 3), np.float32), np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8), 7.5):
+        with pytest.raises(UserError, match="a picture is a path, a PIL image or a uint8 array"):
+            predictor([wrong])
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_exif_rotation_is_applied_and_said(trained, files, run_script, kind):
+    shown = Image.open(files[0]).convert("RGB").resize((60, 50))
+    expected = Predictor(trained / "m")(shown).points
+    for value in TURNS:
+        # stored such that the turn of `value` shows the picture
+        back = {6: TURNS[8], 8: TURNS[6]}.get(value, TURNS[value])
+        exif = Image.Exif()
+        exif[ORIENTATION] = value
+        shown.transpose(back).save(f"turned{value}.{kind}", exif=exif)
+        assert Predictor(trained / "m")(f"turned{value}.{kind}").points == pytest.approx(expected, abs=1e-3), value
+    code, out, err = run_script(f"predict.py --out {trained} -pm m --format json turned6.{kind}")
+    (entry,) = json.loads((trained / "m/predictions.json").read_text())
+    assert (code, err) == (0, "") and "EXIF rotation of 1 pictures was applied" in out
+    assert entry["exif_rotation_applied"] and (entry["width"], entry["height"]) == (60, 50)
+
+
+def test_formats_have_the_same_points(trained, files, run_script):
+    points = np.stack([each.points for each in Predictor(trained / "m")(files)])
+    line = f"predict.py --out {trained} -pm m {files[0].parent} --format"
+    for kind in ("csv", "json", "coco", "pts", "npy"):
+        code, out, err = run_script(line, kind)
+        assert (code, err) == (0, "") and out.startswith(f"6 pictures: {trained / 'm' / 'predictions'}"), kind
+    folder = trained / "m"
+    assert np.stack(list(csv_points(folder / "predictions.csv").values())) == pytest.approx(points, abs=1e-3)
+    entries = json.loads((folder / "predictions.json").read_text())
+    assert np.array([e["objects"][0]["points"] for e in entries]) == pytest.approx(points, abs=1e-3)
+    assert [e["file_name"] for e in entries] == [str(file) for file in files]
+    coco = json.loads((folder / "predictions.coco.json").read_text())
+    assert coco["categories"][0]["keypoints"] == [str(k) for k in range(N_POINTS)]
+    for image, annotation, expected in zip(coco["images"], coco["annotations"], points, strict=True):
+        assert annotation["image_id"] == image["id"] and annotation["num_keypoints"] == N_POINTS
+        triples = np.array(annotation["keypoints"]).reshape(-1, 3)
+        assert triples[:, :2] == pytest.approx(expected, abs=1e-3) and (triples[:, 2] == 2).all()
+        assert annotation["bbox"][:2] == pytest.approx(expected.min(0), abs=1e-3)
+    for file, expected in zip(files, points, strict=True):
+        (pts,) = (folder / "predictions").rglob(f"{file.stem}.pts")
+        lines = pts.read_text().splitlines()
+        assert lines[:3] == ["version: 1", f"n_points: {N_POINTS}", "{"] and lines[-1] == "}"
+        assert np.loadtxt(io.StringIO("\n".join(lines[3:-1]))) == pytest.approx(expected + 1, abs=1e-3)
+    assert np.load(folder / "predictions.npy") == pytest.approx(points, abs=1e-4)
+    names = json.loads((folder / "predictions.names.json").read_text())
+    assert names == [[str(file), None, 0] for file in files]
+
+
+def test_a_broken_picture_costs_itself(trained, files, run_script, tmp_path):
+    folder = tmp_path / "some pictures" / "deeper"
+    folder.mkdir(parents=True)
+    for file in files[:3]:
+        shutil.copy(file, folder.parent)
+    (folder / "cut.jpg").write_bytes(files[0].read_bytes()[:700])
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    (folder / "notes.txt").write_text("no picture either, and not named like one")
+    (folder / ".hidden.jpg").write_text("")
+    for kind in ("csv", "npy", "json", "coco", "pts"):
+        code, out, err = run_script(f"predict.py --out {trained} -pm m -b 2 --format {kind}", folder.parent)
+        lines = err.splitlines()
+        assert code == 1 and "6 pictures" in out and len(lines) == 4, err
+        assert "cut.jpg is cut short" in err and "text.png cannot be read as an image" in err
+        assert "1 of its 7 files are left out" in err and lines[-1].startswith(
+            "error: 2 of 6 pictures could not be used"
+        )
+    found = csv_points(trained / "m/predictions.csv")
+    assert {name.rsplit("/", 1)[-1] for (name, _), points in found.items() if points is None} == {"cut.jpg", "text.png"}
+    assert len(found) == 6
+    assert np.isnan(np.load(trained / "m/predictions.npy")).all((1, 2)).sum() == 2
+    with pytest.raises(UserError, match="cut.jpg is cut short"):
+        Predictor(trained / "m")(folder / "cut.jpg")
+
+
+def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, tmp_path, monkeypatch):
+    folder = tmp_path / "a b"
+    (folder / "c").mkdir(parents=True)
+    for k, file in enumerate(files):
+        shutil.copy(file, folder / "c" / f"{k}.jpg" if k < 3 else folder / f"{k}.JPG")
+    predict = f"predict.py --out {trained} -pm m"
+
+    def names(*paths):
+        code, _, err = run_script(predict, *paths)
+        assert (code, err) == (0, ""), err
+        return [name.rsplit("/", 1)[-1] for name, _ in csv_points(trained / "m/predictions.csv")]
+
+    assert names(folder) == ["3.JPG", "4.JPG", "5.JPG", "0.jpg", "1.jpg", "2.jpg"]
+    assert names(f"{folder}/*/[01].jpg", folder / "5.JPG") == ["0.jpg", "1.jpg", "5.JPG"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder}/c/2.jpg\n\n{folder}/4.JPG\n"))
+    assert names("-") == ["2.jpg", "4.JPG"]
+    before = (trained / "m/predictions.csv").read_bytes()
+    (tmp_path / "empty").mkdir()
+    for path, message in [(tmp_path / "no.jpg", "not found"), (f"{folder}/*.gif", "no pattern that matches"),
+                          (tmp_path / "empty", "holds no picture")]:  # fmt: skip
+        code, _, err = run_script(predict, folder / "5.JPG", path)
+        assert code == 1 and message in err and err.count("\n") == 1, err
+    assert (trained / "m/predictions.csv").read_bytes() == before
+    code, _, err = run_script(f"{predict} --max-pixels 0.001", folder / "5.JPG")
+    assert code == 1 and "--max-pixels allows 0.001 million" in err
+
+
+def test_flags_that_make_no_sense_together(run_script):
+    for line, message in [
+        ("--overlay", "--overlay is for pictures"),
+        ("--boxes b.csv", "--boxes is for pictures"),
+        ("x.jpg --detect --boxes b.csv", "use one"),
+        ("x.jpg --format xml", "invalid choice"),
+    ]:
+        code, _, err = run_script(f"predict.py -pm m {line}")
+        assert code == 2 and message in err
+
+
+def test_several_networks_are_averaged_in_pixels_of_the_picture(trained, other_size, files, drawn, run_script):
+    one, other = Predictor(trained / "m")(files), Predictor(other_size)(files)
+    mean = np.stack([(a.points + b.points) / 2 for a, b in zip(one, other, strict=True)])
+    assert np.abs(mean - np.stack([a.points for a in one])).max() > 0.5  # they do differ
+    both = Predictor([trained / "m", other_size])(files)
+    assert np.stack([each.points for each in both]) == pytest.approx(mean, abs=0.01)
+    shutil.copytree(other_size, trained / "n")
+    code, out, _ = run_script(f"predict.py --out {trained} -pm m -pm n")
+    assert code == 0 and (trained / "m+n" / "submit.csv").exists()
+    names = json.loads((trained / "m+n/points.json").read_text())
+    submitted = dict(zip(names, np.load(trained / "m+n/points.npy"), strict=True))
+    assert np.stack([submitted[file.name] for file in files]) == pytest.approx(mean, abs=0.01)
+
+
+def test_networks_of_other_points_are_not_averaged(trained, data, tmp_path):
+    rows = [line.split("\t")[: 1 + 2 * 20] for line in (data / "train/landmarks.csv").read_text().splitlines()]
+    (data / "train/landmarks.csv").write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    fewer = train_run(QUICK, data, tmp_path / "fewer")
+    with pytest.raises(UserError, match="different numbers of points"):
+        Predictor([trained / "m", fewer])
+
+
+def test_boxes_cut_objects_as_training_images_are_cut(trained, files, run_script, tmp_path):
+    "A face in a larger scene, with its box, has the points that it has in its own image."
+    predictor = Predictor(trained / "m", flip_test=False)
+    settings = predictor.networks[0].settings
+    own = Image.open(files[0]).convert("RGB").resize((96, 96))
+    alone = predictor(own).points
+    scene = Image.new("RGB", (500, 300), (90, 120, 60))
+    scene.paste(own, (40, 30))
+    scene.paste(own, (300, 150))
+    scene.save(tmp_path / "scene.png")
+    inside = (np.array(settings.points_box) + 1) * 48  # where a training image has its points' box
+    boxes = [tuple(inside + [x, y, x, y]) for x, y in [(40, 30), (300, 150)]]
+    found = predictor(tmp_path / "scene.png", boxes=boxes)
+    assert [f.box for f in found] == [pytest.approx(box) for box in boxes]
+    for each, shift in zip(found, [(40, 30), (300, 150)], strict=True):
+        assert each.points == pytest.approx(alone + shift, abs=0.15)  # the two are resampled in different ways
+    rows = "".join(f"scene.png,{','.join(map(str, box))}\n" for box in boxes)
+    (tmp_path / "boxes.csv").write_text("file_name,left,top,right,bottom\n" + rows)
+    line = f"predict.py --no-tta --out {trained} -pm m --boxes {tmp_path / 'boxes.csv'}"
+    code, out, err = run_script(line, tmp_path / "scene.png", files[1])
+    assert code == 0 and "2 pictures, 2 objects" in out and f"note: {files[1]}: no box found" in err
+    csv_found = csv_points(trained / "m/predictions.csv")
+    assert csv_found.pop((str(files[1]), "")) is None
+    assert np.stack(list(csv_found.values())) == pytest.approx(np.stack([f.points for f in found]), abs=1e-3)
+    for row, message in [("scene.png,1,2,3", "line 2"), ("scene.png,5,2,3,4", "line 2"), ("", "has no rows")]:
+        (tmp_path / "boxes.csv").write_text(f"file_name,left,top,right,bottom\n{row}\n")
+        code, _, err = run_script(line, tmp_path / "scene.png")
+        assert code == 1 and message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("size", [(100, 80), (4000, 3000)])
+def test_an_overlay_shows_every_point(size):
+    "On a small picture, enlarged, points a pixel apart are still told apart; on a large one a dot is seen when it is reduced."
+    points = np.stack(np.meshgrid(np.linspace(0.3, 0.7, 31), np.linspace(0.3, 0.7, 31)), -1).reshape(-1, 2) * size
+    found = Prediction(points.astype(np.float32), np.full(len(points), size[0] / 200, np.float32))
+    drawn = draw_points(Image.new("RGB", size, (40, 40, 40)), [found])
+    factor = drawn.width // size[0]
+    assert drawn.width >= 1000 and drawn.size == (size[0] * factor, size[1] * factor)
+    pixels = np.asarray(drawn)
+    at = np.rint((points + 0.5) * factor - 0.5).astype(int)
+    assert (pixels[at[:, 1], at[:, 0]] == (0, 255, 0)).all()
+    coloured = (pixels != 40).any(-1)
+    assert coloured.sum() < 0.1 * 0.4 * 0.4 * coloured.size * 4  # the dots leave most of the face free
+    middle = np.rint((points[0] + points[32]) / 2 * factor).astype(int)
+    assert not coloured[middle[1], middle[0]]
+    rings = np.asarray(draw_points(Image.new("RGB", size, (40, 40, 40)), [found], confidence=True))
+    assert (rings == (255, 60, 60)).all(-1).any()
+
+
+def test_overlays_are_written_beside_the_points(trained, files, run_script, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(files[0], tmp_path / folder / "x.jpg")
+    code, out, _ = run_script(f"predict.py --out {trained} -pm m --overlay", tmp_path / "a", tmp_path / "b")
+    assert code == 0 and f"with the points drawn: {trained / 'm' / 'overlay'}" in out
+    assert len(list((trained / "m/overlay").rglob("x.jpg.jpg"))) == 2
+
+
+@pytest.fixture(scope="module")
+def good_run(tmp_path_factory):
+    "A network that was trained well enough for its points to be compared: one minute."
+    from landmarks_fastai.synthetic.sample import make_sample
+
+    folder = tmp_path_factory.mktemp("good")
+    faces = make_sample(folder / "faces", 240, 24, N_POINTS, seed=11, n_asked=7, processes=1)
+    flags = "--arch timm:test_resnet --weights none --size 48 -b 16 -e 30 -lr 1e-2 --sched onecycle --workers 0"
+    return train_run(flags, faces, folder), faces
+
+
+@pytest.mark.slow
+def test_faces_in_scenes_score_as_those_cut_exactly(good_run):
+    "Several drawn faces in larger scenes, found by the detector, against the same faces with their exact boxes."
+    from landmarks_fastai.data.labels import open_labels
+    from landmarks_fastai.inference.detector import FaceDetector
+
+    run, faces = good_run
+    labels = open_labels(faces / "test" / "landmarks.csv")
+    rng, exact, detected, alone = np.random.default_rng(0), [], [], []
+    predictor, finder = Predictor(run), Predictor(run, detector=FaceDetector())
+    for start in range(0, 24, 4):
+        scene, truth = Image.new("RGB", (1100, 1100), (110, 90, 70)), []
+        for k in range(4):
+            image = Image.open(faces / "test" / "images" / labels.name(start + k))
+            alone.append(((predictor(image.convert("RGB")).points - labels.points(start + k)) ** 2).mean())
+            corner = [550 * (k % 2), 550 * (k // 2)] + rng.integers(0, 550 - max(image.size), 2)
+            scene.paste(image, tuple(corner.tolist()))
+            truth.append(labels.points(start + k) + corner)
+        boxes = [(*p.min(0), *(p.max(0) + 1)) for p in truth]
+        exact += [((f.points - p) ** 2).mean() for f, p in zip(predictor(scene, boxes), truth, strict=True)]
+        found = finder(scene)
+        assert len(found) == 4 and all(f.score > 0.6 for f in found)
+        detected += [min(((f.points - p) ** 2).mean() for f in found) for p in truth]
+    assert np.mean(exact) < 1.2 * np.mean(alone) and np.mean(detected) < 1.2 * np.mean(exact)
+
+
+def test_a_picture_without_a_face_has_an_empty_row(trained, drawn, files, run_script, tmp_path):
+    Image.new("RGB", (300, 200), (30, 90, 120)).save(tmp_path / "sky.png")
+    code, out, err = run_script(f"predict.py --detect --out {trained} -pm m", tmp_path / "sky.png", files[0])
+    assert code == 0 and f"note: {tmp_path / 'sky.png'}: no face found" in err and "2 pictures, 1 objects" in out
+    found = csv_points(trained / "m/predictions.csv")
+    assert found[(str(tmp_path / "sky.png"), "")] is None and found[(str(files[0]), "0")] is not None
