@@ -53,7 +53,7 @@ def add_confidence(learn: LandmarkLearner, run: Run, best: Checkpoint) -> Checkp
     ratios = found.errors / found.spreads
     factors = calibration(ratios)
     with torch.no_grad():
-        model.spread.landmarks += torch.as_tensor(np.log(factors), device=learn.dls.device)
+        model.spread.landmarks.add_(torch.as_tensor(np.log(factors), device=learn.dls.device))
     settings = best.settings.replace(confidence=True)
     write_checkpoint(run, model, settings, best.score, best.nme, best.epoch)
     report(run, HeldOut(found.errors, found.spreads * factors), cross_fitted(ratios), settings.all_rows)
@@ -138,14 +138,12 @@ def cross_fitted(ratios: np.ndarray) -> np.ndarray:
 
 def report(run: Run, held_out: HeldOut, ratios: np.ndarray, trained_on: bool) -> None:
     "Write confidence.csv, a line for each landmark, and print what it amounts to."
-    from scipy.stats import spearmanr
-
     errors, spreads = held_out
     table = {"mean_error": errors.mean(0), "median_spread": np.median(spreads, axis=0)}
     table |= {"within_1": (ratios <= 1).mean(0), "within_2": (ratios <= 2).mean(0)}
     with atomic_write(run.file("confidence.csv")) as f:
         pd.DataFrame(table).to_csv(f, index_label="landmark", float_format="%.4g", lineterminator="\n")
-    rank = spearmanr(errors.ravel(), spreads.ravel()).statistic
+    rank = pd.Series(errors.ravel()).corr(pd.Series(spreads.ravel()), method="spearman")
     images = "images that were trained on" if trained_on else "validation images"
     print(
         f"confidence: median spread {np.median(spreads):.3g} px; in {len(errors)} {images} {(ratios <= 1).mean():.1%} of the "
