@@ -16,8 +16,12 @@ def export_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", metavar="NAME", help="the name of a run in the output folder, or a path")
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"output folder (default: {OUT})")
-    parser.add_argument("-o", dest="file", type=Path, metavar="FILE", help="file to write (default: runs/NAME/NAME.onnx)")
-    parser.add_argument("--tta", action="store_true", help="flip test inside the network (default: off; predict.py makes it outside)")
+    parser.add_argument(
+        "-o", dest="file", type=Path, metavar="FILE", help="file to write (default: runs/NAME/NAME.onnx)"
+    )
+    parser.add_argument(
+        "--tta", action="store_true", help="flip test inside the network (default: off; predict.py makes it outside)"
+    )
     about = "write FILE_int8.onnx too, calibrated on training images, and print the scores of both (default: off)"
     parser.add_argument("--int8", action="store_true", help=about)
     about = "folder that holds train/, for --int8 (default: the checkpoint's)"

@@ -150,7 +150,9 @@ def _read_metadata(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(found, dict) or "settings" not in found:
         raise UserError(f"{path} has no settings in its metadata: {HINT}")
     if found.get("format") != FORMAT:
-        raise UserError(f"{path} was exported by another version of this program (format {found.get('format')}): {HINT}")
+        raise UserError(
+            f"{path} was exported by another version of this program (format {found.get('format')}): {HINT}"
+        )
     score = found.get("score")
     right = isinstance(found.get("name"), str) and isinstance(found.get("flip_test"), bool)
     if not right or not (score is None or (isinstance(score, (int, float)) and math.isfinite(score))):

@@ -75,7 +75,9 @@ def _rows(checkpoint: Checkpoint, data: str) -> tuple[list[LabelledImage], list[
         raise UserError(f"{train / 'landmarks.csv'} not found: --int8 is calibrated on training images, give -d DIR")
     labels = open_labels(train / "landmarks.csv")
     if labels.n_points != settings.n_points:
-        raise UserError(f"{labels.csv} has {labels.n_points} points, the checkpoint {settings.n_points}: give its data with -d")
+        raise UserError(
+            f"{labels.csv} has {labels.n_points} points, the checkpoint {settings.n_points}: give its data with -d"
+        )
     images = LabelledImages(labels, train / "images")
     parts = split_rows(len(images), settings, list(labels.faults()))
     return list(images[parts[0]].sample(CALIBRATION)), list(images[parts[1]].sample(SCORED))
