@@ -39,7 +39,9 @@ def flags_page() -> str:
                     continue
                 flags = _flags(action)
                 about, default = _parts(action)
-                title = home.setdefault(flags, "general" if group.title in ("options", "positional arguments") else group.title)
+                title = home.setdefault(
+                    flags, "general" if group.title in ("options", "positional arguments") else group.title
+                )
                 row = groups.setdefault(title, {}).setdefault(flags, [about, {}])
                 row[1][script] = default + (" (fixed)" if group.title == FIXED else "")
                 if about != row[0] and about not in row[0]:

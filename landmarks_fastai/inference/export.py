@@ -21,6 +21,7 @@ from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.onnx_network import METADATA, OnnxNetwork, metadata_text, sealed
+from landmarks_fastai.models.networks import PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.utils.files import atomic_path, reason
@@ -81,8 +82,8 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, flip_test: bool = Fals
         )
     check_packages()
     model = checkpoint.model()
-    # TODO(confidence): model = PointsAndSpread(model) if settings.confidence else model, for the next line alone
-    exported = _onnx_model(ExportedNetwork(model, settings, flip_test).eval(), settings)
+    outputs = PointsAndSpread(model) if settings.confidence else model
+    exported = _onnx_model(ExportedNetwork(outputs, settings, flip_test).eval(), settings)
     with written_model(exported, path, metadata_of(checkpoint, flip_test)) as network:
         _compare(network, model, path)
 
