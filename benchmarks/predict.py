@@ -1,18 +1,22 @@
 #!/usr/bin/env python
-"""How fast a folder of images is predicted, from checkpoint to finished submission.
+"""How fast image files become points, and how long a start takes.
 
-    python benchmarks/predict.py                                    # resnext50_32x4d, 128 px, 600 images, batches of 32
+    python benchmarks/predict.py                 # resnext50_32x4d, 128 px, 600 images, batches of 32
 
-    contest   as the competition's notebooks do: the network as it was loaded, NCHW, images fitted one by one in the main process,
-              then a batch computed, all points kept in a list, the submission written at the end
-    program   `predict.py` of this program, one look (`--no-tta`)
+    loop      a plain PyTorch loop: the network as it was loaded, images fitted one by one, then a batch computed
+    program   `Predictor` with the checkpoint
+    onnx      `Predictor` with its export
+    int8      `Predictor` with the export in 8 bits (`--int8`)
 
-Both have the same random weights and images, each a fresh process; imports are not timed, building the network is. They
-take turns; the better of each is printed, and the largest distance between their points, in pixels of the images as stored.
+All make one pass over the whole images and the flip test, with the same random weights, each in a fresh process; imports are
+not timed, opening the network is. They take turns: images/s are of the best round, the ratio is the median of the rounds'
+ratios. The distance is the largest of a point from the loop's, in pixels of the input. The start is that of a fresh process,
+to the first points of one picture: all of it, and from the call of `Predictor`.
 """
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -23,20 +27,24 @@ from faces import write_faces
 from measure import ROOT, fresh, peak_mb, print_table
 
 sys.path.insert(0, str(ROOT))
+FILES = {"program": "best.pth", "onnx": "b.onnx", "int8": "b_int8.onnx"}
 
 
-def write_weights(args, folder: Path):
+def write_networks(args, folder: Path):
+    "A run `b` with random weights, its export, and that in 8 bits if it is measured."
     import torch
 
+    from landmarks_fastai.inference.export import export_checkpoint
     from landmarks_fastai.models.networks import build_model
-    from landmarks_fastai.runs.checkpoint import write_checkpoint
+    from landmarks_fastai.runs.checkpoint import read_checkpoint, write_checkpoint
     from landmarks_fastai.runs.run import Run
     from landmarks_fastai.settings import Settings
 
     torch.manual_seed(0)
     settings = Settings(
-        arch=args.arch, size=args.size, batch_size=args.batch_size, n_points=args.points, data=str(folder)
-    )
+        arch=args.arch, size=args.size, batch_size=args.batch_size, n_points=args.points, data=str(folder), align=0.0,
+        flip_indices=tuple(reversed(range(args.points))),
+    )  # fmt: skip
     model = build_model(settings.arch, settings.head, settings.n_points, settings.size)
     # a network's own random norms make all images alike: a few batches of noise give them a spread
     model.train()
@@ -44,14 +52,20 @@ def write_weights(args, folder: Path):
         for _ in range(3):
             model(torch.randn(8, 3, args.size, args.size))
     write_checkpoint(Run(folder, "b"), model, settings, 0.0, 0.0, 0)
+    checkpoint = read_checkpoint(folder / "b" / "best.pth")
+    export_checkpoint(checkpoint, folder / "b" / "b.onnx")
+    if "int8" in args.ways:
+        from landmarks_fastai.inference.quantize import quantize
+
+        write_faces(folder, "train", 150, points=args.points, pixels=args.pixels)
+        quantize(checkpoint, folder / "b" / "b.onnx", folder / "b" / "b_int8.onnx")
 
 
-def contest(args, folder: Path):
+def loop(args, folder: Path, files: list[Path]):
+    "Points by a plain loop, (images, n_points, 2) pixels of the images as stored."
     import numpy as np
     import torch
-    import torchvision  # noqa: F401
 
-    from landmarks_fastai.competition import read_test_points, round_points, submission_header, submission_line
     from landmarks_fastai.data.images import open_image
     from landmarks_fastai.geometry import fit_image, unit_to_input
     from landmarks_fastai.runs.checkpoint import read_checkpoint
@@ -60,50 +74,71 @@ def contest(args, folder: Path):
     start = time.perf_counter()
     checkpoint = read_checkpoint(folder / "b" / "best.pth")
     model, settings = checkpoint.model(), checkpoint.settings
-    asked = read_test_points(folder / "test" / "test_points.csv")
     mean, std = torch.tensor(settings.mean).view(3, 1, 1), torch.tensor(settings.std).view(3, 1, 1)
 
     class Faces(torch.utils.data.Dataset):
         def __len__(self):
-            return len(asked)
+            return len(files)
 
         def __getitem__(self, row):
-            image = open_image(folder / "test" / "images" / asked.names[row])
-            fitted, to_input = fit_image(image, **settings.of(INPUT))
+            fitted, to_input = fit_image(open_image(files[row]), **settings.of(INPUT))
             pixels = torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy()).float() / 255
             return (pixels - mean) / std, torch.tensor(to_input, dtype=torch.float64)
 
-    points = []
+    points, indices = [], list(settings.flip_indices)
     with torch.no_grad():
         for images, maps in torch.utils.data.DataLoader(Faces(), args.batch_size):
-            found = unit_to_input(model(images).reshape(len(images), -1, 2).double(), settings.size)
-            scale, shift = maps[:, None, :2], maps[:, None, 2:]
-            points.append(((found - shift) / scale).numpy())
-    points = np.concatenate(points)
-    lines = [
-        submission_line(name, round_points(each[which], "nearest"))
-        for name, each, which in zip(asked.names, points, asked.indices, strict=True)
-    ]
-    (folder / "contest_submit.csv").write_text(submission_header(asked.indices.shape[1]) + "".join(lines))
-    took = time.perf_counter() - start
-    np.save(folder / "contest_points.npy", points.astype(np.float32))
-    print(json.dumps({"seconds": took, "mb": peak_mb()}))
+            mirrored = model(images.flip(-1))[:, indices] * torch.tensor([-1.0, 1.0])
+            found = unit_to_input(((model(images) + mirrored) / 2).double(), settings.size)
+            points.append(((found - maps[:, None, [2, 5]]) / maps[:, None, [0, 4]]).numpy())
+    return np.concatenate(points), time.perf_counter() - start
 
 
-def program(args, folder: Path):
-    import torchvision  # noqa: F401
+def predictor(args, file: Path, files: list[Path]):
+    "Points by `Predictor`, (images, n_points, 2) pixels of the images as stored."
+    import numpy as np
 
-    from landmarks_fastai.inference.predictor import predict_test
-    from landmarks_fastai.runs.checkpoint import read_checkpoint
-    from landmarks_fastai.runs.run import Run
+    from landmarks_fastai.inference.predictor import Predictor
     from landmarks_fastai.utils.hardware import Machine
 
+    if file.suffix == ".pth":
+        from landmarks_fastai.inference import torch_network  # noqa: F401
+    else:
+        import onnxruntime  # noqa: F401
+
     start = time.perf_counter()
-    machine = Machine(workers=args.workers, compile=args.compile)
+    machine = Machine()
     machine.prepare()
-    checkpoint = read_checkpoint(folder / "b" / "best.pth")
-    predict_test(checkpoint, folder, Run(folder, "program"), machine=machine, batch_size=args.batch_size)
-    print(json.dumps({"seconds": time.perf_counter() - start, "mb": peak_mb()}))
+    points = np.stack([p.points for p in Predictor(file, machine=machine, batch_size=args.batch_size)(files)])
+    return points, time.perf_counter() - start
+
+
+def child(args):
+    way, folder = args.child[0], Path(args.child[1])
+    warnings.simplefilter("ignore")
+    if way.startswith("start"):
+        return start(folder / "b" / FILES[way.split()[1]], folder)
+    import numpy as np
+
+    files = sorted((folder / "test" / "images").iterdir())
+    points, seconds = loop(args, folder, files) if way == "loop" else predictor(args, folder / "b" / FILES[way], files)
+    np.save(folder / f"{way}.npy", points)
+    print(json.dumps({"seconds": seconds, "mb": peak_mb()}))
+
+
+def start(file: Path, folder: Path):
+    "Print when the first points were there, and the seconds since `Predictor` was called."
+    from landmarks_fastai import Predictor
+
+    before = time.perf_counter()
+    Predictor(file)(next((folder / "test" / "images").iterdir()))
+    print(json.dumps({"at": time.time(), "seconds": time.perf_counter() - before}))
+
+
+def start_time(way: str, folder: str) -> tuple[float, float]:
+    began = time.time()
+    found = fresh(__file__, "--child", f"start {way}", folder)
+    return found["at"] - began, found["seconds"]
 
 
 def main():
@@ -114,36 +149,42 @@ def main():
     parser.add_argument("--size", type=int, default=128, help="of the input, in pixels (default: 128)")
     parser.add_argument("--points", type=int, default=971, help="default: 971")
     parser.add_argument("--pixels", type=int, default=0, help="side of the images (default: 74 to 494, half below 180)")
-    parser.add_argument("--rounds", type=int, default=2, help="default: 2")
-    parser.add_argument("--workers", type=int, help="default: what the program chooses")
-    parser.add_argument("--compile", action="store_true", help="as predict.py's")
-    parser.add_argument("--ways", default="contest,program", help="which to measure (default: both)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument("--ways", default="loop,program,onnx,int8", help="which to measure (default: all)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        warnings.simplefilter("ignore")
-        return {"contest": contest, "program": program}[args.child[0]](args, Path(args.child[1]))
-    ways, found = args.ways.split(","), {}
+        return child(args)
+    ways, found, starts = args.ways.split(","), {}, {}
     with tempfile.TemporaryDirectory() as folder:
         write_faces(Path(folder), "test", args.N, points=args.points, pixels=args.pixels)
-        write_weights(args, Path(folder))
+        write_networks(args, Path(folder))
         for _ in range(args.rounds):
             for way in ways:
                 found.setdefault(way, []).append(fresh(__file__, *sys.argv[1:], "--child", way, folder))
-        far = distance(Path(folder)) if len(ways) == 2 else None
-    seconds = {way: min(f["seconds"] for f in runs) for way, runs in found.items()}
+            for way in (way for way in ways if way != "loop"):
+                starts.setdefault(way, []).append(start_time(way, folder))
+        far = {way: distance(args, Path(folder), ways[0], way) for way in ways}
     print(f"{args.arch}, {args.size} px, {args.N} images, batches of {args.batch_size}\n")
-    print_table(["way", "images/s", f"as a ratio to {ways[0]}", "peak MB"],
-                [[w, args.N / s, seconds[ways[0]] / s, max(f["mb"] for f in found[w])] for w, s in seconds.items()])  # fmt: skip
-    if far is not None:
-        print(f"\nlargest distance between the two ways' points: {far:.4f} px of the images as stored")
+    rows = []
+    for way, runs in found.items():
+        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(found[ways[0]], runs, strict=True))
+        speed = args.N / min(run["seconds"] for run in runs)
+        rows.append([way, speed, ratio, max(run["mb"] for run in runs), f"{far[way]:.4f}"])
+    print_table(["way", "images/s", f"as a ratio to {ways[0]}", "peak MB", "distance, px"], rows)
+    print("\nstart, the best of the rounds:\n")
+    print_table(["way", "process to first points, s", "`Predictor` to first points, s"],
+                [[way, *map(min, zip(*times, strict=True))] for way, times in starts.items()])  # fmt: skip
 
 
-def distance(folder: Path) -> float:
+def distance(args, folder: Path, reference: str, way: str) -> float:
+    "Largest distance of a point of one way from that of another, in pixels of the input."
     import numpy as np
+    from PIL import Image
 
-    a, b = np.load(folder / "contest_points.npy"), np.load(folder / "program_points.npy")
-    return float(np.linalg.norm(a - b, axis=-1).max())
+    a, b = np.load(folder / f"{reference}.npy"), np.load(folder / f"{way}.npy")
+    sides = [min(Image.open(path).size) for path in sorted((folder / "test" / "images").iterdir())]
+    return float((np.linalg.norm(a - b, axis=-1).max(-1) * args.size / sides).max())
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import landmarks_fastai
-from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.onnx_network import METADATA, OnnxNetwork, metadata_text, sealed
+from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.models.networks import PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.settings import INPUT, Settings
@@ -82,10 +82,9 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, flip_test: bool = Fals
         )
     check_packages()
     model = checkpoint.model()
-    outputs = PointsAndSpread(model) if settings.confidence else model
-    exported = _onnx_model(ExportedNetwork(outputs, settings, flip_test).eval(), settings)
-    with written_model(exported, path, metadata_of(checkpoint, flip_test)) as network:
-        _compare(network, model, path)
+    network = ExportedNetwork(PointsAndSpread(model) if settings.confidence else model, settings, flip_test)
+    with written_model(_onnx_model(network.eval(), settings), path, metadata_of(checkpoint, flip_test)) as written:
+        _compare(written, checkpoint, path)
 
 
 def metadata_of(checkpoint: Checkpoint, flip_test: bool) -> dict[str, Any]:
@@ -114,8 +113,7 @@ def written_model(model: Any, path: Path, metadata: dict[str, Any]) -> Iterator[
 def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
     "The network as an `onnx.ModelProto`. Raises `UserError` if PyTorch cannot export it."
     pixels = torch.zeros(2, settings.size, settings.size, 3, dtype=torch.uint8)
-    with torch.no_grad():
-        outputs = ["points", "spread"][: 2 if isinstance(network(pixels), tuple) else 1]
+    outputs = ["points", "spread"] if settings.confidence else ["points"]
     with quiet():
         try:
             program = torch.onnx.export(
@@ -137,20 +135,20 @@ def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
     return model
 
 
-def _compare(network: OnnxNetwork, model: nn.Module, path: Path) -> None:
-    "Raise `UserError` unless an exported network gives the points of the checkpoint's model, in batches of two sizes."
-    settings = network.settings
-    pixels = sample_inputs(settings, max(BATCHES))
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
-    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-    with torch.inference_mode():
-        expected = predict_with_flip(model, images, settings.flip_indices if network.flip_test_inside else ()).numpy()
+def _compare(network: OnnxNetwork, checkpoint: Checkpoint, path: Path) -> None:
+    "Raise `UserError` unless an exported network gives the points and spreads of the checkpoint, in batches of two sizes."
+    pixels, size = sample_inputs(network.settings, max(BATCHES)), network.settings.size
+    expected = TorchNetwork(checkpoint)(pixels, network.flip_test_inside)
     for n in BATCHES:
         try:
-            found = network(pixels[:n]).points
+            found = network(pixels[:n])
         except Exception as e:  # onnxruntime's errors share no narrower base
-            raise UserError(f"{path} was not written: {settings.arch} does not run as ONNX ({reason(e)})") from None
-        far = np.linalg.norm(found - expected[:n], axis=-1).max() * settings.size / 2
+            raise UserError(
+                f"{path} was not written: {network.settings.arch} does not run as ONNX ({reason(e)})"
+            ) from None
+        far = np.linalg.norm(found.points - expected.points[:n], axis=-1).max() * size / 2
+        if found.spread is not None and expected.spread is not None:
+            far = max(far, np.abs(found.spread - expected.spread[:n]).max() * size / 2)
         if not far <= TOLERANCE:  # NaN too
             raise UserError(
                 f"{path} was not written: in a batch of {n} its points are up to {far:.3g} px of the input off the checkpoint's"

@@ -93,7 +93,7 @@ class OnnxNetwork:
         n, size = self.settings.n_points, self.settings.size
         expected = {"pixels": ("tensor(uint8)", [size, size, 3]), "points": ("tensor(float)", [n, 2])}
         found = {v.name: (v.type, v.shape[1:]) for v in self.session.get_inputs() + self.session.get_outputs()}
-        if "spread" in found:
+        if self.settings.confidence:
             expected["spread"] = ("tensor(float)", [n])
         if found != expected:
             text = "; ".join(f"{name} {kind} {shape}" for name, (kind, shape) in found.items())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.onnx_network import SEAL_SIZE, OnnxNetwork, sealed
 from landmarks_fastai.runs.checkpoint import read_checkpoint
-from tests.conftest import N_POINTS, ROOT
+from tests.conftest import N_POINTS, QUICK, ROOT, csv_lines, train_run
 
 SIZE = 32
 
@@ -63,7 +64,7 @@ def checkpoint_points(out, inputs, flip_test=False):
 
 
 def distance(a, b):
-    "Largest distance of two sets of points, pixels of the input."
+    "Largest distance between the same point of two predictions, pixels of the input."
     return np.linalg.norm(a - b, axis=-1).max() * SIZE / 2
 
 
@@ -272,6 +273,46 @@ def test_network_needs_neither_torch_nor_pandas(out):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"(2, {N_POINTS}, 2)\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--tta"])
+def test_spread_is_the_checkpoints(drawn, inputs, monkeypatch, capfd, tmp_path, flags):
+    from landmarks_fastai.inference.torch_network import TorchNetwork
+
+    checkpoint = read_checkpoint(train_run(f"{QUICK} --confidence", drawn, tmp_path) / "best.pth")
+    capfd.readouterr()
+    assert typed(monkeypatch, capfd, f"m {flags} --out", tmp_path)[::2] == (0, "")
+    expected = TorchNetwork(checkpoint)(inputs, flip_test=True)
+    for n in (1, 5):
+        points, spread = OnnxNetwork(tmp_path / "m" / "m.onnx")(inputs[:n], flip_test=True)
+        assert spread.shape == (n, N_POINTS) and spread.dtype == np.float32 and spread.min() > 0
+        assert distance(points, expected.points[:n]) < 0.01
+        assert np.abs(spread - expected.spread[:n]).max() * SIZE / 2 < 0.01
+
+
+@pytest.mark.slow
+def test_int8_is_written_beside_the_float_network_with_both_scores(out, drawn, inputs, monkeypatch, capfd, tmp_path):
+    from landmarks_fastai.inference.predictor import Predictor
+
+    shutil.copytree(out / "m", tmp_path / "m")
+    code, printed, err = typed(monkeypatch, capfd, "m --int8 --out", tmp_path)
+    assert (code, err) == (0, ""), err
+    found = re.fullmatch(
+        r"\S+m_int8.onnx: score (\S+) at .* images/s, float32 (\S+) at .*\(8 validation rows, .*\)",
+        printed.splitlines()[-1],
+    )
+    assert found, printed
+    small, exact = OnnxNetwork(tmp_path / "m" / "m_int8.onnx"), OnnxNetwork(tmp_path / "m" / "m.onnx")
+    assert small.path.stat().st_size < exact.path.stat().st_size / 2
+    assert small.score == pytest.approx(float(found[1]), rel=1e-3)
+    assert exact.score == pytest.approx(
+        float(found[2]), rel=1e-3
+    )  # the checkpoint's, of one pass without the flip test
+    assert 0 < distance(small(inputs).points, exact(inputs).points) < 2
+
+    code, _, err = typed(monkeypatch, capfd, "m --int8 --out", tmp_path, "-d", tmp_path)
+    assert code == 1 and "--int8 is calibrated on training images, give -d DIR" in err and err.count("\n") == 1
 
 
 def folder_size(folder: Path) -> float:
