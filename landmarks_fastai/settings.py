@@ -83,6 +83,7 @@ class Settings:
         high=0.999999,
     )
     tta: bool = _setting(False, "score each epoch with the flip test")
+    confidence: bool = _setting(False, "after the last epoch, learn a spread for each landmark: how far off it may be")
     batch_size: int = _setting(32, "batch size", low=1, high=65536)
     epochs: int = _setting(10, "number of epochs", low=1)
     lr: float = _setting(
@@ -152,7 +153,7 @@ class Settings:
 
 
 # Values of newer settings for the checkpoints of earlier versions.
-NEWER = {"on_bad": "stop", "align": 0.0, "shape": (), "whole_pct": 0.25, "points_box": ()}
+NEWER = {"on_bad": "stop", "align": 0.0, "shape": (), "whole_pct": 0.25, "points_box": (), "confidence": False}
 # Names of settings in earlier versions.
 RENAMED = {"start": "init_head", "head_rate": "head_lr_mult", "pairs": "flip_indices"}
 

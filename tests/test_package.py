@@ -24,7 +24,9 @@ def requirements(name: str) -> set[str]:
 
 def test_requirements_files_name_what_the_extras_name():
     assert requirements("requirements.txt") == {*PROJECT["dependencies"], *EXTRAS["train"]}
-    assert requirements("requirements-dev.txt") | {"landmarks-fastai[train]"} == set(EXTRAS["dev"])
+    dev = set(EXTRAS["dev"]) - {"landmarks-fastai[train,export]"}
+    assert requirements("requirements-dev.txt") == dev | set(EXTRAS["export"])
+    assert set(EXTRAS["runtime"]) <= set(EXTRAS["export"])
     assert (ROOT / "requirements-dev.txt").read_text().startswith("-r requirements.txt\n")
 
 
@@ -35,7 +37,7 @@ def test_every_command_answers_help(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         getattr(importlib.import_module(module), function)()
     out = capsys.readouterr().out
-    assert ended.value.code == 0 and out.startswith(f"usage: {name} ") and "--gpu" in out
+    assert ended.value.code == 0 and out.startswith(f"usage: {name} ") and "--out DIR" in out
 
 
 def test_import_needs_numpy_and_pillow_alone():

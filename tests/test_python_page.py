@@ -22,7 +22,7 @@ from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.utils.hardware import Machine
 from tests.conftest import ARCH, N_POINTS, ROOT
 
-PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+PAGE, PREDICT = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("python.md", "predict.md"))
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,19 @@ def test_the_examples_of_the_page_run(drawn, tmp_path, monkeypatch):
         exec(compile(code, "docs/python.md", "exec"), names)
     assert names["points"].shape == (N_POINTS, 2) and names["predictions"].shape == (8, N_POINTS, 2)
     assert Path("faces_64.pth").stat().st_size > 1e6
+
+
+def test_the_examples_of_the_page_of_predictions_run(quick_run, drawn, tmp_path, monkeypatch):
+    shutil.copytree(quick_run, tmp_path / "runs" / "faces")
+    shutil.copytree(drawn / "test" / "images", tmp_path / "photos")
+    shutil.copy(next((drawn / "test" / "images").iterdir()), tmp_path / "photo.jpg")
+    (tmp_path / "photo.txt").write_text("no picture")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", PREDICT, re.S):
+        exec(compile(code, "docs/predict.md", "exec"), names)
+    assert names["points"].shape == (N_POINTS, 2) and names["face"].score > 0.6
+    assert "photo.txt cannot be read as an image" in names["result"].error
 
 
 class Counted(Transform):

@@ -49,7 +49,7 @@ def _add_setting(group, name, default=None):
     flags = FLAGS.get(name, (flag_of(name),))
     default = default or ("off" if f.default is False else f.default)
     about = f"{f.metadata['about']} (default: {default})".replace("%", "%%")
-    if name == "tta":  # a later stage may switch off what the checkpoint has
+    if name in ("tta", "confidence"):  # a later stage may switch off what the checkpoint has
         group.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=about)
     elif f.type in (bool, "bool"):
         group.add_argument(*flags, dest=name, action="store_true", default=None, help=about)
@@ -138,7 +138,7 @@ SWITCHES = [
 ]
 TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
             "step_size", "gamma", "seed"]  # fmt: skip
-IMAGES = ["align", "whole_pct", "aug", "mirror", "ema", "tta"]
+IMAGES = ["align", "whole_pct", "aug", "mirror", "ema", "tta", "confidence"]
 
 
 def train_parser() -> argparse.ArgumentParser:

@@ -39,7 +39,9 @@ def flags_page() -> str:
                     continue
                 flags = _flags(action)
                 about, default = _parts(action)
-                title = home.setdefault(flags, "general" if group.title == "options" else group.title)
+                title = home.setdefault(
+                    flags, "general" if group.title in ("options", "positional arguments") else group.title
+                )
                 row = groups.setdefault(title, {}).setdefault(flags, [about, {}])
                 row[1][script] = default + (" (fixed)" if group.title == FIXED else "")
                 if about != row[0] and about not in row[0]:
@@ -51,6 +53,8 @@ def _flags(action) -> str:
     value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
     if action.choices:
         value = " {" + ",".join(map(str, action.choices)) + "}"
+    if not action.option_strings:
+        return f"`{action.metavar}`"
     *others, last = action.option_strings
     return ", ".join(f"`{option}`" for option in [*others, last + value])
 

@@ -66,9 +66,12 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
     from landmarks_fastai.inference.writers import open_writer
 
     settings = predictor.networks[0].settings
+    confidence = any(network.settings.confidence for network in predictor.networks)
+    if args.draw_confidence and not confidence:
+        raise UserError("--confidence: the checkpoint has no spread: train or finetune with --confidence")
     one_object = not (args.detect or args.boxes)
     n_results = n_objects = n_bad = n_rotated = 0
-    with open_writer(args.format, run.folder, settings.n_points, False) as (write, path):
+    with open_writer(args.format, run.folder, settings.n_points, confidence) as (write, path):
         for result in results_of(args, predictor, run):
             write(result)
             if result.error:

@@ -129,7 +129,24 @@ def predict_with_flip(
 ) -> torch.Tensor:
     "Predict unit coordinates (batch, n_points, 2): the mean of the images' predictions and their mirror images'."
     first = model(images)
+    return _average(first, model(images.flip(-1)), flip_indices) if len(flip_indices) else first
+
+
+def predict_spread_with_flip(
+    model: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],  # a `PointsAndSpread`
+    images: torch.Tensor,
+    flip_indices: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "As `predict_with_flip`, of points (batch, n_points, 2) and their spread (batch, n_points)."
+    points, spread = model(images)
     if not len(flip_indices):
-        return first
-    second = model(images.flip(-1))[:, torch.as_tensor(flip_indices, device=images.device)]
-    return (first + second * torch.tensor([-1.0, 1.0], device=images.device)) / 2
+        return points, spread
+    mirrored, its_spread = model(images.flip(-1))
+    indices = torch.as_tensor(flip_indices, device=images.device)
+    return _average(points, mirrored, flip_indices), (spread + its_spread[:, indices]) / 2
+
+
+def _average(points: torch.Tensor, mirrored: torch.Tensor, flip_indices: Sequence[int]) -> torch.Tensor:
+    "The mean of points and those of the mirror images, in unit coordinates."
+    mirrored = mirrored[:, torch.as_tensor(flip_indices, device=points.device)]
+    return (points + mirrored * torch.tensor([-1.0, 1.0], device=points.device)) / 2

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from landmarks_fastai.data.flip import predict_with_flip
+from landmarks_fastai.data.flip import predict_spread_with_flip, predict_with_flip
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.network import UnitPoints
+from landmarks_fastai.models.networks import PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.memory import batch_that_fits, out_of_memory
@@ -22,7 +23,8 @@ class TorchNetwork:
 
     def __init__(self, checkpoint: Checkpoint, machine: Machine = Machine()):  # noqa: B008
         self.name, self.settings, self.machine = checkpoint.name, checkpoint.settings, machine
-        model = fuse_norms(checkpoint.model(), self.settings.size)
+        model = checkpoint.model()
+        model = fuse_norms(PointsAndSpread(model) if self.settings.confidence else model, self.settings.size)
         # torch's annotation of `to` lacks memory_format
         self.model = model.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
         if machine.compile:
@@ -49,9 +51,11 @@ class TorchNetwork:
         batch = batch.to(self.machine.device, non_blocking=True).permute(0, 3, 1, 2)
         inputs = (batch.float() / 255 - self.mean) / self.std
         inputs = inputs.contiguous(memory_format=self.machine.memory_format)
+        flip_indices = self.settings.flip_indices if flip_test else ()
         with torch.inference_mode(), self.machine.autocast():
-            unit = predict_with_flip(self.model, inputs, self.settings.flip_indices if flip_test else ())
-        return UnitPoints(unit.float().cpu().numpy(), None)
+            if not self.settings.confidence:
+                return UnitPoints(_array(predict_with_flip(self.model, inputs, flip_indices)), None)
+            return UnitPoints(*map(_array, predict_spread_with_flip(self.model, inputs, flip_indices)))
 
     @contextmanager
     def streams(self) -> Iterator[tuple[int, Callable[[], None]]]:
@@ -71,6 +75,10 @@ class TorchNetwork:
             torch.set_num_threads(threads)  # a part of the setting is global to the process
 
 
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
 def fuse_norms(model: nn.Module, size: int) -> nn.Module:
     """Fold each batch norm into the convolution before it, if torch.fx can trace the network.
 
@@ -82,7 +90,7 @@ def fuse_norms(model: nn.Module, size: int) -> nn.Module:
     try:
         with torch.no_grad():
             fused = fuse(model)
-            same = torch.allclose(fused(inputs), model(inputs), atol=1e-4)
+            torch.testing.assert_close(fused(inputs), model(inputs), rtol=1e-4, atol=1e-4)
     except Exception:  # a network that fx cannot trace may raise anything
         return model
-    return fused if same else model
+    return fused

@@ -1,4 +1,4 @@
-"The head: the layers between the features of the body and the points."
+"The heads: the layers between the features of the body and the points, and those to their spread."
 
 import re
 
@@ -61,3 +61,16 @@ def init_head(model: nn.Sequential, shape: npt.ArrayLike | torch.Tensor) -> None
     with torch.no_grad():
         last.bias.copy_(shape.reshape(-1))
         last.weight.mul_(0.1)
+
+
+class SpreadHead(nn.Module):
+    "The second head: features of the body (batch, n_in) -> spread of the points (batch, n_points) in unit coordinates."
+
+    def __init__(self, n_in: int, n_points: int):
+        super().__init__()
+        self.image = nn.Linear(n_in, 1, bias=False)  # the logarithm of a factor for the image
+        self.landmarks = nn.Parameter(torch.zeros(n_points))  # the same for each landmark
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        # from a millionth of the input's side to all of it, whatever the image
+        return (self.image(features) + self.landmarks).clamp(-13.0, 0.7).exp()

@@ -1,7 +1,8 @@
 """The network: a torchvision or timm body by name, and a head.
 
 A `LandmarkNetwork` is `nn.Sequential(body, head)`, as fastai's vision models: the body makes a vector of features of an
-image, the head makes the points, (n_points, 2) unit coordinates (see geometry.py).
+image, the head makes the points, (n_points, 2) unit coordinates (see geometry.py). After its training it may get a second
+head on the same features, of the points' spread.
 """
 
 import warnings
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.models.heads import PixelsToUnit, make_head
+from landmarks_fastai.models.heads import PixelsToUnit, SpreadHead, make_head
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 METADATA = "_extra_state"  # PyTorch's key in a state dict for the result of `get_extra_state`
+SPREAD = "spread."  # start of the keys of the spread's tensors
 
 
 def build_model(
@@ -25,31 +27,33 @@ def build_model(
     n_points: int,
     size: int,  # of the square input, in pixels
     targets: str = "unit",  # output of the last layer, unit or pixels; the network's output is in unit coordinates
+    confidence: bool = False,  # whether it has a spread
 ) -> "LandmarkNetwork":
     "A network with random weights. Raises `UserError` for an unknown name, or a size that the network cannot take."
     body = make_body(arch, size)
-    layers = make_head(head, feature_count(body, arch, size), n_points)
+    n_features = feature_count(body, arch, size)
+    layers = make_head(head, n_features, n_points)
     if targets == "pixels":
         layers.append(PixelsToUnit(size))
-    return LandmarkNetwork(body, layers.append(nn.Unflatten(1, (n_points, 2))))
+    spread = SpreadHead(n_features, n_points) if confidence else None
+    return LandmarkNetwork(body, layers.append(nn.Unflatten(1, (n_points, 2))), spread)
 
 
 class LandmarkNetwork(nn.Sequential):
-    "Body and head. `metadata`, a dict of JSON types from `checkpoint_metadata`, is saved with the state dict."
+    """Body and head, and the `spread` of the points if it was trained: see `PointsAndSpread`.
 
-    def __init__(self, *layers: nn.Module):
-        super().__init__(*layers)
+    `metadata`, a dict of JSON types from `checkpoint_metadata`, is saved with the state dict.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, spread: SpreadHead | None = None):
+        super().__init__(body, head)
+        self.spread = spread
         self.metadata: dict = {}
-        self.register_load_state_dict_pre_hook(_without_metadata)
+        self.register_load_state_dict_pre_hook(_without_extras)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         "(batch, 3, size, size) -> (batch, n_points, 2). The head computes in float32: bfloat16 is 1/8 px off at 128 px."
-        features = self[0](images)
-        # autocast is entered only if it is on, so that torch.fx can trace the network
-        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-            return self[1](features)
-        with torch.autocast(features.device.type, enabled=False):
-            return self[1](features.float())
+        return in_float32(self[1], self[0](images))
 
     def get_extra_state(self) -> dict:
         return self.metadata
@@ -58,9 +62,42 @@ class LandmarkNetwork(nn.Sequential):
         "Ignore the metadata of weights that are loaded: they do not change the settings of the Learner."
 
 
-def _without_metadata(module, state_dict, prefix, *args):
-    "Accept a state dict without metadata: of a resumed run, or a checkpoint of an earlier version."
+def in_float32(head: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    "The output of a head, without autocast."
+    # autocast is left only if it is on, so that torch.fx can trace the network
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return head(features)
+    with torch.autocast(features.device.type, enabled=False):
+        return head(features.float())
+
+
+class PointsAndSpread(nn.Module):
+    "A network with both outputs: the points of a `LandmarkNetwork` and their spread. Raises `ValueError` if it has none."
+
+    def __init__(self, model: LandmarkNetwork):
+        super().__init__()
+        if model.spread is None:
+            raise ValueError("the network has no spread: it was trained without --confidence")
+        self.body, self.head, self.spread = model[0], model[1], model.spread
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, 3, size, size) -> points (batch, n_points, 2) and spread (batch, n_points), both in unit coordinates.
+
+        The spread is the radius that 68% of the errors lie within.
+        """
+        features = self.body(images)
+        return in_float32(self.head, features), in_float32(self.spread, features)
+
+
+def _without_extras(module, state_dict, prefix, *args):
+    """Accept a state dict without metadata: of a resumed run, or a checkpoint of an earlier version.
+
+    A network without a spread ignores the file's: a later stage learns its own.
+    """
     state_dict.setdefault(prefix + METADATA, {})
+    if module.spread is None:
+        for k in [k for k in state_dict if k.startswith(prefix + SPREAD)]:
+            del state_dict[k]
 
 
 def make_body(arch: str, size: int) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.models.networks import METADATA, find_arch, timm_config, timm_model, torchvision_names
+from landmarks_fastai.models.networks import METADATA, SPREAD, find_arch, timm_config, timm_model, torchvision_names
 from landmarks_fastai.settings import Settings
 
 # Tensors of a file that the body may lack: the classifier, by its names in torchvision and timm, the auxiliary
@@ -137,7 +137,7 @@ def _check_zip(path: Path):
 def _body_tensors(tensors):
     "Tensors by their names in the body, without `module.` (DataParallel) or the `0.` of this program's checkpoints."
     tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
-    if all(k.startswith(("0.", "1.")) for k in tensors):
+    if all(k.startswith(("0.", "1.", SPREAD)) for k in tensors):
         tensors = {k[2:]: v for k, v in tensors.items() if k.startswith("0.")}
     # torchvision's first densenet files call the layers norm.1, conv.1, …
     return {re.sub(r"(\.denselayer\d+\.(?:norm|relu|conv))\.(\d\.)", r"\1\2", k): v for k, v in tensors.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.models.networks import METADATA, LandmarkNetwork, build_model
+from landmarks_fastai.models.networks import METADATA, SPREAD, LandmarkNetwork, build_model
 from landmarks_fastai.models.weights import read_state_dict
 from landmarks_fastai.runs.run import Run, find_checkpoint_file, run_name
 from landmarks_fastai.settings import Settings
@@ -40,15 +40,17 @@ class Checkpoint:
     def model(self) -> LandmarkNetwork:
         "The network with its weights, in evaluation mode."
         s = self.settings
-        model = build_model(s.arch, s.head, s.n_points, s.size, s.targets)
+        model = build_model(s.arch, s.head, s.n_points, s.size, s.targets, s.confidence)
         model.load_state_dict(self.tensors(model))
         model.metadata = checkpoint_metadata(s, self.score, self.nme, self.epoch)
         return model.eval()
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         "The tensors of the file. Raises `UserError` if they do not fit the model, or are NaN or infinite."
-        tensors = {k: t for k, t in read_checkpoint_file(self.path).items() if k != METADATA}
         expected = {k: t for k, t in model.state_dict().items() if k != METADATA}
+        # the network of a Learner has no spread, whatever the file has
+        extras = tuple(name for name in (METADATA, SPREAD) if not any(k.startswith(name) for k in expected))
+        tensors = {k: t for k, t in read_checkpoint_file(self.path).items() if not k.startswith(extras)}
         wrong = sorted(expected.keys() ^ tensors.keys()) or [
             k for k in tensors if expected[k].shape != tensors[k].shape
         ]
@@ -69,7 +71,9 @@ def checkpoint_metadata(
     return {"format": FORMAT, "settings": settings.to_dict(), "score": score, "nme_box_diag": nme, "epoch": epoch}
 
 
-def write_checkpoint(run: Run, model: nn.Module, settings: Settings, score: float, nme: float, epoch: int) -> None:
+def write_checkpoint(
+    run: Run, model: nn.Module, settings: Settings, score: float | None, nme: float | None, epoch: int | None
+) -> None:
     "Write best.pth, through a temporary file. Raises `UserError` if the disk is full."
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != METADATA}
     state[METADATA] = checkpoint_metadata(settings, score, nme, epoch)

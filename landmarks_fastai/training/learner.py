@@ -205,7 +205,7 @@ def landmark_learner(
         load_weights(model, settings.arch, weights, settings.size)
         if settings.init_head == "mean":
             init_head(model, mean_shape(dls.train.items, settings))
-    model.metadata = checkpoint_metadata(settings)
+    model.metadata = checkpoint_metadata(settings.replace(confidence=False))  # it has no spread: a stage's end adds one
     return LandmarkLearner(dls, model, settings, machine, path)
 
 

@@ -21,6 +21,7 @@ from landmarks_fastai.runs.run import Run, typed_as, write_record
 from landmarks_fastai.settings import ALIGN, INPUT, Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
+from landmarks_fastai.training.confidence import add_confidence, time_needed
 from landmarks_fastai.training.learner import LandmarkLearner, load_best
 from landmarks_fastai.training.memory import within_memory
 from landmarks_fastai.training.scoring import validation_scores, with_input_of
@@ -93,7 +94,8 @@ def fit_stage(
     metrics, stop_on_nan, history = learn.metrics, callbacks.StopOnNaN(), callbacks.History(run)
     bars = callbacks.show_progress(learn)
     evaluations = add_evaluations(learn, settings)
-    save = callbacks.SaveBest(run, settings, previous_scores[0] if previous_scores else None, evaluations)
+    unfinished = settings.replace(confidence=False)  # the spread is fitted to the best epoch at the end
+    save = callbacks.SaveBest(run, unfinished, previous_scores[0] if previous_scores else None, evaluations)
     cbs = [stop_on_nan, save, history, *bars]
     if settings.patience or settings.align:
         learn.metrics = [*learn.metrics, save.column]
@@ -112,7 +114,7 @@ def fit_stage(
 
 
 def _load_and_plot_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
-    "Load the run's checkpoint, write results.png, and print the score with the flip test."
+    "Load the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
     best, flip_indices, tta = read_checkpoint(run.file("best.pth")), learn.settings.flip_indices, learn.settings.tta
     learn = with_input_of(learn, best)
     best.tensors(learn.model)  # raises `UserError` if the file was replaced since
@@ -122,7 +124,7 @@ def _load_and_plot_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
     plots.save_figure(run.file("results.png"))
     if flip_indices and not tta:
         print(f"with the flip test it scores {validation_scores(learn, flip_indices)[0]:.6g}")
-    return best
+    return add_confidence(learn, run, best) if learn.settings.confidence else best
 
 
 def _check_saved(
@@ -140,8 +142,12 @@ def _check_saved(
         if previous is None or previous_scores is None:
             run.file("state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
-        settings = learn.settings.replace(**previous.settings.of(INPUT + ALIGN))
-        write_checkpoint(run, previous.model(), settings, *previous_scores, -1)
+        settings, model = (
+            learn.settings.replace(**previous.settings.of(INPUT + ALIGN), confidence=False),
+            previous.model(),
+        )
+        model.spread = None
+        write_checkpoint(run, model, settings, *previous_scores, -1)
     if where:
         print(f"warning: {where}; the best before it is kept; {try_this}")
 
@@ -191,9 +197,10 @@ def _saving_state(
 def _fit(learn: LandmarkLearner, cbs: list[Callback], started: float, state: State | None) -> None:
     settings, epochs = learn.settings, learn.settings.epochs
     if settings.minutes:
-        flip_test = 2.5 if settings.flip_indices and not settings.tta else 0.0
+        after = 2.5 if settings.flip_indices and not settings.tta else 0.0
+        after += time_needed(learn) if settings.confidence else 0.0
         deadline = started + 60 * settings.minutes - PICTURES
-        cbs = [*cbs, callbacks.TimeLimit(deadline, flip_test, state.metadata["seconds"] if state else 0.0)]
+        cbs = [*cbs, callbacks.TimeLimit(deadline, after, state.metadata["seconds"] if state else 0.0)]
         epochs = FOREVER
     fit = learn.fit_one_cycle if settings.sched == "onecycle" else learn.fit
     fit(epochs, settings.lr, wd=settings.wd, cbs=cbs)

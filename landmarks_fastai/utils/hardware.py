@@ -54,7 +54,7 @@ class Machine:
         """
         if self.workers is not None:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = available_cores()
         # A spawned worker (Windows) imports everything again, 0.4 GB; training and validation each have their own workers.
         if multiprocessing.get_context().get_start_method() != "fork":
             cores = min(cores, total_memory() // (2 << 30))
@@ -114,6 +114,11 @@ class Machine:
             # All batches but the last have one shape: one search serves a stage. Another run may choose another algorithm,
             # but on a GPU runs with one seed differ by rounding anyway.
             torch.backends.cudnn.benchmark = True
+
+
+def available_cores() -> int:
+    "Return the number of cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def total_memory() -> int:

@@ -1,0 +1,194 @@
+"""A checkpoint as one ONNX file: uint8 pixels in, points in unit coordinates out.
+
+Normalisation is inside, and the flip test if it is wanted. The pixels are made outside, by the code that training used.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import landmarks_fastai
+from landmarks_fastai.data.flip import predict_with_flip
+from landmarks_fastai.data.images import read_input
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.inference.onnx_network import METADATA, OnnxNetwork, metadata_text, sealed
+from landmarks_fastai.models.networks import PointsAndSpread
+from landmarks_fastai.runs.checkpoint import Checkpoint
+from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.utils.files import atomic_path, reason
+
+TOLERANCE = 0.01  # largest distance of a point from the checkpoint's, in pixels of the input
+BATCHES = (1, 3)  # that are compared
+MAX_BYTES = 2**31 - 1  # of a protobuf message
+
+
+class ExportedNetwork(nn.Module):
+    "The network of a checkpoint from uint8 pixels to unit coordinates."
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,  # images (batch, 3, size, size), normalised -> points, or (points, spread)
+        settings: Settings,
+        flip_test: bool = False,
+    ):
+        super().__init__()
+        self.model, self.flip_test = model, flip_test
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+        self.register_buffer("flip_indices", torch.tensor(settings.flip_indices, dtype=torch.int64))
+        self.register_buffer("mirror", torch.tensor([-1.0, 1.0]))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (batch, size, size, 3) RGB -> points (batch, n_points, 2) in unit coordinates.
+
+        With a spread it is (points, spread (batch, n_points)), both in unit coordinates.
+        """
+        images = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        if not self.flip_test:
+            return self.model(images)
+        found = self.model(torch.cat([images, images.flip(-1)]))
+        points, *spread = found if isinstance(found, tuple) else (found,)
+        first, second = points.unflatten(0, (2, -1)).unbind()
+        points = (first + second[:, self.flip_indices] * self.mirror) / 2
+        if not spread:
+            return points
+        first, second = spread[0].unflatten(0, (2, -1)).unbind()
+        return points, (first + second[:, self.flip_indices]) / 2
+
+
+def export_checkpoint(checkpoint: Checkpoint, path: Path, flip_test: bool = False) -> None:
+    """Write a checkpoint as one ONNX file, if its points are the checkpoint's on a few images.
+
+    Raises `UserError` if the network cannot be exported or its points differ, if the file cannot be written, and for a
+    flip test without flip indices.
+    """
+    settings = checkpoint.settings
+    if flip_test and not settings.flip_indices:
+        raise UserError(
+            "--tta: the checkpoint has no flip map (none was found, or --mirror none): export without --tta"
+        )
+    check_packages()
+    model = checkpoint.model()
+    outputs = PointsAndSpread(model) if settings.confidence else model
+    exported = _onnx_model(ExportedNetwork(outputs, settings, flip_test).eval(), settings)
+    with written_model(exported, path, metadata_of(checkpoint, flip_test)) as network:
+        _compare(network, model, path)
+
+
+def metadata_of(checkpoint: Checkpoint, flip_test: bool) -> dict[str, Any]:
+    "The metadata of a checkpoint's export, of JSON types."
+    return {
+        "version": landmarks_fastai.__version__,
+        "name": checkpoint.name,
+        "score": checkpoint.score,
+        "flip_test": flip_test,
+        "settings": checkpoint.settings.to_dict(),
+    }
+
+
+@contextmanager
+def written_model(model: Any, path: Path, metadata: dict[str, Any]) -> Iterator[OnnxNetwork]:
+    "Yield the network of an `onnx.ModelProto`, which gets its final name when the block ends without an error."
+    del model.metadata_props[:]
+    model.metadata_props.add(key=METADATA, value=metadata_text(metadata))
+    if model.ByteSize() > MAX_BYTES:
+        raise UserError(f"{path} would have {model.ByteSize() / 1e9:.1f} GB: one ONNX file has 2 GB at the most")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(sealed(model.SerializeToString()))
+        yield OnnxNetwork(temporary)
+
+
+def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
+    "The network as an `onnx.ModelProto`. Raises `UserError` if PyTorch cannot export it."
+    pixels = torch.zeros(2, settings.size, settings.size, 3, dtype=torch.uint8)
+    with torch.no_grad():
+        outputs = ["points", "spread"][: 2 if isinstance(network(pixels), tuple) else 1]
+    with quiet():
+        try:
+            program = torch.onnx.export(
+                network,
+                (pixels,),
+                dynamo=True,
+                verbose=False,
+                input_names=["pixels"],
+                output_names=outputs,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+        except torch.onnx.errors.OnnxExporterError as e:
+            raise UserError(f"{settings.arch} cannot be exported to ONNX ({reason(e)})") from None
+    assert program is not None
+    model = program.model_proto
+    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        part.ClearField("metadata_props")  # the exporter's notes: stack traces with the paths of this machine
+        part.ClearField("doc_string")
+    return model
+
+
+def _compare(network: OnnxNetwork, model: nn.Module, path: Path) -> None:
+    "Raise `UserError` unless an exported network gives the points of the checkpoint's model, in batches of two sizes."
+    settings = network.settings
+    pixels = sample_inputs(settings, max(BATCHES))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    with torch.inference_mode():
+        expected = predict_with_flip(model, images, settings.flip_indices if network.flip_test_inside else ()).numpy()
+    for n in BATCHES:
+        try:
+            found = network(pixels[:n]).points
+        except Exception as e:  # onnxruntime's errors share no narrower base
+            raise UserError(f"{path} was not written: {settings.arch} does not run as ONNX ({reason(e)})") from None
+        far = np.linalg.norm(found - expected[:n], axis=-1).max() * settings.size / 2
+        if not far <= TOLERANCE:  # NaN too
+            raise UserError(
+                f"{path} was not written: in a batch of {n} its points are up to {far:.3g} px of the input off the checkpoint's"
+            )
+
+
+def sample_inputs(settings: Settings, n: int) -> np.ndarray:
+    "uint8 (n, size, size, 3): images of the checkpoint's data folder; noise where there are none."
+    found = [np.random.default_rng(0).integers(0, 256, (n, settings.size, settings.size, 3), dtype=np.uint8)]
+    for path in islice(_image_files(Path(settings.data)), n):
+        with suppress(UserError):
+            found.append(np.asarray(read_input(path, **settings.of(INPUT))[0])[None])
+    return np.concatenate(found[::-1])[:n]
+
+
+def _image_files(data: Path) -> Iterator[Path]:
+    for side in ("train", "test"):
+        with suppress(OSError), os.scandir(data / side / "images") as entries:
+            yield from (Path(entry.path) for entry in entries if entry.is_file())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    "Silence warnings and log messages of the libraries for ONNX about their own code."
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def check_packages(names: Sequence[str] = ("onnx", "onnxscript", "onnxruntime")) -> None:
+    "Raise `UserError` if a package of the extra `export` is not installed."
+    for name in names:
+        try:
+            __import__(name)
+        except ModuleNotFoundError:
+            raise UserError(f"{name} is not installed: pip install 'landmarks-fastai[export]'") from None

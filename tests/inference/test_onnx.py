@@ -1,0 +1,312 @@
+"Exported networks: the checkpoint's points without torch, at any batch size; files that are not an export are refused."
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from landmarks_fastai.data.flip import predict_with_flip
+from landmarks_fastai.data.images import read_input
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.inference.onnx_network import SEAL_SIZE, OnnxNetwork, sealed
+from landmarks_fastai.runs.checkpoint import read_checkpoint
+from tests.conftest import N_POINTS, ROOT
+
+SIZE = 32
+
+
+def typed(monkeypatch, capfd, line, *more):
+    "Type `landmarks-export`: (exit code, stdout, stderr)."
+    from landmarks_fastai.cli.export import command
+
+    monkeypatch.setattr(sys, "argv", ["landmarks-export", *line.split(), *map(str, more)])
+    code = 0
+    try:
+        command()
+    except SystemExit as e:
+        code = e.code
+    return code, *capfd.readouterr()
+
+
+@pytest.fixture(scope="module")
+def out(quick_run, tmp_path_factory):
+    "An output folder with a quick run `m`, exported once."
+    from landmarks_fastai.inference.export import export_checkpoint
+
+    out = tmp_path_factory.mktemp("exported")
+    shutil.copytree(quick_run, out / "m")
+    export_checkpoint(read_checkpoint(out / "m" / "best.pth"), out / "m" / "m.onnx")
+    return out
+
+
+@pytest.fixture(scope="module")
+def inputs(drawn):
+    "uint8 (5, size, size, 3): images of the test side."
+    files = sorted((drawn / "test" / "images").iterdir())[:5]
+    return np.stack([np.asarray(read_input(path, "crop", SIZE)[0]) for path in files])
+
+
+def checkpoint_points(out, inputs, flip_test=False):
+    "The points of the checkpoint itself, in unit coordinates."
+    checkpoint = read_checkpoint(out / "m" / "best.pth")
+    s = checkpoint.settings
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (s.mean, s.std))
+    images = (torch.from_numpy(inputs).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.inference_mode():
+        return predict_with_flip(checkpoint.model(), images, s.flip_indices if flip_test else ()).numpy()
+
+
+def distance(a, b):
+    "Largest distance of two sets of points, pixels of the input."
+    return np.linalg.norm(a - b, axis=-1).max() * SIZE / 2
+
+
+@pytest.mark.parametrize("flip_test", [False, True])
+def test_points_are_the_checkpoints(out, inputs, flip_test):
+    network = OnnxNetwork(out / "m" / "m.onnx")
+    expected = checkpoint_points(out, inputs, flip_test)
+    assert expected.std(0).max() * SIZE / 2 > 0.01  # the inputs are told apart
+    for n in (1, 2, 5):
+        points, spread = network(inputs[:n], flip_test)
+        assert points.shape == (n, N_POINTS, 2) and points.dtype == np.float32 and spread is None
+        assert distance(points, expected[:n]) < 0.01
+
+
+def test_one_file_says_what_it_is(out):
+    files = sorted(p.name for p in (out / "m").iterdir() if "onnx" in p.name)
+    assert files == ["m.onnx"]
+    checkpoint, network = read_checkpoint(out / "m" / "best.pth"), OnnxNetwork(out / "m" / "m.onnx", threads=1)
+    assert (network.name, network.settings, network.score) == ("m", checkpoint.settings, checkpoint.score)
+    assert not network.flip_test_inside
+    assert str(ROOT).encode() not in (out / "m" / "m.onnx").read_bytes()  # no stack traces of the exporter
+
+
+@pytest.mark.slow
+def test_flip_test_inside_is_that_outside(out, inputs, monkeypatch, capfd, tmp_path):
+    code, printed, err = typed(monkeypatch, capfd, "m --tta --out", out, "-o", tmp_path / "flip.onnx")
+    assert (code, err) == (0, "") and "flip.onnx" in printed
+    inside, outside = OnnxNetwork(tmp_path / "flip.onnx"), OnnxNetwork(out / "m" / "m.onnx")
+    assert inside.flip_test_inside
+    for n in (1, 5):
+        assert distance(inside(inputs[:n]).points, outside(inputs[:n], True).points) < 0.01
+        assert distance(inside(inputs[:n], True).points, outside(inputs[:n], True).points) < 0.01
+
+
+def test_an_export_that_differs_is_not_written(out, tmp_path, monkeypatch, capfd):
+    from landmarks_fastai.inference import export
+
+    shutil.copy(out / "m" / "best.pth", tmp_path / "x.pth")
+    (tmp_path / "x.onnx").write_bytes(b"old")
+    mirrored = export.ExportedNetwork.forward
+    monkeypatch.setattr(export.ExportedNetwork, "forward", lambda self, pixels: mirrored(self, pixels.flip(2)))
+    code, _, err = typed(monkeypatch, capfd, "", tmp_path / "x.pth")
+    assert code == 1 and "x.onnx was not written: in a batch of 1 its points are up to" in err and err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.onnx", "x.pth"]
+    assert (tmp_path / "x.onnx").read_bytes() == b"old"
+
+
+def test_mistakes_on_the_command_line(out, monkeypatch, capfd, tmp_path):
+    from landmarks_fastai.runs.checkpoint import write_checkpoint
+    from landmarks_fastai.runs.run import Run
+
+    checkpoint = read_checkpoint(out / "m" / "best.pth")
+    settings = checkpoint.settings.replace(flip_indices=())
+    write_checkpoint(Run(tmp_path, "noflip"), checkpoint.model(), settings, 1.0, 1.0, 0)
+    for line, message in [
+        ("nowhere", "-pm nowhere not found"),
+        ("m -o m.pth", "-o m.pth: a name that ends in .onnx expected"),
+        (f"{tmp_path}/noflip --tta", "--tta: the checkpoint has no flip map"),
+    ]:
+        code, printed, err = typed(monkeypatch, capfd, line, "--out", out)
+        assert code == 1 and message in err and err.count("\n") == 1 and printed == "", err
+
+
+def resealed(path, change):
+    "Change the `onnx.ModelProto` of an export, and give it a new digest, as a forger would."
+    import onnx
+
+    model = onnx.load_from_string(path.read_bytes()[:-SEAL_SIZE])
+    change(model)
+    return sealed(model.SerializeToString())
+
+
+def with_metadata(**changes):
+    def change(model):
+        metadata = json.loads(model.metadata_props[0].value)
+        model.metadata_props[0].value = json.dumps(metadata | changes)
+
+    return change
+
+
+def with_settings(**changes):
+    def change(model):
+        metadata = json.loads(model.metadata_props[0].value)
+        model.metadata_props[0].value = json.dumps(metadata | {"settings": metadata["settings"] | changes})
+
+    return change
+
+
+def with_external_data(place):
+    def change(model):
+        tensor = next(t for t in model.graph.initializer if len(t.raw_data) > 1000)
+        tensor.ClearField("raw_data")
+        tensor.data_location = 1
+        tensor.external_data.add(key="location", value=place)
+
+    return change
+
+
+def flip_byte(data):
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+def foreign() -> bytes:
+    "An ONNX file of another program."
+    import onnx
+    from onnx import TensorProto, helper
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
+    return onnx.helper.make_model(graph).SerializeToString()
+
+
+BAD = {
+    "of another program": (lambda path: foreign(), "is no complete file of landmarks_fastai.export"),
+    "no ONNX": (lambda path: b"hello\n" * 50, "is no complete file of landmarks_fastai.export"),
+    "empty": (lambda path: b"", "is empty"),
+    "cut short": (lambda path: path.read_bytes()[:-1000], "is no complete file of landmarks_fastai.export"),
+    "a byte changed": (lambda path: flip_byte(path.read_bytes()), "its SHA-256 differs"),
+    "metadata changed": (
+        lambda path: path.read_bytes().replace(b'"n_points": 68', b'"n_points": 67'),
+        "its SHA-256 differs",
+    ),
+    "n_points": (lambda path: resealed(path, with_settings(n_points=67, flip_indices=[], shape=[])), "67 points"),
+    "size": (lambda path: resealed(path, with_settings(size=64)), "64 x 64 pixels"),
+    "a setting of another kind": (lambda path: resealed(path, with_settings(size="big")), "size is 'big'"),
+    "an unknown setting": (lambda path: resealed(path, with_settings(surprise=1)), "surprise"),
+    "another format": (
+        lambda path: resealed(path, with_metadata(format=99)),
+        "another version of this program (format 99)",
+    ),
+    "no settings": (lambda path: resealed(path, lambda m: m.metadata_props[0].ClearField("value")), "has no settings"),
+    "a score of text": (lambda path: resealed(path, with_metadata(score="1")), "score or flip_test"),
+    "external data": (lambda path: resealed(path, with_external_data("weights")), "refers to data in other files"),
+    "external data above": (
+        lambda path: resealed(path, with_external_data("../../etc/passwd")),
+        "refers to data in other files",
+    ),
+    "a broken graph": (
+        lambda path: resealed(path, lambda m: m.graph.node[3].input.__setitem__(0, "gone")),
+        "cannot be loaded by ONNX Runtime",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_file_that_is_no_export_is_refused(out, tmp_path, what):
+    make, message = BAD[what]
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(make(out / "m" / "m.onnx"))
+    with pytest.raises(UserError) as raised:
+        OnnxNetwork(path)
+    assert str(raised.value).startswith(str(path)) and message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_external_data_is_refused_before_it_is_read(out, tmp_path):
+    "A network whose weights lie beside it would work: it is the file's digest that does not cover them."
+    import onnx
+
+    model = onnx.load_from_string((out / "m" / "m.onnx").read_bytes())
+    onnx.save(model, tmp_path / "e.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    with pytest.raises(UserError, match="refers to data in other files"):
+        OnnxNetwork(tmp_path / "e.onnx")
+
+
+def test_the_word_location_in_a_path_is_no_external_data(out, tmp_path):
+    "The settings hold the data folder, whose name may have any words."
+    from landmarks_fastai.inference.export import metadata_of
+    from landmarks_fastai.inference.onnx_network import metadata_text
+
+    checkpoint = read_checkpoint(out / "m" / "best.pth")
+    metadata = metadata_of(checkpoint, False)
+    metadata["settings"]["data"] = "/data/location/locations"
+
+    def change(model):
+        model.metadata_props[0].value = metadata_text(metadata)
+
+    (tmp_path / "x.onnx").write_bytes(resealed(out / "m" / "m.onnx", change))
+    assert OnnxNetwork(tmp_path / "x.onnx").settings.data == "/data/location/locations"
+
+
+def test_missing_files_and_packages_are_one_line(out, tmp_path):
+    with pytest.raises(UserError, match="no.onnx not found"):
+        OnnxNetwork(tmp_path / "no.onnx")
+    with pytest.raises(UserError, match="cannot be read"):
+        OnnxNetwork(tmp_path)
+    code = (
+        f"import sys; sys.modules['onnxruntime'] = None; from landmarks_fastai.errors import UserError\n"
+        "from landmarks_fastai.inference.onnx_network import OnnxNetwork\n"
+        f"try: OnnxNetwork({str(out / 'm' / 'm.onnx')!r})\n"
+        "except UserError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("needs onnxruntime: pip install 'landmarks-fastai[runtime]'\n"), done.stderr
+
+
+def test_network_needs_neither_torch_nor_pandas(out):
+    code = (
+        "import sys; from importlib.abc import MetaPathFinder\n"
+        "class Blocked(MetaPathFinder):\n"
+        "    def find_spec(self, name, *args):\n"
+        "        if name in ('torch', 'fastai', 'pandas', 'scipy', 'onnx'): raise ModuleNotFoundError(name=name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import numpy as np; from landmarks_fastai.inference.onnx_network import OnnxNetwork\n"
+        f"network = OnnxNetwork({str(out / 'm' / 'm.onnx')!r})\n"
+        f"print(network(np.zeros((2, {SIZE}, {SIZE}, 3), np.uint8), True).points.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"(2, {N_POINTS}, 2)\n", done.stderr
+
+
+def folder_size(folder: Path) -> float:
+    "MB of all files below a folder, bytecode left out: pip compiles it, other installers do not."
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc") / 1e6
+
+
+@pytest.mark.slow
+def test_prediction_in_an_environment_without_torch(out, drawn, tmp_path):
+    "`pip install '.[runtime]'` alone: under 200 MB, and the points of the checkpoint in pixels of the pictures."
+    from landmarks_fastai.inference.predictor import Predictor
+
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    pip = subprocess.run([python, "-m", "pip", "install", "-q", f"{ROOT}[runtime]"], capture_output=True, text=True)
+    if "connection" in pip.stderr.lower():
+        pytest.skip("pip reaches no package index")
+    assert not pip.returncode, pip.stderr
+    lines = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    done = subprocess.run([python, "-c", lines], capture_output=True, text=True, check=True)
+    packages = Path(done.stdout.strip())
+    assert not (packages / "torch").exists()
+    assert folder_size(packages) - folder_size(packages / "pip") < 200
+
+    files = sorted((drawn / "test" / "images").iterdir())
+    expected = np.stack([each.points for each in Predictor(out / "m" / "best.pth")(files)])
+    lines = (
+        "import sys, numpy as np; from landmarks_fastai import Predictor; "
+        "np.save('points.npy', [each.points for each in Predictor(sys.argv[1])(sys.argv[2:])])"
+    )
+    subprocess.run([python, "-c", lines, out / "m" / "m.onnx", *files], cwd=tmp_path, check=True)
+    assert np.abs(np.load(tmp_path / "points.npy") - expected).max() < 0.01
+
+    words = [python, ROOT / "predict.py", "-pm", out / "m" / "m.onnx", drawn / "test" / "images", "--format", "csv"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    done = subprocess.run([python, ROOT / "predict.py", "-pm", out / "m"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "a checkpoint needs torch" in done.stderr and done.stderr.count("\n") == 1

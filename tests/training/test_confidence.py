@@ -1,0 +1,158 @@
+"A spread for each point: honest on other faces, and the points are those of a stage without it."
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.fx import symbolic_trace
+
+from landmarks_fastai import landmark_dataloaders, landmark_learner
+from landmarks_fastai.data.flip import predict_spread_with_flip, predict_with_flip
+from landmarks_fastai.data.image_cache import Inputs
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import unit_to_input
+from landmarks_fastai.models.networks import METADATA, PointsAndSpread, build_model
+from landmarks_fastai.runs.checkpoint import read_checkpoint
+from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.synthetic.sample import make_sample
+from landmarks_fastai.training import stage
+from landmarks_fastai.training.confidence import predict_held_out
+from landmarks_fastai.utils.hardware import Machine
+from tests.conftest import ARCH, N_POINTS, QUICK, train_run
+from tests.training.test_resume import check_equal
+
+STAGE = f"{QUICK} --align 1.05 --valid-pct 0.5 -e 4"
+IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def confident_run(drawn, tmp_path_factory):
+    return train_run(f"{STAGE} --confidence", drawn, tmp_path_factory.mktemp("confident"))
+
+
+@pytest.fixture(scope="module")
+def network(confident_run):
+    return read_checkpoint(confident_run / "best.pth").model()
+
+
+def tensors(path):
+    return {k: t for k, t in torch.load(path, weights_only=True).items() if k != METADATA}
+
+
+def test_points_and_score_are_those_of_a_stage_without_it(confident_run, drawn, tmp_path):
+    plain = train_run(STAGE, drawn, tmp_path)
+    with_spread, without = tensors(confident_run / "best.pth"), tensors(plain / "best.pth")
+    assert with_spread.keys() - without.keys() == {"spread.image.weight", "spread.landmarks"}
+    assert all(torch.equal(with_spread[k], t) for k, t in without.items())
+    after, before = read_checkpoint(confident_run / "best.pth"), read_checkpoint(plain / "best.pth")
+    assert (after.score, after.nme, after.epoch) == (before.score, before.nme, before.epoch)
+    assert after.settings == before.settings.replace(confidence=True)
+    assert torch.equal(after.model()(IMAGES), before.model()(IMAGES))
+
+
+def test_two_thirds_of_the_points_of_other_faces_lie_within_the_spread(confident_run, network, tmp_path):
+    other = make_sample(tmp_path / "other", 40, 1, N_POINTS, seed=8, n_asked=7, processes=1)
+    settings = read_checkpoint(confident_run / "best.pth").settings.replace(valid_pct=0.8)
+    machine = Machine(workers=0)
+    dls = landmark_dataloaders(other, settings, machine=machine)
+    found = predict_held_out(PointsAndSpread(network), landmark_learner(dls, weights=None, machine=machine))
+    assert found.errors.shape == found.spreads.shape == (32, N_POINTS)
+    within = [(found.errors <= n * found.spreads).mean() for n in (1, 2)]
+    assert 0.55 < within[0] < 0.8 and 0.9 < within[1], within
+    ranks = pd.Series(found.errors.ravel()).rank().corr(pd.Series(found.spreads.ravel()).rank())
+    assert ranks > 0.2, ranks
+
+
+def test_the_table_is_in_pixels_of_the_stored_image(confident_run, network, drawn):
+    "A single pass worked out by hand, with one image at a time."
+    table = pd.read_csv(confident_run / "confidence.csv")
+    assert list(table.columns) == ["landmark", "mean_error", "median_spread", "within_1", "within_2"]
+    assert table.landmark.tolist() == list(range(N_POINTS))
+    assert (table.within_1 <= table.within_2).all() and table.within_1.mean() == pytest.approx(0.68, abs=0.08)
+    settings = read_checkpoint(confident_run / "best.pth").settings.replace(align=0.0, shape=())
+    machine = Machine(workers=0)
+    learn = landmark_learner(landmark_dataloaders(drawn, settings, machine=machine), weights=None, machine=machine)
+    found = predict_held_out(PointsAndSpread(network), learn)
+    item = learn.dls.valid.items[1]
+    fitted, to_input = Inputs(**settings.of(INPUT)).read(item.path)
+    pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
+    with torch.no_grad():
+        unit, spread = predict_spread_with_flip(PointsAndSpread(network), (pixels - mean) / std, settings.flip_indices)
+    points = to_input.to_image(unit_to_input(unit[0].double().numpy(), settings.size))
+    assert found.errors[1] == pytest.approx(np.linalg.norm(points - item.points, axis=1), rel=1e-3)
+    assert found.spreads[1] == pytest.approx(spread[0].numpy() * settings.size / 2 / to_input.scale, rel=1e-3)
+
+
+def test_both_outputs_in_one_pass_traceable_and_exportable(network):
+    both = PointsAndSpread(network).eval()
+    points, spread = both(IMAGES)
+    assert torch.equal(points, network(IMAGES)) and spread.shape == (3, N_POINTS) and (spread > 0).all()
+    for traced in (symbolic_trace(both), torch.export.export(both, (IMAGES,)).module()):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(traced(IMAGES), (points, spread), strict=True))
+    with pytest.raises(ValueError, match="without --confidence"):
+        PointsAndSpread(build_model(ARCH, "linear", 5, 32))
+
+
+def test_the_flip_test_averages_the_spreads_under_the_flip_indices(network, confident_run):
+    both, flip_indices = PointsAndSpread(network), read_checkpoint(confident_run / "best.pth").settings.flip_indices
+    with torch.no_grad():
+        points, spread = predict_spread_with_flip(both, IMAGES, flip_indices)
+        assert torch.equal(points, predict_with_flip(network, IMAGES, flip_indices))
+        mirrored = both(IMAGES.flip(-1))[1]
+        expected = (both(IMAGES)[1] + torch.stack([mirrored[:, k] for k in flip_indices], 1)) / 2
+    assert torch.allclose(spread, expected)
+
+
+def test_later_stages_fit_it_again_or_end_it(confident_run, run_script, drawn, tmp_path):
+    best = confident_run / "best.pth"
+    code, out, err = run_script("finetune.py -e 1 --workers 0 -n again -pm", best)
+    first, again = read_checkpoint(best), read_checkpoint("runs/again/best.pth")
+    assert (code, err) == (0, "") and again.settings.confidence and "confidence: median spread" in out
+    assert f"loaded: score {first.score:.6g} on the validation rows; its stage reported {first.score:.6g}" in out
+    assert again.epoch == 0 and not torch.equal(
+        tensors(best)["spread.image.weight"], tensors(again.path)["spread.image.weight"]
+    )
+    for lr in ("1e-3", "10"):  # with 10 no epoch beats the loaded model
+        code, out, err = run_script(
+            f"finetune.py -e 1 --opt sgd -lr {lr} --no-confidence --overwrite --workers 0 -n none -pm again"
+        )
+        assert (code, err) == (0, "") and "confidence" not in out
+        none = read_checkpoint("runs/none/best.pth")
+        assert not none.settings.confidence and not any(k.startswith("spread") for k in tensors(none.path))
+    code, _, err = run_script(f"train.py {QUICK} -n body --weights", best, "-d", drawn)
+    assert (code, err) == (0, "")
+    assert run_script("predict.py --workers 0 -pm", best)[::2] == (0, "")
+
+
+def test_a_stage_that_is_stopped_before_the_spread_has_a_checkpoint_and_resumes(run_script, drawn, monkeypatch):
+    from pathlib import Path
+
+    line = f"train.py {QUICK} --align 1.05 --confidence -e 2 -d {drawn} -n"
+    assert run_script(f"{line} whole")[0] == 0
+
+    def ctrl_c(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "add_confidence", ctrl_c)
+        assert run_script(f"{line} parts")[0] == 130
+    stopped = read_checkpoint("runs/parts/best.pth")
+    assert not stopped.settings.confidence and stopped.model().spread is None
+    code, out, err = run_script("train.py --resume -n parts")
+    assert (code, err) == (0, "") and "confidence: median spread" in out
+    check_equal(Path("runs"), "whole", "parts")
+    assert Path("runs/whole/confidence.csv").read_text() == Path("runs/parts/confidence.csv").read_text()
+
+
+def test_checkpoints_without_the_setting_are_read(confident_run, tmp_path):
+    state = torch.load(confident_run / "best.pth", weights_only=True)
+    del state[METADATA]["settings"]["confidence"]
+    torch.save({k: t for k, t in state.items() if not k.startswith("spread")}, tmp_path / "old.pth")
+    old = read_checkpoint(tmp_path / "old.pth")
+    assert old.settings.confidence is False and old.model().spread is None
+    state[METADATA]["settings"]["confidence"] = True
+    torch.save({k: t for k, t in state.items() if not k.startswith("spread")}, tmp_path / "lacks.pth")
+    with pytest.raises(UserError, match="2 tensors differ, the first spread.image.weight"):
+        read_checkpoint(tmp_path / "lacks.pth").model()
+    assert Settings().confidence is False
