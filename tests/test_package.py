@@ -50,7 +50,7 @@ def test_import_needs_numpy_and_pillow_alone():
     assert (done.stdout.strip(), done.stderr) == (landmarks_fastai.__version__, "")
 
 
-@pytest.mark.parametrize("missing, script", [("torch", "predict"), ("torch", "finetune")])
+@pytest.mark.parametrize("missing, script", [("torch", "predict"), ("torch", "train")])
 def test_missing_package_is_one_line_with_the_pip_command(missing, script):
     code = (
         f"import sys; from importlib.abc import MetaPathFinder\n"

@@ -97,8 +97,9 @@ class LandmarkLearner(ResumableLearner):
 
     def save(self, file: str | Path, **kwargs: Any) -> Path:
         "As fastai's; the optimiser's numbers are saved as Python's own: numpy's would need a pickle that may run code."
-        for group in self.opt.hypers if self.opt else []:
-            group.update({k: v.item() for k, v in group.items() if isinstance(v, np.generic)})
+        for group in self.opt.opt.param_groups if self.opt else []:
+            group["lr"] = float(group["lr"])
+            group |= {k: tuple(map(float, v)) for k, v in group.items() if k == "betas"}
         return super().save(file, **kwargs)
 
     def lr_find(
