@@ -30,7 +30,8 @@ from landmarks_fastai.training.memory import within_memory
 from landmarks_fastai.utils.files import atomic_write
 
 WITHIN = 0.68  # share of the errors within one spread
-FITTED_ON, CALIBRATED_ON = 5000, 4000  # images at the most; both take memory for the errors of all their points
+IMAGES = 4000  # at the most, to fit and to calibrate on; each takes memory for the errors of all its points
+REGRESSION = 10  # seconds, of 4,000 images and 2,048 features, on one core
 ALPHAS = np.logspace(0, 4, 5)  # penalties that the regression chooses from
 # Images that a landmark's factor has to be learned from until it counts as much as the factor of all. On held-out faces
 # the share within one spread is 4.1 percentage points off by landmark without factors, 2.7 with 50 to 200, 3.4 with 1000.
@@ -61,9 +62,9 @@ def add_confidence(learn: LandmarkLearner, run: Run, best: Checkpoint) -> Checkp
 
 
 def time_needed(learn: LandmarkLearner) -> float:
-    "The time of `add_confidence`, as a multiple of a validation."
+    "The time of `add_confidence` without the regression, as a multiple of a validation."
     n_train, n_valid = (len(dl.items) for dl in learn.dls.loaders)
-    return (min(n_train, FITTED_ON) + 4 * min(n_valid, CALIBRATED_ON)) / n_valid
+    return (min(n_train, IMAGES) + 4 * min(n_valid, IMAGES)) / n_valid
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def fit_spread(model: LandmarkNetwork, learn: LandmarkLearner) -> SpreadHead:
         features = model[0](images).float()
         parts.append((features.cpu(), (model[1](features) - points).norm(dim=-1).cpu()))
         n_images += len(images)
-        if n_images >= FITTED_ON:
+        if n_images >= IMAGES:
             break
     features, errors = map(torch.cat, zip(*parts, strict=True))
     of_landmark = errors.mean(0).clamp(min=1e-6)
@@ -95,7 +96,7 @@ def fit_spread(model: LandmarkNetwork, learn: LandmarkLearner) -> SpreadHead:
 def predict_held_out(network: PointsAndSpread, learn: LandmarkLearner) -> HeldOut:
     "Predict the validation images, with the second pass and the flip test where `predict.py` has them."
     dl, settings, alignment = learn.dls.valid, learn.settings, alignment_of(learn.settings)
-    dl.crops = dict.fromkeys(range(0, len(dl.items), -(-len(dl.items) // CALIBRATED_ON)))
+    dl.crops = dict.fromkeys(range(0, len(dl.items), -(-len(dl.items) // IMAGES)))
     try:
         if alignment:
             maps = [m for points, *_ in _predicted(network, dl, settings) for m in alignment.maps(points.cpu().numpy())]

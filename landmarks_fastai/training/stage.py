@@ -21,7 +21,7 @@ from landmarks_fastai.runs.run import Run, typed_as, write_record
 from landmarks_fastai.settings import ALIGN, INPUT, Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
-from landmarks_fastai.training.confidence import add_confidence, time_needed
+from landmarks_fastai.training.confidence import REGRESSION, add_confidence, time_needed
 from landmarks_fastai.training.learner import LandmarkLearner, load_best
 from landmarks_fastai.training.memory import within_memory
 from landmarks_fastai.training.scoring import validation_scores, with_input_of
@@ -198,8 +198,9 @@ def _fit(learn: LandmarkLearner, cbs: list[Callback], started: float, state: Sta
     settings, epochs = learn.settings, learn.settings.epochs
     if settings.minutes:
         after = 2.5 if settings.flip_indices and not settings.tta else 0.0
-        after += time_needed(learn) if settings.confidence else 0.0
         deadline = started + 60 * settings.minutes - PICTURES
+        if settings.confidence:
+            after, deadline = after + time_needed(learn), deadline - REGRESSION
         cbs = [*cbs, callbacks.TimeLimit(deadline, after, state.metadata["seconds"] if state else 0.0)]
         epochs = FOREVER
     fit = learn.fit_one_cycle if settings.sched == "onecycle" else learn.fit
