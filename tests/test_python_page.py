@@ -15,7 +15,7 @@ from fasttransform import ItemTransform, Transform
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from landmarks_fastai import landmark_block, landmark_dataloaders, landmark_learner
+from landmarks_fastai import Predictor, landmark_block, landmark_dataloaders, landmark_learner
 from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.geometry import input_to_unit, pixel_map, unit_to_input
 from landmarks_fastai.metrics import points_in_image
@@ -222,6 +222,14 @@ def test_an_exported_learner_predicts_where_there_is_no_data(learn, data, drawn,
     shutil.rmtree(data)
     loaded = load_learner(tmp_path / "x.pkl")
     assert loaded.predict_points(file) == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_save_writes_after_a_fit_is_a_checkpoint(learn, drawn, tmp_path):
+    file = sorted((drawn / "test" / "images").iterdir())[0]
+    for fit in (learn.fit, learn.fit_one_cycle):
+        fit(1, 1e-3)
+        found = Predictor(learn.save(f"{tmp_path}/saved"))(file)
+        assert found.points == pytest.approx(learn.predict_points(file)[0], abs=0.01)
 
 
 def test_settings_that_the_dataloaders_decide_are_refused_later(learn):

@@ -5,6 +5,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+from itertools import pairwise
 
 import pytest
 
@@ -92,12 +93,15 @@ def test_the_groups_of_defaults_parse():
 
 
 def test_the_command_lines_of_the_three_stages_parse():
-    lines = re.findall(r"^python (train|finetune|predict)\.py +(.+)$", TEXT, re.M)
-    assert [script for script, _ in lines] == ["train", "finetune", "finetune", "predict", "train"]
-    assert arguments.train_arguments(shlex.split(lines.pop()[1], comments=True)).resume
-    for script, line in lines:
-        args = getattr(arguments, f"{script}_arguments")(shlex.split(line))
-        assert args.data == ""
+    "Those of the README, and the published entry's; each later stage loads the run before."
+    for page, data in (("README.md", "DIR"), ("docs/baseline.md", "")):
+        lines = re.findall(r"^python (train|finetune|predict)\.py +(.+)$", PAGES[page], re.M)[:4]
+        assert [script for script, _ in lines] == ["train", "finetune", "finetune", "predict"]
+        stages = [getattr(arguments, f"{script}_arguments")(shlex.split(line)) for script, line in lines]
+        assert stages[0].data == data
+        for before, after in pairwise(stages):
+            (loaded,) = [after.pretrained_model] if isinstance(after.pretrained_model, str) else after.pretrained_model
+            assert loaded.removesuffix("_best.pth") == before.name
 
 
 @each(p for p in PAGES if commands(PAGES[p]))
@@ -126,7 +130,7 @@ def test_the_lines_of_python_run(drawn, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), names)
     titles = [ax.get_title() for ax in plt.gcf().axes]
     plt.close("all")
-    assert any(t.startswith("score") for t in titles) and names["points"].shape == (1, N_POINTS, 2)
+    assert any(t.startswith("score") for t in titles) and names["points"].shape == (N_POINTS, 2)
 
 
 @each(PAGES)

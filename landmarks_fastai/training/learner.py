@@ -95,6 +95,13 @@ class LandmarkLearner(ResumableLearner):
         "As fastai's; a single learning rate is the body's."
         super().fit_one_cycle(n_epoch, self.param_group_lrs(lr_max), **kwargs)
 
+    def save(self, file: str | Path, **kwargs: Any) -> Path:
+        "As fastai's; the optimiser's numbers are saved as Python's own: numpy's would need a pickle that may run code."
+        for group in self.opt.opt.param_groups if self.opt else []:
+            group["lr"] = float(group["lr"])
+            group |= {k: tuple(map(float, v)) for k, v in group.items() if k == "betas"}
+        return super().save(file, **kwargs)
+
     def lr_find(
         self,
         start_lr: float = 1e-5,  # of the body
