@@ -17,7 +17,7 @@ from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.onnx_network import SEAL_SIZE, OnnxNetwork, sealed
 from landmarks_fastai.runs.checkpoint import read_checkpoint
-from tests.conftest import N_POINTS, QUICK, ROOT, train_run
+from tests.conftest import N_POINTS, QUICK, ROOT, csv_lines, train_run
 
 SIZE = 32
 
@@ -312,6 +312,7 @@ def test_spread_is_the_checkpoints(drawn, inputs, monkeypatch, capfd, tmp_path, 
 
 @pytest.mark.slow
 def test_int8_is_written_beside_the_float_network_with_both_scores(out, drawn, inputs, monkeypatch, capfd, tmp_path):
+    from landmarks_fastai.inference.predictor import Predictor
 
     shutil.copytree(out / "m", tmp_path / "m")
     code, printed, err = typed(monkeypatch, capfd, "m --int8 --out", tmp_path)
