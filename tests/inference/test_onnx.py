@@ -17,7 +17,7 @@ from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.onnx_network import SEAL_SIZE, OnnxNetwork, sealed
 from landmarks_fastai.runs.checkpoint import read_checkpoint
-from tests.conftest import N_POINTS, QUICK, ROOT, train_run
+from tests.conftest import N_POINTS, QUICK, ROOT, csv_lines, train_run
 
 SIZE = 32
 
@@ -126,6 +126,25 @@ def test_mistakes_on_the_command_line(out, monkeypatch, capfd, tmp_path):
     ]:
         code, printed, err = typed(monkeypatch, capfd, line, "--out", out)
         assert code == 1 and message in err and err.count("\n") == 1 and printed == "", err
+
+
+def test_the_second_pass_of_other_programs():
+    "docs/onnx.md has the way from the first points to the crop, and back, in complex numbers."
+    from landmarks_fastai.data.align import Alignment
+    from landmarks_fastai.geometry import unit_to_input
+
+    rng = np.random.default_rng(0)
+    shape, points, u, align = rng.normal(size=(9, 2)), rng.uniform(50, 200, (9, 2)), rng.uniform(-1, 1, (9, 2)), 1.3
+    shape -= shape.mean(0)
+    points = points * 0.1 + shape @ [[20, 30], [-30, 20]] + 100
+    to_input = Alignment(shape, align, 64).maps(points[None])[0]
+
+    s, z = shape @ [1, 1j], points @ [1, 1j]
+    centre = z.mean()
+    factor = ((z - centre) * s.conj()).sum() / (abs(s) ** 2).sum()
+    middle, extent = (shape.min(0) + shape.max(0)) / 2 @ [1, 1j], np.ptp(shape, axis=0).max()
+    found = centre + factor * (middle + u @ [1, 1j] * align * extent / 2)
+    assert np.stack([found.real, found.imag], -1) == pytest.approx(to_input.to_image(unit_to_input(u, 64)))
 
 
 def resealed(path, change):
@@ -293,6 +312,7 @@ def test_spread_is_the_checkpoints(drawn, inputs, monkeypatch, capfd, tmp_path, 
 
 @pytest.mark.slow
 def test_int8_is_written_beside_the_float_network_with_both_scores(out, drawn, inputs, monkeypatch, capfd, tmp_path):
+    from landmarks_fastai.inference.predictor import Predictor
 
     shutil.copytree(out / "m", tmp_path / "m")
     code, printed, err = typed(monkeypatch, capfd, "m --int8 --out", tmp_path)
@@ -305,9 +325,10 @@ def test_int8_is_written_beside_the_float_network_with_both_scores(out, drawn, i
     small, exact = OnnxNetwork(tmp_path / "m" / "m_int8.onnx"), OnnxNetwork(tmp_path / "m" / "m.onnx")
     assert small.path.stat().st_size < exact.path.stat().st_size / 2
     assert small.score == pytest.approx(float(found[1]), rel=1e-3)
-    assert exact.score == pytest.approx(
-        float(found[2]), rel=1e-3
-    )  # the checkpoint's, of one pass without the flip test
+    rows = [line.split("\t") for line in csv_lines(drawn / "train" / "landmarks.csv")[-8:]]
+    truth = np.array([row[1:] for row in rows], float).reshape(8, N_POINTS, 2)
+    points = Predictor(tmp_path / "m" / "best.pth")([drawn / "train" / "images" / row[0] for row in rows])
+    assert np.mean((np.stack(points) - truth) ** 2) == pytest.approx(float(found[2]), rel=1e-3)
     assert 0 < distance(small(inputs).points, exact(inputs).points) < 2
 
     code, _, err = typed(monkeypatch, capfd, "m --int8 --out", tmp_path, "-d", tmp_path)
