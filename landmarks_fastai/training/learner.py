@@ -97,7 +97,7 @@ class LandmarkLearner(ResumableLearner):
 
     def save(self, file: str | Path, **kwargs: Any) -> Path:
         "As fastai's; the optimiser's numbers are saved as Python's own: numpy's would need a pickle that may run code."
-        for group in self.opt.opt.param_groups if self.opt else []:
+        for group in cast(Any, self.opt).opt.param_groups if self.opt else []:
             group["lr"] = float(group["lr"])
             group |= {k: tuple(map(float, v)) for k, v in group.items() if k == "betas"}
         return super().save(file, **kwargs)
