@@ -63,12 +63,28 @@ def test_the_examples_of_the_page_of_predictions_run(quick_run, drawn, tmp_path,
     shutil.copytree(drawn / "test" / "images", tmp_path / "photos")
     shutil.copy(next((drawn / "test" / "images").iterdir()), tmp_path / "photo.jpg")
     (tmp_path / "photo.txt").write_text("no picture")
+    write_clip(tmp_path / "clip.mp4", Image.open(tmp_path / "photo.jpg"), 7)
     monkeypatch.chdir(tmp_path)
     names = {}
     for code in re.findall(r"```python\n(.*?)```", PREDICT, re.S):
         exec(compile(code, "docs/predict.md", "exec"), names)
     assert names["points"].shape == (N_POINTS, 2) and names["face"].score > 0.6
     assert "photo.txt cannot be read as an image" in names["result"].error
+    assert names["frame"].frame == 6 and [face.track for face in names["frame"].objects] == [1]
+    assert Path("copy.mp4").stat().st_size > 1e3
+
+
+def write_clip(path, image, n):
+    "Write a video that shows one image in `n` frames of 320 x 240 px."
+    av = pytest.importorskip("av")
+    shown = Image.new("RGB", (320, 240))
+    shown.paste(image, (20, 10))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for _ in range(n):
+            container.mux(stream.encode(av.VideoFrame.from_image(shown)))
+        container.mux(stream.encode(None))
 
 
 class Counted(Transform):
