@@ -1,10 +1,14 @@
 "The submission: `python predict.py -pm NAME` predicts the test images' points."
 
 from landmarks_fastai.cli import app, arguments, resolve
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.utils.distributed import on_first, this_process
 
 
 def main() -> None:
-    args = arguments.predict_arguments()
+    args = on_first(arguments.predict_arguments)
+    if this_process().count > 1:
+        raise UserError("predict.py runs in one process: start it without torchrun")
 
     from landmarks_fastai.inference.predictor import predict_test
     from landmarks_fastai.runs.checkpoint import find_checkpoint

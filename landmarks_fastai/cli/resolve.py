@@ -18,6 +18,7 @@ from landmarks_fastai.settings import (
     WEIGHT_DECAY,
     Settings,
 )
+from landmarks_fastai.utils.distributed import is_first
 from landmarks_fastai.utils.hardware import Machine
 
 # Settings for the drawn faces: `python train.py` alone should take three minutes on two cores. Scores on 120 held-out
@@ -109,7 +110,7 @@ def machine(args: argparse.Namespace) -> Machine:
     "The `Machine` of the flags, prepared. Without a GPU, --gpu prints a warning and the CPU is used."
     import torch
 
-    if args.gpu and not torch.cuda.is_available():
+    if args.gpu and not torch.cuda.is_available() and is_first():
         why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
         print(f"warning: --gpu was given, {why}: using the CPU", file=sys.stderr)
     device = "cuda" if args.gpu and torch.cuda.is_available() else "cpu"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Machine:
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores //= this_process().local_count
         # A spawned worker (Windows) imports everything again, 0.4 GB; training and validation each have their own workers.
         if multiprocessing.get_context().get_start_method() != "fork":
             cores = min(cores, total_memory() // (2 << 30))
@@ -101,6 +103,11 @@ class Machine:
         os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
         import torch
 
+        if self.device == "cuda":
+            process, found = this_process(), torch.cuda.device_count()
+            if process.local_count > found:
+                raise UserError(f"--nproc-per-node {process.local_count}: this machine has {found} GPUs")
+            torch.cuda.set_device(process.local_rank)  # "cuda" is this one from now on
         if self.compile:
             try:
                 torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))

@@ -13,7 +13,10 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.callbacks.progress import History
 from landmarks_fastai.training.state import State, capture_state, restore_state, write_state
+from landmarks_fastai.utils.distributed import announce, is_first, wait_for
 from landmarks_fastai.utils.signals import SignalFlag, Stopped, signal_flag
+
+STATE_SAVED = 20  # seconds that the other processes wait for the first to write; torchrun kills them after 30
 
 
 class SaveResumeState(Callback):
@@ -59,6 +62,10 @@ class SaveResumeState(Callback):
 
     def after_batch(self):
         self.batch += self.training
+        if (
+            self.training
+        ):  # all stop behind the same step; in a validation, whose batches may differ in number, each alone
+            self.flag.agree()
         if self.flag.number:
             self.stop()
         elif self.training and time.monotonic() - self.written >= self.every:
@@ -66,6 +73,7 @@ class SaveResumeState(Callback):
 
     def after_epoch(self):
         self.write(self.epoch + 1, 0)
+        self.flag.agree()
         if self.flag.number:
             self.stop()
 
@@ -81,6 +89,10 @@ class SaveResumeState(Callback):
         here = (self.epoch, self.batch)
         if self.at not in (here, (self.epoch + 1, 0)):
             self.write(*here)
+        if is_first():
+            announce("state saved")
+        else:
+            wait_for("state saved", STATE_SAVED)
         raise Stopped(code=self.flag.code)
 
     @contextmanager
