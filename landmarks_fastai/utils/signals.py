@@ -37,10 +37,11 @@ class SignalFlag:
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    def agree(self) -> None:
-        "Take a signal of any process as one of all."
-        if this_process().count > 1:
-            self.number = int(all_reduce([self.number or 0], "MAX")) or None
+    def agree(self) -> bool:
+        "Return whether any process has a signal; a signal that arrives meanwhile counts the next time."
+        agreed = int(all_reduce([self.number or 0], "MAX"))
+        self.number = agreed or self.number
+        return agreed > 0
 
     @property
     def code(self) -> int:
