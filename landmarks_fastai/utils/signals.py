@@ -46,7 +46,7 @@ class SignalFlag:
     @property
     def code(self) -> int:
         "The exit code after the first signal."
-        return 128 + (self.number or 0)
+        return 128 + (self.number or signal.SIGTERM)  # if another process got it
 
 
 @contextmanager
