@@ -33,7 +33,7 @@ def claimed_run(
     torchrun the first locks the run.
     """
     if not is_first():
-        run = broadcast(None)
+        run: Run = broadcast()
         if not run.file("run.json").exists():
             raise UserError(f"{run.folder} of the first process is not on this machine: --out must be a shared folder")
         with _resume_hint(run):

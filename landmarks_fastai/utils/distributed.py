@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.files import reason
@@ -71,19 +71,19 @@ def start() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage] (documented there)
 
-    numbers = [int(os.environ[f"{k}LOCAL_{v}"]) for k, v in (("", "RANK"), ("", "WORLD_SIZE"))]
-    machine, machines = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        group_store = dist.PrefixStore("group", store)
+        store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
+        group_store = PrefixStore("group", store)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=count, timeout=TIMEOUT)
     except RuntimeError as e:
         hint = "GLOO_SOCKET_IFNAME names the network interface to use"
         raise UserError(f"the processes of torchrun cannot connect ({reason(e)}); {hint}") from None
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _this = Process(rank, count, *numbers, machine, machines, dist.PrefixStore(f"run{restart}", store))
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+    local_rank, local_count, machine, machines = (int(os.environ[name]) for name in names)
+    _this = Process(rank, count, local_rank, local_count, machine, machines, PrefixStore("run", store))
     # fastai gathers the loss of every batch where these are set: it would wait for a process that has fewer batches
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name)
@@ -106,10 +106,10 @@ def barrier() -> None:
         all_reduce([0.0])  # not torch's `barrier`, which takes a GPU where there is one
 
 
-def broadcast(value: T) -> T:
+def broadcast(value: T | None = None) -> T:
     "Return the first process's value in all of them. It is pickled."
     if not _this.store:
-        return value
+        return cast(T, value)
     import torch
     import torch.distributed as dist
 
