@@ -24,16 +24,8 @@ T = TypeVar("T")
 # A process that ends closes its connections, which the others notice at once. The timeout is for a machine that loses
 # its network or its power; the first process may check images for as long while the others wait.
 TIMEOUT = timedelta(minutes=30)
-# In the text of a RuntimeError where another process has ended: gloo's and NCCL's transport, torch's TCPStore
-ENDED = (
-    "gloo",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "NCCL",
-    "Broken pipe",
-    "TCPStore",
-    "recvValue",
-)
+# In the text of a RuntimeError where another process has ended: gloo (2), NCCL, torch's TCPStore
+ENDED = ("gloo/transport", "Connection closed by peer", "ncclRemoteError", "TCPStore")
 FIRST_PRINTS = 2  # seconds that the others give the first process to say why the run ends
 
 
@@ -166,8 +158,8 @@ def prints_line(first_prints: bool = False) -> bool:
 
     If all know the reason, `first_prints`: the others wait, and ask in case the first process was killed.
     """
-    if not _this.store:
-        return True
+    if not _this.store:  # torchrun's environment: interrupted before `start` is done
+        return os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
     if first_prints and not is_first():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # torchrun ends the other processes when one has ended

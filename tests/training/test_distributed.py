@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,8 +21,8 @@ from landmarks_fastai.data.block import landmark_dataloaders
 from tests.conftest import QUICK, ROOT
 from tests.training.test_resume import check_equal
 
-# No batch norm: its means are of each process's part of a batch. A low rate: three epochs go on getting better.
-PLAIN = f"{QUICK} --arch timm:test_convnext -e 3 -lr 1e-4 --align 1.05 --tta"
+# No batch norm: its means are of each process's part of a batch. A low rate: all epochs go on getting better.
+PLAIN = f"{QUICK} --arch timm:test_convnext -e 4 -lr 1e-4 --align 1.05 --tta"
 SHORT = f"{QUICK} --head 16,drop0.5 -e 3 --align 1.05 --save-every 0"  # batch norm, dropout, a state at every step
 LIMIT = 240  # seconds, for a machine under load: a deadlock would last for distributed.TIMEOUT
 
@@ -162,16 +163,16 @@ def test_augmentation_of_one_process_is_that_of_the_whole_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes,batch", [(2, 4), (3, 3)])
-def test_processes_equal_one_with_a_batch_as_large(drawn, tmp_path, processes, batch):
+@pytest.mark.parametrize("processes,batch,flags", [(2, 4, ""), (3, 3, "--accumulate 2")])
+def test_processes_equal_one_with_a_batch_as_large(drawn, tmp_path, processes, batch, flags):
     "Losses of ten steps to 1e-5, scores of both passes, the average and the flip test to 1e-4; each file written by one."
-    one_process(tmp_path, f"spy.py {PLAIN} -b {batch * processes} -n one -d {drawn} --on-bad skip")
+    one_process(tmp_path, f"spy.py {PLAIN} {flags} -b {batch * processes} -n one -d {drawn} --on-bad skip")
     one = json.loads((tmp_path / "spy0.json").read_text())
     data = shutil.copytree(drawn, tmp_path / "data", ignore=shutil.ignore_patterns("*.cache"))
-    out = finish(torchrun(tmp_path, f"spy.py {PLAIN} -b {batch} --cache -n several -d data", processes))
+    out = finish(torchrun(tmp_path, f"spy.py {PLAIN} {flags} -b {batch} --cache -n several -d data", processes))
     assert out.count("run several") == 2 and f"torchrun --nproc-per-node {processes} finetune.py" in out
     spies = [json.loads((tmp_path / f"spy{rank}.json").read_text()) for rank in range(processes)]
-    assert len(one["losses"]) >= 9 and all(spy["losses"] == spies[0]["losses"] for spy in spies)
+    assert len(one["losses"]) >= 10 and all(spy["losses"] == spies[0]["losses"] for spy in spies)
     np.testing.assert_allclose(spies[0]["losses"], one["losses"], rtol=1e-5)
     ends = [pd.read_csv(tmp_path / f"runs/{n}/history.csv").drop(columns="time") for n in ("one", "several")]
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-4)
@@ -182,6 +183,9 @@ def test_processes_equal_one_with_a_batch_as_large(drawn, tmp_path, processes, b
     (crops,) = (data / "train").glob("images-32-align*.cache")
     trained_on = sum(np.frombuffer(crops.read_bytes(), np.int64, rows, 4096) > 0)
     assert crops.stat().st_size == 4096 + 8 * rows + record * trained_on
+    out = finish(torchrun(tmp_path, "finetune.py -e 1 --ema 0 -n later -pm several", processes))
+    loaded, reported = re.search(r"loaded: score (\S+) on .*; its stage reported (\S+)", out).groups()
+    assert float(loaded) == pytest.approx(float(reported), rel=1e-5) and "run later: score" in out
     assert {p.name for p in (tmp_path / "runs/several").iterdir()} == {
         p.name for p in (tmp_path / "runs/one").iterdir()
     }
