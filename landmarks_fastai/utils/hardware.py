@@ -103,8 +103,9 @@ class Machine:
         os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
         import torch
 
-        if self.device == "cuda":
-            process, found = this_process(), torch.cuda.device_count()
+        process = this_process()
+        if self.device == "cuda" and process.store:
+            found = torch.cuda.device_count()
             if process.local_count > found:
                 raise UserError(f"--nproc-per-node {process.local_count}: this machine has {found} GPUs")
             torch.cuda.set_device(process.local_rank)  # "cuda" is this one from now on

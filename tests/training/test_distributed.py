@@ -26,7 +26,8 @@ PLAIN = f"{QUICK} --arch timm:test_convnext -e 4 -lr 1e-4 --align 1.05 --tta"
 SHORT = f"{QUICK} --head 16,drop0.5 -e 3 --align 1.05 --save-every 0"  # batch norm, dropout, a state at every step
 LIMIT = 240  # seconds, for a machine under load: a deadlock would last for distributed.TIMEOUT
 
-# train.py with its losses and the files that it wrote; the process SPOIL[0] damages the image SPOIL[1] behind epoch 0
+# train.py with its losses and the files that it wrote; behind epoch 0 the process SPOIL[0] damages the image SPOIL[1], or
+# runs out of memory
 SPY = f"""
 import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -38,11 +39,14 @@ def main():
     from fastai.callback.core import Callback
     from fastai.torch_core import defaults
     class Spy(Callback):
+        def after_pred(self):
+            if self.training and self.epoch and spoil == [rank, "memory"]:
+                raise MemoryError("of a test")
         def after_batch(self):
             if self.training:
                 losses.append(float(self.loss))
         def after_epoch(self):
-            if rank == spoil[0]:
+            if rank == spoil[0] and spoil[1] != "memory":
                 open(spoil[1], "wb").write(b"no image")
     defaults.callbacks = [*defaults.callbacks, Spy()]
     train.main()
@@ -245,6 +249,8 @@ def test_errors_are_told_once(drawn, data, tmp_path):
     image = training_dl(data, (1, 2)).train.dataset.items[0].path
     process = torchrun(tmp_path, f"spy.py {QUICK} -b 4 -e 3 -n r -d {data}", SPOIL=f"1,{image}")
     check_stopped(process, f"image {image} cannot be read as an image", "then resume with: torchrun --nproc-per-node 2")
+    process = torchrun(tmp_path, f"spy.py {QUICK} -b 4 -e 3 -n m -d {drawn}", SPOIL="1,memory")
+    check_stopped(process, "error: -b 4: not enough memory for such a batch", "then resume with: torchrun")
     assert not list(tmp_path.rglob("*.lock"))
 
 
