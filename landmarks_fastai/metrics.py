@@ -3,7 +3,7 @@
 A loss in pixels of the network's input would rank models differently: each image is resized by a factor of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastai.learner import Metric
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap, unit_to_input
+from landmarks_fastai.utils.distributed import all_reduce
 
 Points = torch.Tensor | npt.ArrayLike  # a tensor, an array or nested lists
 Normaliser = str | tuple[int, int]  # of an NME: box_diag, image_diag, or the indices of two points
@@ -132,6 +133,14 @@ class ImageMetric(Metric):
     @property
     def name(self) -> str:
         return self._name
+
+
+def sum_over_processes(metrics: Iterable[Any]) -> None:
+    "Let metrics of `total` and `count`, as `ImageMetric` and fastai's `AvgLoss`, hold the sums over all processes."
+    metrics = list(metrics)
+    sums = all_reduce([float(value) for metric in metrics for value in (metric.total, metric.count)]).tolist()
+    for metric, total, count in zip(metrics, sums[::2], sums[1::2], strict=True):
+        metric.total, metric.count = total, int(count)
 
 
 def _no_sizes(normaliser):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.utils import distributed
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.signals import UNREAD, exit_on_sigterm
 
@@ -28,13 +30,16 @@ def started(state: "State | None") -> float:
 
 def resume_message(state: "State") -> str:
     epoch, batch = state.place
-    return f"resuming at epoch {epoch}, batch {batch}"
+    before, now = state.metadata["processes"], this_process().count
+    changed = f"; {now} processes, {before} before: a step sees {now} times -b images" if now != before else ""
+    return f"resuming at epoch {epoch}, batch {batch}{changed}"
 
 
 def run_main(main: Callable[[], None]) -> None:
     "Run a script's main function, and exit with a code of docs/errors.md if it raises."
     _prepare_process()
     try:
+        distributed.start()
         main()
         sys.stdout.flush()
     except UserError as e:
@@ -52,8 +57,15 @@ def run_main(main: Callable[[], None]) -> None:
         if sys.stdout.isatty():
             print()  # below the progress bar
         text = str(e) if isinstance(e, KeyboardInterrupt) else "its output is not read any more"
-        print(f"stopped: {text}" if text else "stopped", file=sys.stderr)
+        if distributed.prints_line(first_prints=True):
+            print(f"stopped: {text}" if text else "stopped", file=sys.stderr, flush=True)
         sys.exit(getattr(e, "code", 130 if isinstance(e, KeyboardInterrupt) else UNREAD))
+    except RuntimeError as e:
+        if not distributed.process_ended(e):
+            raise
+        if distributed.prints_line(first_prints=True):
+            print("stopped: another process of the run has ended", file=sys.stderr, flush=True)
+        sys.exit(1)
     except OSError as e:
         if e.errno != errno.ENOSPC or e.filename:
             raise
@@ -72,12 +84,15 @@ def _prepare_process():
             stream, io.TextIOWrapper
         ):  # a name in Cyrillic must not stop a run in a terminal of another encoding
             stream.reconfigure(errors="replace")
+    if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
     exit_on_sigterm()
 
 
 def _fail(*lines) -> NoReturn:
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
+    if distributed.prints_line():
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(1)
 
 

@@ -5,10 +5,11 @@ from landmarks_fastai.cli.resume import record_of
 from landmarks_fastai.runs.claim import claimed_run
 from landmarks_fastai.runs.run import find_checkpoint_file, run_name
 from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_LR_MULT
+from landmarks_fastai.utils.distributed import on_first
 
 
 def main() -> None:
-    args = arguments.finetune_arguments()
+    args = on_first(arguments.finetune_arguments)
     args.pretrained_model = str(find_checkpoint_file(args.pretrained_model, args.out))
     default_name = f"{run_name(args.pretrained_model)}+{args.epochs or FINETUNE_EPOCHS}"
     with claimed_run(args.out, args.name, default_name, record_of(args), args.overwrite, args.resume) as run:

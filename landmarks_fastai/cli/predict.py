@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from landmarks_fastai.cli import app, arguments, resolve
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.utils.distributed import on_first, this_process
 
 if TYPE_CHECKING:
     from landmarks_fastai.inference.pictures import Picture
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    args = arguments.predict_arguments()
+    args = on_first(arguments.predict_arguments)
+    if this_process().count > 1:
+        raise UserError("predict.py runs in one process: start it without torchrun")
 
     from landmarks_fastai.inference.predictor import Predictor, open_network
     from landmarks_fastai.runs.claim import claim_output

@@ -18,6 +18,7 @@ from landmarks_fastai.settings import (
     WEIGHT_DECAY,
     Settings,
 )
+from landmarks_fastai.utils.distributed import is_first
 from landmarks_fastai.utils.hardware import Machine
 
 # Settings for the drawn faces: `python train.py` alone should take three minutes on two cores. Scores on 120 held-out
@@ -110,7 +111,7 @@ def machine(args: argparse.Namespace) -> Machine:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
+        if device == "cpu" and is_first():
             why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
             print(f"warning: --gpu was given, {why}: using the CPU", file=sys.stderr)
     names = {f.name for f in dataclasses.fields(Machine)} - {"device"}

@@ -3,10 +3,11 @@
 from landmarks_fastai.cli import app, arguments, resolve
 from landmarks_fastai.cli.resume import record_of
 from landmarks_fastai.runs.claim import claimed_run
+from landmarks_fastai.utils.distributed import in_turn, on_first
 
 
 def main() -> None:
-    args = arguments.train_arguments()
+    args = on_first(arguments.train_arguments)
     drawn = args.data is None
     settings = resolve.first_settings(args, drawn)
     default_name = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
@@ -25,7 +26,7 @@ def main() -> None:
         else:
             weights = args.weights if args.weights is not None else "none" if drawn else "imagenet"
             if drawn:
-                settings = resolve.drawn_faces(settings, args.out, weights)
+                settings = in_turn(lambda: resolve.drawn_faces(settings, args.out, weights))
             learn = first_stage(settings, weights, machine, run)
             if args.lr == "find":
                 find_lr(learn, run)

@@ -41,18 +41,20 @@ class Augment(ItemTransform):
         self.flip_indices = None if flip_indices is None else torch.as_tensor(flip_indices)
         self.begin(0)
 
-    def begin(self, epoch: int, batch: int = 0) -> None:
-        "Set the epoch and the number of the next batch."
-        self.epoch, self.batch = epoch, batch
+    def begin(self, epoch: int, batch: int = 0, share: tuple[int, int] = (0, 1)) -> None:
+        "Set the epoch, the number of the next batch, and which part of it this process has: (rank, number of processes)."
+        self.epoch, self.batch, self.share = epoch, batch, share
 
     def encodes(self, item):
         images, points, *maps = item
         rng = np.random.default_rng([self.seed, self.epoch, self.batch])
         self.batch += 1
-        matrix, mirrored = self.sample_warp(rng, len(images))
+        (rank, processes), n = self.share, len(images)
+        part = slice(rank * n, (rank + 1) * n)
+        matrix, mirrored = (drawn[part] for drawn in self.sample_warp(rng, n * processes))
         back = invert(matrix).to(images.device)  # computed on the CPU: the batch has few matrices
         matrix, mirrored = matrix.to(images.device), mirrored.to(images.device)
-        colours = [c.to(images.device) for c in self.sample_colour(rng, len(images))]
+        colours = [drawn[part].to(images.device) for drawn in self.sample_colour(rng, n * processes)]
         moved = warp_images(images.as_subclass(torch.Tensor), back)
         if self.strength:
             moved = change_colours(moved, *colours)

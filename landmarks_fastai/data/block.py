@@ -29,6 +29,7 @@ from landmarks_fastai.data.transforms import OpenInput, PointsToUnit, StoredPoin
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
 from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import bar
 
@@ -114,6 +115,9 @@ def landmark_dataloaders(
             key |= {"shape": zlib.crc32(repr(settings.shape).encode())}
             inputs.crops = open_cache(images.folder, rows, f"align{settings.align:g}", settings.size, key)
     dls = block.dataloaders(images)
+    process = this_process()
+    for dl in dls.loaders:
+        dl.share = process.rank, process.count
     # attributes of their own, that fastai's DataLoaders do not declare
     dls.flip, dls.align_gain = flip, gain  # pyright: ignore[reportAttributeAccessIssue]
     return dls

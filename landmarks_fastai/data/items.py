@@ -17,6 +17,7 @@ from landmarks_fastai.data.checks import LEAVES, check_images, write_listing
 from landmarks_fastai.data.labels import Labels, Table, data_folder, open_labels
 from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
 from landmarks_fastai.geometry import PixelMap
+from landmarks_fastai.utils.distributed import is_first
 from landmarks_fastai.utils.parallel import bar
 
 
@@ -179,7 +180,9 @@ def labelled_images(
 def _report_bad_rows(n_bad: int, problems: Iterable[Problem], n_rows: int, on_bad: str, listing: Path | None) -> None:
     "Raise `BadData`, or list the bad rows and print how many are left out."
     stop = n_bad > 0 and (on_bad == "stop" or n_bad == n_rows)
-    if listing and n_bad > (SHOWN if stop else 0):
+    if not is_first():
+        pass  # the first process writes the list
+    elif listing and n_bad > (SHOWN if stop else 0):
         problems = list(problems)
         write_listing(listing, problems)
     elif listing:

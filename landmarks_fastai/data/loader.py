@@ -44,7 +44,9 @@ class BatchMaker(Dataset):
         for tfm in self.dl.after_item.fs:
             if isinstance(tfm, PointsToUnit):
                 tfm.lost.end_batch(len(rows))
-        if len(items) == 1 < len(rows) and self.dl.drop_last:
+        if self.dl.drop_last and self.dl.share[1] > 1:  # all processes count the same number of images
+            items = (items * len(rows))[: len(rows)]
+        elif len(items) == 1 < len(rows) and self.dl.drop_last:
             items = items * 2
         seen = [int(row) for row, item in zip(rows, found, strict=True) if item is not None]
         return (self.dl.do_batch(items) if items else None), seen
@@ -63,7 +65,12 @@ class LandmarkDL(TfmdDL):
     """A `TfmdDL` whose order depends on (seed, epoch) only, and whose plots compare predicted and true points.
 
     `settings` are those of its DataBlock. The next epoch starts at batch `first`: not 0 in a resumed run.
+
+    `share` is (rank, number of processes). A training batch is this process's part of one that is so many times as large;
+    of other rows each is in one process. Copies made by `new` have all rows.
     """
+
+    share = (0, 1)
 
     def __init__(self, dataset: Any, settings: Settings | None = None, epoch: int = 0, **kwargs: Any):
         self.settings, self.epoch, self.first = settings or Settings(), epoch, 0
@@ -83,7 +90,7 @@ class LandmarkDL(TfmdDL):
         super().before_iter()
         for tfm in self.after_batch.fs:
             if isinstance(tfm, Augment):
-                tfm.begin(self.epoch, self.first)
+                tfm.begin(self.epoch, self.first, self.share)
 
     def get_idxs(self) -> list[int]:
         """Return the rows of a pass, as `CropIndex` where the aligned crop is read.
@@ -91,13 +98,28 @@ class LandmarkDL(TfmdDL):
         With aligned crops, some images of a training batch are seen whole, to train the first pass too. If `crops` is
         set, only its rows are returned.
         """
-        rows = cast("list[int]", super().get_idxs())
+        rows, (rank, processes) = cast("list[int]", super().get_idxs()), self.share
+        if not self.drop_last:
+            rows = rows[rank::processes]
         if self.crops is not None:
             return [CropIndex.of(i, self.crops[i]) if self.crops[i] else i for i in rows if i in self.crops]
         if self.shuffle and self.settings.shape:
-            whole = [k * self.settings.whole_pct % 1 < self.settings.whole_pct for k in range(self.bs or 1)]
+            whole = [
+                k * self.settings.whole_pct % 1 < self.settings.whole_pct for k in range((self.bs or 1) * processes)
+            ]
             rows = [i if whole[k % len(whole)] else CropIndex.of(i) for k, i in enumerate(rows)]
-        return rows[self.first * self.bs :]
+        if not self.drop_last:
+            return rows[self.first * self.bs :]
+        starts = range(self.first * self.bs * processes + rank * self.bs, len(rows), self.bs * processes)
+        return [row for k in starts[: len(self) - self.first] for row in rows[k : k + self.bs]]
+
+    def __len__(self) -> int:
+        rank, processes = self.share
+        if self.n is None or self.bs is None or processes == 1:
+            return super().__len__()
+        if self.drop_last:
+            return self.n // (self.bs * processes)
+        return -(-len(range(rank, self.n, processes)) // self.bs)
 
     def shuffle_fn(self, idxs: Iterable[int]) -> list[int]:
         return np.random.default_rng([self.settings.seed, self.epoch]).permutation(np.asarray(idxs)).tolist()
@@ -109,6 +131,8 @@ class LandmarkDL(TfmdDL):
         rows, self.seen = list(self.chunkify(self.get_idxs())), []
         for batch, seen in self.made(rows):
             if batch is None:
+                if self.drop_last and self.share[1] > 1:  # the others wait for this process's step
+                    raise UserError(f"{self.items.labels.csv}: no image of a batch of {self.bs} can be read")
                 continue
             self.seen += seen
             yield self.after_batch(to_device(tuple(batch), self.device))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import LISTING, MAX_NAME, RUN_FILES, Record, Run, read_record, write_record
+from landmarks_fastai.utils.distributed import broadcast, is_first, process_ended
 from landmarks_fastai.utils.files import process_lock, reason
 from landmarks_fastai.utils.signals import UNREAD, Stopped
 
@@ -28,8 +29,16 @@ def claimed_run(
     """Lock a run for the time of a stage, and yield it. At the end it is marked as finished and its state is deleted.
 
     A stage that fails before anything is saved leaves the name free, and a run that was to be overwritten unchanged.
-    Raises `UserError` for a name that is taken, no plain file name, or used by a running process.
+    Raises `UserError` for a name that is taken, no plain file name, or used by a running process. Of the processes of
+    torchrun the first locks the run.
     """
+    if not is_first():
+        run: Run = broadcast()
+        if not run.file("run.json").exists():
+            raise UserError(f"{run.folder} of the first process is not on this machine: --out must be a shared folder")
+        with _resume_hint(run):
+            yield run
+        return
     out = _make_folder(out)
     if name is not None:
         check_name(name, out)
@@ -50,6 +59,7 @@ def claimed_run(
             run.discard("run.json")
         with _cleanup(run):
             write_record(run, record)
+            broadcast(run)
             yield run
         run.publish()
         write_record(run, replace(run.record or record, ended=True))
@@ -126,20 +136,34 @@ def lock(run: Run) -> AbstractContextManager[bool]:
 
 
 @contextmanager
-def _cleanup(run):
-    "Add the resume command to the message of a run that fails or is stopped; remove its files if it saved nothing."
-    kept = [LISTING]
+def _resume_hint(run):
+    "Add the resume command to the message of a run that fails or is stopped."
     try:
         yield
-    except (KeyboardInterrupt, BrokenPipeError) as e:
-        kept.append("run.json")
+    except (KeyboardInterrupt, BrokenPipeError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not process_ended(e):
+            raise
         text = f"{'the state is saved' if run.saved else 'nothing was saved yet'}; resume with: {run.resume_command}"
         if run.written_to == run.new and not run.saved:
             text = "nothing was saved yet; the run that was to be overwritten is unchanged"
+        if process_ended(e):
+            raise Stopped(f"another process of the run has ended; {text}", 1) from None
         raise Stopped(text, getattr(e, "code", UNREAD if isinstance(e, BrokenPipeError) else 130)) from None
     except UserError as e:
         if run.saved and "--overwrite" not in str(e):
             e.way_on = f"then resume with: {run.resume_command}"
+        raise
+
+
+@contextmanager
+def _cleanup(run):
+    "`_resume_hint`; then remove the files of a run that saved nothing: all but its record if it was stopped."
+    kept = [LISTING]
+    try:
+        with _resume_hint(run):
+            yield
+    except Stopped:
+        kept.append("run.json")
         raise
     finally:
         if run.saved:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import OUT, Settings
+from landmarks_fastai.utils.distributed import is_first, this_process
 from landmarks_fastai.utils.files import atomic_write, reason, rename
 
 FORMAT = 2  # of run.json; format 1 had the words of the command line
@@ -42,7 +43,14 @@ class Record:
 
 
 def typed_as(script: str) -> str:
-    "The command of a script: `python train.py`, or `landmarks-train` in a process started as an installed command."
+    """The command of a script: `python train.py`, or `landmarks-train` in a process started as an installed command.
+
+    In a process of torchrun, the same with its numbers of machines and processes.
+    """
+    process = this_process()
+    if process.store and script != "predict.py":
+        machines = f" --nnodes {process.machines} …" if process.machines > 1 else ""
+        return f"torchrun{machines} --nproc-per-node {process.local_count} {script}"
     installed = Path(sys.argv[0]).stem.startswith("landmarks-")
     return f"landmarks-{Path(script).stem}" if installed else f"python {script}"
 
@@ -96,6 +104,9 @@ class Run:
         "Replace the run that is overwritten, once this one has saved something."
         if self.written_to == self.folder:
             return
+        if not is_first():  # which does it
+            self.written_to = self.folder
+            return
         if self.listing.exists():
             rename(self.listing, self.new / LISTING)
         rename(self.folder, self.old)
@@ -143,8 +154,9 @@ def read_record(run: Run) -> Record | None:
 
 def write_record(run: Run, record: Record) -> None:
     "Write run.json, and set `run.record`."
-    with atomic_write(run.file("run.json")) as f:
-        json.dump({"format": FORMAT} | asdict(record), f, indent=1)
+    if is_first():
+        with atomic_write(run.file("run.json")) as f:
+            json.dump({"format": FORMAT} | asdict(record), f, indent=1)
     run.record = record
 
 

@@ -13,24 +13,25 @@ from landmarks_fastai.runs.run import Run
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
 from landmarks_fastai.training.state import State
+from landmarks_fastai.utils.distributed import in_turn, is_first
 from landmarks_fastai.utils.hardware import Machine
 
 
 def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner of a first stage on the data of the settings; `weights` is imagenet, none, or the path of a file."
     settings = settings.replace(split_seed=settings.seed)
-    dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing)
+    dls = in_turn(lambda: landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing))
     report_flip_map(dls, run)
     report_alignment(dls)
-    return landmark_learner(dls, weights=weights, machine=machine, path=run.out)
+    return in_turn(lambda: landmark_learner(dls, weights=weights, machine=machine, path=run.out))
 
 
 def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner with the weights of a checkpoint, and the settings of a new stage. Raises `UserError` if they do not fit."
-    images = labelled_images(settings.data, on_bad=settings.on_bad, listing=run.listing)
+    images = in_turn(lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=run.listing))
     if (found := images.labels.n_points) != settings.n_points:
         raise UserError(f"{images.labels.csv} has {found} points, {checkpoint.path} was trained on {settings.n_points}")
-    dls = landmark_dataloaders(images, settings, machine=machine)
+    dls = in_turn(lambda: landmark_dataloaders(images, settings, machine=machine))
     report_flip_map(dls, run)
     report_alignment(dls)
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
@@ -48,7 +49,8 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
 def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner for a stopped stage; `SaveResumeState` restores its weights when the fit begins."
     settings, left_out = run.settings, np.array(state.metadata["left_out"], np.int64)
-    dls = landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing, left_out=left_out)
+    source, listing = settings.data, run.listing
+    dls = in_turn(lambda: landmark_dataloaders(source, settings, machine=machine, listing=listing, left_out=left_out))
     if dls.items.labels.identity != state.metadata["labels"]:
         changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped"
         raise UserError(f"{changed}: restore it, or start over with --overwrite")
@@ -70,6 +72,8 @@ def report_flip_map(dls: DataLoaders, run: Run) -> None:
     flip_indices, found = dls.settings.flip_indices, dls.flip
     if isinstance(found, NoFlipMap):
         print(f"no flip map, images are not mirrored: {found}")
+    if not is_first():
+        return
     if isinstance(found, FlipMap):
         plots.plot_flip_map(found.shape, found.flip_indices)
         plots.save_figure(run.file("mirror.png"))

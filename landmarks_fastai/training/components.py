@@ -11,6 +11,7 @@ from fastai.torch_core import params
 
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import callbacks
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.hardware import Machine
 
 
@@ -47,8 +48,10 @@ def body_lr(learn: Learner) -> float | None:
 
 
 def on_machine(machine: Machine) -> list[Callback]:
-    "Return the callbacks for memory format, mixed precision and compilation."
+    "Return the callbacks for memory format, mixed precision, compilation and several processes."
     cbs: list[Callback] = [ChannelsLast()] if machine.channels_last else []
     if machine.precision != "off":
         cbs.append(callbacks.Amp(machine.precision, machine.device))
-    return [*cbs, callbacks.Compile()] if machine.compile else cbs
+    if machine.compile:
+        cbs.append(callbacks.Compile())
+    return [*cbs, callbacks.DistributedTraining()] if this_process().store else cbs

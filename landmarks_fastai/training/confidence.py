@@ -23,7 +23,7 @@ from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.models.heads import SpreadHead
 from landmarks_fastai.models.networks import LandmarkNetwork, PointsAndSpread
-from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from landmarks_fastai.runs.checkpoint import Checkpoint, write_checkpoint
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.learner import LandmarkLearner
 from landmarks_fastai.training.memory import within_memory
@@ -45,8 +45,8 @@ class HeldOut(NamedTuple):
     spreads: np.ndarray  # the same shape
 
 
-def add_confidence(learn: LandmarkLearner, run: Run, best: Checkpoint) -> Checkpoint:
-    "Add a spread to best.pth, write confidence.csv, and print how well the spread holds; returns the new checkpoint."
+def add_confidence(learn: LandmarkLearner, run: Run, best: Checkpoint) -> None:
+    "Add a spread to best.pth, write confidence.csv, and print how well the spread holds."
     model = best.model().to(learn.dls.device)
     with within_memory(learn):
         model.spread = fit_spread(model, learn)
@@ -58,7 +58,6 @@ def add_confidence(learn: LandmarkLearner, run: Run, best: Checkpoint) -> Checkp
     settings = best.settings.replace(confidence=True)
     write_checkpoint(run, model, settings, best.score, best.nme, best.epoch)
     report(run, HeldOut(found.errors, found.spreads * factors), cross_fitted(ratios), settings.all_rows)
-    return read_checkpoint(run.file("best.pth"))
 
 
 def time_needed(learn: LandmarkLearner) -> float:
@@ -73,7 +72,7 @@ def fit_spread(model: LandmarkNetwork, learn: LandmarkLearner) -> SpreadHead:
     from sklearn.linear_model import RidgeCV
 
     set_seed(learn.settings.seed)  # of a user's transforms
-    dl, parts, n_images = learn.dls.train, [], 0
+    dl, parts, n_images = _with_all_rows(learn.dls.train), [], 0
     dl.epoch, dl.first = learn.settings.epochs, 0
     for batch in dl:
         images, points = (t.as_subclass(torch.Tensor) for t in batch[:2])
@@ -95,7 +94,7 @@ def fit_spread(model: LandmarkNetwork, learn: LandmarkLearner) -> SpreadHead:
 @torch.no_grad()
 def predict_held_out(network: PointsAndSpread, learn: LandmarkLearner) -> HeldOut:
     "Predict the validation images, with the second pass and the flip test where `predict.py` has them."
-    dl, settings, alignment = learn.dls.valid, learn.settings, alignment_of(learn.settings)
+    dl, settings, alignment = _with_all_rows(learn.dls.valid), learn.settings, alignment_of(learn.settings)
     dl.crops = dict.fromkeys(range(0, len(dl.items), -(-len(dl.items) // IMAGES)))
     try:
         if alignment:
@@ -108,6 +107,11 @@ def predict_held_out(network: PointsAndSpread, learn: LandmarkLearner) -> HeldOu
     finally:
         dl.crops = None
     return HeldOut(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _with_all_rows(dl: LandmarkDL) -> LandmarkDL:
+    "The loader; of several processes a copy that has the rows of all."
+    return dl.new() if dl.share[1] > 1 else dl
 
 
 def _predicted(network, dl: LandmarkDL, settings):

@@ -7,6 +7,7 @@ import torch
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.training.learner import LandmarkLearner
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.memory import batch_that_fits, check_shared_memory, check_worker_died, out_of_memory
 
 
@@ -34,6 +35,10 @@ def within_memory(learn: LandmarkLearner) -> Iterator[None]:
         if not out_of_memory(e):
             raise
         learn.release_batch()
+        if this_process().count > 1:  # the others wait: no time to try
+            raise UserError(
+                f"-b {settings.batch_size}: not enough memory for such a batch: try a smaller one"
+            ) from None
         size, fits = settings.batch_size, batch_that_fits(e, one_step, settings.batch_size)
         way = "no smaller one fits: try a smaller --size or another --arch"
         if fits:

@@ -9,6 +9,7 @@ from landmarks_fastai.settings import ALIGN, INPUT, Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
 from landmarks_fastai.training.memory import within_memory
+from landmarks_fastai.utils.distributed import all_reduce, in_turn
 
 
 def with_input_of(learn: LandmarkLearner, checkpoint: Checkpoint) -> LandmarkLearner:
@@ -16,7 +17,8 @@ def with_input_of(learn: LandmarkLearner, checkpoint: Checkpoint) -> LandmarkLea
     checkpoint_settings = learn.settings.replace(**checkpoint.settings.of(INPUT))
     if checkpoint_settings == learn.settings:
         return learn
-    dls = landmark_dataloaders(learn.dls.items.all_rows, checkpoint_settings, machine=learn.machine)
+    images = learn.dls.items.all_rows
+    dls = in_turn(lambda: landmark_dataloaders(images, checkpoint_settings, machine=learn.machine))
     other = landmark_learner(dls, weights=None, machine=learn.machine, path=learn.path)
     return load_best(other, checkpoint.path)
 
@@ -53,5 +55,6 @@ def validation_scores(
         learn.validate(cbs=evaluation)
         if not evaluation.alignment:
             return evaluation.first_pass
-        report_unaligned(evaluation.crops.count(None), len(evaluation.crops))
+        unaligned, images = all_reduce([evaluation.crops.count(None), len(evaluation.crops)]).int().tolist()
+        report_unaligned(unaligned, images)
         return evaluation.second_pass()

@@ -26,6 +26,7 @@ from landmarks_fastai.training.learner import LandmarkLearner, load_best
 from landmarks_fastai.training.memory import within_memory
 from landmarks_fastai.training.scoring import validation_scores, with_input_of
 from landmarks_fastai.training.state import State
+from landmarks_fastai.utils.distributed import barrier, is_first
 from landmarks_fastai.utils.hardware import Machine
 
 RESULTS_SHOWN = 6  # images in results.png
@@ -50,8 +51,9 @@ def find_lr(learn: LandmarkLearner, run: Run) -> None:
                 "try a larger -b, or give a rate"
             ) from None
     rate = float(f"{found.minimum:.2g}")
-    plots.plot_lr_find(np.array(learn.recorder.lrs), np.array(learn.recorder.losses), rate)
-    plots.save_figure(run.file("lr.png"))
+    if is_first():
+        plots.plot_lr_find(np.array(learn.recorder.lrs), np.array(learn.recorder.losses), rate)
+        plots.save_figure(run.file("lr.png"))
     print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
     learn.settings = learn.settings.replace(lr=rate)
 
@@ -89,8 +91,9 @@ def fit_stage(
     if not state:
         if run.record:  # --resume reads the settings
             write_record(run, replace(run.record, settings=settings.to_dict()))
-        learn.dls.train.show_batch(max_n=BATCH_SHOWN)
-        plots.save_figure(run.file("batch.png"))
+        if is_first():
+            learn.dls.train.show_batch(max_n=BATCH_SHOWN)
+            plots.save_figure(run.file("batch.png"))
     metrics, stop_on_nan, history = learn.metrics, callbacks.StopOnNaN(), callbacks.History(run)
     bars = callbacks.show_progress(learn)
     evaluations = add_evaluations(learn, settings)
@@ -115,16 +118,23 @@ def fit_stage(
 
 def _load_and_plot_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
     "Load the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
+    barrier()  # the first process has written the checkpoint
     best, flip_indices, tta = read_checkpoint(run.file("best.pth")), learn.settings.flip_indices, learn.settings.tta
     learn = with_input_of(learn, best)
     best.tensors(learn.model)  # raises `UserError` if the file was replaced since
     load_best(learn, best.path)
     learn.settings = learn.settings.replace(**best.settings.of(ALIGN))
-    learn.show_results(max_n=RESULTS_SHOWN)
-    plots.save_figure(run.file("results.png"))
+    if is_first():
+        learn.show_results(max_n=RESULTS_SHOWN)
+        plots.save_figure(run.file("results.png"))
     if flip_indices and not tta:
         print(f"with the flip test it scores {validation_scores(learn, flip_indices)[0]:.6g}")
-    return add_confidence(learn, run, best) if learn.settings.confidence else best
+    if learn.settings.confidence:
+        if is_first():
+            add_confidence(learn, run, best)
+        barrier()
+        best = read_checkpoint(run.file("best.pth"))
+    return best
 
 
 def _check_saved(

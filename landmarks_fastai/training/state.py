@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import Run
+from landmarks_fastai.utils.distributed import is_first, this_process
 from landmarks_fastai.utils.files import atomic_path, reason
 
 FORMAT = 2
@@ -36,8 +37,9 @@ class State:
 
     @property
     def place(self) -> tuple[int, int]:
-        "(epoch, batch) of the next step."
-        return self.metadata["epoch"], self.metadata["batch"]
+        "(epoch, batch) of the next step; with another number of processes, at most a batch is seen again."
+        processes = this_process().count
+        return self.metadata["epoch"], self.metadata["batch"] * self.metadata["processes"] // processes
 
 
 def capture_state(learn: Any) -> State:
@@ -53,6 +55,7 @@ def capture_state(learn: Any) -> State:
             for name, keys in REMEMBERED.items()
             if hasattr(learn, name)
         },
+        "processes": this_process().count,
         "scaler": learn.scaler.state_dict() if hasattr(learn, "scaler") else {},
     }
     tensors = {f"model.{k}": t for k, t in _tensors_of(learn.model)}
@@ -114,7 +117,9 @@ def _part(tensors, prefix) -> dict:
 
 
 def write_state(run: Run, state: State) -> None:
-    "Write state.safetensors, through a temporary file. Raises `UserError` if the disk is full."
+    "Write state.safetensors, through a temporary file, in the first process. Raises `UserError` if the disk is full."
+    if not is_first():
+        return run.publish()
     path, metadata = run.file("state.safetensors"), {"format": FORMAT} | state.metadata
     tensors = {k: t.detach().cpu().contiguous() for k, t in state.tensors.items()}
     with atomic_path(path) as temporary:
@@ -134,7 +139,7 @@ def read_state(run: Run) -> State | None:
         return None
     try:
         with safe_open(path, "pt") as f:
-            metadata = json.loads((f.metadata() or {})["facts"])
+            metadata = {"processes": 1} | json.loads((f.metadata() or {})["facts"])
             state = State(metadata, {k: f.get_tensor(k) for k in f.keys()})
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}, {FORMAT} expected")
@@ -148,8 +153,13 @@ def read_state(run: Run) -> State | None:
 def _check(state: State):
     "Raise an error unless all values of the metadata are of the types that `restore_state` expects."
     metadata, remembered = state.metadata, state.metadata["remembered"]
-    counts = [*(metadata[k] for k in ("epoch", "batch", "train_iter", "smooth_count")), *metadata["left_out"]]
+    counts = [
+        *(metadata[k] for k in ("epoch", "batch", "train_iter", "smooth_count", "processes")),
+        *metadata["left_out"],
+    ]
     values = [v for h in [*metadata["hypers"], *remembered.values()] for v in h.values()]
+    if metadata["processes"] < 1:
+        raise ValueError("it names no process")
     numbers = [*values, metadata["pct_train"], metadata["seconds"]]
     if not (
         all(type(n) is int and n >= 0 for n in counts)

@@ -40,12 +40,13 @@ class ResumableLearner(Learner):
         return self.begin[1] if self.epoch == self.begin[0] else 0
 
     def _do_fit(self) -> None:
+        model = self.model
         try:
             for epoch in range(self.begin[0], self.n_epoch):
                 self.epoch = epoch
                 self._with_events(self._do_epoch, "epoch", CancelEpochException)
         finally:
-            self.begin = (0, 0)
+            self.begin, self.model = (0, 0), model  # a step that failed may have left it wrapped
 
     def all_batches(self) -> None:
         self.n_iter = len(self.dl)  # type: ignore[arg-type] (`dl` is set in an epoch)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Machine:
         """
         if self.workers is not None:
             return self.workers
-        cores = available_cores()
+        cores = available_cores() // this_process().local_count
         # A spawned worker (Windows) imports everything again, 0.4 GB; training and validation each have their own workers.
         if multiprocessing.get_context().get_start_method() != "fork":
             cores = min(cores, total_memory() // (2 << 30))
@@ -99,6 +100,14 @@ class Machine:
             raise UserError("--amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp")
         keep_freed_memory()
         os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
+        process = this_process()
+        if self.device == "cuda" and process.store:
+            import torch
+
+            found = torch.cuda.device_count()
+            if process.local_count > found:
+                raise UserError(f"--nproc-per-node {process.local_count}: this machine has {found} GPUs")
+            torch.cuda.set_device(process.local_rank)  # "cuda" is this one from now on
         if self.compile:
             import torch
 

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.hardware import Machine
 
 # In the text of a RuntimeError: torch's CPU allocator, oneDNN (2), the CUDA driver, cuDNN, cuBLAS
@@ -31,11 +32,12 @@ def check_shared_memory(machine: Machine, batch_bytes: int) -> None:
     shm = "/dev/shm"
     if not machine.decoders or not os.path.isdir(shm):
         return
-    needed = (2 * machine.decoders + 2) * batch_bytes  # each worker prefetches 2; 2 are in use
+    processes = this_process().local_count
+    needed = processes * (2 * machine.decoders + 2) * batch_bytes  # each worker prefetches 2; 2 are in use
     free = shutil.disk_usage(shm).free
     if needed > free:
         sizes = f"{needed / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free in {shm}"
-        raise UserError(f"{machine.decoders} workers may need {sizes}: {MORE_SHM}")
+        raise UserError(f"{processes * machine.decoders} workers may need {sizes}: {MORE_SHM}")
 
 
 def check_worker_died(error: BaseException | None) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from landmarks_fastai.utils.distributed import all_reduce, this_process
+
 # Ctrl-C; the stop of a scheduler or the system; a closed terminal
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -28,17 +30,23 @@ class SignalFlag:
     number: int | None = None  # of the first signal
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
+        if self.number is not None and not this_process().store:  # Ctrl-C comes from the terminal and from torchrun
             raise Stopped(code=128 + number)
         self.number = number
         # On macOS the signal may have ended the data loader's workers too: torch would raise in the middle of a step.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
+    def agree(self) -> bool:
+        "Return whether any process has a signal; a signal that arrives meanwhile counts the next time."
+        agreed = int(all_reduce([self.number or 0], "MAX"))
+        self.number = agreed or self.number
+        return agreed > 0
+
     @property
     def code(self) -> int:
         "The exit code after the first signal."
-        return 128 + (self.number or 0)
+        return 128 + (self.number or signal.SIGTERM)  # if another process got it
 
 
 @contextmanager

@@ -28,5 +28,6 @@ class SeedEveryStep(Callback):
 
     def before_batch(self):
         if self.training:
-            place = np.random.SeedSequence([self.learn.settings.seed, self.epoch, self.iter])
+            rank = self.dl.share[0]  # 0 leaves the seed as it is without it
+            place = np.random.SeedSequence([self.learn.settings.seed, self.epoch, self.iter, rank])
             set_seed(int(place.generate_state(1)[0]))

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.loader import LandmarkDL
-from landmarks_fastai.metrics import ImageMetric, points_in_image, stage_metrics
+from landmarks_fastai.metrics import ImageMetric, points_in_image, stage_metrics, sum_over_processes
 from landmarks_fastai.runs.checkpoint import write_checkpoint
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.settings import Settings
@@ -113,6 +113,8 @@ class EvaluateModel(Callback):
                     metric.add(unit, points, maps)
         finally:
             dl.crops = None
+        if dl.share[1] > 1:
+            sum_over_processes(metrics)
         return _score_and_nme(metrics)
 
     @property

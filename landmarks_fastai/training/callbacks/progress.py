@@ -11,6 +11,7 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.learner import Learner, Recorder
 
 from landmarks_fastai.runs.run import Run
+from landmarks_fastai.utils.distributed import is_first
 from landmarks_fastai.utils.files import atomic_write
 
 
@@ -27,8 +28,9 @@ class History(CSVLogger):
         self.old_logger, self.learn.logger = self.logger, self._write_line
 
     def write(self) -> None:
-        with atomic_write(self.target.file("history.csv")) as f:
-            f.write(self.text)
+        if is_first():
+            with atomic_write(self.target.file("history.csv")) as f:
+                f.write(self.text)
 
     def _write_line(self, log):
         self.text += ",".join(str(value) for value in log) + "\n"

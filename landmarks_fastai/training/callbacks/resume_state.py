@@ -13,7 +13,10 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.callbacks.progress import History
 from landmarks_fastai.training.state import State, capture_state, restore_state, write_state
+from landmarks_fastai.utils.distributed import announce, announced, is_first, wait_for
 from landmarks_fastai.utils.signals import SignalFlag, Stopped, signal_flag
+
+STATE_SAVED = 20  # seconds that the other processes wait for the first to write; torchrun kills them after 30
 
 
 class SaveResumeState(Callback):
@@ -59,14 +62,14 @@ class SaveResumeState(Callback):
 
     def after_batch(self):
         self.batch += self.training
-        if self.flag.number:
+        if self.flag.agree() if self.training else self.stops_validation():
             self.stop()
         elif self.training and time.monotonic() - self.written >= self.every:
             self.write(self.epoch, self.batch)
 
     def after_epoch(self):
         self.write(self.epoch + 1, 0)
-        if self.flag.number:
+        if self.flag.agree():
             self.stop()
 
     def write(self, epoch: int, batch: int) -> None:
@@ -76,11 +79,23 @@ class SaveResumeState(Callback):
         write_state(self.save_to, State(self.constant | now.metadata | place, now.tensors))
         self.written, self.at = time.monotonic(), (epoch, batch)
 
+    def stops_validation(self) -> bool:
+        "Whether to stop here: processes may have different numbers of batches, so the first decides and the others follow."
+        if is_first():
+            return self.flag.number is not None or announced("signal")
+        if self.flag.number:
+            announce("signal")
+        return announced("state saved")
+
     def stop(self) -> NoReturn:
         "Write the state, unless it is written already, and raise `Stopped`."
         here = (self.epoch, self.batch)
         if self.at not in (here, (self.epoch + 1, 0)):
             self.write(*here)
+        if is_first():
+            announce("state saved")
+        else:
+            wait_for("state saved", STATE_SAVED)
         raise Stopped(code=self.flag.code)
 
     @contextmanager

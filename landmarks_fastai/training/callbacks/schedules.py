@@ -8,6 +8,8 @@ import numpy as np
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
 
+from landmarks_fastai.utils.distributed import broadcast
+
 
 class PlateauLR(ReduceLROnPlateau):
     """PyTorch's `ReduceLROnPlateau` as a callback, with the published entry's `patience=1, factor=0.31622`.
@@ -63,7 +65,7 @@ class TimeLimit(Callback):
     """End a fit at a deadline, with time left for what follows it.
 
     An epoch is cut short at the deadline, and none begins if less than a tenth of its time is left. `pct_train` follows
-    the clock, so that `fit_one_cycle` ends its cycle at the deadline.
+    the clock, so that `fit_one_cycle` ends its cycle at the deadline. Of several processes the first one's clock counts.
     """
 
     order = TrackerCallback.order - 1  # before ParamScheduler, which has the order of the trackers
@@ -92,12 +94,12 @@ class TimeLimit(Callback):
     def before_batch(self):
         if self.training:
             passed = self.spent + time.monotonic() - self.start
-            self.learn.pct_train = min(1.0, passed / max(1e-9, passed + max(0.0, self.left)))
+            self.learn.pct_train = broadcast(min(1.0, passed / max(1e-9, passed + max(0.0, self.left))))
 
     def after_batch(self):
         if self.training:
             self.steps += 1
-            if self.left <= 0:
+            if broadcast(self.left <= 0):
                 self.cut = True
                 raise CancelTrainException()
 
@@ -113,7 +115,7 @@ class TimeLimit(Callback):
         self.validation = max(self.validation, time.monotonic() - self.validation_start)
 
     def after_epoch(self):
-        if self.cut or self.left <= 0.1 * self.trained:
+        if broadcast(self.cut or self.left <= 0.1 * self.trained):
             raise CancelFitException()
 
 
