@@ -1,6 +1,7 @@
 "The package as pip installs it: what it needs, its commands, and what can be imported without PyTorch."
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -50,18 +51,26 @@ def test_import_needs_numpy_and_pillow_alone():
     assert (done.stdout.strip(), done.stderr) == (landmarks_fastai.__version__, "")
 
 
-@pytest.mark.parametrize("missing, script", [("torch", "predict"), ("torch", "train")])
-def test_missing_package_is_one_line_with_the_pip_command(missing, script):
+@pytest.mark.parametrize(
+    "missing, script, words", [("torch", "predict", ["-pm", "x"]), ("fastai", "train", ["-d", ""])]
+)
+def test_missing_package_is_one_line_with_the_pip_command(missing, script, words, tmp_path):
     code = (
         f"import sys; from importlib.abc import MetaPathFinder\n"
         "class Blocked(MetaPathFinder):\n"
         "    def find_spec(self, name, *args):\n"
         f"        if name == {missing!r}: raise ModuleNotFoundError(name=name)\n"
-        "sys.meta_path.insert(0, Blocked()); sys.argv = ['landmarks', '-pm', 'x']\n"
+        f"sys.meta_path.insert(0, Blocked()); sys.argv = ['landmarks', *{words!r}]\n"
         f"from landmarks_fastai.cli.{script} import command; command()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert missing in done.stderr and "pip install 'landmarks-fastai[train]'" in done.stderr
 
