@@ -63,13 +63,8 @@ def test_missing_package_is_one_line_with_the_pip_command(missing, script, words
         f"sys.meta_path.insert(0, Blocked()); sys.argv = ['landmarks', *{words!r}]\n"
         f"from landmarks_fastai.cli.{script} import command; command()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert missing in done.stderr and "pip install 'landmarks-fastai[train]'" in done.stderr

@@ -72,30 +72,32 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
     confidence = any(network.settings.confidence for network in predictor.networks)
     if args.draw_confidence and not confidence:
         raise UserError("--confidence: the checkpoint has no spread: train or finetune with --confidence")
-    one_object = not (args.detect or args.boxes)
-    n_results = n_objects = n_bad = n_rotated = 0
+    n_pictures = n_frames = n_objects = n_bad = n_rotated = 0
     with open_writer(args.format, run.folder, settings.n_points, confidence) as (write, path):
         for result in results_of(args, predictor, run):
             write(result)
+            of_video = result.frame is not None
             if result.error:
                 print(f"error: {result.error}", file=sys.stderr, flush=True)
-            elif not result.objects and result.frame is None:
+            elif not result.objects and not of_video:
                 print(
                     f"note: {result.source}: no {'face' if args.detect else 'box'} found", file=sys.stderr, flush=True
                 )
-            elif args.overlay and result.frame is None:
+            elif args.overlay and not of_video:
                 write_overlay(result, run.folder / "overlay", args.draw_confidence)
-            n_results += 1
+            n_pictures += not of_video
+            n_frames += of_video
             n_objects += len(result.objects)
             n_bad += bool(result.error)
             n_rotated += result.rotated
     report_unaligned(predictor.unaligned, n_objects)
-    counts = f"{n_results} pictures" + ("" if one_object else f", {n_objects} objects")
+    counts = f"{n_pictures} pictures" + (f", {n_frames} frames of videos" if n_frames else "")
+    counts += f", {n_objects} objects" if args.detect or args.boxes else ""
     print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / 'overlay'}" if args.overlay else ""))
     if n_rotated:
         print(f"the EXIF rotation of {n_rotated} pictures was applied: their points are of the picture as it is shown")
     if n_bad:
-        raise UserError(f"{n_bad} of {n_results} pictures could not be used: see above; their rows are empty")
+        raise UserError(f"{n_bad} of the files could not be used, or not to their end: see above")
 
 
 def results_of(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> "Iterator[PictureResult]":
