@@ -160,9 +160,11 @@ def prints_line(first_prints: bool = False) -> bool:
     """
     if not _this.store:  # torchrun's environment: interrupted before `start` is done
         return os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # torchrun ends the other processes when one has ended; these are about to
     if first_prints and not is_first():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # torchrun ends the other processes when one has ended
         time.sleep(FIRST_PRINTS)
     try:
         return _this.store.add(f"line{_this.machine}", 1) == 1

@@ -283,4 +283,5 @@ def test_machine_without_the_shared_folder(data, tmp_path, missing):
     assert first.returncode == second.returncode == 1
     told = [[x for x in err.splitlines() if x.startswith(("error: ", "stopped: "))] for _, err in results]
     assert sorted(map(len, told)) == [1, 1] and sum(text in lines[0] for lines in told) == 1, told
-    assert sum("another process of the run has ended" in lines[0] for lines in told) == 1
+    # the other's connection breaks, or its torchrun stops it first
+    assert sum(lines[0].startswith("stopped: ") for lines in told) == 1, told
