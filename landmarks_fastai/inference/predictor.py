@@ -86,7 +86,9 @@ class Predictor:
         self.networks = [n if callable(n) else open_network(n, out, machine) for n in names]
         self.batch_size, self.flip_test, self.detector = batch_size, flip_test, detector
         if flip_test is False and (inside := [n.name for n in self.networks if getattr(n, "flip_test_inside", False)]):
-            raise UserError(f"{inside[0]} was exported with the flip test inside: export it without --tta to switch it off")
+            raise UserError(
+                f"{inside[0]} was exported with the flip test inside: export it without --tta to switch it off"
+            )
         self.unaligned = 0  # objects whose first pass made no plausible shape
         counts = {network.settings.n_points: network.name for network in self.networks}
         if len(counts) > 1:

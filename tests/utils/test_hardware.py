@@ -162,7 +162,7 @@ def test_keep_freed_memory_works_with_glibc():
 
 
 def test_threaded_map_keeps_the_order_and_limits_waiting_items():
-    begun, before = [], torch.get_num_threads()
+    begun, started = [], []
 
     def work(k):
         begun.append(k)
@@ -170,12 +170,11 @@ def test_threaded_map_keeps_the_order_and_limits_waiting_items():
         return k, threading.get_ident()
 
     found, ahead = [], 0
-    for k, thread in threaded_map(work, range(40)):
+    for k, thread in threaded_map(work, range(40), 3, lambda: started.append(threading.get_ident())):
         found.append(k)
         ahead = max(ahead, len(begun) - len(found))
-        assert thread != threading.get_ident()
-    assert found == list(range(40)) and ahead <= 2 * min(4, before) + 1
-    assert torch.get_num_threads() == before
+        assert thread in started and thread != threading.get_ident()
+    assert found == list(range(40)) and ahead <= 2 * 3 + 1 and len(started) == 3
 
 
 def test_threaded_map_passes_errors_on_and_can_be_closed():
@@ -184,14 +183,29 @@ def test_threaded_map_passes_errors_on_and_can_be_closed():
             raise UserError("line 7: gone")
         return k
 
-    found, before = threaded_map(work, range(10**9)), threading.active_count()
+    found, before = threaded_map(work, range(10**9), 2), threading.active_count()
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="line 7"):
         next(found)
-    left = threaded_map(lambda k: k, range(10**9))
+    left = threaded_map(lambda k: k, range(10**9), 2)
     assert next(left) == 0
     left.close()
     assert threading.active_count() == before
+
+
+def test_predictions_share_the_threads_and_give_them_back(quick_run):
+    from landmarks_fastai.inference.torch_network import TorchNetwork
+    from landmarks_fastai.runs.checkpoint import read_checkpoint
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        with TorchNetwork(read_checkpoint(quick_run / "best.pth")).streams() as (threads, start):
+            start()
+            assert (threads, torch.get_num_threads()) == (4, 1)
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_number_of_workers_by_cores(monkeypatch):
