@@ -138,7 +138,7 @@ def test_a_broken_picture_costs_itself(trained, files, run_script, tmp_path):
         assert code == 1 and "6 pictures" in out and len(lines) == 4, err
         assert "cut.jpg is cut short" in err and "text.png cannot be read as an image" in err
         assert "1 of its 7 files are left out" in err and lines[-1].startswith(
-            "error: 2 of 6 pictures could not be used"
+            "error: 2 of the files could not be used"
         )
     found = csv_points(trained / "m/predictions.csv")
     assert {name.rsplit("/", 1)[-1] for (name, _), points in found.items() if points is None} == {"cut.jpg", "text.png"}
