@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,11 @@ def find_pictures(paths: Iterable[str]) -> Iterator[Path]:
     """
     for path in paths:
         if path == "-":
-            yield from find_pictures(line for line in (line.rstrip("\r\n") for line in sys.stdin) if line)
+            lines = (line.rstrip("\r\n") for line in sys.stdin)
+            first = next((line for line in lines if line), None)
+            if first is None:
+                raise UserError("stdin is empty: - reads a list of paths from it, one a line")
+            yield from find_pictures(line for line in chain([first], lines) if line)
         elif os.path.isdir(path):
             yield from _below(path)
         elif os.path.lexists(path):

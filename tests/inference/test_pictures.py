@@ -164,6 +164,9 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
     assert names(f"{folder}/*/[01].jpg", folder / "5.JPG") == ["0.jpg", "1.jpg", "5.JPG"]
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder}/c/2.jpg\n\n{folder}/4.JPG\n"))
     assert names("-") == ["2.jpg", "4.JPG"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    code, _, err = run_script(predict, "-")
+    assert code == 1 and err.startswith("error: stdin is empty")
     before = (trained / "m/predictions.csv").read_bytes()
     (tmp_path / "empty").mkdir()
     for path, message in [(tmp_path / "no.jpg", "not found"), (f"{folder}/*.gif", "no pattern that matches"),
