@@ -73,7 +73,8 @@ def _add_settings(parser, title, names, defaults=None):
 def _add_machine(parser, amp="auto"):
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", action="store_true", help="train on the GPU (default: off; falls back to the CPU)")
-    about = "worker processes that load images (default: by the number of cores)"
+    what = "worker processes that load images" if amp == "auto" else "threads that load images, on a GPU"
+    about = f"{what} (default: by the number of cores)"
     add("--workers", type=_number(int, 0, 256, "number from 0 to 256"), metavar="N", help=about)
     pixels, millions = Machine.max_pixels, _number(float, 1e-6, 1e6, "number of millions of pixels")
     about = (
