@@ -59,15 +59,16 @@ def epoch(folder: Path):
 def prediction(folder: Path):
     import torchvision  # noqa: F401
 
-    from landmarks_fastai.inference.predictor import predict_test
-    from landmarks_fastai.runs.checkpoint import read_checkpoint
+    from landmarks_fastai.inference.predictor import Predictor
+    from landmarks_fastai.inference.submission import predict_test
     from landmarks_fastai.runs.run import Run
     from landmarks_fastai.utils.hardware import Machine
 
     machine = Machine()
     machine.prepare()
     begin = time.perf_counter()
-    predict_test(read_checkpoint(folder / "b" / "best.pth"), folder, Run(folder, "g"), machine=machine)
+    predictor = Predictor(folder / "b" / "best.pth", machine=machine, flip_test=False)
+    predict_test(predictor, folder, Run(folder, "g"))
     return time.perf_counter() - begin, peak_mb()
 
 
