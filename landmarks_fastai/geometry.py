@@ -19,6 +19,7 @@ from PIL import Image
 if TYPE_CHECKING:  # predictions with ONNX Runtime need no torch
     import torch
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom: pixel edges
 Coordinates = TypeVar("Coordinates", np.ndarray, "torch.Tensor")  # what goes in as an array comes out as one
 
 
@@ -160,7 +161,7 @@ def _covered_box(to_input: PixelMap, size: int) -> tuple[float, float, float, fl
 
 
 def box_map(
-    box: tuple[float, float, float, float],  # left, top, right, bottom of an object's points: edges, pixels as stored
+    box: Box,  # of an object's points, pixels as stored
     points_box: tuple[float, ...],  # where the points' box lay in the training inputs, unit coordinates
     size: int,  # of the network's input
 ) -> PixelMap:

@@ -12,8 +12,9 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.distributed import on_first, this_process
 
 if TYPE_CHECKING:
+    from landmarks_fastai.geometry import Box
     from landmarks_fastai.inference.pictures import Picture
-    from landmarks_fastai.inference.predictor import Box, PictureResult, Predictor
+    from landmarks_fastai.inference.predictor import PictureResult, Predictor
     from landmarks_fastai.runs.run import Run
 
 
@@ -102,7 +103,8 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
 
 def results_of(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> "Iterator[PictureResult]":
     "Yield the results of all pictures and frames; a video that is damaged gives a result with an error at its end."
-    from landmarks_fastai.inference.pictures import find_pictures, is_video, read_boxes
+    from landmarks_fastai.inference.pictures import Picture, find_pictures, is_video, read_boxes
+    from landmarks_fastai.inference.predictor import PictureResult
     from landmarks_fastai.inference.writers import output_path
 
     of_files = read_boxes(args.boxes) if args.boxes else None
@@ -115,8 +117,6 @@ def results_of(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> 
         if not videos:
             yield from predictor.stream(paths, boxes if of_files else None)
             continue
-        from landmarks_fastai.inference.pictures import Picture
-        from landmarks_fastai.inference.predictor import PictureResult
         from landmarks_fastai.inference.video import predict_video
         from landmarks_fastai.utils.parallel import bar
 

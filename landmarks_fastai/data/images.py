@@ -54,17 +54,17 @@ def exif_turn(image: Image.Image) -> Image.Transpose | None:
     return None
 
 
-def image_size(path: str | Path, where: str = "", exif: bool = False) -> tuple[int, int]:
-    "Read width and height of the image as stored, with `exif` as shown, from the file's header. Raises like `open_image`."
+def image_size(path: str | Path, where: str = "") -> tuple[int, int]:
+    "Read the width and height of the image as stored from the file's header. Raises like `open_image`."
     with open_undecoded(path, where) as image:
-        turned = exif and exif_turn(image) in SIDEWAYS
-        return (image.height, image.width) if turned else image.size
+        return image.size
 
 
-def is_rotated(path: str | Path, where: str = "") -> bool:
-    "Return whether EXIF asks viewers to rotate or mirror the image. Raises like `open_image`."
+def shown_size(path: str | Path, where: str = "") -> tuple[tuple[int, int], bool]:
+    "Read the width and height of the image as shown, and whether EXIF asks viewers to turn it. Raises like `open_image`."
     with open_undecoded(path, where) as image:
-        return exif_turn(image) is not None
+        turn = exif_turn(image)
+        return (image.height, image.width) if turn in SIDEWAYS else image.size, turn is not None
 
 
 def read_input(

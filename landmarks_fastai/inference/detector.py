@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import Box
 
 YUNET = Path(__file__).with_name("yunet.onnx")
 SIDE = 640  # of the network's input, which the file fixes
@@ -20,9 +21,6 @@ STRIDES = (8, 16, 32)  # one cell of an output is so many pixels of the input
 # mesh, the other three edges lie within 0.01 of the points' box, the top one 0.13 of its height above it.
 FOREHEAD = 0.115
 OVERLAP = 0.3  # of two boxes, intersection over union, from which the less certain one is dropped; OpenCV's default
-
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Detection(NamedTuple):

@@ -8,6 +8,8 @@ import numpy as np
 
 from landmarks_fastai.settings import Settings
 
+MAX_STREAMS = 4  # batches that are in memory at a time
+
 
 class UnitPoints(NamedTuple):
     "What a network makes of a batch of inputs, in unit coordinates: [-1, 1] from edge to edge of the input."

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.inference.network import UnitPoints
+from landmarks_fastai.inference.network import MAX_STREAMS, UnitPoints
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.hardware import available_cores
@@ -28,7 +28,6 @@ METADATA = "landmarks_fastai"  # its key
 # other are one message, so the entry is appended and read without a library for ONNX.
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
 SEAL_SIZE = len(SEAL) + 64
-MAX_STREAMS = 4  # batches that are in memory at a time
 HINT = "export the checkpoint again with python -m landmarks_fastai.export"
 
 

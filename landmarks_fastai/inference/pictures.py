@@ -15,18 +15,17 @@ from PIL import Image
 
 from landmarks_fastai.data.images import (
     image_size,
-    is_rotated,
     open_image,
     read_crops,
     read_input,
     read_reduced,
+    shown_size,
     to_rgb,
 )
 from landmarks_fastai.errors import UserError, one_line
-from landmarks_fastai.geometry import PixelMap, cut_image, fit_image
+from landmarks_fastai.geometry import Box, PixelMap, cut_image, fit_image
 from landmarks_fastai.utils.files import reason
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom: pixel edges
 Source = str | Path | Image.Image | np.ndarray
 VIDEOS = {".mp4", ".mov", ".webm", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg"}
 
@@ -43,15 +42,11 @@ class Picture:
         self.name = str(source) if isinstance(source, (str, Path)) else ""
         self.source = Path(source) if isinstance(source, (str, Path)) else _as_rgb(source)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        "Width and height."
-        return image_size(self.source, self.where, self.exif) if isinstance(self.source, Path) else self.source.size
-
-    @property
-    def rotated(self) -> bool:
-        "Whether the picture is shown otherwise than the file stores it."
-        return isinstance(self.source, Path) and self.exif and is_rotated(self.source, self.where)
+    def size_and_rotated(self) -> tuple[tuple[int, int], bool]:
+        "Return width and height, and whether the picture is shown otherwise than the file stores it."
+        if isinstance(self.source, Path):
+            return shown_size(self.source, self.where) if self.exif else (image_size(self.source, self.where), False)
+        return self.source.size, False
 
     def whole(self, fit: str, size: int) -> tuple[np.ndarray, PixelMap]:
         "Return the whole picture as the network's input, uint8 (size, size, 3), and its map."
@@ -136,18 +131,24 @@ def read_boxes(path: str | Path) -> dict[str, list[Box]]:
                 if number == 1 or not row:
                     continue
                 try:
-                    left, top, right, bottom = (float(cell) for cell in row[1:])
-                    if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
-                        raise ValueError
+                    box = as_box([float(cell) for cell in row[1:]])
                 except ValueError:
                     wanted = "file_name,left,top,right,bottom with left < right and top < bottom expected"
                     raise UserError(one_line(f"{path} line {number}: {','.join(row)[:60]!r}: {wanted}")) from None
-                boxes.setdefault(row[0], []).append((left, top, right, bottom))
+                boxes.setdefault(row[0], []).append(box)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path} cannot be read as a CSV of boxes ({reason(e)})") from None
     if not boxes:
         raise UserError(f"{path} has no rows: a header line, and one line per object are needed")
     return boxes
+
+
+def as_box(edges: Sequence[float]) -> Box:
+    "Return left, top, right, bottom as a box. Raises `ValueError` unless they are four finite numbers with something inside."
+    left, top, right, bottom = map(float, edges)
+    if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
+        raise ValueError
+    return left, top, right, bottom
 
 
 def _below(folder: str) -> Iterator[Path]:

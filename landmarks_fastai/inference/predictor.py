@@ -4,6 +4,7 @@ This is a loop of its own: a Learner needs training data, and `get_preds` return
 much memory for 100,000 images of 971 points. It needs neither torch nor fastai if the network is an ONNX file.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,14 @@ from PIL import Image
 
 from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.geometry import PixelMap, box_map, unit_to_input
+from landmarks_fastai.geometry import Box, PixelMap, box_map, unit_to_input
+from landmarks_fastai.inference.detector import SIDE
 from landmarks_fastai.inference.network import Network
-from landmarks_fastai.inference.pictures import Box, Picture, Source, find_pictures
+from landmarks_fastai.inference.pictures import Picture, Source, as_box, find_pictures
 from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import threaded_map
 
-DETECTED_SIDE = 640  # long side of the picture that the detector gets, in pixels
 LOADED_PIXELS = 8_000_000  # of decoded pictures in one batch: four frames of 1920 x 1080
 
 
@@ -32,9 +33,8 @@ class Prediction:
     "The points of one object; `np.asarray(prediction)` are the points."
 
     points: np.ndarray  # float32 (n_points, 2), pixels of the picture
-    confidence: np.ndarray | None = (
-        None  # float32 (n_points,), pixels: 68% of the errors are smaller; None: not trained
-    )
+    # float32 (n_points,), pixels of the picture: 68% of the errors are smaller; None: not trained
+    confidence: np.ndarray | None = None
     box: Box | None = None  # that was detected or given
     score: float | None = None  # of the detector, 0 to 1
     track: int | None = None  # number of the object in a video
@@ -140,7 +140,7 @@ class Predictor:
         chunk, pixels = [], 0
         for picture, boxes in pictures:
             chunk.append((picture, boxes))
-            pixels += 0 if isinstance(picture.source, Path) else picture.size[0] * picture.size[1]
+            pixels += 0 if isinstance(picture.source, Path) else math.prod(picture.source.size)
             if len(chunk) == self.batch_size or pixels >= LOADED_PIXELS:
                 yield chunk
                 chunk, pixels = [], 0
@@ -170,11 +170,11 @@ class Predictor:
         "The result of a picture with its objects' boxes; without boxes or a detector the whole picture is one object."
         result, none = PictureResult(picture), np.empty((0, 2), np.float32)
         try:
-            result.size, result.rotated = picture.size, picture.rotated
+            result.size, result.rotated = picture.size_and_rotated()
             if boxes is not None:
                 result.objects = [Prediction(none, box=_checked(box, picture)) for box in boxes]
             elif self.detector:
-                reduced, factor = picture.reduced(DETECTED_SIDE)
+                reduced, factor = picture.reduced(SIDE)
                 for box, score in self.detector(reduced):
                     left, top, right, bottom = (float(edge) * factor for edge in box)
                     result.objects.append(Prediction(none, box=(left, top, right, bottom), score=float(score)))
@@ -240,11 +240,12 @@ def _stored(unit: np.ndarray, spread: np.ndarray | None, to_input: PixelMap, siz
 
 
 def _checked(box: Sequence[float], picture: Picture) -> Box:
-    left, top, right, bottom = map(float, box)
-    if not (np.isfinite([left, top, right, bottom]).all() and right > left and bottom > top):
-        raise UserError(f"{picture.name or 'the picture'}: box {left:g}, {top:g}, {right:g}, {bottom:g} is empty: "
-                        "left, top, right, bottom in pixels expected")  # fmt: skip
-    return left, top, right, bottom
+    try:
+        return as_box(box)
+    except ValueError:
+        found = ", ".join(f"{edge:g}" for edge in box)
+        wanted = "left, top, right, bottom in pixels expected"
+        raise UserError(f"{picture.name or 'the picture'}: box {found} is empty: {wanted}") from None
 
 
 def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Machine()) -> Network:  # noqa: B008

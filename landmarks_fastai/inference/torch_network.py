@@ -9,13 +9,11 @@ from torch import nn
 
 from landmarks_fastai.data.flip import predict_spread_with_flip, predict_with_flip
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.inference.network import UnitPoints
+from landmarks_fastai.inference.network import MAX_STREAMS, UnitPoints
 from landmarks_fastai.models.networks import PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.memory import batch_that_fits, out_of_memory
-
-MAX_STREAMS = 4  # batches that are in memory at a time
 
 
 class TorchNetwork:

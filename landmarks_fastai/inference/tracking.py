@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from landmarks_fastai.inference.detector import Box, FaceDetector, overlaps
+from landmarks_fastai.geometry import Box
+from landmarks_fastai.inference.detector import FaceDetector, overlaps
 
 # Frames from one detection to the next: a detection in every frame costs half of the time that real time leaves. A face
 # that swings by its own width to each side, once a second, is at most 0.2 widths off the straight line between two.

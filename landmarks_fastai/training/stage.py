@@ -152,10 +152,8 @@ def _check_saved(
         if previous is None or previous_scores is None:
             run.file("state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
-        settings, model = (
-            learn.settings.replace(**previous.settings.of(INPUT + ALIGN), confidence=False),
-            previous.model(),
-        )
+        settings = learn.settings.replace(**previous.settings.of(INPUT + ALIGN), confidence=False)
+        model = previous.model()
         model.spread = None
         write_checkpoint(run, model, settings, *previous_scores, -1)
     if where:
