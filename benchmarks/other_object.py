@@ -4,7 +4,7 @@
     python benchmarks/other_object.py
 
 No constant of faces may have crept into the defaults: they are trained here as they are, beside the baseline's. The
-test side is 100 more beetles, scored by the program's own submission. Pictures are of many sizes; the beetles lie at
+test side is 100 more beetles, scored by the program's submission. Pictures are of many sizes; the beetles lie at
 any angle up to 40 degrees and may leave the picture.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ N = 68
 
 
 def outline(rng) -> np.ndarray:
-    """Points (68, 2) of a beetle in its own frame, left and right a little different.
+    """Points (68, 2) of an upright beetle, left and right a little different.
 
     32 of the shell, 12 of the head, 18 of the legs, 6 of the seam.
     """
@@ -75,15 +76,15 @@ def make(folder: Path, n_train: int, n_test: int, seed: int = 0) -> Path:
     truth = folder / "truth.csv"
     for side, n in (("train", n_train), ("test", n_test)):
         (folder / side / "images").mkdir(parents=True)
-        rows, asked = [header], ["file_name\tpoint_index_list"]
+        rows, test_points = [header], ["file_name\tpoint_index_list"]
         for i in range(n):
             image, points = beetle(rng)
             image.save(folder / side / "images" / f"{i}.jpg", quality=92)
             rows.append(f"{i}.jpg\t" + "\t".join(str(v) for v in np.rint(points).astype(int).ravel()))
-            asked.append(f"{i}.jpg\t{list(range(N))}")
+            test_points.append(f"{i}.jpg\t{list(range(N))}")
         (truth if side == "test" else folder / "train" / "landmarks.csv").write_text("\n".join(rows) + "\n")
         if side == "test":
-            (folder / "test" / "test_points.csv").write_text("\n".join(asked) + "\n")
+            (folder / "test" / "test_points.csv").write_text("\n".join(test_points) + "\n")
     return truth
 
 
@@ -98,7 +99,7 @@ def main():
     parser.add_argument("--keep", help="new folder to leave pictures and runs in")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.keep or temporary)
+        folder = Path(args.keep or temporary).resolve()
         if (folder / "beetles").exists():
             raise SystemExit(f"{folder} has beetles already: name a new folder")
         truth = make(folder / "beetles", args.images, 100)
@@ -106,49 +107,31 @@ def main():
         for recipe in ("best", "baseline"):
             scores = stages(folder, recipe, args)
             submission = folder / "runs" / f"{recipe}+6+6" / "submit.csv"
-            asked = folder / "beetles" / "test" / "test_points.csv"
-            command = [
-                sys.executable,
-                "-m",
-                "landmarks_fastai.competition",
-                "score",
-                str(submission),
-                str(asked),
-                str(truth),
-            ]
-            said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-            print(f"| --recipe {recipe} | {' | '.join(scores)} | {said} |", flush=True)
+            test_points = folder / "beetles" / "test" / "test_points.csv"
+            printed = run("-m", "landmarks_fastai.competition", "score", submission, test_points, truth)
+            print(f"| --recipe {recipe} | {' | '.join(scores)} | {printed.strip()} |", flush=True)
 
 
 def stages(folder: Path, recipe: str, args) -> list[str]:
     "The three stages at their defaults and a submission; the scores on the validation rows."
-    scores, out = [], ["--out", str(folder / "runs"), "--workers", "0"]
-    first = [
-        "--recipe",
-        recipe,
-        "-d",
-        str(folder / "beetles"),
-        "--arch",
-        args.arch,
-        "--weights",
-        args.weights,
-        "--size",
-        args.size,
-    ]
-    for words in (
-        ["train.py", *first, "-n", recipe],
-        ["finetune.py", "-pm", recipe, "-n", f"{recipe}+6"],
-        ["finetune.py", "-pm", f"{recipe}+6", "-n", f"{recipe}+6+6"],
-        ["predict.py", "-pm", f"{recipe}+6+6"],
-    ):
-        command = [sys.executable, "-W", "ignore", str(ROOT / words[0]), *words[1:], *out]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        if "-n" in words:
-            best = read_checkpoint(folder / "runs" / words[-1] / "best.pth")
-            scores.append(f"{best.score:.4g}")
-    return scores
+    data, body = folder / "beetles", ["--arch", args.arch, "--weights", args.weights, "--size", args.size]
+    names = [recipe, f"{recipe}+6", f"{recipe}+6+6"]
+    common = ["--out", folder / "runs", "--workers", "0"]
+    run(ROOT / "train.py", "-d", data, *body, "--recipe", recipe, "-n", names[0], *common)
+    for previous, name in pairwise(names):
+        run(ROOT / "finetune.py", "-pm", previous, "-n", name, *common)
+    run(ROOT / "predict.py", "-pm", names[-1], *common)
+    return [f"{read_checkpoint(folder / 'runs' / name / 'best.pth').score:.4g}" for name in names]
+
+
+def run(*command) -> str:
+    "Run Python with these arguments; returns what it printed."
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, command)], capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
     python benchmarks/score.py -d DIR --arch A --weights W --table parts
 
-Each row is one first stage in a process of its own, from the same images for the same number of epochs; the table
+Each row is one first stage in a new process, from the same images for the same number of epochs; the table
 gives the score on the validation rows (mean squared error, pixels of the images as stored) as a ratio to the first
 row's. Small differences want `--seeds 3`. The defaults take about two minutes a row on one core; `--jobs` runs side by
 side, each on its share of the cores.
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from landmarks_fastai.runs.checkpoint import read_checkpoint  # noqa: E402
 from landmarks_fastai.settings import FITS, LOSSES, RECIPES, Settings  # noqa: E402
 
-# part -> settings that switch it off; what switches it on is the default
+# part -> its settings: the baseline's value switches it off, the default switches it on
 PARTS = {
     "unit targets": ["targets"],
     "mean start": ["init_head"],
@@ -34,6 +34,7 @@ PARTS = {
     "augmentation": ["aug"],
     "mirror": ["mirror"],
     "average": ["ema"],
+    "second pass": ["align"],
 }
 
 
@@ -47,15 +48,16 @@ def one(flag: str, values) -> dict[str, list[str]]:
 
 def tables() -> dict[str, dict[str, list[str]]]:
     "Table -> row -> flags of train.py; the first row is what the others are compared with."
-    seed = RECIPES["baseline"]
-    on = {k: getattr(Settings, k) for k in seed}
-    minus = {f"without {part}": flags({k: seed[k] for k in names}) for part, names in PARTS.items()}
+    off = RECIPES["baseline"]
+    on = {k: getattr(Settings, k) for k in off}
+    minus = {f"without {part}": flags({k: off[k] for k in names}) for part, names in PARTS.items()}
     plus = {
-        f"seed + {part}": ["--recipe", "baseline", *flags({k: on[k] for k in names})] for part, names in PARTS.items()
+        f"baseline + {part}": ["--recipe", "baseline", *flags({k: on[k] for k in names})]
+        for part, names in PARTS.items()
     }
     return {
         "parts": {"defaults": []} | minus,
-        "seed": {"seed": ["--recipe", "baseline"]} | plus,
+        "baseline": {"baseline": ["--recipe", "baseline"]} | plus,
         "losses": {"defaults": []} | one("--loss", [v for v in LOSSES if v != Settings.loss]),
         "fits": {"defaults": []} | one("--fit", [v for v in FITS if v != Settings.fit]),
         "aug": {"defaults": []} | one("--aug", (0.5, 1.5, 2)),
@@ -67,7 +69,7 @@ def tables() -> dict[str, dict[str, list[str]]]:
 
 
 def run(args, row: str, words: list[str], seed: int) -> tuple[float, float]:
-    "One first stage: its score, and that of the flip test (the score again where there is no flip map)."
+    "One first stage: its score, and that of the flip test (the same where there is no flip map)."
     name = re.sub(r"[^\w.]+", "_", f"{row}_{seed}")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     command = [

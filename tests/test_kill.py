@@ -67,24 +67,24 @@ def kill_in_writing(process, runs, name):
 
 
 @pytest.fixture(scope="module")
-def whole(drawn, tmp_path_factory):
+def uninterrupted(drawn, tmp_path_factory):
     "The output folder of the stages, never stopped."
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     for name, line in STAGES.items():
         finish(start(folder, line, *([drawn] if name == "one" else [])))
     return folder / "runs"
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_killed_run_resumes_to_the_same_weights(whole, drawn, tmp_path, kill):
+def test_killed_run_resumes_to_the_same_weights(uninterrupted, drawn, tmp_path, kill):
     """Every fifth kill falls into the start-up, every fourth of the others into the writing of a file, the others anywhere;
     some runs are killed twice.
     """
     rng, name = random.Random(kill), list(STAGES)[kill % len(STAGES)]
     here = tmp_path / "runs"
     here.mkdir()
-    for path in whole.iterdir():  # the stages before, and this one under another name to compare with
-        shutil.copytree(path, here / ("whole" if path.name == name else path.name))
+    for path in uninterrupted.iterdir():  # the stages before, and this one under another name to compare with
+        shutil.copytree(path, here / ("uninterrupted" if path.name == name else path.name))
     line, more = STAGES[name], [drawn] if name == "one" else []
     script = line.split()[0]
     for again in range(1 + (kill % 7 == 2)):
@@ -101,7 +101,7 @@ def test_killed_run_resumes_to_the_same_weights(whole, drawn, tmp_path, kill):
             process.wait()
     out = finish(start(tmp_path, f"{script} --resume -n {name}"))
     print(f"kill {kill}: {name}: {[x for x in out.splitlines() if 'resuming' in x or 'finished' in x]}")
-    check_equal(here, "whole", name)
+    check_equal(here, "uninterrupted", name)
     assert not list(here.rglob("*.tmp")) and not list(here.rglob("*.lock"))
 
 
@@ -131,16 +131,16 @@ def slow_images(drawn, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_of_group(slow_images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole_group")
-    finish(start(folder, GROUP.format("whole"), slow_images))
+def uninterrupted_group(slow_images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted_group")
+    finish(start(folder, GROUP.format("uninterrupted"), slow_images))
     return folder / "runs"
 
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
-def test_a_signal_to_the_whole_process_group_loses_nothing(whole_of_group, slow_images, tmp_path, moment):
+def test_a_signal_to_the_process_group_loses_nothing(uninterrupted_group, slow_images, tmp_path, moment):
     "What systemd, Slurm, docker and a terminal send: workers get it too, at start-up, waiting, validation, writing."
-    shutil.copytree(whole_of_group, tmp_path / "runs")
+    shutil.copytree(uninterrupted_group, tmp_path / "runs")
     rng = random.Random(moment)
     number, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[moment % 2]
     process = start(tmp_path, GROUP.format("r"), slow_images, group=True)
@@ -160,4 +160,4 @@ def test_a_signal_to_the_whole_process_group_loses_nothing(whole_of_group, slow_
     assert process.returncode == code and "Traceback" not in out and record.exists(), out
     assert "resume with: python train.py --resume -n r" in out
     finish(start(tmp_path, "train.py --resume -n r"))
-    check_equal(tmp_path / "runs", "whole", "r")
+    check_equal(tmp_path / "runs", "uninterrupted", "r")

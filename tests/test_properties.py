@@ -39,13 +39,13 @@ def folder():
 
 def read_bytes(data: bytes, reader, name="a.csv"):
     "What `reader` makes of a file that holds `data`; a `UserError` is its text, without the folder."
-    with folder() as there:
-        csv = Path(there) / name
+    with folder() as path:
+        csv = Path(path) / name
         csv.write_bytes(data)
         try:
             return reader(csv)
         except UserError as e:
-            return str(e).replace(there, "")
+            return str(e).replace(path, "")
 
 
 # --- landmarks.csv -----------------------------------------------------------------------------------------------
@@ -63,8 +63,8 @@ def label_rows(csv):
 
 
 @st.composite
-def whole(draw, forms=("{}", "{}", "{}", "+{}", " {}", "{} ", "0{}", "{}.0", "{}e0")):
-    "A whole number and a text of it."
+def integers(draw, forms=("{}", "{}", "{}", "+{}", " {}", "{} ", "0{}", "{}.0", "{}e0")):
+    "A text of an integer, and its value."
     value = draw(st.integers(-9, 99) | st.integers(-landmarks_csv.LIMIT, landmarks_csv.LIMIT))
     form = draw(st.sampled_from(forms)) if value >= 0 else "{}"
     return form.format(value), np.float32(value)
@@ -72,12 +72,12 @@ def whole(draw, forms=("{}", "{}", "{}", "+{}", " {}", "{} ", "0{}", "{}.0", "{}
 
 @st.composite
 def decimal(draw):
-    "A number with decimals and a text of it."
+    "A text of a number with decimals, and its value."
     value = draw(st.floats(-landmarks_csv.LIMIT, landmarks_csv.LIMIT, width=32))
     return draw(st.sampled_from([repr(float(value)), str(np.float32(value)), f"{value:.9e}"])), np.float32(value)
 
 
-PLAIN = whole(forms=("{}",))
+PLAIN = integers(forms=("{}",))
 COLUMN = st.text(LETTER, max_size=6).filter(lambda text: not landmarks_csv._is_number(text.encode()))
 
 
@@ -85,7 +85,7 @@ COLUMN = st.text(LETTER, max_size=6).filter(lambda text: not landmarks_csv._is_n
 def tables(draw):
     "(bytes of a right landmarks.csv, line numbers, names, points)"
     n = draw(st.integers(1, 4))
-    number = draw(st.sampled_from([PLAIN, PLAIN, whole(), PLAIN | decimal()]))
+    number = draw(st.sampled_from([PLAIN, PLAIN, integers(), PLAIN | decimal()]))
     names, cells, lines, text = [], [], [], []
     header = draw(st.lists(COLUMN, min_size=2 * n + 1, max_size=2 * n + 1))
     assume("".join(header).encode().strip())
@@ -109,7 +109,7 @@ def cuts(draw):
 
 
 def read_cut(data, cut, slow=False):
-    "As `read_bytes`, of a landmarks.csv, cut as asked, with or without the fast way."
+    "As `read_bytes`, of a landmarks.csv, cut into blocks and pieces, by the fast parser or the slow one."
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(landmarks_csv, "BLOCK", cut[0])
         patch.setattr(landmarks_csv, "PIECE", cut[1])
@@ -170,7 +170,7 @@ def test_mutated_table_is_parsed_the_same_by_numpy_and_pandas(data, cut):
 
 
 @search
-@example(b"\xc3\t1\t2\n\xa9\t1\t2\n", (1 << 23, 1 << 20))  # two halves of a letter, whole in neither name
+@example(b"\xc3\t1\t2\n\xa9\t1\t2\n", (1 << 23, 1 << 20))  # two halves of a letter, complete in neither name
 @example(b"\xef\xbb\xbfa\t1\t2\n", (1 << 23, 1 << 20))  # a byte order mark that belongs to a name
 @example(b"a\rb\t1\t2\n", (1 << 23, 1 << 20))
 @given(st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=30).map(b"".join), cuts())
@@ -182,7 +182,7 @@ def test_any_bytes_are_parsed_the_same_by_numpy_and_pandas(data, cut):
 # --- test_points.csv and the submission --------------------------------------------------------------------------
 
 
-def asked_rows(csv):
+def point_rows(csv):
     found = competition.read_test_points(csv)
     assert found.indices.dtype.kind in "iu" and found.indices.shape == (
         len(found),
@@ -216,7 +216,7 @@ def questions(draw):
 @given(questions())
 def test_every_index_list_reads_back_equal(question):
     data, *expected = question
-    assert read_bytes(data, asked_rows) == tuple(expected)
+    assert read_bytes(data, point_rows) == tuple(expected)
 
 
 CODE = st.sampled_from([
@@ -229,7 +229,7 @@ CODE = st.sampled_from([
 @given(CODE | st.text(st.sampled_from("[], -0123456789.\"'()ex_\t\n\r"), max_size=30) | st.text(max_size=30))
 def test_any_text_is_an_index_list_or_refused_and_never_evaluated(text):
     found = read_bytes(
-        f"file_name\tpoint_index_list\na.jpg\t[1]\nb.jpg\t{text}\n".encode("utf-8", "replace"), asked_rows
+        f"file_name\tpoint_index_list\na.jpg\t[1]\nb.jpg\t{text}\n".encode("utf-8", "replace"), point_rows
     )
     assert isinstance(found, str) or all(type(index) is int for row in found[2] for index in row)
     assert not hasattr(builtins, "evaluated")
@@ -238,13 +238,13 @@ def test_any_text_is_an_index_list_or_refused_and_never_evaluated(text):
 @search
 @given(mutated(questions().map(lambda question: question[0])) | st.binary(max_size=60))
 def test_any_bytes_are_test_points_or_refused(data):
-    found = read_bytes(data, asked_rows)
+    found = read_bytes(data, point_rows)
     assert isinstance(found, str) or all(name and "\t" not in name for name in found[1])
 
 
 @st.composite
 def answers(draw):
-    "(names, points (rows, asked, 2)) of a submission, as large or small as a float goes."
+    "(names, points (rows, points per row, 2)) of a submission, as large or small as a float goes."
     shape = draw(st.integers(1, 4)), draw(st.integers(1, 4)), 2
     width = draw(st.sampled_from([32, 64]))
     number = st.floats(-1e4, 1e4, width=width) | st.floats(allow_nan=False, allow_infinity=False, width=width)
@@ -295,14 +295,14 @@ NUMPY_OR_TORCH = st.sampled_from([np.asarray, torch.from_numpy])
 @given(SIDE, SIDE, st.sampled_from(FITS), st.integers(1, 1024), REDUCED, NUMPY_OR_TORCH, st.randoms())
 def test_every_pixel_map_has_an_inverse(width, height, fit, size, reduced, kind, random):
     stored = np.array([[random.uniform(-0.5, side * reduced - 0.5) for side in (width, height)] for _ in range(9)])
-    there = pixel_map(width, height, fit, size).after_resize(1 / reduced)
+    fitted = pixel_map(width, height, fit, size).after_resize(1 / reduced)
     points = kind(stored)
-    seen = there.to_input(points)
+    seen = fitted.to_input(points)
     assert type(seen) is type(points) and seen.shape == points.shape
     unit = input_to_unit(seen, size)
     assert np.abs(np.asarray(unit_to_input(unit, size) - seen)).max() < 1e-3
-    assert np.abs(np.asarray(there.to_image(unit_to_input(unit, size))) - stored).max() < 1e-3
-    together = PixelMap.from_batch(torch.tensor([there, there], dtype=torch.float64)).to_image(
+    assert np.abs(np.asarray(fitted.to_image(unit_to_input(unit, size))) - stored).max() < 1e-3
+    together = PixelMap.from_batch(torch.tensor([fitted, fitted], dtype=torch.float64)).to_image(
         torch.from_numpy(np.asarray(seen)).expand(2, -1, -1)
     )
     assert np.abs(together.numpy() - stored).max() < 1e-3
@@ -330,11 +330,11 @@ def test_fitted_pixels_show_the_position_they_map_to(width, height, fit, size, r
     y, x = np.mgrid[: height * reduced, : width * reduced].astype(np.float32)
     v, u = np.mgrid[:size, :size]
     ramps = [Image.fromarray(ramp).reduce(reduced) for ramp in (x, y)]
-    (seen_x, there), (seen_y, same_map) = (fit_image(ramp, fit, size, reduced) for ramp in ramps)
-    assert there == same_map == pixel_map(width, height, fit, size).after_resize(1 / reduced)
-    place = there.to_image(np.stack([u, v], -1).reshape(-1, 2).astype(float))
+    (seen_x, fitted), (seen_y, same_map) = (fit_image(ramp, fit, size, reduced) for ramp in ramps)
+    assert fitted == same_map == pixel_map(width, height, fit, size).after_resize(1 / reduced)
+    place = fitted.to_image(np.stack([u, v], -1).reshape(-1, 2).astype(float))
     seen = np.stack([np.asarray(seen_x), np.asarray(seen_y)], -1).reshape(-1, 2)
-    reach = reduced * 1.5 + np.array([max(1 / there.a, reduced), max(1 / there.e, reduced)])  # of the filter
+    reach = reduced * 1.5 + np.array([max(1 / fitted.a, reduced), max(1 / fitted.e, reduced)])  # of the filter
     sides = np.array([width, height]) * reduced
     inside = ((place >= reach) & (place <= sides - 1 - reach)).all(1)
     assert np.abs(seen - place)[inside].max(initial=0) < 0.1 * reduced

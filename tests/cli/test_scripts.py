@@ -221,11 +221,11 @@ def test_overwritten_run_keeps_its_checkpoint_until_the_new_one_saves(run_script
     assert run_script("predict.py --workers 0 -pm r")[0] == 0 and (runs / "r/submit.csv").exists()
     before = (runs / "r/best.pth").read_bytes()
     image = first_image(data, 12)
-    whole = image.read_bytes()
+    content = image.read_bytes()
     cut_image(data)
     assert run_script(f"train.py {QUICK} -n r --overwrite -d", data)[0] == 1
     assert (runs / "r/best.pth").read_bytes() == before
-    image.write_bytes(whole)
+    image.write_bytes(content)
     assert run_script(f"train.py {QUICK} -n r --seed 4 --overwrite -d", data)[0] == 0
     assert (runs / "r/best.pth").read_bytes() != before
     assert not list((runs / "r").glob("submit.csv")) and not list((runs / "r").glob("points.*"))  # the old network's
@@ -243,8 +243,8 @@ def test_finetune_on_data_with_another_number_of_points(run_script, finished_run
 def test_failed_run_leaves_its_name_free(run_script, data):
     "A mistake must not cost the name: fix the data and type the line again."
     image = first_image(data, 12)
-    whole = image.read_bytes()
+    content = image.read_bytes()
     cut_image(data)
     assert run_script(f"train.py {QUICK} -n r -d", data)[0] == 1
-    image.write_bytes(whole)
+    image.write_bytes(content)
     assert run_script(f"train.py {QUICK} -n r -d", data)[0] == 0

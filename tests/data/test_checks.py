@@ -215,8 +215,8 @@ def test_skip_removes_bad_rows_and_moves_no_other_row(run_script, data, tmp_path
     items = labelled_images(data, on_bad="skip")
     assert items.left_out.tolist() == [0, 10, 35]
     for settings in (Settings(), Settings(valid_random=True, split_seed=3), Settings(all_rows=True)):
-        for side, whole in zip(split_rows(40, settings, items.left_out), split_rows(40, settings), strict=True):
-            assert side.tolist() == [r for r in whole.tolist() if r not in (0, 10, 35)]
+        for side, complete in zip(split_rows(40, settings, items.left_out), split_rows(40, settings), strict=True):
+            assert side.tolist() == [r for r in complete.tolist() if r not in (0, 10, 35)]
     settings = read_checkpoint(tmp_path / "here" / "runs" / "r/best.pth").settings
     assert settings.on_bad == "skip"
     assert run_script("finetune.py --workers 0 -e 1 -n s -pm r")[0] == 0  # a later stage takes it over
@@ -277,7 +277,7 @@ def test_accepted_image_is_not_opened_again_until_it_changes(data):
 
 
 def test_too_large_image_is_reported_before_it_is_decoded(run_script, data, monkeypatch):
-    monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")  # the scripts set it: it is put back behind the test
+    monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")  # the scripts set it: monkeypatch restores it after the test
     lines = [zlib.compress(bytes(13301) * 13300, 9)]  # 13,300 squared, grey: a file of 170 kB
     bomb = png(13300, 13300, 8, 0, b"").replace(zlib.compress(b""), b"")
     at = bomb.index(b"IDAT") - 4
@@ -308,11 +308,11 @@ def test_max_pixels_limits_training_and_prediction(run_script, data, monkeypatch
 def test_rejected_image_is_opened_at_each_start(data):
     "A cause may go that leaves size and time as they were: permissions, a disk."
     path = data / "train" / "images" / names(data)[4]
-    whole = path.read_bytes()
+    content = path.read_bytes()
     swap(path, b"no image")
     with pytest.raises(BadData):
         labelled_images(data)
-    swap(path, whole)
+    swap(path, content)
     labelled_images(data)
 
 
@@ -330,10 +330,10 @@ def test_damaged_stamp_file_is_ignored(data, damage):
 
 def test_truncated_jpeg_is_reported_and_trailing_bytes_are_accepted(data):
     path = data / "train" / "images" / names(data)[4]
-    whole = path.read_bytes()
-    path.write_bytes(whole + b"x" * 300)
+    content = path.read_bytes()
+    path.write_bytes(content + b"x" * 300)
     labelled_images(data)
-    path.write_bytes(whole[:-100])
+    path.write_bytes(content[:-100])
     with pytest.raises(BadData, match="line 6: image .* is cut short"):
         labelled_images(data)
 
@@ -410,9 +410,9 @@ def broken_inside(data, row):
     image = Image.open(data / "train" / "images" / names(data)[row])
     file = io.BytesIO()
     image.save(file, "PNG")
-    whole = file.getvalue()
-    middle = len(whole) // 2
-    return in_row(data, row, whole[:middle] + bytes(200) + whole[middle + 200 :], f"{row}.png")
+    content = file.getvalue()
+    middle = len(content) // 2
+    return in_row(data, row, content[:middle] + bytes(200) + content[middle + 200 :], f"{row}.png")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -446,9 +446,9 @@ def test_error_texts_of_a_malformed_csv_are_limited(tmp_path):
 def test_point_is_bad_beyond_one_image_side_outside(data):
     csv, image = data / "train" / "landmarks.csv", data / "train" / "images" / names(data)[4]
     width, height = Image.open(image).size
-    whole = csv_lines(csv)[5]
+    line = csv_lines(csv)[5]
     for x, y, bad in [(-width, 2 * height, False), (-width - 1, 0, True), (0, 2 * height + 1, True)]:
-        edit_line(csv, 6, lambda _, x=x, y=y: "\t".join([*whole.split("\t")[:-2], str(x), str(y)]))
+        edit_line(csv, 6, lambda _, x=x, y=y: "\t".join([*line.split("\t")[:-2], str(x), str(y)]))
         if bad:
             with pytest.raises(
                 UserError, match=rf"line 6: point 67 \({x}, {y}\) lies more than an image's side outside"

@@ -81,7 +81,7 @@ KINDS = {
     "flags,steps", [pytest.param(*v, id=k, marks=[pytest.mark.slow] * (k == "a worker")) for k, v in KINDS.items()]
 )
 def test_resumed_stage_equals_one_that_was_never_stopped(run_script, drawn, flags, steps):
-    assert run_script(f"train.py {SHORT} {flags} -n whole -d", drawn)[0] == 0
+    assert run_script(f"train.py {SHORT} {flags} -n uninterrupted -d", drawn)[0] == 0
     with stopping_at(steps[0]):
         code, _, err = run_script(f"train.py {SHORT} {flags} -n parts -d", drawn)
     for step in [*steps[1:], None]:
@@ -90,10 +90,10 @@ def test_resumed_stage_equals_one_that_was_never_stopped(run_script, drawn, flag
             code, out, err = run_script("train.py --resume -n parts")
         assert "resuming at epoch" in out
     assert (code, err) == (0, "")
-    check_equal(RUNS, "whole", "parts")
+    check_equal(RUNS, "uninterrupted", "parts")
     files = {p.name for p in (RUNS / "parts").iterdir()}
-    assert files == {p.name for p in (RUNS / "whole").iterdir()} and "batch.png" in files
-    assert {p.name for p in RUNS.iterdir()} == {"parts", "whole"}
+    assert files == {p.name for p in (RUNS / "uninterrupted").iterdir()} and "batch.png" in files
+    assert {p.name for p in RUNS.iterdir()} == {"parts", "uninterrupted"}
     code, out, err = run_script("train.py --resume -n parts")
     assert (code, err) == (0, "") and "is finished, nothing is left to resume" in out
 
@@ -111,7 +111,7 @@ def test_resume_in_a_terminal_shows_progress_bars(run_script, drawn, monkeypatch
 def test_resumed_later_stage_equals_one_that_was_never_stopped(run_script, finished_run, flags):
     "At the rate of 0.3 no epoch beats what was loaded."
     finished_run("one")
-    assert run_script(f"finetune.py {flags} --workers 0 --overwrite -n whole -pm one")[0] == 0
+    assert run_script(f"finetune.py {flags} --workers 0 --overwrite -n uninterrupted -pm one")[0] == 0
     with stopping_at(5, signal.SIGTERM):
         code, _, err = run_script(f"finetune.py {flags} --workers 0 --overwrite -n parts -pm one")
     assert code == 143 and err.count("\n") == 1 and err.endswith(STOPPED.format("finetune.py", "parts"))
@@ -119,7 +119,7 @@ def test_resumed_later_stage_equals_one_that_was_never_stopped(run_script, finis
         run_script("train.py --resume -n parts"), "started by finetune.py", "python finetune.py --resume -n parts"
     )
     assert run_script("finetune.py --resume -n parts")[0] == 0
-    check_equal(RUNS, "whole", "parts")
+    check_equal(RUNS, "uninterrupted", "parts")
 
 
 def test_resume_is_refused_if_the_loaded_checkpoint_has_changed(run_script, drawn):
@@ -144,12 +144,12 @@ def test_resume_of_a_run_that_saved_nothing_starts_it_again(run_script, drawn):
     assert [p.name for p in RUNS.rglob("*")] == ["r", "run.json"]
     code, out, _ = run_script("train.py --resume -n r")
     assert code == 0 and "resuming" not in out
-    assert run_script(f"train.py {SHORT} --seed 4 -n whole -d", drawn)[0] == 0
-    check_equal(RUNS, "whole", "r")
+    assert run_script(f"train.py {SHORT} --seed 4 -n uninterrupted -d", drawn)[0] == 0
+    check_equal(RUNS, "uninterrupted", "r")
     assert (
         run_script(f"train.py {SHORT} --seed 4 --resume -n new -d", drawn)[0] == 0
     )  # nothing of it is there: it starts
-    check_equal(RUNS, "whole", "new")
+    check_equal(RUNS, "uninterrupted", "new")
 
 
 def test_resume_from_another_folder(run_script, drawn, tmp_path, monkeypatch):
@@ -177,14 +177,14 @@ def test_resume_continues_without_an_image_that_disappeared(run_script, data, ro
 def test_resume_leaves_out_the_same_rows(run_script, data):
     "The image is mended while the run is stopped: the order of the epochs is still that of the rows it began with."
     image = sorted((data / "train" / "images").iterdir())[3]
-    whole = image.read_bytes()
+    content = image.read_bytes()
     image.write_bytes(b"")
-    assert run_script(f"train.py {SHORT} --on-bad skip -n whole -d", data)[0] == 0
+    assert run_script(f"train.py {SHORT} --on-bad skip -n uninterrupted -d", data)[0] == 0
     with stopping_at(5):
         assert run_script(f"train.py {SHORT} --on-bad skip -n parts -d", data)[0] == 130
-    image.write_bytes(whole)
+    image.write_bytes(content)
     assert run_script("train.py --resume -n parts")[0] == 0
-    check_equal(RUNS, "whole", "parts")
+    check_equal(RUNS, "uninterrupted", "parts")
 
 
 def test_resume_is_refused_if_the_labels_have_changed(run_script, data):
@@ -214,8 +214,10 @@ def damage(metadata):
     return save({"model.x": torch.zeros(1)}, {"facts": json.dumps(metadata)})
 
 
-DAMAGE = "payload, cut, empty, facts of another kind, no tensors, torch's own format, its record, its settings".split(
-    ", "
+DAMAGE = (
+    "payload, cut, empty, metadata of another kind, no tensors, torch's own format, its record, its settings".split(
+        ", "
+    )
 )
 
 
@@ -224,17 +226,17 @@ def test_damaged_state_or_record_is_refused_and_not_executed(run_script, drawn, 
     with stopping_at(5):
         assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
     path, record = RUNS / "r/state.safetensors", json.loads((RUNS / "r/run.json").read_text())
-    whole = path.read_bytes()
-    metadata = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]["facts"]
+    content = path.read_bytes()
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["facts"]
     bad = {
         "payload": payload,
-        "cut": lambda: whole[:-9],
+        "cut": lambda: content[:-9],
         "empty": lambda: b"",
-        "facts of another kind": lambda: damage({"format": 2, "epoch": "x"}),
+        "metadata of another kind": lambda: damage({"format": 2, "epoch": "x"}),
         "no tensors": lambda: damage(json.loads(metadata)),
         "torch's own format": lambda: torch.save({"a": torch.zeros(1)}, path) or path.read_bytes(),
-        "its record": lambda: whole,
-        "its settings": lambda: whole,
+        "its record": lambda: content,
+        "its settings": lambda: content,
     }[kind]()
     path.write_bytes(bad)
     if kind == "its record":

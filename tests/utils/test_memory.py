@@ -37,8 +37,8 @@ def small_memory(monkeypatch):
         return model
 
     monkeypatch.setattr(torch_network, "fuse_norms", lambda model, size: model)  # which leaves hooks behind
-    for room in (checkpoint, learner):
-        monkeypatch.setattr(room, "build_model", built)
+    for module in (checkpoint, learner):
+        monkeypatch.setattr(module, "build_model", built)
 
 
 def test_out_of_memory_error_names_a_batch_size_that_fits(run_script, drawn, tmp_path, small_memory):
@@ -123,7 +123,7 @@ mkdir out && cp -r runs/* out/
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_previous_state(drawn, tmp_path, run_script):
-    "A file system that holds one state and not two: the first stays whole, and the run goes on from it."
+    "A file system that holds one state and not two: the first stays intact, and the run continues from it."
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     flags = f"{SHORT} --arch {FILLS} --save-every 0"
@@ -138,9 +138,9 @@ def test_full_disk_keeps_the_previous_state(drawn, tmp_path, run_script):
     assert "state.safetensors\n" in left and ".tmp" not in left
     assert codes[1] == "0" and "resuming at epoch 0, batch 1" in (tmp_path / "resumed.txt").read_text()
     runs = tmp_path / "here" / "runs"
-    assert run_script(f"train.py {SHORT} --arch {FILLS} -n whole -d", drawn)[0] == 0
+    assert run_script(f"train.py {SHORT} --arch {FILLS} -n uninterrupted -d", drawn)[0] == 0
     shutil.copytree(tmp_path / "out" / "parts", runs / "parts")
-    check_equal(runs, "whole", "parts")
+    check_equal(runs, "uninterrupted", "parts")
 
 
 @pytest.mark.parametrize("bytes_left", [1 << 10, 1 << 14, 1 << 17, 1 << 20])
