@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import groupby, repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -38,7 +38,6 @@ FORMAT = 1  # of a part's file
 SIZE = 1024  # pictures of a part: a process that dies loses so many, and at the end waits for no more
 WAIT = 0.05  # seconds between two questions whether the others have finished
 Progress = Callable[[Iterable, int], Iterable]
-Todo = list[tuple[range, Path]]  # rows and files of the parts that are missing
 
 
 @contextmanager
@@ -55,24 +54,25 @@ def joined_parts(
     In the others the iterator is empty. Raises `UserError` if another prediction writes parts of this run, or if the
     processes do not see the same files; `Stopped` after a signal, or if another process has ended.
     """
-    folder = run.folder / PARTS
+    folder, key = run.folder / PARTS, _key(predictor, options)
     parts = cut_parts(paths, predictor.batch_size)
-    key = _key(predictor, options)
-    with _first_holds(folder):
-        names = broadcast([_part_name(key, paths[r.start : r.stop]) for r in parts] if is_first() else [])
-        _check_same(broadcast(key) == key, folder, paths)
+    with _first_holds(folder), _stop_message():
+        # a list of the folder: a network file system may remember for a minute that one file was absent
+        plan = (
+            ([_part_name(key, paths[r.start : r.stop]) for r in parts], os.listdir(folder), key) if is_first() else ()
+        )
+        names, found, first_key = broadcast(plan)
+        _check_same(key == first_key, folder, paths)
         files = [folder / name for name in names]
-        with _stop_message():
-            todo = broadcast(_missing(parts, files))
-            if len(todo) < len(parts):
-                print(f"{len(parts) - len(todo)} of {len(parts)} parts were predicted before", flush=True)
-            with closing(_steps(predict, predictor, todo)) as steps:
-                for _ in progress(steps, sum(len(rows) for rows, _ in todo)):
-                    pass
-            yield _join(files, predictor) if is_first() else iter(())
-        if is_first():
-            for file in files:
-                file.unlink(missing_ok=True)
+        missing = [part for part in zip(parts, files, strict=True) if part[1].name not in found]
+        if len(missing) < len(parts):
+            print(f"{len(parts) - len(missing)} of {len(parts)} parts were predicted before", flush=True)
+        with closing(_steps(predict, predictor, missing)) as steps:
+            for _ in progress(steps, sum(len(rows) for rows, _ in missing)):
+                pass
+        yield _join(files, predictor) if is_first() else iter(())
+        for file in files if is_first() else []:
+            file.unlink(missing_ok=True)
 
 
 def cut_parts(paths: Sequence[str], batch_size: int) -> list[range]:
@@ -140,16 +140,10 @@ def _check_same(same_key: bool, folder: Path, paths: Sequence[str]) -> None:
         raise UserError(f"{paths[0]} of the first process is not on this machine: pictures must be in a shared folder")
 
 
-def _missing(parts: list[range], files: list[Path]) -> Todo:
-    # a list of the folder: a network file system may remember for a minute that a single file was absent
-    found = set(os.listdir(files[0].parent)) if files else set()
-    return [(rows, file) for rows, file in zip(parts, files, strict=True) if file.name not in found]
-
-
 @contextmanager
 def _stop_message() -> Iterator[None]:
     "Say that parts are saved, if the prediction is stopped or another process has ended."
-    text = "the finished parts are saved; the same command predicts the others"
+    text = "finished parts are saved; the same command predicts the others"
     try:
         yield
     except KeyboardInterrupt as e:
@@ -161,12 +155,14 @@ def _stop_message() -> Iterator[None]:
 
 
 def _steps(
-    predict: Callable[[range], Iterable[PictureResult]], predictor: Predictor, todo: Todo
+    predict: Callable[[range], Iterable[PictureResult]],
+    predictor: Predictor,
+    missing: list[tuple[range, Path]],  # rows and files of parts
 ) -> Generator[None, None, None]:
     "Predict parts until none is left and all processes have finished; yield once for each result of any of them."
     common = CommonProgress()
-    while (k := next_number("part")) < len(todo):
-        rows, file = todo[k]
+    while (k := next_number("part")) < len(missing):
+        rows, file = missing[k]
         predictor.unaligned = 0
         with atomic_write(file, "wb") as f:
             for result in predict(rows):
