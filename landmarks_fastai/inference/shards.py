@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import groupby, repeat
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,9 +25,9 @@ from landmarks_fastai.inference.predictor import PictureResult, Prediction, Pred
 from landmarks_fastai.runs.run import PARTS, Run
 from landmarks_fastai.utils.distributed import (
     CommonProgress,
-    broadcast,
     is_first,
     next_number,
+    on_first,
     process_ended,
     this_process,
 )
@@ -57,11 +57,9 @@ def joined_parts(
     folder, key = run.folder / PARTS, _key(predictor, options)
     parts = cut_parts(paths, predictor.batch_size)
     with _first_holds(folder), _stop_message():
+        names = on_first(lambda: [_part_name(key, paths[r.start : r.stop]) for r in parts])
         # a list of the folder: a network file system may remember for a minute that one file was absent
-        plan = (
-            ([_part_name(key, paths[r.start : r.stop]) for r in parts], os.listdir(folder), key) if is_first() else ()
-        )
-        names, found, first_key = broadcast(plan)
+        found, first_key = on_first(lambda: (os.listdir(folder), key))
         _check_same(key == first_key, folder, paths)
         files = [folder / name for name in names]
         missing = [part for part in zip(parts, files, strict=True) if part[1].name not in found]

@@ -9,7 +9,7 @@ import pytest
 
 from landmarks_fastai.inference import shards
 from landmarks_fastai.utils import distributed
-from tests.conftest import QUICK, ROOT, train_run
+from tests.conftest import QUICK, ROOT, csv_lines, train_run
 from tests.processes import LIMIT, check_stopped, finish, torchrun, two_machines
 
 # predict.py with parts of 8 pictures. It writes the number of parts that it predicted. The process DIES is killed in its
@@ -142,7 +142,7 @@ def test_damaged_image_of_a_submission_ends_all_and_is_predicted_again(folder, d
     "It is damaged behind the check: as large and as old as before."
     finish(torchrun(folder, f"spy.py -pm m -b 1 -d {data}"))
     expected = [(folder / "runs/m" / name).read_bytes() for name in FILES]
-    image = sorted((data / "test/images").iterdir())[-1]
+    image = data / "test/images" / csv_lines(data / "test/test_points.csv")[-1].split("\t")[0]
     good, found = image.read_bytes(), image.stat()
     for content in (b"?" * len(good), good):
         image.write_bytes(content)
@@ -151,7 +151,7 @@ def test_damaged_image_of_a_submission_ends_all_and_is_predicted_again(folder, d
         if content != good:
             check_stopped(process, f"image {image} cannot be read as an image", "test_points.csv line 7")
             assert not list(folder.rglob("*.tmp"))
-    assert "of 3 parts were predicted before" in finish(process)
+    finish(process)
     assert [(folder / "runs/m" / name).read_bytes() for name in FILES[1:]] == expected[1:]
 
 
