@@ -213,6 +213,13 @@ def test_errors_are_told_once(drawn, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_all_processes_train_with_the_rate_that_was_found(drawn, tmp_path):
+    out = finish(torchrun(tmp_path, f"train.py {QUICK} -b 4 --lr find -n r -d {drawn}"))
+    assert out.count("rate found") == 1 and "submission:  torchrun --nproc-per-node 2 predict.py -pm r" in out
+    assert (tmp_path / "runs/r/lr.png").exists() and len(pd.read_csv(tmp_path / "runs/r/history.csv")) == 1
+
+
+@pytest.mark.slow
 def test_two_machines_equal_two_processes(whole, drawn, tmp_path):
     for process in two_machines([tmp_path, tmp_path], f"train.py {SHORT} -b 4 -n r -d {drawn}"):
         finish(process)
