@@ -2,14 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from landmarks_fastai.cli import app, arguments, resolve
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.utils.distributed import on_first, this_process
+from landmarks_fastai.utils.distributed import is_first, on_first, this_process
 
 if TYPE_CHECKING:
     from landmarks_fastai.geometry import Box
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 def main() -> None:
     args = on_first(arguments.predict_arguments)
-    if this_process().count > 1:
-        raise UserError("predict.py runs in one process: start it without torchrun")
 
     from landmarks_fastai.inference.predictor import Predictor, open_network
     from landmarks_fastai.runs.claim import claim_output
@@ -43,7 +42,8 @@ def main() -> None:
         flip_test=args.flip_test,
         detector=detector,
     )
-    run = claim_output(args.out, "+".join(dict.fromkeys(network.name for network in networks)))
+    name = "+".join(dict.fromkeys(network.name for network in networks))
+    run = on_first(lambda: claim_output(args.out, name))
     if args.paths:
         predict_pictures(args, predictor, run)
     else:
@@ -74,8 +74,12 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
     if args.draw_confidence and not confidence:
         raise UserError("--confidence: the checkpoint has no spread: train or finetune with --confidence")
     n_pictures = n_frames = n_objects = n_bad = n_rotated = 0
-    with open_writer(args.format, run.folder, settings.n_points, confidence) as (write, path):
-        for result in results_of(args, predictor, run):
+    with ExitStack() as files:
+        results = files.enter_context(results_in_order(args, predictor, run))
+        if not is_first():
+            return
+        write, path = files.enter_context(open_writer(args.format, run.folder, settings.n_points, confidence))
+        for result in results:
             write(result)
             of_video = result.frame is not None
             if result.error:
@@ -84,8 +88,6 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
                 print(
                     f"note: {result.source}: no {'face' if args.detect else 'box'} found", file=sys.stderr, flush=True
                 )
-            elif args.overlay and not of_video:
-                write_overlay(result, run.folder / "overlay", args.draw_confidence)
             n_pictures += not of_video
             n_frames += of_video
             n_objects += len(result.objects)
@@ -101,21 +103,52 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
         raise UserError(f"{n_bad} of the files could not be used, or not to their end: see above")
 
 
-def results_of(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> "Iterator[PictureResult]":
-    "Yield the results of all pictures and frames; a video that is damaged gives a result with an error at its end."
-    from landmarks_fastai.inference.pictures import Picture, find_pictures, is_video, read_boxes
+def results_in_order(
+    args: argparse.Namespace, predictor: "Predictor", run: "Run"
+) -> "AbstractContextManager[Iterator[PictureResult]]":
+    "The results of all pictures and frames; in the processes of torchrun but the first, which has them all, none."
+    from landmarks_fastai.inference.pictures import find_pictures, read_boxes
+    from landmarks_fastai.inference.shards import joined_parts
+
+    boxes = read_boxes(args.boxes) if args.boxes else None
+    if not this_process().store:
+        return nullcontext(results_of(find_pictures(args.paths), boxes, args, predictor, run))
+    paths = on_first(lambda: [str(path) for path in find_pictures(args.paths)])
+    options = {name: getattr(args, name) for name in ("detect", "smooth", "overlay", "draw_confidence")}
+    return joined_parts(
+        predictor,
+        run,
+        paths,
+        lambda rows: results_of((Path(paths[row]) for row in rows), boxes, args, predictor, run),
+        options | {"boxes": boxes},
+    )
+
+
+def results_of(
+    found: "Iterable[Path]",
+    of_files: "dict[str, list[Box]] | None",
+    args: argparse.Namespace,
+    predictor: "Predictor",
+    run: "Run",
+) -> "Iterator[PictureResult]":
+    """Yield the results of pictures and of frames, after their copy with the points is written.
+
+    A video that is damaged gives a result with an error at its end.
+    """
+    from landmarks_fastai.inference.pictures import Picture, is_video
     from landmarks_fastai.inference.predictor import PictureResult
     from landmarks_fastai.inference.writers import output_path
-
-    of_files = read_boxes(args.boxes) if args.boxes else None
 
     def boxes(picture: "Picture") -> "Sequence[Box]":
         "The boxes of the path as it was typed or found, or else of the file's name."
         return of_files.get(picture.name) or of_files.get(Path(picture.name).name, []) if of_files else []
 
-    for videos, paths in groupby(find_pictures(args.paths), is_video):
+    for videos, paths in groupby(found, is_video):
         if not videos:
-            yield from predictor.stream(paths, boxes if of_files else None)
+            for result in predictor.stream(paths, boxes if of_files else None):
+                if args.overlay and result.objects:
+                    write_overlay(result, run.folder / "overlay", args.draw_confidence)
+                yield result
             continue
         from landmarks_fastai.inference.video import predict_video
         from landmarks_fastai.utils.parallel import bar

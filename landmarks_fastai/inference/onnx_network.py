@@ -19,6 +19,7 @@ import numpy as np
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.network import MAX_STREAMS, UnitPoints
 from landmarks_fastai.settings import Settings
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.hardware import available_cores
 
@@ -51,11 +52,11 @@ class OnnxNetwork:
     def __init__(
         self,
         path: str | Path,
-        threads: int | None = None,  # that compute at a time; None: one a core
+        threads: int | None = None,  # that compute at a time; None: one a core, shared with the processes of torchrun
     ):
         self.path = Path(path)
-        _check_file(self.path)
-        self.cores = threads or available_cores()
+        self.digest = _check_file(self.path)
+        self.cores = threads or max(1, available_cores() // this_process().local_count)
         self.session = _session(self.path, self.cores // min(MAX_STREAMS, self.cores))
         metadata = _read_metadata(self.path, self.session.get_modelmeta().custom_metadata_map.get(METADATA, ""))
         self.name: str = metadata["name"]
@@ -102,8 +103,11 @@ class OnnxNetwork:
             )
 
 
-def _check_file(path: Path) -> None:
-    "Raise `UserError` for a file that is not as `sealed` made it, or refers to other files. ONNX Runtime opens it later."
+def _check_file(path: Path) -> str:
+    """Return the file's SHA-256. ONNX Runtime opens it later.
+
+    Raises `UserError` for a file that is not as `sealed` made it, or refers to other files.
+    """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             end = max(0, len(data) - SEAL_SIZE)
@@ -123,6 +127,7 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path} is empty: {HINT}") from None
     if not seal.endswith(digest):
         raise UserError(f"{path} is damaged, or was changed after its export (its SHA-256 differs): {HINT}")
+    return digest.decode()
 
 
 def _session(path: Path, threads: int) -> Any:

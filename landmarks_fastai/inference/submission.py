@@ -2,20 +2,29 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
-from landmarks_fastai.competition import read_test_points, round_points, submission_header, submission_line
+from landmarks_fastai.competition import (
+    TestPoints,
+    read_test_points,
+    round_points,
+    submission_header,
+    submission_line,
+)
 from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.checks import check_images
 from landmarks_fastai.data.labels import data_folder
 from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.inference.pictures import Picture
-from landmarks_fastai.inference.predictor import Predictor
+from landmarks_fastai.inference.predictor import PictureResult, Predictor
+from landmarks_fastai.inference.shards import joined_parts
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.files import atomic_write
+from landmarks_fastai.utils.distributed import is_first, on_first, this_process
+from landmarks_fastai.utils.files import atomic_write, check_folder
 
 
 def predict_test(
@@ -27,23 +36,61 @@ def predict_test(
 ) -> int:
     """Predict the test images, and write the submission and all points; returns the number of images.
 
-    points.npy is float32 (images, n_points, 2), pixels of the images as stored; points.json lists the file names in
-    the same order. All three files are written completely or not at all. Raises `UserError` without test_points.csv, and
-    `BadData` with every bad image.
+    In a process of torchrun: predict a share of them; the first process writes. points.npy is float32 (images, n_points, 2),
+    pixels of the images as stored; points.json lists the file names in the same order. All three files are written
+    completely or not at all. Raises `UserError` without test_points.csv, and `BadData` with every bad image.
     """
-    side = data_folder(data) / "test"
-    if not os.path.isfile(side / "test_points.csv"):
-        raise UserError(f"{side / 'test_points.csv'} not found: it says which points of which images to submit")
-    test_points = read_test_points(side / "test_points.csv")
+    images = data_folder(data) / "test" / "images"
     n_points = predictor.networks[0].settings.n_points
+    test_points = on_first(lambda: checked_test_points(images, n_points))
+    check_folder(images, f"{test_points.csv} names images in it")
+
+    def predict(rows: Iterable[int]) -> Iterator[PictureResult]:
+        for result in predictor.stream(_pictures(test_points, images, rows)):
+            if result.error:  # the image has changed since it was checked
+                raise UserError(result.error)
+            yield result
+
+    paths = [str(images / name) for name in test_points.names]
+    rows = range(len(paths))
+    with (
+        joined_parts(predictor, run, paths, predict, {"submission": True}, progress)
+        if this_process().store
+        else nullcontext(progress(predict(rows), len(rows)))
+    ) as results:
+        if is_first():
+            write_submission(results, test_points, n_points, run, rounding)
+    report_unaligned(predictor.unaligned, len(test_points))
+    return len(test_points)
+
+
+def checked_test_points(images: Path, n_points: int) -> TestPoints:
+    "Read test_points.csv beside the image folder, and check its rows and their images; raises like `predict_test`."
+    csv = images.parent / "test_points.csv"
+    if not os.path.isfile(csv):
+        raise UserError(f"{csv} not found: it says which points of which images to submit")
+    test_points = read_test_points(csv)
     test_points.check_range(n_points)
-    found = check_images(test_points, side / "images")
+    found = check_images(test_points, images)
     if len(found.rows):
         raise BadData(map(found.problem, found.rows.tolist()), len(found.rows))
-    pictures = (
-        Picture(side / "images" / name, exif=False, where=f"{test_points.csv} line {line}: ")
-        for name, line in zip(test_points.names, test_points.lines.tolist(), strict=True)
-    )
+    return test_points
+
+
+def _pictures(test_points: TestPoints, images: Path, rows: Iterable[int]) -> Iterator[Picture]:
+    for row in rows:
+        where = f"{test_points.csv} line {test_points.line(row)}: "
+        yield Picture(images / test_points.name(row), exif=False, where=where)
+
+
+def write_submission(
+    results: Iterable[PictureResult],  # of the rows of `test_points`, in order
+    test_points: TestPoints,
+    n_points: int,  # of an image
+    run: Run,
+    rounding: str,
+) -> None:
+    "Write submit.csv, points.npy and points.json, completely or not at all."
     with (
         atomic_write(run.file("points.json")) as names,
         atomic_write(run.file("points.npy"), "wb") as points,
@@ -53,12 +100,8 @@ def predict_test(
         head = {"descr": "<f4", "fortran_order": False, "shape": (len(test_points), n_points, 2)}
         np.lib.format.write_array_header_1_0(points, head)
         submission.write(submission_header(test_points.indices.shape[1]))
-        for row, result in enumerate(progress(predictor.stream(pictures), len(test_points))):
-            if result.error:  # the image has changed since it was checked
-                raise UserError(result.error)
+        for row, result in enumerate(results):
             each = np.ascontiguousarray(result.objects[0].points)
             points.write(each.data)
             name, indices = test_points.names[row], test_points.indices[row]
             submission.write(submission_line(name, round_points(each[indices], rounding)))
-    report_unaligned(predictor.unaligned, len(test_points))
-    return len(test_points)

@@ -1,5 +1,6 @@
 "A checkpoint as a `Network`: PyTorch on the CPU or a GPU."
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ class TorchNetwork:
     def __init__(self, checkpoint: Checkpoint, machine: Machine = Machine()):  # noqa: B008
         self.name, self.settings, self.machine = checkpoint.name, checkpoint.settings, machine
         model = checkpoint.model()
+        self.digest = _digest(model, machine)
         model = fuse_norms(PointsAndSpread(model) if self.settings.confidence else model, self.settings.size)
         # torch's annotation of `to` lacks memory_format
         self.model = model.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
@@ -71,6 +73,15 @@ class TorchNetwork:
             yield streams, lambda: torch.set_num_threads(threads // streams)
         finally:
             torch.set_num_threads(threads)  # a part of the setting is global to the process
+
+
+def _digest(model: nn.Module, machine: Machine) -> str:
+    "SHA-256 of the weights, of the settings, which are in the state dict too, and of the precision."
+    digest = hashlib.sha256(repr((machine.device, machine.precision, machine.tf32)).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    return digest.hexdigest()
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -23,7 +23,8 @@ FORMAT = 2  # of run.json; format 1 had the words of the command line
 MAX_NAME = 200  # bytes of a run's name: with suffixes it must fit into a file system's 255
 SAVED = ("best.pth", "state.safetensors")  # a run without either has saved nothing
 LISTING = "bad.csv"
-RUN_FILES = {*SAVED, LISTING, "run.json", "submit.csv"}  # the folder of a run has one of them at least
+PARTS = "predicted_parts"  # the folder of a prediction that torchrun started, until its end
+RUN_FILES = {*SAVED, LISTING, PARTS, "run.json", "submit.csv"}  # the folder of a run has one of them at least
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def typed_as(script: str) -> str:
     In a process of torchrun, the same with its numbers of machines and processes.
     """
     process = this_process()
-    if process.store and script != "predict.py":
+    if process.store:
         machines = f" --nnodes {process.machines} …" if process.machines > 1 else ""
         return f"torchrun{machines} --nproc-per-node {process.local_count} {script}"
     installed = Path(sys.argv[0]).stem.startswith("landmarks-")

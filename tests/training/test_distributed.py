@@ -5,11 +5,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,12 +17,12 @@ import torch
 from landmarks_fastai.data.augment import Augment
 from landmarks_fastai.data.block import landmark_dataloaders
 from tests.conftest import QUICK, ROOT
+from tests.processes import LIMIT, check_stopped, finish, pids_of, torchrun, two_machines
 from tests.training.test_resume import check_equal
 
 # No batch norm: its means are of each process's part of a batch. A low rate: all epochs go on getting better.
 PLAIN = f"{QUICK} --arch timm:test_convnext -e 4 -lr 1e-4 --align 1.05 --tta"
 SHORT = f"{QUICK} --head 16,drop0.5 -e 3 --align 1.05 --save-every 0"  # batch norm, dropout, a state at every step
-LIMIT = 240  # seconds, for a machine under load: a deadlock would last for distributed.TIMEOUT
 
 # train.py with its losses and the files that it wrote; behind epoch 0 the process SPOIL[0] damages the image SPOIL[1], or
 # runs out of memory
@@ -56,57 +54,17 @@ app.run_main(main)
 """
 
 
-def torchrun(folder, line, processes=2, flags="--standalone", **env):
-    "Start torchrun in a folder on a script's command line; `spy.py` is `SPY`."
+def spied(folder, line, processes=2, **env):
+    "`torchrun` with the script `SPY`."
     (folder / "spy.py").write_text(SPY)
-    script, *words = line.split()
-    script = folder / script if script == "spy.py" else ROOT / script
-    command = [sys.executable, "-m", "torch.distributed.run", *flags.split(), "--nproc-per-node", str(processes)]
-    return subprocess.Popen(
-        [*command, script, *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-    )
+    return torchrun(folder, f"spy.py {line}", processes, **env)
 
 
 def one_process(folder, line):
     "The same without torchrun."
     (folder / "spy.py").write_text(SPY)
     env = os.environ | {"OMP_NUM_THREADS": "1", "RANK": "0"}
-    subprocess.run([sys.executable, folder / "spy.py", *line.split()[1:]], cwd=folder, check=True, env=env)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, out + err
-    return out
-
-
-def check_stopped(process, *texts, start="error: "):
-    "Its processes ended with one line, before the report of torchrun, which ends with code 1."
-    out, err = process.communicate(timeout=LIMIT)
-    lines = [line for line in err.splitlines() if line.startswith(("error: ", "stopped: ", "warning: "))]
-    assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith(start), out + err
-    assert err.count("Traceback") == 1, err  # torchrun's own
-    assert all(text in lines[0] for text in texts), lines[0]
-    return lines[0]
-
-
-def pids_of(process):
-    "The processes that a torchrun has started: rank -> pid. (Linux)"
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == process.pid and b"train.py" in (folder / "cmdline").read_bytes():
-                env = dict(x.split("=", 1) for x in (folder / "environ").read_text().split("\0") if "=" in x)
-                found[int(env["LOCAL_RANK"])] = int(folder.name)
-        except (OSError, KeyError):  # it has ended, or is a fork that has not started yet
-            continue
-    return found
+    subprocess.run([sys.executable, folder / "spy.py", *line.split()], cwd=folder, check=True, env=env)
 
 
 def wait_for_states(process, path, count):
@@ -170,10 +128,10 @@ def test_augmentation_of_one_process_is_that_of_the_whole_batch():
 @pytest.mark.parametrize("processes,batch,flags", [(2, 4, ""), (3, 3, "--accumulate 2")])
 def test_processes_equal_one_with_a_batch_as_large(drawn, tmp_path, processes, batch, flags):
     "Losses of ten steps to 1e-5, scores of both passes, the average and the flip test to 1e-4; each file written by one."
-    one_process(tmp_path, f"spy.py {PLAIN} {flags} -b {batch * processes} -n one -d {drawn} --on-bad skip")
+    one_process(tmp_path, f"{PLAIN} {flags} -b {batch * processes} -n one -d {drawn} --on-bad skip")
     one = json.loads((tmp_path / "spy0.json").read_text())
     data = shutil.copytree(drawn, tmp_path / "data", ignore=shutil.ignore_patterns("*.cache"))
-    out = finish(torchrun(tmp_path, f"spy.py {PLAIN} {flags} -b {batch} --cache -n several -d data", processes))
+    out = finish(spied(tmp_path, f"{PLAIN} {flags} -b {batch} --cache -n several -d data", processes))
     assert out.count("run several") == 2 and f"torchrun --nproc-per-node {processes} finetune.py" in out
     spies = [json.loads((tmp_path / f"spy{rank}.json").read_text()) for rank in range(processes)]
     assert len(one["losses"]) >= 10 and all(spy["losses"] == spies[0]["losses"] for spy in spies)
@@ -247,19 +205,18 @@ def test_errors_are_told_once(drawn, data, tmp_path):
     check_stopped(torchrun(tmp_path, f"train.py {QUICK} -d nowhere"), "nowhere: no such folder")
     check_stopped(torchrun(tmp_path, f"train.py {QUICK} -lr 1000 --ema 0 -d {drawn}", 3), "NaN or infinite in epoch 0")
     image = training_dl(data, (1, 2)).train.dataset.items[0].path
-    process = torchrun(tmp_path, f"spy.py {QUICK} -b 4 -e 3 -n r -d {data}", SPOIL=f"1,{image}")
+    process = spied(tmp_path, f"{QUICK} -b 4 -e 3 -n r -d {data}", SPOIL=f"1,{image}")
     check_stopped(process, f"image {image} cannot be read as an image", "then resume with: torchrun --nproc-per-node 2")
-    process = torchrun(tmp_path, f"spy.py {QUICK} -b 4 -e 3 -n m -d {drawn}", SPOIL="1,memory")
+    process = spied(tmp_path, f"{QUICK} -b 4 -e 3 -n m -d {drawn}", SPOIL="1,memory")
     check_stopped(process, "error: -b 4: not enough memory for such a batch", "then resume with: torchrun")
     assert not list(tmp_path.rglob("*.lock"))
 
 
-def two_machines(folders, line):
-    "A torchrun in each folder, as on two machines: they meet at an address of this one."
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    meet = f"--nnodes 2 --rdzv-backend c10d --rdzv-id test --rdzv-endpoint 127.0.0.1:{port}"
-    return [torchrun(f, line, 1, f"{meet} --local-addr 127.0.0.{k}") for k, f in enumerate(folders, 1)]
+@pytest.mark.slow
+def test_all_processes_train_with_the_rate_that_was_found(drawn, tmp_path):
+    out = finish(torchrun(tmp_path, f"train.py {QUICK} -b 4 --lr find -n r -d {drawn}"))
+    assert out.count("rate found") == 1 and "submission:  torchrun --nproc-per-node 2 predict.py -pm r" in out
+    assert (tmp_path / "runs/r/lr.png").exists() and len(pd.read_csv(tmp_path / "runs/r/history.csv")) == 1
 
 
 @pytest.mark.slow
