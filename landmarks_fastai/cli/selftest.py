@@ -10,7 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
-from landmarks_fastai import __version__
+import landmarks_fastai
 from landmarks_fastai.cli import app
 from landmarks_fastai.errors import UserError, one_line
 from landmarks_fastai.utils.hardware import find_gpu
@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arch, size, batch_size, n_points = ("resnext50_32x4d", 128, 32, 971) if args.gpu else (SMALL, 32, 8, 68)
         print("| check | result | s | figures |\n| --- | --- | --- | --- |")
-        versions = f"landmarks_fastai {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+        versions = f"landmarks_fastai {landmarks_fastai.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
         print(f"| versions | | | {versions}, {platform.platform()} |")
         print(f"| device | | | {device_name(device)} |")
         print(f"| network | | | {arch}, {size} px, batches of {batch_size}, {n_points} points |", flush=True)
