@@ -1,7 +1,7 @@
 """The settings of a run that depend on the machine; a checkpoint does not store them.
 
-Mixed precision, channels_last, pinned memory, TF32 and `torch.compile` were not measured on a GPU;
-`benchmarks/README.md` has the measurements on a CPU.
+Mixed precision, channels_last, pinned memory, TF32 and `torch.compile` were not measured on a GPU: see
+docs/gpu.md. `benchmarks/README.md` has the measurements on a CPU.
 """
 
 import ctypes
@@ -72,7 +72,7 @@ class Machine:
     def precision(self) -> str:
         """The precision that `amp` selects: off, bf16 or fp16. bf16 needs no loss scaling; GPUs before Ampere lack it.
 
-        On MPS auto is off: PyTorch has both there, and nobody has compared them here.
+        On MPS auto is off: PyTorch has both, but nobody has compared them with float32 there.
         """
         if self.amp != "auto":
             return self.amp
