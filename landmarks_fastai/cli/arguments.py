@@ -72,7 +72,7 @@ def _add_settings(parser, title, names, defaults=None):
 
 def _add_machine(parser, amp="auto"):
     add = parser.add_argument_group("machine").add_argument
-    add("--gpu", action="store_true", help="train on the GPU (default: off; falls back to the CPU)")
+    add("--gpu", action="store_true", help="use the GPU: CUDA, or Apple's MPS (default: off; falls back to the CPU)")
     what = "worker processes that load images" if amp == "auto" else "threads that load images, on a GPU"
     about = f"{what} (default: by the number of cores)"
     add("--workers", type=_number(int, 0, 256, "number from 0 to 256"), metavar="N", help=about)
@@ -81,7 +81,7 @@ def _add_machine(parser, amp="auto"):
         f"largest image, in millions of pixels; decoding takes 10 MB per million, in each worker (default: {pixels:g})"
     )
     add("--max-pixels", type=millions, default=pixels, metavar="X", help=about)
-    about = "; auto: the GPU's best type, off on a CPU and on GTX 16xx cards" if amp == "auto" else ""
+    about = "; auto: the GPU's best type; off on a CPU, on MPS and on GTX 16xx cards" if amp == "auto" else ""
     add("--amp", choices=AMP, default=amp, help=f"mixed precision{about} (default: {amp})")
     for flag, on, about in SWITCHES:
         if flag != "--cache" or amp == "auto":  # a prediction reads each image once

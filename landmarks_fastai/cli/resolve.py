@@ -19,7 +19,7 @@ from landmarks_fastai.settings import (
     Settings,
 )
 from landmarks_fastai.utils.distributed import is_first
-from landmarks_fastai.utils.hardware import Machine
+from landmarks_fastai.utils.hardware import Machine, find_gpu
 
 # Settings for the drawn faces: `python train.py` alone should take three minutes on two cores. Scores on 120 held-out
 # faces, from random weights: 64 px, batches of 32, 9 epochs, a quarter whole 28.4; 64 px, batches of 16, 12 epochs, half
@@ -110,7 +110,7 @@ def machine(args: argparse.Namespace) -> Machine:
     if args.gpu:
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = find_gpu() or "cpu"
         if device == "cpu" and is_first():
             why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
             print(f"warning: --gpu was given, {why}: using the CPU", file=sys.stderr)

@@ -62,10 +62,12 @@ class TorchNetwork:
         """Yield the number of threads that predict batches side by side, and what each of them calls first.
 
         On a CPU they share torch's threads: two cores that compute one layer together wait for each other at its end, and
-        both wait while an image is decoded. On a GPU they decode; a compiled network is called by one thread.
+        both wait while an image is decoded. On a GPU they decode; a compiled network is called by one thread, as is any
+        on MPS, where two threads crash (pytorch issue 197805).
         """
         if self.machine.compile or self.machine.device != "cpu":
-            yield 1 if self.machine.compile else max(1, self.machine.decoders), lambda: None
+            one = self.machine.compile or self.machine.device == "mps"
+            yield 1 if one else max(1, self.machine.decoders), lambda: None
             return
         threads = torch.get_num_threads()
         streams = min(MAX_STREAMS, threads)

@@ -65,7 +65,7 @@ class LandmarkNetwork(nn.Sequential):
 def in_float32(head: nn.Module, features: torch.Tensor) -> torch.Tensor:
     "The output of a head, without autocast."
     # autocast is left only if it is on, so that torch.fx can trace the network
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+    if not any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps"))):
         return head(features)
     with torch.autocast(features.device.type, enabled=False):
         return head(features.float())

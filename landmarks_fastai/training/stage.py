@@ -218,7 +218,7 @@ def _fit(learn: LandmarkLearner, cbs: list[Callback], started: float, state: Sta
 def report(run: Run, best: Checkpoint, machine: Machine) -> str:
     "Return the last lines that a stage prints: its score, its files, and the commands that can follow."
     when = "the loaded model, which no epoch beat" if best.epoch == -1 else f"epoch {best.epoch}"
-    gpu = " --gpu" if machine.device == "cuda" else ""
+    gpu = " --gpu" if machine.device != "cpu" else ""
     pm = f"-pm {shlex.quote(run.name)}{run.out_flag}{gpu}"
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (

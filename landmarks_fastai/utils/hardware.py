@@ -1,7 +1,7 @@
 """The settings of a run that depend on the machine; a checkpoint does not store them.
 
-Mixed precision, channels_last, pinned memory, TF32 and `torch.compile` were not measured on a GPU;
-`benchmarks/README.md` has the measurements on a CPU.
+Mixed precision, channels_last, pinned memory, TF32 and `torch.compile` were not measured on a GPU: see
+docs/gpu.md. `benchmarks/README.md` has the measurements on a CPU.
 """
 
 import ctypes
@@ -33,10 +33,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from glibc's mal
 class Machine:
     "Device, precision, worker processes and limits; the defaults are for a CPU."
 
-    device: str = "cpu"  # or cuda
+    device: str = "cpu"  # or cuda, mps (Apple)
     workers: int | None = None  # processes that decode images; None: by the number of cores
     cache: bool = False  # store fitted images on disk
-    amp: str = "auto"  # one of `AMP`; auto is bf16 or fp16 on a GPU, off on a CPU and on `NAN_IN_FP16`
+    amp: str = "auto"  # one of `AMP`; auto is bf16 or fp16 with CUDA, off elsewhere and on `NAN_IN_FP16`
     channels_last: bool = True
     pin_memory: bool = True  # on a GPU
     tf32: bool = True  # on a GPU that has it
@@ -59,7 +59,7 @@ class Machine:
         # A spawned worker (Windows) imports everything again, 0.4 GB; training and validation each have their own workers.
         if multiprocessing.get_context().get_start_method() != "fork":
             cores = min(cores, total_memory() // (2 << 30))
-        if self.device == "cuda":
+        if self.device != "cpu":
             return min(8, cores)
         return 0 if self.cache or cores < 3 else min(8, cores // 2)
 
@@ -70,7 +70,10 @@ class Machine:
 
     @property
     def precision(self) -> str:
-        "The precision that `amp` selects: off, bf16 or fp16. bf16 needs no loss scaling; GPUs before Ampere lack it."
+        """The precision that `amp` selects: off, bf16 or fp16. bf16 needs no loss scaling; GPUs before Ampere lack it.
+
+        On MPS auto is off: PyTorch has both, but nobody has compared them with float32 there.
+        """
         if self.amp != "auto":
             return self.amp
         if self.device != "cuda":
@@ -101,6 +104,8 @@ class Machine:
         keep_freed_memory()
         os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
         process = this_process()
+        if self.device == "mps" and process.store:
+            raise UserError("--gpu: several processes need CUDA, and an Apple GPU is one: run without torchrun")
         if self.device == "cuda" and process.store:
             import torch
 
@@ -123,6 +128,15 @@ class Machine:
             # All batches but the last have one shape: one search serves a stage. Another run may choose another algorithm,
             # but on a GPU runs with one seed differ by rounding anyway.
             torch.backends.cudnn.benchmark = True
+
+
+def find_gpu() -> str | None:
+    "Return the device that --gpu uses: cuda, or mps (Apple) where CUDA is absent; None without a GPU."
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else None
 
 
 def available_cores() -> int:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.distributed import this_process
-from landmarks_fastai.utils.hardware import Machine
+from landmarks_fastai.utils.hardware import Machine, find_gpu
 
-# In the text of a RuntimeError: torch's CPU allocator, oneDNN (2), the CUDA driver, cuDNN, cuBLAS
+# In the text of a RuntimeError: torch's CPU allocator, oneDNN (2), the CUDA driver, cuDNN, cuBLAS, MPS
 NO_MEMORY = (
     "can't allocate memory", "could not create a primitive", "could not create a memory object",
     "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
 )  # fmt: skip
 MORE_SHM = "use --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
 
@@ -58,8 +59,8 @@ def batch_that_fits(error: Exception, step: Callable[[int], object], n: int) -> 
 
     while n := n // 2:
         traceback.clear_frames(error.__traceback__)  # they hold tensors of the failed step
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if gpu := find_gpu():
+            getattr(torch, gpu).empty_cache()
         try:
             step(n)
             return n

@@ -63,11 +63,16 @@ def test_out_of_memory_error_names_a_batch_size_that_fits(run_script, drawn, tmp
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
         "could not create a primitive",
+        "MPS backend out of memory (MPS allocated: 7.64 GiB, other allocations: 1.2 GiB, max allowed: 9.07 GiB)",
     ],
 )
 def test_out_of_memory_errors_are_recognised(text):
     assert out_of_memory(RuntimeError(text))
-    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    for other in (
+        "CUDA error: an illegal memory access was encountered",
+        "GET was unable to find an engine to execute this computation",  # a GPU that this torch was not built for, too
+    ):
+        assert not out_of_memory(RuntimeError(other))
 
 
 SMALL_SHM = """

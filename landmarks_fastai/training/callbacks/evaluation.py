@@ -28,9 +28,12 @@ class Average(Callback):
     position index of swin_t was one off in each of its 12 blocks.
 
     After n steps the decay is (1 + n) / (10 + n), up to `decay`, so that short stages of fifty steps gain from it too.
+    A step that fp16's gradient scaling skips is no step.
     """
 
-    order = 45
+    order = 45  # after `Amp`, which cancels a step in `before_step`
+
+    stepped = False
 
     def __init__(self, decay: float):
         self.decay = decay
@@ -38,8 +41,14 @@ class Average(Callback):
     def before_fit(self):
         self.twin = AveragedModel(self.model)
 
+    def before_step(self):
+        self.stepped = True
+
     @torch.no_grad()
-    def after_step(self):
+    def after_step(self):  # of a cancelled step too
+        if not self.stepped:
+            return
+        self.stepped = False
         n = int(self.twin.n_averaged)  # on the CPU with any network: this does not wait for a GPU
         floats: list[tuple[torch.Tensor, torch.Tensor]] = []
         others: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -8,7 +8,7 @@ from fastai.callback.fp16 import MixedPrecision
 
 
 class Amp(MixedPrecision):
-    """fastai's `MixedPrecision` for training steps only, on a CPU too.
+    """fastai's `MixedPrecision` for training steps only, on any device.
 
     Validation computes in float32, as `predict.py` does: half precision changes a score by 0.2%, and the best of several
     scores is saved.
@@ -19,17 +19,14 @@ class Amp(MixedPrecision):
     def __init__(
         self,
         precision: str,  # bf16 or fp16
-        device: str,  # cpu or cuda
+        device: str,  # cpu, cuda or mps
     ):
         super().__init__(precision)
         self.device_type, self.dtype = device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-    def before_fit(self):
-        if self.device_type == "cuda":
-            super().before_fit()
-        else:  # fastai's requires CUDA
-            self.learn.scaler, self.scales = torch.amp.GradScaler("cpu", enabled=False), []
-            self.autocast = torch.autocast("cpu", self.dtype)
+    def before_fit(self):  # fastai's requires CUDA
+        self.learn.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
+        self.autocast, self.scales = torch.autocast(self.device_type, self.dtype), []
 
     def before_batch(self):
         if self.training:
