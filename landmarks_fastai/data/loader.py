@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.augment import Augment
+from landmarks_fastai.data.batch import has_own_tfms, read_batch
 from landmarks_fastai.data.items import CropIndex
 from landmarks_fastai.data.transforms import PointsToUnit
 from landmarks_fastai.errors import UserError
@@ -31,6 +32,7 @@ class BatchMaker(Dataset):
     def __init__(self, dl: "LandmarkDL"):
         self.dl = without_device(dl)
         self.dl.loader = None
+        self.at_once = has_own_tfms(self.dl)
 
     def __getitem__(self, rows: list[int]) -> tuple[Any, list[int]]:
         """Return the batch of the rows (None if no image can be read), and the rows that are in it.
@@ -39,17 +41,24 @@ class BatchMaker(Dataset):
         only, so that a resumed run continues with the same batches. If a training batch has one image left, it is
         repeated: batch norm needs two.
         """
+        if self.at_once and (batch := read_batch(self.dl, rows)):
+            self.end_batch(rows)
+            return batch, [int(row) for row in rows]
         found = [self.dl.do_item(row) for row in rows]
         items = [item for item in found if item is not None]
-        for tfm in self.dl.after_item.fs:
-            if isinstance(tfm, PointsToUnit):
-                tfm.lost.end_batch(len(rows))
+        self.end_batch(rows)
         if self.dl.drop_last and self.dl.share[1] > 1:  # all processes count the same number of images
             items = (items * len(rows))[: len(rows)]
         elif len(items) == 1 < len(rows) and self.dl.drop_last:
             items = items * 2
         seen = [int(row) for row, item in zip(rows, found, strict=True) if item is not None]
         return (self.dl.do_batch(items) if items else None), seen
+
+    def end_batch(self, rows: list[int]) -> None:
+        "Print the warnings of the batch's images that cannot be read."
+        for tfm in self.dl.after_item.fs:
+            if isinstance(tfm, PointsToUnit):
+                tfm.lost.end_batch(len(rows))
 
 
 def start_worker(number: int) -> None:

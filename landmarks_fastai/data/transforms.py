@@ -23,7 +23,7 @@ from PIL import Image
 
 from landmarks_fastai.data.align import Alignment
 from landmarks_fastai.data.checks import append_listing
-from landmarks_fastai.data.image_cache import Inputs
+from landmarks_fastai.data.image_cache import Input, Inputs, to_image
 from landmarks_fastai.data.images import read_crop, to_rgb
 from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.errors import MissingImage, UserError
@@ -62,7 +62,8 @@ class OpenInput(Transform):
         error = None
         if isinstance(item, LabelledImage):
             try:
-                image, to_input = self.labelled(item)
+                pixels, to_input = self.labelled(item)
+                image = to_image(pixels)
             except UserError as e:
                 image = Image.new("RGB", (self.inputs.size, self.inputs.size))
                 to_input = PixelMap(1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -83,15 +84,18 @@ class OpenInput(Transform):
             return cut_image(image, to_input, self.inputs.size), to_input
         return fit_image(image, self.inputs.fit, self.inputs.size)
 
-    def labelled(self, item: LabelledImage) -> tuple[Image.Image, PixelMap]:
-        "Return the item's input and map: of the aligned crop if the item has one, else of the whole image."
+    def labelled(self, item: LabelledImage) -> Input:
+        "Return the item's input: the aligned crop if the item has one, else the whole image."
         if item.crop is not None:
-            to_input, of_labels = item.crop.to_input, item.crop.to_input is None
-            if of_labels:
-                assert self.alignment is not None
-                to_input = self.alignment.maps(item.points[None])[0]
-            if to_input:  # None: the labelled points have no plausible shape
-                return self.inputs.crop(item.row, item.path, to_input, item.where, cached=of_labels)
+            if item.crop.to_input:
+                return self.inputs.crop(item.path, item.crop.to_input, item.where)
+            alignment = self.alignment
+            assert alignment is not None
+            found = self.inputs.aligned(
+                item.row, item.path, lambda: alignment.maps(item.points[None])[0], item.where
+            )
+            if found:  # None: the labelled points have no plausible shape
+                return found
         return self.inputs(item.row, item.path, item.where)
 
 
