@@ -19,7 +19,10 @@ from landmarks_fastai.data.transforms import OpenInput, PointsToUnit, StoredPoin
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap, input_to_unit
 
-GETTERS = [[OpenInput, "PILBase.create"], [StoredPoints, "TensorPoint.create"]]  # of `landmark_block`, inputs and points
+GETTERS = [
+    [OpenInput, "PILBase.create"],
+    [StoredPoints, "TensorPoint.create"],
+]  # of `landmark_block`, inputs and points
 AFTER_ITEM = [PointsToUnit, ToTensor]
 METHODS = {"create_item", "create_batch", "do_batch", "retain"}  # of fastai's DataLoader, which a user can replace
 
@@ -58,4 +61,8 @@ def read_batch(dl: TfmdDL, rows: Sequence[int]) -> tuple[TensorImage, TensorPoin
         return None
     points, maps = np.stack([item.points for item in items]), np.array(maps, np.float32)
     points = input_to_unit(PixelMap(*maps.T[:, :, None]).to_input(points), size)
-    return TensorImage(torch.from_numpy(images)), TensorPoint(torch.from_numpy(points)), TensorMap(torch.from_numpy(maps))
+    return (
+        TensorImage(torch.from_numpy(images)),
+        TensorPoint(torch.from_numpy(points)),
+        TensorMap(torch.from_numpy(maps)),
+    )

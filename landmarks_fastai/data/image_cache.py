@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -149,7 +149,9 @@ class Inputs:
             image, to_input = self.read(path, where)
             return to_pixels(image), to_input
 
-        return _cached(self.cache, row, path, read)
+        found = _cached(self.cache, row, path, read)
+        assert found
+        return found
 
     def read(self, path: str | Path, where: str = "") -> tuple[Image.Image, PixelMap]:
         "Return the input and the map of any image file."
@@ -179,10 +181,7 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-Found = TypeVar("Found", Input, Input | None)
-
-
-def _cached(cache: InputCache | None, row: int, path: str | Path, read: Callable[[], Found]) -> Found:
+def _cached(cache: InputCache | None, row: int, path: str | Path, read: Callable[[], Input | None]) -> Input | None:
     if cached := cache and cache.get(row, path):
         return cached
     stamp = _stamp(path)  # before reading: if the file changes meanwhile, the record does not match it

@@ -91,9 +91,7 @@ class OpenInput(Transform):
                 return self.inputs.crop(item.path, item.crop.to_input, item.where)
             alignment = self.alignment
             assert alignment is not None
-            found = self.inputs.aligned(
-                item.row, item.path, lambda: alignment.maps(item.points[None])[0], item.where
-            )
+            found = self.inputs.aligned(item.row, item.path, lambda: alignment.maps(item.points[None])[0], item.where)
             if found:  # None: the labelled points have no plausible shape
                 return found
         return self.inputs(item.row, item.path, item.where)

@@ -156,7 +156,7 @@ def test_full_disk_is_reported_before_training_and_ignored_later(tmp_path, monke
     monkeypatch.setattr(
         image_cache, "write_at", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
-    assert inputs(0, folder / "0.jpg")[0].size == (32, 32) and inputs.cache.get(0, folder / "0.jpg") is None
+    assert inputs(0, folder / "0.jpg")[0].shape == (3, 32, 32) and inputs.cache.get(0, folder / "0.jpg") is None
     assert InputCache.put is real
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     code, out, err = run_script(f"train.py {QUICK} --cache -n r -d", drawn)
