@@ -12,7 +12,8 @@ For JPEGs of 200 and of 1,000 px on the short side, at 0, 1 and 2 workers:
     v2, uint8       the same without the last two, which then run on the device, as this program's do
     v2, PIL, float  the first, but Resize and CenterCrop on PIL images
 
-The ways take turns, each in a process of its own with one thread; the median of the turns is printed.
+The ways take turns, each in a process of its own with one thread; medians are printed. "A core" is by the CPU time of a
+process without workers, which other processes on the machine change little; the other columns are by the clock.
 """
 
 import argparse
@@ -37,16 +38,20 @@ PIXELS = (200, 1000)
 SECONDS = 1.0  # of a measurement, at the least
 
 
-def rate(batches: Iterable, images: int) -> float:
-    "Images per second of whole passes; the first is not counted: it starts the workers and fills the cache."
+def rates(name: str, batches: Iterable, images: int, workers: int) -> dict[str, float]:
+    """Images per second of whole passes; without workers those of a core too, by the CPU time of the process.
+
+    The first pass is not counted: it starts the workers and fills the cache.
+    """
     for _ in batches:
         pass
-    start, passes = time.perf_counter(), 0
+    start, cpu, passes = time.perf_counter(), time.process_time(), 0
     while (seconds := time.perf_counter() - start) < SECONDS:
         for _ in batches:
             pass
         passes += 1
-    return passes * images / seconds
+    core = {} if workers else {f"{name} a core": passes * images / (time.process_time() - cpu)}
+    return core | {f"{name} {workers}": passes * images / seconds}
 
 
 def ours(folder: Path, batch_size: int, size: int) -> dict[str, float]:
@@ -62,7 +67,7 @@ def ours(folder: Path, batch_size: int, size: int) -> dict[str, float]:
             quiet = {"machine": machine, "progress": lambda rows, *_: rows}
             dl = landmark_dataloaders(folder, **settings, **changes, **quiet).train
             dl.after_batch.fs.clear()
-            found[f"{name}, {'--cache' if cache else 'JPEGs'} {workers}"] = rate(dl, len(dl) * batch_size)
+            found |= rates(f"{name}, {'--cache' if cache else 'JPEGs'}", dl, len(dl) * batch_size, workers)
             dl.loader = None
             gc.collect()  # ends the workers
     return found
@@ -85,7 +90,7 @@ def torchvision(folder: Path, batch_size: int, size: int) -> dict[str, float]:
         data = ImageFolder(folder / "train", v2.Compose(transforms))
         more = {"num_workers": workers, "persistent_workers": workers > 0}
         loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True, drop_last=True, **more)
-        found[f"{name} {workers}"] = rate(loader, len(loader) * batch_size)
+        found |= rates(name, loader, len(loader) * batch_size, workers)
         del loader
         gc.collect()  # ends the workers
     return found
@@ -110,16 +115,18 @@ def feed(pixels: int, n: int, rounds: int, batch_size: int, size: int) -> None:
     "Print images per second of each way, and their ratios. `pixels` is the short side of the JPEGs; 0: `PIXELS`."
     sides = (pixels,) if pixels else PIXELS
     found = measured(sides, n, rounds, batch_size, size)
-    ways = list(dict.fromkeys(key.rsplit(" ", 1)[0] for key in found[sides[0]]))
-    print(f"{size} px input, batches of {batch_size}; images/s by the side of the JPEGs and the number of workers\n")
-    columns = [(found[px], w) for px in sides for w in WORKERS]
-    header = ["way", *(f"{px} px, {w}" for px in sides for w in WORKERS)]
-    print_table(header, [[way, *(rates[f"{way} {w}"] for rates, w in columns)] for way in ways])
+    ways = [key.removesuffix(" a core") for key in found[sides[0]] if key.endswith(" a core")]
+    columns = [(px, by) for px in sides for by in ("a core", *WORKERS)]
+    header = [f"{px} px, {by if by == 'a core' else f'{by} workers'}" for px, by in columns]
+    print(f"{size} px input, batches of {batch_size}; images/s\n")
+    print_table(["way", *header], [[way, *(found[px][f"{way} {by}"] for px, by in columns)] for way in ways])
     pairs = [("whole, --cache", "whole, JPEGs"), ("crops, --cache", "crops, JPEGs")]
     pairs += [("whole, JPEGs", way) for way in ways if way.startswith("v2")]
     print()
-    rows = [[f"{a} to {b}", *(rates[f"{a} {w}"] / rates[f"{b} {w}"] for rates, w in columns)] for a, b in pairs]
-    print_table(["ratio", *header[1:]], rows)
+    ratios = [
+        [f"{a} to {b}", *(found[px][f"{a} {by}"] / found[px][f"{b} {by}"] for px, by in columns)] for a, b in pairs
+    ]
+    print_table(["ratio", *header], ratios)
 
 
 def main():

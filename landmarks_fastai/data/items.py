@@ -48,8 +48,12 @@ class LabelledImage:
     crop: CropIndex | None = None
 
     @property
+    def name(self) -> str:
+        return self.images.labels.name(self.row)
+
+    @property
     def path(self) -> Path:
-        return self.images.folder / self.images.labels.name(self.row)
+        return self.images.folder / self.name
 
     @property
     def points(self) -> np.ndarray:

@@ -7,6 +7,7 @@ the item: metrics and predictions use its inverse.
 The annotations of `encodes` and `decodes` are no hints: fastai selects the method by them, and converts what it returns.
 """
 
+import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,15 +87,19 @@ class OpenInput(Transform):
 
     def labelled(self, item: LabelledImage) -> Input:
         "Return the item's input: the aligned crop if the item has one, else the whole image."
+        path = os.path.join(item.images.folder, item.name)  # a `Path` takes a tenth of the time of a cached input
         if item.crop is not None:
             if item.crop.to_input:
-                return self.inputs.crop(item.path, item.crop.to_input, item.where)
-            alignment = self.alignment
-            assert alignment is not None
-            found = self.inputs.aligned(item.row, item.path, lambda: alignment.maps(item.points[None])[0], item.where)
-            if found:  # None: the labelled points have no plausible shape
+                return self.inputs.crop(path, item.crop.to_input, item.where)
+            found = self.inputs.aligned(item.row, path, lambda: self.map_of_labels(item), item.where)
+            if found:
                 return found
-        return self.inputs(item.row, item.path, item.where)
+        return self.inputs(item.row, path, item.where)
+
+    def map_of_labels(self, item: LabelledImage) -> PixelMap | None:
+        "Return the map of the item's aligned crop; None if the labelled points have no plausible shape."
+        assert self.alignment is not None
+        return self.alignment.maps(item.points[None])[0]
 
 
 class StoredPoints(Transform):

@@ -1,5 +1,7 @@
 "Batches made at once equal those of fastai's pipelines, to the last bit, and give way to a user's transform."
 
+import shutil
+
 import pytest
 import torch
 from fasttransform import ItemTransform
@@ -35,7 +37,9 @@ def equal(a, b):
 
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("align", [0.0, 1.25])
-def test_batches_equal_those_of_the_pipelines(drawn, cache, align):
+def test_batches_equal_those_of_the_pipelines(drawn, tmp_path, cache, align):
+    if cache:
+        drawn = shutil.copytree(drawn, tmp_path / "data")  # others read `drawn` too
     slow, fast = loaders(drawn, tfms=[Unchanged()], align=align), loaders(drawn, cache, align=align)
     assert not has_own_tfms(slow.train) and has_own_tfms(fast.train) and has_own_tfms(fast.valid)
     for side in range(2):
@@ -63,7 +67,8 @@ def test_a_function_in_place_of_one_of_the_loader_is_called(drawn):
     assert len(next(iter(new))[0]) == 8 and made == [8]
 
 
-def test_a_batch_that_lost_an_image_has_the_others(drawn, capsys):
+def test_a_batch_that_lost_an_image_has_the_others(drawn, tmp_path, capsys):
+    drawn = shutil.copytree(drawn, tmp_path / "data")
     slow, fast = loaders(drawn, tfms=[Unchanged()], mirror="none"), loaders(drawn, mirror="none")
     row = fast.train.get_idxs()[3]
     fast.train.items[int(row)].path.unlink()
