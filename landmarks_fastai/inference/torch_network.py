@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ class TorchNetwork:
     def __init__(self, checkpoint: Checkpoint, machine: Machine = Machine()):  # noqa: B008
         self.name, self.settings, self.machine = checkpoint.name, checkpoint.settings, machine
         model = checkpoint.model()
-        self.digest = _digest(model, machine)
         model = fuse_norms(PointsAndSpread(model) if self.settings.confidence else model, self.settings.size)
         # torch's annotation of `to` lacks memory_format
         self.model = model.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
@@ -31,6 +31,17 @@ class TorchNetwork:
             self.model.compile()
         stats = self.settings.mean, self.settings.std
         self.mean, self.std = (torch.tensor(v, device=machine.device).view(1, 3, 1, 1) for v in stats)
+
+    @cached_property
+    def digest(self) -> str:  # only several processes need it: of 108 MB it takes a tenth of a second or more
+        machine = self.machine
+        of = self.settings.to_dict(), machine.device, machine.precision, machine.tf32
+        digest = hashlib.sha256(repr(of).encode())
+        for name, value in self.model.state_dict().items():  # of which one is the settings
+            if isinstance(value, torch.Tensor):
+                digest.update(name.encode())
+                digest.update(value.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def __call__(self, pixels: np.ndarray, flip_test: bool = False) -> UnitPoints:
         try:
@@ -75,15 +86,6 @@ class TorchNetwork:
             yield streams, lambda: torch.set_num_threads(threads // streams)
         finally:
             torch.set_num_threads(threads)  # a part of the setting is global to the process
-
-
-def _digest(model: nn.Module, machine: Machine) -> str:
-    "SHA-256 of the weights, of the settings, which are in the state dict too, and of the precision."
-    digest = hashlib.sha256(repr((machine.device, machine.precision, machine.tf32)).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
-    return digest.hexdigest()
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -24,7 +24,9 @@ MAX_NAME = 200  # bytes of a run's name: with suffixes it must fit into a file s
 SAVED = ("best.pth", "state.safetensors")  # a run without either has saved nothing
 LISTING = "bad.csv"
 PARTS = "predicted_parts"  # the folder of a prediction that torchrun started, until its end
-RUN_FILES = {*SAVED, LISTING, PARTS, "run.json", "submit.csv"}  # the folder of a run has one of them at least
+PREDICTIONS = {f"predictions{suffix}" for suffix in ("", ".csv", ".json", ".coco.json", ".npy")}  # inference/writers.py
+# The folder of a run has one of them at least.
+RUN_FILES = {*SAVED, LISTING, PARTS, *PREDICTIONS, "run.json", "submit.csv"}
 
 
 @dataclass(frozen=True)

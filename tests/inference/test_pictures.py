@@ -14,6 +14,7 @@ from landmarks_fastai.data.images import ORIENTATION, TURNS
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.overlay import draw_points
 from landmarks_fastai.inference.predictor import Prediction
+from landmarks_fastai.settings import FORMATS
 from tests.conftest import N_POINTS, QUICK, train_run
 
 
@@ -146,6 +147,15 @@ def test_a_broken_picture_costs_itself(trained, files, run_script, tmp_path):
     assert np.isnan(np.load(trained / "m/predictions.npy")).all((1, 2)).sum() == 2
     with pytest.raises(UserError, match="cut.jpg is cut short"):
         Predictor(trained / "m")(folder / "cut.jpg")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_predictions_are_replaced_by_those_of_the_same_command(trained, files, run_script, tmp_path, kind):
+    "Of a checkpoint outside of runs/, whose folder there has predictions only."
+    checkpoint = shutil.copy(trained / "m" / "best.pth", tmp_path / "c.pth")
+    for _ in range(2):
+        code, out, err = run_script(f"predict.py --format {kind} -pm", checkpoint, files[0])
+        assert (code, err) == (0, "") and "1 pictures" in out
 
 
 def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, tmp_path, monkeypatch):
