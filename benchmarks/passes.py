@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     args = parser.parse_args()
     network = open_network(args.pm, args.out)
-    items = landmark_dataloaders(args.data, network.settings).valid.items.sample(10**9)
+    items = list(landmark_dataloaders(args.data, network.settings).valid.items.sample(10**9))
     pictures, true = [Picture(Path(item.path), exif=False) for item in items], np.stack([item.points for item in items])
     scores, speeds = {}, {}
     for _ in range(args.rounds):

@@ -15,7 +15,7 @@ from fastai.vision.core import TensorImage, TensorPoint
 from fasttransform import ItemTransform
 from torch.nn import functional as F
 
-# What strength 1 is: half-widths of the even distribution that each is drawn from. `benchmarks/score.md` has others.
+# What strength 1 is: half-widths of the even distribution that each is drawn from.
 TURN = 15.0  # degrees
 SCALE = 0.15  # in the logarithm: from 0.86 to 1.16
 SHIFT = 0.06  # of the picture's side
