@@ -48,8 +48,10 @@ def body_lr(learn: Learner) -> float | None:
 
 
 def on_machine(machine: Machine) -> list[Callback]:
-    "Return the callbacks for memory format, mixed precision, compilation and several processes."
-    cbs: list[Callback] = [ChannelsLast()] if machine.channels_last else []
+    "Return the callbacks for memory, its format, mixed precision, compilation and several processes."
+    cbs: list[Callback] = [callbacks.ReleaseMemory()]
+    if machine.channels_last:
+        cbs.append(ChannelsLast())
     if machine.precision != "off":
         cbs.append(callbacks.Amp(machine.precision, machine.device))
     if machine.compile:

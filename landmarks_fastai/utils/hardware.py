@@ -165,3 +165,15 @@ def keep_freed_memory() -> bool:
     # one arena for all threads: the arenas of other threads have 64 MB, and what is larger is returned to the kernel
     options = [(M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_ARENA_MAX, 1)]
     return bool(mallopt) and all(mallopt(option, value) for option, value in options)
+
+
+def release_freed_memory() -> bool:
+    """Return the memory that malloc keeps to the system; return False on systems without glibc.
+
+    Freed blocks of many sizes do not fit the next tensors: a stage of 20 epochs (tf_efficientnet_lite0, 128 px) grew from 2.3
+    to 4.7 GB. After one of its epochs this takes 0.16 s, and 1.0 of 2.2 GB are left.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return bool(malloc_trim) and malloc_trim(0) == 1

@@ -1,6 +1,7 @@
 "Precision, memory format, compilation, threads and workers of `Machine`."
 
 import shutil
+import sys
 import threading
 import time
 
@@ -156,9 +157,26 @@ def test_compiled_networks_train_and_predict_the_same(run_script, drawn, tmp_pat
 def test_keep_freed_memory_works_with_glibc():
     assert keep_freed_memory() in (True, False)
     import ctypes
-    import sys
 
     assert keep_freed_memory() == (sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and glibc")
+def test_freed_memory_is_returned_after_an_epoch(drawn):
+    if not keep_freed_memory():
+        pytest.skip("no glibc")
+    learn = learner(drawn)
+    blocks = [np.ones(1 << 20, np.uint8) for _ in range(300)]
+    last = blocks.pop()  # malloc's heap cannot end below it
+    del blocks
+    before = resident_mb()
+    with learn.no_bar():
+        learn.fit(1, lr=1e-5)
+    assert resident_mb() < before - 150 and last.all()
+
+
+def resident_mb():
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
 
 
 def test_threaded_map_keeps_the_order_and_limits_waiting_items():

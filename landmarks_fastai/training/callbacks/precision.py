@@ -1,10 +1,12 @@
-"Mixed precision and compilation."
+"What depends on the machine: mixed precision, compilation, memory."
 # fastai sets attributes when it runs, `learn` among them
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+
+from landmarks_fastai.utils.hardware import release_freed_memory
 
 
 class Amp(MixedPrecision):
@@ -44,3 +46,10 @@ class Compile(Callback):
 
     def before_fit(self):
         self.learn.model.compile()
+
+
+class ReleaseMemory(Callback):
+    "Return freed memory to the system after each epoch."
+
+    def after_epoch(self):
+        release_freed_memory()
