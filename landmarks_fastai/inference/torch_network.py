@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,8 +31,8 @@ class TorchNetwork:
         stats = self.settings.mean, self.settings.std
         self.mean, self.std = (torch.tensor(v, device=machine.device).view(1, 3, 1, 1) for v in stats)
 
-    @cached_property
-    def digest(self) -> str:  # only several processes need it: of 108 MB it takes a tenth of a second or more
+    @property
+    def digest(self) -> str:  # computed for several processes only: of 100 MB it takes a tenth of a second or more
         machine = self.machine
         of = self.settings.to_dict(), machine.device, machine.precision, machine.tf32
         digest = hashlib.sha256(repr(of).encode())
