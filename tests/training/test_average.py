@@ -64,6 +64,12 @@ def a_step(body):
             tensor += 1
 
 
+def update(average):
+    "What a step calls."
+    average.before_step()
+    average.after_step()
+
+
 def check(body):
     average = Average(DECAY)
     average.learn = SimpleNamespace(model=body)
@@ -72,7 +78,7 @@ def check(body):
     expected = {k: t for k, t in pairs if t.is_floating_point()}
     for n in range(STEPS):
         a_step(body)
-        average.after_step()
+        update(average)
         now = body.state_dict()
         for k, t in expected.items():
             t.lerp_(now[k], 1 - min(DECAY, (1 + n) / (10 + n))) if n else t.copy_(now[k])
@@ -108,12 +114,12 @@ def test_a_state_goes_on_counting():
         average.before_fit()
     for _ in range(5):
         a_step(bodies[0])
-        averages[0].after_step()
+        update(averages[0])
     averages[1].twin.load_state_dict(averages[0].twin.state_dict())
     a_step(bodies[0])
     bodies[1].load_state_dict(bodies[0].state_dict())
     for average in averages:
-        average.after_step()
+        update(average)
     one, other = (average.twin.state_dict() for average in averages)
     assert one["n_averaged"] == 6 and all(torch.equal(one[k], other[k]) for k in one)
 
@@ -127,7 +133,7 @@ def test_floats_are_averaged_as_by_pytorch():
     own = AveragedModel(body, multi_avg_fn=lambda a, c, n: get_ema_multi_avg_fn(n_of(n))(a, c, n), use_buffers=True)
     for _ in range(20):
         a_step(body)
-        average.after_step()
+        update(average)
         own.update_parameters(body)
     for k, t in own.module.state_dict().items():
         assert torch.equal(t, average.network.state_dict()[k]) or not t.is_floating_point(), k
