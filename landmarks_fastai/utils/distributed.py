@@ -68,6 +68,8 @@ def start() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's agent keeps its store when it restarts the processes: those of before have left their addresses in it
+        store = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         group_store = PrefixStore("group", store)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=count, timeout=TIMEOUT)
     except RuntimeError as e:
