@@ -165,7 +165,9 @@ def test_two_machines(folder, drawn, tmp_path):
     "A process that is killed on one ends the other; the same command goes on. A machine must see the pictures."
     line = f"spy.py -pm m -b 4 {drawn}/train/images"
     ends = [p.communicate(timeout=LIMIT)[1] for p in two_machines([folder, folder], line, DIES="1", WAIT="1")]
-    assert sorted(f"stopped: another process of the run has ended; {SAVED}" in err for err in ends) == [False, True], "\n".join(ends)
+    stopped = [line for err in ends for line in err.splitlines() if line.startswith("stopped: ")]
+    # the process notices it, or its torchrun does first, which ends it by SIGTERM
+    assert stopped in ([f"stopped: another process of the run has ended; {SAVED}"], [f"stopped: {SAVED}"]), ends
     out = [finish(process) for process in two_machines([folder, folder], line)]
     assert sorted("parts were predicted before" in text for text in out) == [False, True]
     shutil.move(folder / "runs/m/predictions.csv", folder)
