@@ -135,8 +135,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         high_byte[grey == image.info.get("transparency", -1)] = 0
         return Image.fromarray(high_byte).convert("RGB")
     if not image.has_transparency_data:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy it
+        return image.convert("RGB")
     if is_16_bit(image) and isinstance(image.info.get("transparency"), tuple):
         image.info["transparency"] = tuple(v >> 8 for v in image.info["transparency"])
     return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA")).convert("RGB")

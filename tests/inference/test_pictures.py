@@ -149,6 +149,20 @@ def test_a_broken_picture_costs_itself(trained, files, run_script, tmp_path):
         Predictor(trained / "m")(folder / "cut.jpg")
 
 
+def test_an_image_may_be_changed_after_it_was_passed(trained, files):
+    "As by a camera that writes each frame into the same image."
+    predictor, image = Predictor("m", out=trained), Image.open(files[0]).convert("RGB")
+    expected = predictor(image.copy()).points
+
+    def frames():
+        yield image
+        image.paste((0, 0, 0), (0, 0, *image.size))
+        yield image
+
+    first, second = predictor(frames())
+    assert first.points == pytest.approx(expected, abs=0.01) and abs(second.points - expected).max() > 0.1
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_predictions_are_replaced_by_those_of_the_same_command(trained, files, run_script, tmp_path, kind):
     "Of a checkpoint outside of runs/, whose folder there has predictions only."
