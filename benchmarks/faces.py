@@ -10,7 +10,7 @@ DRAWN = 40  # faces; each file is another crop, size and quality of one of them
 SHORT, LONG = 74, 494  # of the photographs measured on; half of them are below 180 px
 
 
-def write_faces(folder: Path, side: str, n: int, points: int = 971, pixels: int = 0, asked: int = 30, links: int = 0):
+def write_faces(folder: Path, side: str, n: int, points: int = 971, pixels: int = 0, indices: int = 30, links: int = 0):
     """Write `n` JPEGs, or `links` of them and for the rest links to those, and the side's CSV.
 
     Their sides: `pixels`, or as of the photographs that the score is measured on. The landmarks are scaled with their
@@ -37,7 +37,7 @@ def write_faces(folder: Path, side: str, n: int, points: int = 971, pixels: int 
         if side == "train":
             rows.append("\t".join([name, *map(str, np.rint(landmarks * scale).astype(int).reshape(-1))]))
         else:
-            rows.append(f"{name}\t{rng.permutation(points)[:asked].tolist()}")
+            rows.append(f"{name}\t{rng.permutation(points)[:indices].tolist()}")
     head = ["file_name", *(f"Point_M{k}_{a}" for k in range(points) for a in "XY")]
     csv = {"train": "landmarks.csv", "test": "test_points.csv"}[side]
     head = "\t".join(head if side == "train" else ["file_name", "point_index_list"])

@@ -23,8 +23,8 @@ HEAD = """# Flags
 This page is generated: `python -m landmarks_fastai.cli.flags > docs/flags.md`. It says what `--help` of the three scripts
 says. A dash means that the script has no such flag.
 
-A later stage and a prediction take from the checkpoint what is not given on the command line. Flags marked *fixed* can
-be left out; if they are given they must agree with the checkpoint.
+A later stage and a prediction take from the checkpoint what is not on the command line. Flags marked *fixed* can
+be left out; otherwise they must agree with the checkpoint.
 """
 
 

@@ -19,7 +19,7 @@ from landmarks_fastai.settings import (
     Settings,
 )
 from landmarks_fastai.utils.distributed import is_first
-from landmarks_fastai.utils.hardware import Machine, find_gpu
+from landmarks_fastai.utils.hardware import Machine, find_gpu, why_no_gpu
 
 # Settings for the drawn faces: `python train.py` alone should take three minutes on two cores. Scores on 120 held-out
 # faces, from random weights: 64 px, batches of 32, 9 epochs, a quarter whole 28.4; 64 px, batches of 16, 12 epochs, half
@@ -108,12 +108,9 @@ def machine(args: argparse.Namespace) -> Machine:
     "The `Machine` of the flags, prepared. Without a GPU, --gpu prints a warning and the CPU is used."
     device = "cpu"
     if args.gpu:
-        import torch
-
         device = find_gpu() or "cpu"
         if device == "cpu" and is_first():
-            why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
-            print(f"warning: --gpu was given, {why}: using the CPU", file=sys.stderr)
+            print(f"warning: --gpu was given, {why_no_gpu()}: using the CPU", file=sys.stderr)
     names = {f.name for f in dataclasses.fields(Machine)} - {"device"}
     found = Machine(device, **{k: v for k, v in vars(args).items() if k in names})
     found.prepare()

@@ -13,7 +13,7 @@ from pathlib import Path
 import landmarks_fastai
 from landmarks_fastai.cli import app
 from landmarks_fastai.errors import UserError, one_line
-from landmarks_fastai.utils.hardware import find_gpu
+from landmarks_fastai.utils.hardware import find_gpu, why_no_gpu
 
 
 def selftest_parser() -> argparse.ArgumentParser:
@@ -36,8 +36,7 @@ def main() -> None:
 
     device = find_gpu() if args.gpu else "cpu"
     if device is None:
-        why = "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
-        raise UserError(f"--gpu: {why}: install the torch that fits the GPU, or run without --gpu")
+        raise UserError(f"--gpu: {why_no_gpu()}: install the torch that fits the GPU, or run without --gpu")
     # nothing between the rows of the table
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

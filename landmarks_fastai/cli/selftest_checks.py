@@ -152,9 +152,9 @@ def mixed_precision(setup: Setup, amp: str) -> str:
 
 def resume(setup: Setup) -> str:
     "The score of two epochs, and of two between which the run was stopped."
-    whole, parts = train(setup, "whole", []), train(setup, "parts", [StopAfterEpoch()])
-    found, limit = f"{SMALL}: scores {whole:.7g} and {parts:.7g}", 0.0 if setup.device == "cpu" else LIMIT
-    if not abs(parts / whole - 1) <= limit:
+    expected, resumed = train(setup, "uninterrupted", []), train(setup, "stopped", [StopAfterEpoch()])
+    found, limit = f"{SMALL}: scores {expected:.7g} and {resumed:.7g}", 0.0 if setup.device == "cpu" else LIMIT
+    if not abs(resumed / expected - 1) <= limit:
         raise ValueError(f"{found}, a relative difference of {limit:g} at most expected")
     return found
 

@@ -38,7 +38,7 @@ class OneEuro:
         return STILL * (1 + (speed / SPEED) ** 2)
 
 
-def gain(cutoff, step: float):
+def gain(cutoff: float | np.ndarray, step: float) -> float | np.ndarray:
     "The share of a new value in a low-pass filter with this cutoff in hertz, `step` seconds after the last value."
     return 1 / (1 + 1 / (2 * np.pi * cutoff * step))
 

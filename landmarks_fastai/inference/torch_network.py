@@ -32,7 +32,7 @@ class TorchNetwork:
         self.mean, self.std = (torch.tensor(v, device=machine.device).view(1, 3, 1, 1) for v in stats)
 
     @property
-    def digest(self) -> str:  # computed for several processes only: of 100 MB it takes a tenth of a second or more
+    def digest(self) -> str:  # computed when it is read: one process needs none
         machine = self.machine
         of = self.settings.to_dict(), machine.device, machine.precision, machine.tf32
         digest = hashlib.sha256(repr(of).encode())

@@ -198,10 +198,8 @@ def prints_line(first_prints: bool = False) -> bool:
     """
     if not _this.store:  # torchrun's environment: interrupted before `start` is done
         return os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # torchrun sends it to the others when one has ended; these are about to
+    # torchrun ends the other processes by a signal when one has ended; these are about to
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if first_prints and not is_first():
         time.sleep(FIRST_PRINTS)

@@ -139,6 +139,13 @@ def find_gpu() -> str | None:
     return "mps" if torch.backends.mps.is_available() else None
 
 
+def why_no_gpu() -> str:
+    "Return why `find_gpu` found none."
+    import torch
+
+    return "no GPU was found" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
+
+
 def available_cores() -> int:
     "Return the number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
