@@ -55,7 +55,7 @@ def main():
     model = build_model(args.arch, "linear", args.points, args.size).train()
     weights = 4 * sum(p.numel() for p in model.parameters())
     images = torch.zeros(args.batch_size, 3, args.size, args.size)
-    rows, totals = [["weights"], ["gradients"], ["AdamW, amsgrad: three numbers a weight"], ["running average"]], []
+    totals = []
     for autocast in (False, True):
         kept, largest = saved_bytes(model, images, autocast)
         # autocast's copies of the weights, two bytes each, live from the forward to the backward pass
@@ -69,7 +69,11 @@ def main():
             2 * largest,
         ]
         totals.append([n / 1e6 for n in parts])
-    names = [r[0] for r in rows] + [
+    names = [
+        "weights",
+        "gradients",
+        "AdamW, amsgrad: three numbers a weight",
+        "running average",
         "half-precision copies of the weights",
         "activations kept for the backward pass",
         "gradients of activations",

@@ -64,8 +64,7 @@ def ours(folder: Path, batch_size: int, size: int) -> dict[str, float]:
         for cache, workers in product((False, True), WORKERS):
             machine = Machine(workers=workers, cache=cache)
             machine.prepare()
-            quiet = {"machine": machine, "progress": lambda rows, *_: rows}
-            dl = landmark_dataloaders(folder, **settings, **changes, **quiet).train
+            dl = landmark_dataloaders(folder, **settings, **changes, machine=machine).train
             dl.after_batch.fs.clear()
             found |= rates(f"{name}, {'--cache' if cache else 'JPEGs'}", dl, len(dl) * batch_size, workers)
             dl.loader = None

@@ -60,7 +60,8 @@ def bare_steps(learn, batch, steps: int) -> float:
     learn.model.train()
     start = time.perf_counter()
     for _ in range(steps):
-        loss = learn.loss_func(learn.model(images), points)
+        with learn.machine.autocast():
+            loss = learn.loss_func(learn.model(images), points)
         loss.backward()
         learn.opt.step()
         learn.opt.zero_grad()

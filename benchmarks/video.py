@@ -2,7 +2,7 @@
 """Frames a second of a drawn 640 x 480 video with one moving face: decoding, finding the face, its 971 points.
 
     python benchmarks/video.py                            # resnet18 at 128 px with random weights, through PyTorch
-    python benchmarks/video.py -pm runs/NAME/model.onnx   # any trained network
+    python benchmarks/video.py -pm runs/NAME/NAME.onnx   # any trained network
 
 Each row adds to the one before; the flip test doubles the work of the network, the second pass is on. CPU time is that
 of all threads, per frame: on two cores real time, 25 frames a second, is 80 ms at the most. The load of the machine is printed,

@@ -8,7 +8,7 @@ There are two kinds of coordinates:
   predicts them, and `grid_sample(align_corners=False)` samples by them.
 
 fastai's `PointScaler` divides by the size alone, which takes a pixel's centre for its edge: half an input pixel off. The
-half pixel is added here, in `PixelMap.after_resize` and `input_to_unit`, and nowhere else.
+half pixel is added in this file and nowhere else.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -72,6 +72,9 @@ class PixelMap(NamedTuple):
         return cls(*rows[:, :, None].unbind(1))
 
 
+IDENTITY = PixelMap(1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
 def _stack(points: Coordinates, x: Coordinates, y: Coordinates) -> Coordinates:
     if isinstance(points, np.ndarray):
         return np.stack([x, y], -1)
@@ -95,7 +98,7 @@ def pixel_map(
     left, top, right, bottom = _source_box(width, height, fit)
     scale_x, scale_y = size / (right - left), size / (bottom - top)
     # Edges map to edges; a centre is half a pixel from its edge on either side of the map.
-    return PixelMap(1.0, 0.0, 0.0, 0.0, 1.0, 0.0).after_resize(scale_x, scale_y, left, top)
+    return IDENTITY.after_resize(scale_x, scale_y, left, top)
 
 
 def _source_box(width: int, height: int, fit: str) -> tuple[float, float, float, float]:
@@ -170,10 +173,9 @@ def box_map(
     target = [(edge + 1) * size / 2 for edge in points_box]  # edges, pixels of the input
     area = (target[2] - target[0]) * (target[3] - target[1])
     scale = (area / ((right - left) * (bottom - top))) ** 0.5
-    # an edge of x is the pixel coordinate x - 0.5
-    shift_x = (target[0] + target[2]) / 2 - 0.5 - scale * ((left + right) / 2 - 0.5)
-    shift_y = (target[1] + target[3]) / 2 - 0.5 - scale * ((top + bottom) / 2 - 0.5)
-    return PixelMap(scale, 0.0, shift_x, 0.0, scale, shift_y)
+    input_left = (left + right - (target[0] + target[2]) / scale) / 2  # edges of the input, pixels as stored
+    input_top = (top + bottom - (target[1] + target[3]) / scale) / 2
+    return IDENTITY.after_resize(scale, left=input_left, top=input_top)
 
 
 def input_to_unit(points: Coordinates, size: int) -> Coordinates:

@@ -181,6 +181,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # Default weight decay of each optimiser. adam and sgd add L2 decay to the gradient: 0.05 would be far too strong there.
 WEIGHT_DECAY = {"adamw": 0.05, "adam": 0.0, "sgd": 0.0}
+assert WEIGHT_DECAY.keys() == set(OPTIMISERS) and FINETUNE_LR_MULT.keys() == set(SCHEDULES)
 
 
 def _check(f: dataclasses.Field, value: Any) -> None:

@@ -96,15 +96,22 @@ def _add_machine(parser, amp="auto"):
 
 def _rate(text: str):
     "A learning rate, or the word find."
-    return text if text == "find" else float(text)
+    return text if text == "find" else _float(text, "find")
 
 
 def _margin(text: str) -> float:
     "The margin of the aligned crops, or `off`."
-    margin = 0.0 if text == "off" else float(text)
+    margin = 0.0 if text == "off" else _float(text, "off")
     if margin and not 1 <= margin <= 10:
         raise argparse.ArgumentTypeError(f"{text} is neither off nor a number from 1 to 10")
     return margin
+
+
+def _float(text: str, word: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {word} nor a number") from None
 
 
 def _recipe(text: str) -> str:
@@ -226,7 +233,7 @@ def predict_parser() -> argparse.ArgumentParser:
     about = "checkpoint: the name of a run in the output folder, or a path; an .onnx file; several are averaged"
     _add_checkpoint(parser, about, action="append", required=True)
     group = parser.add_argument_group("pictures").add_argument
-    group("--format", choices=FORMATS, default=FORMATS[0], help=f"of the file of points (default: {FORMATS[0]})")
+    group("--format", choices=FORMATS, help=f"of the file of points (default: {FORMATS[0]})")
     group("--overlay", action="store_true", help="write copies of the pictures with the points into runs/NAME/overlay")
     group("--confidence", action="store_true", dest="draw_confidence", help="draw each point's spread in them, too")
     group("--detect", action="store_true", help="find the faces in each picture first; several are possible")
@@ -236,7 +243,7 @@ def predict_parser() -> argparse.ArgumentParser:
     defaults = {f.name: "the checkpoint's" for f in dataclasses.fields(Settings)}
     _add_settings(parser, "data", ["data", "batch_size"], defaults)
     about = f"rounding of the submitted coordinates (default: {ROUNDINGS[0]})"
-    parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, default=ROUNDINGS[0], help=about)
+    parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, help=about)
     about = "flip test: average the points of image and mirror image (default: on with flip indices)"
     parser.add_argument("--tta", action=argparse.BooleanOptionalAction, default=None, dest="flip_test", help=about)
     _add_settings(parser, "must agree with the checkpoint", NETWORK + INPUT, defaults)
@@ -248,8 +255,17 @@ def predict_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     "The parsed command line of predict.py."
     parser = predict_parser()
     args = parser.parse_args(argv)
-    if not args.paths and (typed := [f"--{name}" for name in ("overlay", "detect", "boxes") if getattr(args, name)]):
+    flags = {"overlay": args.overlay, "detect": args.detect, "boxes": args.boxes, "smooth": args.smooth,
+             "confidence": args.draw_confidence, "format": args.format}  # fmt: skip
+    if not args.paths and (typed := [f"--{name}" for name, value in flags.items() if value]):
         parser.error(f"{typed[0]} is for pictures: name them, as in: -pm NAME {typed[0]} photo.jpg")
+    if args.paths and args.rounding:
+        parser.error("--round is for the submission: run without it, or without PATH")
+    if args.draw_confidence and not args.overlay:
+        parser.error(
+            "--confidence draws on the copies of --overlay: add it (the file of points has every spread anyway)"
+        )
+    args.format, args.rounding = args.format or FORMATS[0], args.rounding or ROUNDINGS[0]
     if args.detect and args.boxes:
         parser.error("--detect finds boxes and --boxes has them: use one")
     return args

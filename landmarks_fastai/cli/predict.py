@@ -26,6 +26,9 @@ def main() -> None:
     from landmarks_fastai.runs.claim import claim_output
 
     machine = resolve.machine(args)
+    if machine.device != "cpu" and is_first():
+        for name in (name for name in args.pretrained_model if name.lower().endswith(".onnx")):
+            print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
         resolve.check_prediction(args, network.settings)
@@ -38,7 +41,7 @@ def main() -> None:
     predictor = Predictor(
         networks,
         machine=machine,
-        batch_size=args.batch_size or settings.batch_size,
+        batch_size=settings.batch_size if args.batch_size is None else args.batch_size,
         flip_test=args.flip_test,
         detector=detector,
     )
@@ -67,6 +70,7 @@ def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "R
 def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> None:
     "Predict the pictures and videos of the command line. Exits with 1 at the end if one of them could not be used."
     from landmarks_fastai.data.align import report_unaligned
+    from landmarks_fastai.inference.pictures import is_video
     from landmarks_fastai.inference.writers import open_writer
 
     settings = predictor.networks[0].settings
@@ -88,7 +92,7 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
                 print(
                     f"note: {result.source}: no {'face' if args.detect else 'box'} found", file=sys.stderr, flush=True
                 )
-            n_pictures += not of_video
+            n_pictures += not of_video and not is_video(Path(result.source))
             n_frames += of_video
             n_objects += len(result.objects)
             n_bad += bool(result.error)
@@ -154,7 +158,9 @@ def results_of(
         from landmarks_fastai.utils.parallel import bar
 
         for path in paths:
-            copy = output_path(run.folder / "overlay", str(path), ".mp4") if args.overlay else None
+            # clip.mp4 stays clip.mp4, clip.mov becomes clip.mov.mp4
+            suffix = path.suffix.removesuffix(".mp4") + ".mp4"
+            copy = output_path(run.folder / "overlay", str(path), suffix) if args.overlay else None
             try:
                 if of_files:
                     raise UserError(f"{path}: --boxes is for pictures; --detect finds the faces of a video")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from landmarks_fastai.geometry import PixelMap
+from landmarks_fastai.geometry import PixelMap, unit_to_input
 from landmarks_fastai.settings import Settings
 
 MIN_POINTS = 3  # fewer have no shape to align
@@ -46,7 +46,7 @@ class Alignment:
             factor = (z - centre[:, None]) @ mean.conj() / (abs(mean) ** 2).sum()  # points = factor * mean + centre
             misfit = np.sqrt((abs(z - centre[:, None] - factor[:, None] * mean) ** 2).mean(1)) / abs(factor)
             turn = zoom / factor
-            shift = (self.size / 2 - 0.5) * (1 + 1j) - zoom * middle - turn * centre
+            shift = unit_to_input(np.zeros(2), self.size) @ [1, 1j] - zoom * middle - turn * centre
         plausible = (misfit <= MAX_MISFIT) & (abs(turn) <= MAX_SCALE)  # False for NaN
         return [
             PixelMap(*map(float, (t.real, -t.imag, s.real, t.imag, t.real, s.imag))) if ok else None
@@ -62,9 +62,9 @@ def alignment_of(settings: Settings) -> Alignment | None:
 
 
 def report_unaligned(n: int, total: int):
-    "Print how many images have no crop, where there are some."
+    "Print how many objects have no crop, where there are some."
     if n:
-        print(f"no plausible shape in the first pass of {n} of {total} images: its points stand", flush=True)
+        print(f"no plausible shape in the first pass of {n} of {total} objects: its points stand", flush=True)
 
 
 def shape_setting(mean: np.ndarray) -> tuple:

@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.hardware import Machine
-from landmarks_fastai.utils.parallel import bar
 
 # Least factor by which aligned crops must reduce the spread of the points. Photographs of faces: 3.8; drawn faces: 5.1.
 MIN_GAIN = 1.5
@@ -87,7 +86,6 @@ def landmark_dataloaders(
     machine: Machine = Machine(),  # noqa: B008
     listing: Path | None = None,  # file that lists the bad rows that are left out
     left_out: np.ndarray | None = None,  # rows that a resumed run started without
-    progress: Callable[..., Iterable] = bar,
     **changes: Any,  # fields of `Settings` by name: size=128, batch_size=32, …
 ) -> DataLoaders:
     """Create the training and validation `DataLoaders`; all rows are checked, and the flip map is learned from the training rows.
@@ -101,7 +99,7 @@ def landmark_dataloaders(
     settings = (settings or Settings()).replace(**changes)
     if isinstance(source, (str, Path)):
         settings = settings.replace(data=os.path.abspath(source or "."))
-    images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, progress)
+    images = labelled_images(source, image_folder, settings.on_bad, listing, left_out)
     settings, flip = with_flip_map(settings.replace(n_points=images.labels.n_points), images)
     train, _ = RowSplitter(settings)(images)
     sampled = list(points_and_maps(images[train], settings))
@@ -113,7 +111,7 @@ def landmark_dataloaders(
         inputs.cache = open_cache(images.folder, rows, settings.fit, settings.size, key)
         if settings.align:
             key |= {"shape": zlib.crc32(repr(settings.shape).encode())}
-            inputs.crops = open_cache(images.folder, rows, f"align{settings.align:g}", settings.size, key)
+            inputs.crops = open_cache(images.folder, rows, f"align{settings.align:g}", settings.size, key, inputs.cache)
     dls = block.dataloaders(images)
     process = this_process()
     for dl in dls.loaders:
@@ -165,17 +163,23 @@ def with_alignment(
     settings = settings.replace(shape=shape_setting(mean))
     alignment = alignment_of(settings)
     assert alignment is not None
-    gain = spread(points, whole) / max(1e-9, spread(points, alignment.maps(np.stack(points))))
+    crops = alignment.maps(np.stack(points))
+    usable = [(p, w, m) for p, w, m in zip(points, whole, crops, strict=True) if m]
+    if not usable:
+        return off, None
+    points, whole, crops = zip(*usable, strict=True)
+    gain = spread(points, whole) / max(1e-9, spread(points, crops))
     return (settings if gain >= MIN_GAIN else off), gain
 
 
 def points_and_maps(images: LabelledImages, settings: Settings) -> Iterator[tuple[np.ndarray, PixelMap]]:
     """Yield the points of at most 2,000 evenly spaced images, (n_points, 2) pixels as stored, and the map of the whole image.
 
-    Only the images' headers are read. Images that do not exist are left out: training prints a warning for them.
+    Only the images' headers are read. Images that training leaves out with a warning are left out here: those that do not
+    exist, and with `on_bad="skip"` all that cannot be read.
     """
     for item in images.sample(ROWS):
-        with suppress(MissingImage):
+        with suppress(UserError if settings.on_bad == "skip" else MissingImage):
             yield item.points, pixel_map(*image_size(item.path, item.where), settings.fit, settings.size)
 
 
@@ -188,8 +192,8 @@ def points_box(sampled: Sequence[tuple[np.ndarray, PixelMap]], size: int) -> tup
     return tuple(box) if boxes and box[2] > box[0] and box[3] > box[1] else ()  # no box: one point, or all on a line
 
 
-def spread(points: Sequence[np.ndarray], maps: Sequence[PixelMap | None]) -> float:
+def spread(points: Sequence[np.ndarray], maps: Sequence[PixelMap]) -> float:
     "Root mean square distance of the points from their mean position in the input, in pixels of the images as stored."
-    pairs = [(p, m) for p, m in zip(points, maps, strict=True) if m]
+    pairs = list(zip(points, maps, strict=True))
     mean = np.mean([m.to_input(p) for p, m in pairs], axis=0)
     return float(np.sqrt(np.mean([((m.to_image(mean) - p) ** 2).sum(-1).mean() for p, m in pairs])))

@@ -81,7 +81,6 @@ def check_images(
     folder: Path,  # that the images must be in; it may be a link itself
     read_points: ReadPoints | None = None,
     skip: list[int] | tuple[int, ...] = (),  # rows that are bad already
-    progress: Callable[..., Iterable] = bar,
 ) -> ImageFaults:
     """Find the rows whose images cannot be used; print one line for each kind of unusual image.
 
@@ -97,7 +96,7 @@ def check_images(
         changed &= (stamps != stored).any(1)
     found, notes = ImageFaults(table, folder, faults), {}
     blocks = np.unique(np.flatnonzero(changed) // BLOCK)
-    for block in progress(blocks, len(blocks), "checking images") if len(blocks) else ():
+    for block in bar(blocks, len(blocks), "checking images") if len(blocks) else ():
         rows = block * BLOCK + np.flatnonzero(changed[block * BLOCK : (block + 1) * BLOCK])
         _check_block(found, rows, read_points, notes)
     if stored is None:

@@ -35,7 +35,7 @@ class NoFlipMap(Exception):
 
 @dataclass(frozen=True)
 class FlipMap:
-    "A flip map: `flip_indices[k]` is the index of the mirrored k-th point; `shape` is the mean shape, for plots."
+    "A flip map: `flip_indices[k]` is the index of the mirrored k-th point. Aligned crops are cut to its mean `shape`."
 
     flip_indices: np.ndarray  # (n_points,) int64, its own inverse
     shape: np.ndarray  # (n_points, 2), centred, of radius 1, y down
@@ -126,9 +126,10 @@ def predict_with_flip(
     model: Callable[[torch.Tensor], torch.Tensor],  # images -> unit coordinates (batch, n_points, 2)
     images: torch.Tensor,  # (batch, 3, h, w), normalised
     flip_indices: Sequence[int] = (),  # empty: no flip test
+    first: torch.Tensor | None = None,  # `model(images)`, if it is known
 ) -> torch.Tensor:
     "Predict unit coordinates (batch, n_points, 2): the mean of the images' predictions and their mirror images'."
-    first = model(images)
+    first = model(images) if first is None else first
     return _average(first, model(images.flip(-1)), flip_indices) if len(flip_indices) else first
 
 

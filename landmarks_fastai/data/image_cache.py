@@ -108,10 +108,10 @@ def _stamp(path: str | Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def open_cache(folder: Path, rows: int, fit: str, size: int, key: dict) -> InputCache:
+def open_cache(folder: Path, rows: int, fit: str, size: int, key: dict, other: InputCache | None = None) -> InputCache:
     """Open the cache of an image folder: beside it, or in the user's cache folder if that place cannot be written to.
 
-    Raises `UserError` if the disk has too little space for all rows.
+    Raises `UserError` if the disk has too little space for all rows of it, and of an `other` cache that grows beside it.
     """
     refused = None
     for place in cache_places(folder.with_name(f"{folder.name}-{size}-{fit}")):
@@ -121,10 +121,11 @@ def open_cache(folder: Path, rows: int, fit: str, size: int, key: dict) -> Input
         except OSError as e:
             refused = e
             continue
-        free = shutil.disk_usage(place.parent).free
-        if cache.missing_bytes > free:
+        free, needed = shutil.disk_usage(place.parent).free, cache.missing_bytes + (other.missing_bytes if other else 0)
+        if needed > free:
+            files = f"{place} and {other.path.name}" if other else place
             raise UserError(
-                f"--cache: {place} may grow by {cache.missing_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+                f"--cache: {files} may grow by {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                 "make room, or run without --cache"
             )
         return cache

@@ -81,7 +81,8 @@ def read_input(
         if fit != "squish":
             scale = SPARE * size / (min if fit == "crop" else max)(width, height)
             least = (max(1, int(width * scale)), max(1, int(height * scale)))
-        return fit_image(_decoded(image, least, exif), fit, size, round(width / image.width))
+        decoded = _decoded(image, least, exif)
+        return fit_image(decoded, fit, size, round(max(width, height) / max(decoded.size)))
 
 
 def read_crop(path: str | Path, to_input: PixelMap, size: int, where: str = "") -> Image.Image:
@@ -97,10 +98,10 @@ def read_crops(
     With `exif` the maps are of the image as shown. Raises like `open_image`.
     """
     with open_undecoded(path, where) as image:
-        width, scale = image.width, SPARE * max(to_input.scale for to_input in maps)
-        least = (max(1, int(width * scale)), max(1, int(image.height * scale)))
+        long, scale = max(image.size), SPARE * max(to_input.scale for to_input in maps)
+        least = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
         decoded = _decoded(image, least, exif)
-        return [cut_image(decoded, to_input, size, round(width / image.width)) for to_input in maps]
+        return [cut_image(decoded, to_input, size, round(long / max(decoded.size))) for to_input in maps]
 
 
 def read_reduced(path: str | Path, side: int, where: str = "", exif: bool = False) -> tuple[Image.Image, float]:
@@ -179,7 +180,7 @@ def open_undecoded(path: str | Path, where: str = "") -> Iterator[ImageFile]:
         pixels = int("".join(re.findall(r"\d+", str(e))[:1]))
         raise UserError(
             f"{where}image {path} has {pixels / 1e6:.4g} million pixels, --max-pixels allows {max_pixels() / 1e6:.4g} million: "
-            "make it smaller, remove its line, or raise --max-pixels"
+            f"make it smaller, {'remove its line, ' if where else ''}or raise --max-pixels"
         ) from None
     except REFUSALS as e:
         fault = "is cut short" if "truncated" in str(e).lower() else "cannot be read as an image"
@@ -187,4 +188,6 @@ def open_undecoded(path: str | Path, where: str = "") -> Iterator[ImageFile]:
         if isinstance(e, UnidentifiedImageError):
             empty = os.path.isfile(path) and not os.path.getsize(path)
             why = "it has no bytes" if empty else "of a format that Pillow does not know"
-        raise UserError(f"{where}image {path} {fault} ({why}): replace it or remove its line") from None
+        raise UserError(
+            f"{where}image {path} {fault} ({why}): replace it{' or remove its line' if where else ''}"
+        ) from None

@@ -5,7 +5,7 @@ All rows are checked before training. Bad rows stop the program with a list of a
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -18,7 +18,6 @@ from landmarks_fastai.data.labels import Labels, Table, data_folder, open_labels
 from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
 from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.utils.distributed import is_first
-from landmarks_fastai.utils.parallel import bar
 
 
 class CropIndex(int):
@@ -149,7 +148,6 @@ def labelled_images(
     on_bad: str = "stop",
     listing: Path | None = None,
     left_out: np.ndarray | None = None,
-    progress: Callable[..., Iterable] = bar,
 ) -> LabelledImages:
     """Check all rows of a folder in the competition's layout (`train/landmarks.csv`, `train/images/`) or of a DataFrame.
 
@@ -166,7 +164,7 @@ def labelled_images(
             raise UserError(f"{train / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/")
         labels, folder = open_labels(train / "landmarks.csv"), train / "images"
     faults = labels.faults()
-    found = check_images(labels, folder, labels.read_points, list(faults), progress)
+    found = check_images(labels, folder, labels.read_points, list(faults))
     if left_out is not None:
         if leaving := [r for r in found.rows.tolist() if found.faults[r] == LEAVES and r not in left_out]:
             raise BadData(map(found.problem, leaving), len(leaving))

@@ -78,7 +78,7 @@ class Labels(Table):
 
     @property
     def identity(self) -> dict:
-        "Identify these labels wherever the file is. (The digest is of the file's first and last 64 kB.)"
+        "Size, time and digest of the file, wherever it is. (The digest is of its first and last 64 kB.)"
         return {"rows": len(self), "points": self.n_points, **{k: self.key[k] for k in ("size", "mtime", "digest")}}
 
     def points(self, row: int) -> np.ndarray:

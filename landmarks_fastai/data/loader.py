@@ -8,6 +8,7 @@ import torch
 from fastai.data.core import TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.torch_core import set_seed, to_device
+from fastcore.imports import noop
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from landmarks_fastai import plots
@@ -153,7 +154,7 @@ class LandmarkDL(TfmdDL):
                 sampler=(order := cast("list[list[int]]", [])),
                 batch_size=None,
                 num_workers=worker_count(self),
-                collate_fn=_identity,
+                collate_fn=noop,
                 pin_memory=self.pin_memory,
                 timeout=self.timeout,
                 worker_init_fn=start_worker,
@@ -189,7 +190,3 @@ class LandmarkDL(TfmdDL):
         for normalize in (f for f in self.after_batch.fs if isinstance(f, Normalize)):
             images = images * normalize.std + normalize.mean
         return images.as_subclass(torch.Tensor).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _identity(batch: Any) -> Any:
-    return batch

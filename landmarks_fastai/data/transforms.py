@@ -27,7 +27,7 @@ from landmarks_fastai.data.image_cache import Inputs
 from landmarks_fastai.data.images import read_crop, to_rgb
 from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.errors import MissingImage, UserError
-from landmarks_fastai.geometry import PixelMap, cut_image, fit_image, input_to_unit, unit_to_input
+from landmarks_fastai.geometry import IDENTITY, PixelMap, cut_image, fit_image, input_to_unit, unit_to_input
 
 UNMOUNTED = 4  # unreadable images in a row of batches, each with more than half unreadable: the run stops
 
@@ -65,8 +65,7 @@ class OpenInput(Transform):
                 image, to_input = self.labelled(item)
             except UserError as e:
                 image = Image.new("RGB", (self.inputs.size, self.inputs.size))
-                to_input = PixelMap(1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-                error = item, e
+                to_input, error = IDENTITY, (item, e)
         else:
             image, to_input = self.unlabelled(item)
         fitted: Any = PILImage.create(image)

@@ -33,17 +33,13 @@ class Detection(NamedTuple):
 class FaceDetector:
     "Finds the faces of a picture. The network sees 640 x 640 px of any picture, so that its time is always the same."
 
-    def __init__(
-        self,
-        threads: int = 1,  # for one picture; several are searched side by side
-        least_score: float = 0.6,  # at 0.6 OpenCV Zoo's own demo shows a face
-    ):
+    def __init__(self, least_score: float = 0.6):  # at 0.6 OpenCV Zoo's own demo shows a face
         try:
             import onnxruntime
         except ModuleNotFoundError:
             raise UserError("finding faces needs onnxruntime: pip install 'landmarks-fastai[runtime]'") from None
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 1  # several pictures are searched side by side
         options.log_severity_level = 3  # errors alone
         self.session = onnxruntime.InferenceSession(YUNET, options, providers=["CPUExecutionProvider"])
         self.least_score = least_score

@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,7 +159,9 @@ def _read_metadata(path: Path, text: str) -> dict[str, Any]:
             f"{path} was exported by another version of this program (format {found.get('format')}): {HINT}"
         )
     score = found.get("score")
-    right = isinstance(found.get("name"), str) and isinstance(found.get("flip_test"), bool)
+    # predictions are written into a folder of this name
+    right = isinstance(name := found.get("name"), str) and re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*", name)
+    right = right and isinstance(found.get("flip_test"), bool)
     if not right or not (score is None or (isinstance(score, (int, float)) and math.isfinite(score))):
         raise UserError(f"{path}: name, score or flip_test is missing in its metadata, or of a wrong kind: {HINT}")
     try:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
+from landmarks_fastai.geometry import IDENTITY
 from landmarks_fastai.inference.predictor import Prediction
 
 LEAST_SIDE = 1000  # long side of a drawn picture, in pixels: on one of 100 px, 971 points would be a blot
@@ -27,7 +28,7 @@ def draw_points(
     draw = ImageDraw.Draw(drawn)
     for k, each in enumerate(objects):
         colour = COLOURS[(each.track if each.track is not None else k) % len(COLOURS)]
-        points = (each.points + 0.5) * factor - 0.5  # a pixel's centre is half a pixel from its edge
+        points = IDENTITY.after_resize(factor).to_input(each.points)
         width, height = points.max(0) - points.min(0)
         spacing = (max(width, 1) * max(height, 1) / len(points)) ** 0.5
         radius = float(min(max(0.7, DOT * spacing), max(drawn.size) / 250))

@@ -99,7 +99,7 @@ def find_pictures(paths: Iterable[str]) -> Iterator[Path]:
     """Yield the files that paths mean: files, folders with all below them, patterns, and `-` for a list on stdin.
 
     In folders and patterns, files whose suffix is neither that of a picture nor of a video are left out; a file named
-    by itself never is. Raises `UserError` for a path that does not exist, and for a folder without pictures.
+    by itself never is. Raises `UserError` for a path that does not exist, and for a folder or pattern without pictures.
     """
     for path in paths:
         if path == "-":
@@ -113,29 +113,42 @@ def find_pictures(paths: Iterable[str]) -> Iterator[Path]:
         elif os.path.lexists(path):
             yield Path(path)
         elif glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
-            for match in matches:
-                yield from _below(match) if os.path.isdir(match) else filter(_is_media, [Path(match)])
+            yield from _matched(path, matches)
         else:
             raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
+
+
+def _matched(pattern: str, matches: Sequence[str]) -> Iterator[Path]:
+    "Yield the pictures and videos that a pattern matches, and those below folders that it matches, each once."
+    below = (file for match in matches if os.path.isdir(match) for file in _files_below(match) if _is_media(file))
+    files = (Path(match) for match in matches if not os.path.isdir(match) and _is_media(Path(match)))
+    found = dict.fromkeys(chain(files, below))  # `**` matches a folder, its subfolders and their files
+    if not found:
+        raise UserError(one_line(f"{pattern} matches no picture that Pillow reads, and no video"))
+    yield from sorted(found)
 
 
 def read_boxes(path: str | Path) -> dict[str, list[Box]]:
     """Read a CSV of boxes: a header line, then file_name, left, top, right, bottom, in pixel edges; a row an object.
 
-    Returns the boxes of each file name, as it is in the file. Raises `UserError` with the line of a bad row.
+    Returns the boxes of each file name. Raises `UserError` with the line of a bad row.
     """
     boxes: dict[str, list[Box]] = {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.reader(file), 1):
-                if number == 1 or not row:
+                if not row:
                     continue
                 try:
                     box = as_box([float(cell) for cell in row[1:]])
+                    if number == 1:
+                        raise UserError(f"{path} line 1 is a box: add a header line, file_name,left,top,right,bottom")
                 except ValueError:
+                    if number == 1:
+                        continue
                     wanted = "file_name,left,top,right,bottom with left < right and top < bottom expected"
                     raise UserError(one_line(f"{path} line {number}: {','.join(row)[:60]!r}: {wanted}")) from None
-                boxes.setdefault(row[0], []).append(box)
+                boxes.setdefault(str(Path(row[0])), []).append(box)  # as a picture's name: ./a.jpg is a.jpg
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path} cannot be read as a CSV of boxes ({reason(e)})") from None
     if not boxes:
@@ -152,27 +165,33 @@ def as_box(edges: Sequence[float]) -> Box:
 
 
 def _below(folder: str) -> Iterator[Path]:
-    "Yield the pictures and videos of a folder and its subfolders, sorted; hidden ones are left out."
+    """Yield the pictures and videos of a folder and its subfolders, sorted; hidden ones are left out.
 
-    def refuse(error: OSError):
-        raise UserError(f"{error.filename} cannot be read ({reason(error)})")
-
+    Prints how many other files there are. Raises `UserError` for a folder that has no pictures or cannot be read.
+    """
     found, others = 0, 0
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.startswith("."):
-                continue
-            if _is_media(Path(name)):
-                found += 1
-                yield Path(place, name)
-            else:
-                others += 1
+    for path in _files_below(folder):
+        if _is_media(path):
+            found += 1
+            yield path
+        else:
+            others += 1
     if not found:
         raise UserError(f"{folder} holds no picture that Pillow reads, and no video")
     if others:
         files = f"{others} of its {found + others} files are left out"
         print(f"note: {folder}: {files}: their names are not those of pictures or videos", file=sys.stderr, flush=True)
+
+
+def _files_below(folder: str) -> Iterator[Path]:
+    "Yield all files of a folder and its subfolders, sorted, but hidden ones. Raises `UserError` for one that cannot be read."
+
+    def refuse(error: OSError):
+        raise UserError(f"{error.filename} cannot be read ({reason(error)})")
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _is_media(path: Path) -> bool:

@@ -20,7 +20,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import Box, PixelMap, box_map, unit_to_input
 from landmarks_fastai.inference.detector import SIDE
 from landmarks_fastai.inference.network import Network
-from landmarks_fastai.inference.pictures import Picture, Source, as_box, find_pictures
+from landmarks_fastai.inference.pictures import Picture, Source, as_box, find_pictures, is_video
 from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import threaded_map
@@ -85,6 +85,8 @@ class Predictor:
         names = [models] if isinstance(models, (str, Path)) or callable(models) else list(models)
         self.networks = [n if callable(n) else open_network(n, out, machine) for n in names]
         self.batch_size, self.flip_test, self.detector = batch_size, flip_test, detector
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: 1 or more expected")
         if flip_test is False and (inside := [n.name for n in self.networks if getattr(n, "flip_test_inside", False)]):
             raise UserError(
                 f"{inside[0]} was exported with the flip test inside: export it without --tta to switch it off"
@@ -99,15 +101,20 @@ class Predictor:
         """Predict a picture: returns a `Prediction`; a list of them if there are boxes or a detector.
 
         A list of pictures gives a list of these, a folder or an iterator gives an iterator, in constant memory. `boxes` are
-        those of the objects in one picture: their points' bounding boxes, in pixel edges. Raises `UserError` for a picture
-        that cannot be used.
+        those of the objects in one picture: their points' bounding boxes, in pixel edges. Videos in a folder are left
+        out. Raises `UserError` for a picture that cannot be used.
         """
-        one = isinstance(source, (str, Path, Image.Image, np.ndarray))
-        if one and not (isinstance(source, (str, Path)) and os.path.isdir(source)):
+        if isinstance(source, (str, Path)) and os.path.isdir(source):
+            pictures: Iterable[Source] = (path for path in find_pictures([str(source)]) if not is_video(path))
+        elif isinstance(source, (str, Path, Image.Image, np.ndarray)):
             return next(self._points([source], boxes))
-        if isinstance(source, (list, tuple)):
-            return list(self._points(source))
-        return self._points(find_pictures([str(source)]) if isinstance(source, (str, Path)) else source)
+        else:
+            pictures = source
+        if boxes is not None:
+            raise UserError(
+                "boxes are those of one picture: give it alone, or call `stream` with a function of the picture"
+            )
+        return list(self._points(pictures)) if isinstance(source, (list, tuple)) else self._points(pictures)
 
     def _points(self, sources: Iterable[Source], boxes: Sequence[Box] | None = None) -> Iterator[Any]:
         several = boxes is not None or self.detector is not None
@@ -150,11 +157,11 @@ class Predictor:
     def _predict(self, chunk: list[tuple[Picture, Sequence[Box] | None]]) -> tuple[list[PictureResult], int]:
         "Predict a batch of pictures; returns the results, and how many objects have no aligned crop."
         results = [self._located(*each) for each in chunk]
-        every, unaligned = [], 0
+        every, unaligned = [], set()
         for network in self.networks:
-            found, n = self._two_passes(network, results)
+            found, without_crop = self._two_passes(network, results)
             every.append(found)
-            unaligned += n
+            unaligned |= without_crop
         for k, result in enumerate(results):
             if result.error:
                 result.objects = []
@@ -164,7 +171,7 @@ class Predictor:
                 each.points = np.stack([p.points for p in of_networks]).mean(0)
                 spreads = [p.spread for p in of_networks if p.spread is not None]
                 each.confidence = np.stack(spreads).mean(0) if spreads else None
-        return results, unaligned
+        return results, len(unaligned)
 
     def _located(self, picture: Picture, boxes: Sequence[Box] | None) -> PictureResult:
         "The result of a picture with its objects' boxes; without boxes or a detector the whole picture is one object."
@@ -186,17 +193,17 @@ class Predictor:
 
     def _two_passes(
         self, network: Network, results: list[PictureResult]
-    ) -> "tuple[dict[int, list[_StoredPoints]], int]":
-        "Return the points of each result's objects by one network, and how many of them have no aligned crop."
+    ) -> "tuple[dict[int, list[_StoredPoints]], set[tuple[int, int]]]":
+        "Return the points of each result's objects by one network, and which (result, object) have no aligned crop."
         settings = network.settings
         first = {
             k: [box_map(each.box, settings.points_box, settings.size) if each.box else None for each in result.objects]
             for k, result in enumerate(results)
         }
-        found, unaligned = self._one_pass(network, results, first), 0
+        found, unaligned = self._one_pass(network, results, first), set()
         if alignment := alignment_of(settings):
             crops = {k: alignment.maps(np.stack([p.points for p in points])) for k, points in found.items() if points}
-            unaligned = sum(maps.count(None) for maps in crops.values())
+            unaligned = {(k, i) for k, maps in crops.items() for i, m in enumerate(maps) if m is None}
             second = self._one_pass(network, results, {k: [m for m in maps if m] for k, maps in crops.items()})
             for k, points in second.items():
                 refined = iter(points)

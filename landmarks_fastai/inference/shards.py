@@ -1,8 +1,8 @@
 """Predictions by several processes: each takes parts of the list and writes their results, the first joins them in order.
 
-A part is a file, complete or absent, in the folder `predicted_parts` of the run. Its name is a digest of all that its
-results depend on. So after a death the same command predicts only what is missing, in any number of processes, and a part
-of other networks, pictures or flags is never joined.
+One process writes no parts. A part is a file, complete or absent, in the folder `predicted_parts` of the run. Its name is
+a digest of all that its results depend on. So after a death the same command predicts only what is missing, in any number
+of processes, and a part of other networks, pictures or flags is never joined.
 """
 
 import hashlib
@@ -49,11 +49,15 @@ def joined_parts(
     options: dict[str, Any],  # what else the results depend on, JSON types
     progress: Progress = lambda steps, total: steps,  # over the pictures of all processes
 ) -> Iterator[Iterator[PictureResult]]:
-    """Predict in the processes of torchrun. Yields when all parts are there: in the first process all results, in order.
+    """Predict all pictures, in this process or in those of torchrun. Yields an iterator of the results, in order.
 
-    In the others the iterator is empty. Raises `UserError` if another prediction writes parts of this run, or if the
-    processes do not see the same files; `Stopped` after a signal, or if another process has ended.
+    Of several processes the first has all results, when all parts are there; in the others the iterator is empty. Raises
+    `UserError` if another prediction writes parts of this run, or if the processes do not see the same files; `Stopped`
+    after a signal, or if another process has ended.
     """
+    if not this_process().store:
+        yield iter(progress(predict(range(len(paths))), len(paths)))
+        return
     folder, key = run.folder / PARTS, _key(predictor, options)
     parts = cut_parts(paths, predictor.batch_size)
     with _first_holds(folder), _stop_message():

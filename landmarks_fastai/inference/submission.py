@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from landmarks_fastai.inference.pictures import Picture
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
 from landmarks_fastai.inference.shards import joined_parts
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.distributed import is_first, on_first, this_process
+from landmarks_fastai.utils.distributed import is_first, on_first
 from landmarks_fastai.utils.files import atomic_write, check_folder
 
 
@@ -52,12 +51,7 @@ def predict_test(
             yield result
 
     paths = [str(images / name) for name in test_points.names]
-    rows = range(len(paths))
-    with (
-        joined_parts(predictor, run, paths, predict, {"submission": True}, progress)
-        if this_process().store
-        else nullcontext(progress(predict(rows), len(rows)))
-    ) as results:
+    with joined_parts(predictor, run, paths, predict, {"submission": True}, progress) as results:
         if is_first():
             write_submission(results, test_points, n_points, run, rounding)
     report_unaligned(predictor.unaligned, len(test_points))

@@ -14,7 +14,7 @@ from landmarks_fastai.inference.overlay import draw_points
 from landmarks_fastai.inference.pictures import Picture
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
 from landmarks_fastai.inference.smoothing import Smoother
-from landmarks_fastai.inference.tracking import EVERY, Face, track_faces
+from landmarks_fastai.inference.tracking import Face, track_faces
 from landmarks_fastai.utils.files import atomic_path
 
 TURNS = {  # what makes a frame upright whose rotation is so many degrees; both count counter-clockwise
@@ -162,7 +162,6 @@ def predict_video(
     path: str | Path,
     overlay_path: str | Path | None = None,  # of a copy with the points drawn, .mp4
     smooth: bool = False,
-    every: int = EVERY,  # frames from one search for faces to the next
     confidence: bool = False,  # draw each point's spread, too
     progress: Callable[[Iterable, int], Iterable] = lambda frames, total: frames,  # total: 0 if it is unknown
 ) -> Iterator[PictureResult]:
@@ -173,7 +172,7 @@ def predict_video(
     """
     video, smoother = Video(path), Smoother()
     frames = progress(video, round(video.seconds * video.rate))
-    found = track_faces(frames, predictor.detector, every) if predictor.detector else ((frame, []) for frame in frames)
+    found = track_faces(frames, predictor.detector) if predictor.detector else ((frame, []) for frame in frames)
     pictures = (FramePicture(frame.image, path, frame.time, faces) for frame, faces in found)
     boxes = (lambda picture: [face.box for face in picture.faces]) if predictor.detector else None
     with write_video(overlay_path, video) if overlay_path else nullcontext() as write:

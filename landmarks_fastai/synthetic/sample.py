@@ -19,6 +19,7 @@ import numpy as np
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.synthetic.face_template import flip_indices_of_template
 from landmarks_fastai.synthetic.faces import render_face
+from landmarks_fastai.utils.hardware import available_cores
 
 __all__ = ["render_face", "main", "make_sample", "flip_indices_of_template"]
 
@@ -116,7 +117,7 @@ def make_sample(
         # written under another name, so that an interrupted run leaves nothing
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write_sample(temporary, recipe, os.cpu_count() or 1 if processes is None else processes, progress)
+            _write_sample(temporary, recipe, available_cores() if processes is None else processes, progress)
             try:
                 temporary.replace(folder)
             except OSError:  # unless another process has finished the same sample

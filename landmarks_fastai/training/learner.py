@@ -41,6 +41,8 @@ from landmarks_fastai.utils.fastai_internals import ResumableLearner
 from landmarks_fastai.utils.hardware import Machine
 
 AnyLearner = TypeVar("AnyLearner", bound=Learner)
+NO_FLIP_MAP = "the landmarks have no flip map: no flip test can be made"
+Rate = float | np.ndarray | slice  # a learning rate of the body, or (2,) those of body and head
 
 
 class LandmarkLearner(ResumableLearner):
@@ -82,18 +84,30 @@ class LandmarkLearner(ResumableLearner):
         if settings.accumulate > 1:
             self.add_cb(GradientAccumulation(settings.accumulate * settings.batch_size))
 
-    def param_group_lrs(self, lr: float | np.ndarray | None = None) -> np.ndarray:
-        "Return the learning rates of body and head (2,) from the body's; None: the settings'. An array is returned as it is."
-        lr = self.settings.lr if lr is None else lr
-        return lr * np.array([1.0, self.settings.head_lr_mult]) if np.ndim(lr) == 0 else np.asarray(lr)
+    def param_group_lrs(self, lr: Rate | None = None) -> np.ndarray:
+        """Return the learning rates of body and head (2,) from the body's; None: the settings'. An array is returned as it is.
 
-    def fit(self, n_epoch: int, lr: float | np.ndarray | None = None, **kwargs: Any) -> None:
+        The end of a `slice` is the body's: its start, meant for layers that should learn slower than the head, is ignored.
+        """
+        rate: float | np.ndarray | None = lr.stop if isinstance(lr, slice) else lr
+        rate = self.settings.lr if rate is None else rate
+        return rate * np.array([1.0, self.settings.head_lr_mult]) if np.ndim(rate) == 0 else np.asarray(rate)
+
+    def fit(self, n_epoch: int, lr: Rate | None = None, **kwargs: Any) -> None:
         "As fastai's; a single learning rate is the body's."
         super().fit(n_epoch, self.param_group_lrs(lr), **kwargs)
 
-    def fit_one_cycle(self, n_epoch: int, lr_max: float | np.ndarray | None = None, **kwargs: Any) -> None:
+    def fit_one_cycle(self, n_epoch: int, lr_max: Rate | None = None, **kwargs: Any) -> None:
         "As fastai's; a single learning rate is the body's."
         super().fit_one_cycle(n_epoch, self.param_group_lrs(lr_max), **kwargs)
+
+    def fit_flat_cos(self, n_epoch: int, lr: Rate | None = None, **kwargs: Any) -> None:
+        "As fastai's; a single learning rate is the body's."
+        super().fit_flat_cos(n_epoch, self.param_group_lrs(lr), **kwargs)
+
+    def fit_sgdr(self, n_cycles: int, cycle_len: int, lr_max: Rate | None = None, **kwargs: Any) -> None:
+        "As fastai's; a single learning rate is the body's."
+        super().fit_sgdr(n_cycles, cycle_len, self.param_group_lrs(lr_max), **kwargs)
 
     def save(self, file: str | Path, **kwargs: Any) -> Path:
         "As fastai's; the optimiser's numbers are saved as Python's own: numpy's would need a pickle that may run code."
@@ -133,14 +147,14 @@ class LandmarkLearner(ResumableLearner):
         if the landmarks have no flip map.
         """
         if not self.settings.flip_indices:
-            raise UserError("the landmarks have no flip map, the mirrored image cannot be scored")
+            raise UserError(NO_FLIP_MAP)
         return self.get_preds(ds_idx, dl, cbs=callbacks.FlipTest(self.settings.flip_indices), **kwargs)
 
     def predict_points(self, images: Any, flip_test: bool | None = None) -> np.ndarray:
         """Predict points (images, n_points, 2), float32, in pixels of the images as stored; in two passes if `align` is on.
 
         `images` is a path, a PIL image, an array (h, w, 3) uint8, or a list of those. `flip_test` None: if there is a flip
-        map. Raises `UserError` for a file that is not an image.
+        map. Raises `UserError` for a file that is not an image, and for `flip_test=True` without a flip map.
         """
         images = images if isinstance(images, list) else [images]
         points = self._points(images, flip_test)
@@ -151,21 +165,26 @@ class LandmarkLearner(ResumableLearner):
 
     def _points(self, images: list, flip_test: bool | None) -> np.ndarray:
         flip = bool(self.settings.flip_indices) if flip_test is None else flip_test
+        if flip and not self.settings.flip_indices:
+            raise UserError(NO_FLIP_MAP)
         collect = callbacks.CollectPoints(self.settings.size)
         cbs = [collect, callbacks.FlipTest(self.settings.flip_indices)] if flip else [collect]
         self.get_preds(dl=self.dls.test_dl(images, num_workers=0), with_preds=False, cbs=cbs)
         return np.concatenate(collect.points)
 
-    def show_results(self, ds_idx: int = 1, dl: Any = None, max_n: int = 9, **kwargs: Any) -> None:
+    def show_results(
+        self, ds_idx: int = 1, dl: Any = None, max_n: int = 9, shuffle: bool = True, **kwargs: Any
+    ) -> None:
         "As fastai's; if `align` is on, it plots the second pass, on the aligned crops."
         alignment = alignment_of(self.settings)
         if alignment:
-            dl = cast(LandmarkDL, self.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl)
-            dl.crops = dict.fromkeys(dl.shuffle_fn(dl.get_idxs())[:max_n])
+            dl = cast(LandmarkDL, (self.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False))
+            rows = dl.get_idxs()
+            dl.crops = dict.fromkeys((dl.shuffle_fn(rows) if shuffle else rows)[:max_n])
             collect = callbacks.CollectPoints(self.settings.size)
             self.get_preds(dl=dl, with_preds=False, reorder=False, cbs=collect)
             dl.crops = dict(zip(dl.seen, alignment.maps(np.concatenate(collect.points)), strict=True))
-        super().show_results(ds_idx, dl, max_n, **kwargs)
+        super().show_results(ds_idx, dl, max_n, shuffle, **kwargs)
 
 
 @fastai_plot_top_losses.dispatch
@@ -198,9 +217,9 @@ def landmark_learner(
     if fixed := sorted(changes.keys() & set(DATA)):
         raise UserError(f"{', '.join(fixed)}: decided by the DataLoaders, change it there")
     settings = dls.settings.replace(n_points=get_c(dls) // 2, **changes | ({"arch": arch} if arch else {}))
-    if settings.accumulate > len(dls.train):
+    if settings.accumulate > (batches := len(dls.train) * settings.epochs) and not settings.minutes:
         raise UserError(
-            f"--accumulate {settings.accumulate}: an epoch has {len(dls.train)} batches, no step would ever be made: lower it"
+            f"--accumulate {settings.accumulate}: the stage has {batches} batches, no step would ever be made: lower it"
         )
     mean, std = input_stats(settings.arch)
     settings = settings.replace(mean=mean, std=std)

@@ -50,9 +50,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    "Open a file that replaces `path` when the block ends without an error; text is UTF-8. Raises like `atomic_path`."
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    with atomic_path(path) as temporary, open(temporary, mode, encoding=encoding, newline=newline) as f:
+    """Open a file that replaces `path` when the block ends without an error. Raises like `atomic_path`.
+
+    Text is UTF-8. A byte of a file's name that is not UTF-8 is written as `\\udcXX`, as JSON escapes it.
+    """
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
+    with atomic_path(path) as temporary, open(temporary, mode, **text) as f:
         yield f
 
 

@@ -210,6 +210,12 @@ def test_flags_that_do_not_parse_exit_with_2(run_script, line):
     assert code == 2 and "usage:" in err
 
 
+def test_words_in_place_of_numbers_are_quoted(run_script):
+    for flag, other in [("-lr", "find"), ("--align", "off")]:
+        code, _, err = run_script(f"train.py {flag} much")
+        assert code == 2 and err.endswith(f"'much' is neither {other} nor a number\n")
+
+
 @pytest.mark.parametrize("name", ["", ".", "/", "x" * 300, "gone"])
 def test_missing_checkpoint_is_refused(run_script, name):
     check_refused(run_script("predict.py -pm", name), "not found, neither as a path nor in runs; there are: none")

@@ -100,6 +100,11 @@ def test_second_pass_is_on_where_it_narrows_the_spread_of_the_points(drawn, tmp_
     assert dls.settings.align == 0 and dls.settings.shape == () and dls.align_gain < 1.5
 
 
+def test_objects_too_small_for_a_crop_have_no_second_pass(drawn):
+    dls = landmark_dataloaders(drawn, size=4096)
+    assert dls.settings.align == 0 and dls.settings.shape == () and dls.align_gain is None
+
+
 def test_two_points_have_no_second_pass(drawn):
     frame = pd.read_csv(drawn / "train/landmarks.csv", sep="\t").iloc[:, :5]
     assert landmark_dataloaders(frame, image_folder=drawn / "train/images", size=64).settings.align == 0

@@ -15,6 +15,7 @@ from PIL import Image
 
 from landmarks_fastai import competition
 from landmarks_fastai.data import checks
+from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.images import open_image, read_input
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.data.split import split_rows
@@ -217,6 +218,10 @@ def test_skip_removes_bad_rows_and_moves_no_other_row(run_script, data, tmp_path
     for settings in (Settings(), Settings(valid_random=True, split_seed=3), Settings(all_rows=True)):
         for side, complete in zip(split_rows(40, settings, items.left_out), split_rows(40, settings), strict=True):
             assert side.tolist() == [r for r in complete.tolist() if r not in (0, 10, 35)]
+    (images / names(data)[1]).write_bytes(b"damaged after the start of a run that is resumed")
+    dls = landmark_dataloaders(data, on_bad="skip", left_out=items.left_out, size=32, batch_size=8)
+    assert len(dls.train.items) + len(dls.valid.items) == 37
+    (images / names(data)[1]).write_bytes((images / names(data)[2]).read_bytes())
     settings = read_checkpoint(tmp_path / "here" / "runs" / "r/best.pth").settings
     assert settings.on_bad == "skip"
     assert run_script("finetune.py --workers 0 -e 1 -n s -pm r")[0] == 0  # a later stage takes it over

@@ -42,6 +42,16 @@ def test_reduced_jpeg_shows_a_dot_where_its_point_is_mapped(tmp_path, fit, width
     assert to_input.to_input(point) == pytest.approx(whole.to_input(point), abs=0.2)  # two stored pixels at the most
 
 
+@pytest.mark.parametrize("fit", FITS)
+def test_a_reduced_strip_is_mapped_by_its_long_side(tmp_path, fit):
+    "A side of 9 pixels has 2 at an eighth, which is not 4.5 times fewer."
+    Image.new("RGB", (9, 4000)).save(tmp_path / "x.jpg")
+    _, to_input = read_input(tmp_path / "x.jpg", fit, 128)
+    bottom, whole = np.array([4.0, 3999.0]), pixel_map(9, 4000, fit, 128)
+    scale = max(abs(whole.a), abs(whole.e))
+    assert to_input.to_input(bottom) == pytest.approx(whole.to_input(bottom), abs=8 * scale)
+
+
 def test_large_jpeg_is_decoded_reduced_and_looks_the_same(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     soft = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((1600, 1200), Image.BICUBIC)
@@ -157,6 +167,11 @@ def test_full_disk_is_reported_before_training_and_ignored_later(tmp_path, monke
         image_cache, "write_at", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     assert inputs(0, folder / "0.jpg")[0].size == (32, 32) and inputs.cache.get(0, folder / "0.jpg") is None
+    one = inputs.cache.missing_bytes
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2 * one - 1}))
+    crops = open_cache(folder, 6, "align1.3", 32, {"labels": 1})
+    with pytest.raises(UserError, match="--cache: .*-32-pad.cache and .*-32-align1.3.cache may grow by"):  # both have to fit
+        open_cache(folder, 6, "pad", 32, {"labels": 1}, crops)
     assert InputCache.put is real
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     code, out, err = run_script(f"train.py {QUICK} --cache -n r -d", drawn)

@@ -216,6 +216,8 @@ BAD = {
     ),
     "no settings": (lambda path: resealed(path, lambda m: m.metadata_props[0].ClearField("value")), "has no settings"),
     "a score of text": (lambda path: resealed(path, with_metadata(score="1")), "score or flip_test"),
+    "a name outside of the output folder": (lambda path: resealed(path, with_metadata(name="../m")), "name, score"),
+    "a hidden name": (lambda path: resealed(path, with_metadata(name="..")), "name, score"),
     "external data": (lambda path: resealed(path, with_external_data("weights")), "refers to data in other files"),
     "external data above": (
         lambda path: resealed(path, with_external_data("../../etc/passwd")),

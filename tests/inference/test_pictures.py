@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -172,6 +174,35 @@ def test_predictions_are_replaced_by_those_of_the_same_command(trained, files, r
         assert (code, err) == (0, "") and "1 pictures" in out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_name_that_is_not_utf_8_has_its_points_too(trained, files, run_script, tmp_path, kind):
+    folder = tmp_path / "old names"
+    folder.mkdir()
+    shutil.copy(files[0], os.fsdecode(bytes(folder) + b"/caf\xe9.jpg"))
+    code, out, err = run_script(f"predict.py --out {trained} -pm m --format {kind} --overlay", folder)
+    assert (code, err) == (0, "") and "1 pictures" in out
+    if kind == "json":
+        (entry,) = json.loads((trained / "m/predictions.json").read_text())
+        assert os.fsencode(entry["file_name"]).endswith(b"caf\xe9.jpg")
+
+
+def test_sizes_of_a_batch_are_checked(trained, files, run_script):
+    for size in (-1, 0):
+        code, _, err = run_script(f"predict.py --out {trained} -pm m -b {size}", files[0])
+        assert code == 1 and err.startswith(f"error: batch_size is {size}") and err.count("\n") == 1
+
+
+def test_boxes_of_several_pictures_are_refused_and_videos_of_a_folder_left_out(trained, files, tmp_path):
+    predictor = Predictor(trained / "m")
+    shutil.copy(files[0], tmp_path / "a.jpg")
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    assert len(list(predictor(tmp_path))) == 1
+    for several in (files, tmp_path, iter(files)):
+        with pytest.raises(UserError, match="boxes are those of one picture"):
+            predictor(several, boxes=[(0, 0, 9, 9)])
+
+
 def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, tmp_path, monkeypatch):
     folder = tmp_path / "a b"
     (folder / "c").mkdir(parents=True)
@@ -186,6 +217,10 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
 
     assert names(folder) == ["3.JPG", "4.JPG", "5.JPG", "0.jpg", "1.jpg", "2.jpg"]
     assert names(f"{folder}/*/[01].jpg", folder / "5.JPG") == ["0.jpg", "1.jpg", "5.JPG"]
+    (folder / "d").mkdir()
+    (folder / "d" / "notes.txt").write_text("a folder without pictures")
+    assert names(f"{folder}/**") == ["3.JPG", "4.JPG", "5.JPG", "0.jpg", "1.jpg", "2.jpg"]
+    assert names(f"{folder}/*") == ["3.JPG", "4.JPG", "5.JPG", "0.jpg", "1.jpg", "2.jpg"]
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder}/c/2.jpg\n\n{folder}/4.JPG\n"))
     assert names("-") == ["2.jpg", "4.JPG"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
@@ -193,7 +228,7 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
     assert code == 1 and err.startswith("error: stdin is empty")
     before = (trained / "m/predictions.csv").read_bytes()
     (tmp_path / "empty").mkdir()
-    for path, message in [(tmp_path / "no.jpg", "not found"), (f"{folder}/*.gif", "no pattern that matches"),
+    for path, message in [(tmp_path / "no.jpg", "not found"), (f"{folder}/*.gif", "no pattern that matches"), (f"{folder}/d/*", "matches no picture"),
                           (tmp_path / "empty", "holds no picture")]:  # fmt: skip
         code, _, err = run_script(predict, folder / "5.JPG", path)
         assert code == 1 and message in err and err.count("\n") == 1, err
@@ -208,6 +243,10 @@ def test_flags_that_make_no_sense_together(run_script):
         ("--boxes b.csv", "--boxes is for pictures"),
         ("x.jpg --detect --boxes b.csv", "use one"),
         ("x.jpg --format xml", "invalid choice"),
+        ("--format json", "--format is for pictures"),
+        ("--smooth", "--smooth is for pictures"),
+        ("x.jpg --round floor", "--round is for the submission"),
+        ("x.jpg --confidence", "--confidence draws on the copies of --overlay"),
     ]:
         code, _, err = run_script(f"predict.py -pm m {line}")
         assert code == 2 and message in err
@@ -235,7 +274,7 @@ def test_networks_of_other_points_are_not_averaged(trained, data, tmp_path):
         Predictor([trained / "m", fewer])
 
 
-def test_boxes_cut_objects_as_training_images_are_cut(trained, files, run_script, tmp_path):
+def test_boxes_cut_objects_as_training_images_are_cut(trained, files, run_script, tmp_path, monkeypatch):
     "A face in a larger scene, with its box, has the points that it has in its own image."
     predictor = Predictor(trained / "m", flip_test=False)
     settings = predictor.networks[0].settings
@@ -259,6 +298,13 @@ def test_boxes_cut_objects_as_training_images_are_cut(trained, files, run_script
     csv_found = csv_points(trained / "m/predictions.csv")
     assert csv_found.pop((str(files[1]), "")) is None
     assert np.stack(list(csv_found.values())) == pytest.approx(np.stack([f.points for f in found]), abs=1e-3)
+    (tmp_path / "boxes.csv").write_text("file_name,left,top,right,bottom\n" + rows.replace("scene", "./scene"))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_script(line, "./scene.png")
+    assert code == 0 and "1 pictures, 2 objects" in out
+    (tmp_path / "boxes.csv").write_text(rows)
+    code, _, err = run_script(line, tmp_path / "scene.png")
+    assert code == 1 and "line 1 is a box: add a header line" in err
     for row, message in [("scene.png,1,2,3", "line 2"), ("scene.png,5,2,3,4", "line 2"), ("", "has no rows")]:
         (tmp_path / "boxes.csv").write_text(f"file_name,left,top,right,bottom\n{row}\n")
         code, _, err = run_script(line, tmp_path / "scene.png")

@@ -82,6 +82,8 @@ def test_a_first_pass_without_a_plausible_shape_stands(aligned_run, drawn, monke
     object.__setattr__(once, "settings", once.settings.replace(align=0.0, shape=()))
     expected = np.stack([each.points for each in Predictor(TorchNetwork(once), flip_test=False)(files)])
     assert points == pytest.approx(expected, abs=1e-4)
+    twice = Predictor([TorchNetwork(checkpoint), TorchNetwork(checkpoint)], flip_test=False)
+    assert len(twice(files)) == twice.unaligned == N_TEST  # an object counts once
 
 
 def test_a_later_stage_begins_the_second_pass_and_another_ends_it(run_script, drawn):

@@ -20,14 +20,23 @@ class CarryMaps(Callback):
 class SeedEveryStep(Callback):
     """Make all random numbers a function of (seed, epoch, batch), so that a resumed run needs no random state.
 
-    The training loader gets epoch and first batch; dropout is seeded at each step.
+    The training loader gets epoch and first batch; dropout is seeded at each step. Epochs are counted on from one fit of a
+    Learner to the next, but for those of `lr_find`.
     """
 
+    trained = earlier = 0  # epochs of all fits, and of those before this one
+
+    def before_fit(self):
+        self.earlier = self.trained
+
     def before_train(self):
-        self.dls.train.epoch, self.dls.train.first = self.epoch, self.learn.first_batch
+        self.dls.train.epoch, self.dls.train.first = self.earlier + self.epoch, self.learn.first_batch
 
     def before_batch(self):
         if self.training:
             rank = self.dl.share[0]  # 0 leaves the seed as it is without it
-            place = np.random.SeedSequence([self.learn.settings.seed, self.epoch, self.iter, rank])
+            place = np.random.SeedSequence([self.learn.settings.seed, self.dl.epoch, self.iter, rank])
             set_seed(int(place.generate_state(1)[0]))
+
+    def after_train(self):
+        self.trained += not hasattr(self.learn, "lr_finder")

@@ -101,9 +101,9 @@ class EvaluateModel(Callback):
     def after_batch(self):
         if self.training:
             return
-        already_predicted = self.network is None and not len(self.flip_indices)
         (images,) = self.xb
-        unit = self.pred if already_predicted else predict_with_flip(self.scored, images, self.flip_indices)
+        first = self.pred if self.network is None else None
+        unit = predict_with_flip(self.scored, images, self.flip_indices, first)
         for metric in self.metrics:
             metric.add(unit, self.yb[0], self.learn.maps)
         if self.alignment:

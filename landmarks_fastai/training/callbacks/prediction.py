@@ -19,7 +19,7 @@ class FlipTest(Callback):
 
     def after_pred(self):
         (images,) = self.xb
-        self.learn.pred = predict_with_flip(self.learn.model, images, self.flip_indices)
+        self.learn.pred = predict_with_flip(self.learn.model, images, self.flip_indices, self.pred)
 
 
 class CollectPoints(Callback):

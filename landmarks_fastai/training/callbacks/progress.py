@@ -50,10 +50,10 @@ class ProgressTable(ProgressCallback):
         super().before_fit()
         if getattr(self, "mbar", False):
             self.mbar.update(0)  # the bar of a resumed run starts at another epoch, and needs a first update at 0
+            self.learn.logger = self.write_row
 
-    def _write_stats(self, log):
-        if getattr(self, "mbar", False):
-            self.mbar.write([_cell(v) for v in log], table=True)
+    def write_row(self, log):
+        self.mbar.write([_cell(v) for v in log], table=True)
 
 
 class PlainLines(Callback):
