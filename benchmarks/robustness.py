@@ -28,7 +28,7 @@ def darken(image: Image.Image, points: np.ndarray, rng: np.random.Generator) -> 
 
 
 def blur(image: Image.Image, points: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(BLUR * np.sqrt(np.prod(np.ptp(points, axis=0)))))
+    return image.filter(ImageFilter.GaussianBlur(BLUR * float(np.sqrt(np.prod(np.ptp(points, axis=0))))))
 
 
 def cover(image: Image.Image, points: np.ndarray, rng: np.random.Generator) -> Image.Image:

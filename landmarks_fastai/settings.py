@@ -74,6 +74,12 @@ class Settings:
     valid_random: bool = _setting(False, "hold out random rows instead of the last ones of the file")
     all_rows: bool = _setting(False, "train on the validation rows too; the score then is of rows that were trained on")
     aug: float = _setting(1.0, "strength of the augmentation, 0 to 2", low=0.0, high=2.0)
+    degrade: float = _setting(
+        0.0,
+        "fraction of the training images that are blurred, darkened, partly covered: of each kind",
+        low=0.0,
+        high=1.0,
+    )
     mirror: str = _setting("auto", "flip training images, with flip indices learned from the labels", choices=MIRRORS)
     loss: str = _setting("mse", "loss, of errors in pixels of the input", choices=LOSSES)
     ema: float = _setting(
@@ -153,13 +159,21 @@ class Settings:
 
 
 # Values of newer settings for the checkpoints of earlier versions.
-NEWER = {"on_bad": "stop", "align": 0.0, "shape": (), "whole_pct": 0.25, "points_box": (), "confidence": False}
+NEWER = {
+    "on_bad": "stop",
+    "align": 0.0,
+    "shape": (),
+    "whole_pct": 0.25,
+    "points_box": (),
+    "confidence": False,
+    "degrade": 0.0,
+}
 # Names of settings in earlier versions.
 RENAMED = {"start": "init_head", "head_rate": "head_lr_mult", "pairs": "flip_indices"}
 
 # Settings of the DataLoaders; a Learner takes them from there.
 DATA = ("size", "fit", "align", "shape", "whole_pct", "n_points", "points_box", "flip_indices", "data", "on_bad", "valid_pct",
-        "valid_random", "all_rows", "aug", "mirror", "batch_size", "split_seed")  # fmt: skip
+        "valid_random", "all_rows", "aug", "degrade", "mirror", "batch_size", "split_seed")  # fmt: skip
 # Settings of the network: its weights are useless with other values.
 NETWORK = ("arch", "head", "targets")
 # Settings of the input. A prediction takes the checkpoint's; a later stage may change them, and scores at both.

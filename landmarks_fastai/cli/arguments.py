@@ -146,7 +146,7 @@ SWITCHES = [
 ]
 TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
             "step_size", "gamma", "seed"]  # fmt: skip
-IMAGES = ["align", "whole_pct", "aug", "mirror", "ema", "tta", "confidence"]
+IMAGES = ["align", "whole_pct", "aug", "degrade", "mirror", "ema", "tta", "confidence"]
 
 
 def train_parser() -> argparse.ArgumentParser:

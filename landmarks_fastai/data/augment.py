@@ -22,13 +22,35 @@ SHIFT = 0.06  # of the picture's side
 COLOUR = 0.2  # contrast and saturation, in the logarithm; half of it for brightness, a quarter for each channel
 
 
-class Augment(ItemTransform):
+class BatchAugmentation(ItemTransform):
+    "A transform of training batches whose random numbers are a function of (seed, epoch, batch)."
+
+    split_idx = 0  # of the two sides, training
+    stream: tuple[int, ...] = ()  # a transform with another one draws other random numbers
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+        self.begin(0)
+
+    def begin(self, epoch: int, batch: int = 0, share: tuple[int, int] = (0, 1)) -> None:
+        "Set the epoch, the number of the next batch, and which part of it this process has: (rank, number of processes)."
+        self.epoch, self.batch, self.share = epoch, batch, share
+
+    def next_batch(self, n: int) -> tuple[np.random.Generator, int, slice]:
+        "Return the next batch's random numbers, its size over all processes, and the part of this process's `n` images."
+        rng = np.random.default_rng([self.seed, self.epoch, self.batch, *self.stream])
+        self.batch += 1
+        rank, processes = self.share
+        return rng, n * processes, slice(rank * n, (rank + 1) * n)
+
+
+class Augment(BatchAugmentation):
     """(images in 0..1, points in unit coordinates, maps) -> the same faces seen otherwise; training batches only.
 
     The maps are passed on as they are: they lead back to the images as stored from the input before the warp.
     """
 
-    split_idx = 0  # of the two sides, training
     order = 50  # after IntToFloatTensor (10), before Normalize (99)
 
     def __init__(
@@ -37,24 +59,17 @@ class Augment(ItemTransform):
         flip_indices: Sequence[int] | torch.Tensor | None = None,  # None: no flips
         seed: int = 0,
     ):
-        self.strength, self.seed = strength, seed
+        super().__init__(seed)
+        self.strength = strength
         self.flip_indices = None if flip_indices is None else torch.as_tensor(flip_indices)
-        self.begin(0)
-
-    def begin(self, epoch: int, batch: int = 0, share: tuple[int, int] = (0, 1)) -> None:
-        "Set the epoch, the number of the next batch, and which part of it this process has: (rank, number of processes)."
-        self.epoch, self.batch, self.share = epoch, batch, share
 
     def encodes(self, item):
         images, points, *maps = item
-        rng = np.random.default_rng([self.seed, self.epoch, self.batch])
-        self.batch += 1
-        (rank, processes), n = self.share, len(images)
-        part = slice(rank * n, (rank + 1) * n)
-        matrix, mirrored = (drawn[part] for drawn in self.sample_warp(rng, n * processes))
+        rng, n, part = self.next_batch(len(images))
+        matrix, mirrored = (drawn[part] for drawn in self.sample_warp(rng, n))
         back = invert(matrix).to(images.device)  # computed on the CPU: the batch has few matrices
         matrix, mirrored = matrix.to(images.device), mirrored.to(images.device)
-        colours = [drawn[part].to(images.device) for drawn in self.sample_colour(rng, n * processes)]
+        colours = [drawn[part].to(images.device) for drawn in self.sample_colour(rng, n)]
         moved = warp_images(images.as_subclass(torch.Tensor), back)
         if self.strength:
             moved = change_colours(moved, *colours)

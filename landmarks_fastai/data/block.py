@@ -18,7 +18,8 @@ from fastai.vision.data import ImageBlock, PointBlock
 from fastcore.foundation import L
 
 from landmarks_fastai.data.align import MIN_POINTS, NoShape, alignment_of, procrustes_mean, shape_setting
-from landmarks_fastai.data.augment import Augment
+from landmarks_fastai.data.augment import Augment, BatchAugmentation
+from landmarks_fastai.data.degrade import Degrade
 from landmarks_fastai.data.flip import ROWS, FlipMap, NoFlipMap, learn_flip_map
 from landmarks_fastai.data.image_cache import Inputs, open_cache
 from landmarks_fastai.data.images import image_size
@@ -51,14 +52,16 @@ def landmark_block(
     that does not exist or is out of range.
     """
     settings = (settings or Settings()).replace(**changes)
-    augment, alignment = [], alignment_of(settings)
+    augment: list[BatchAugmentation] = []
     if settings.aug or settings.flip_indices:
-        augment = [Augment(settings.aug, settings.flip_indices or None, settings.seed)]
+        augment.append(Augment(settings.aug, settings.flip_indices or None, settings.seed))
+    if settings.degrade:
+        augment.append(Degrade(settings.degrade, settings.seed))
     block = DataBlock(
         blocks=[ImageBlock, PointBlock],
         dl_type=LandmarkDL,  # pyright: ignore[reportArgumentType] (fastai annotates an instance, and takes a class)
         get_items=partial(labelled_images, on_bad=settings.on_bad),
-        get_x=OpenInput(Inputs(**settings.of(INPUT)), alignment),
+        get_x=OpenInput(Inputs(**settings.of(INPUT)), alignment_of(settings)),
         get_y=StoredPoints(),
         splitter=RowSplitter(settings),
     )

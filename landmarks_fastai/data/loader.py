@@ -12,7 +12,7 @@ from fastcore.imports import noop
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from landmarks_fastai import plots
-from landmarks_fastai.data.augment import Augment
+from landmarks_fastai.data.augment import BatchAugmentation
 from landmarks_fastai.data.items import CropIndex
 from landmarks_fastai.data.transforms import PointsToUnit
 from landmarks_fastai.errors import UserError
@@ -90,7 +90,7 @@ class LandmarkDL(TfmdDL):
     def before_iter(self) -> None:
         super().before_iter()
         for tfm in self.after_batch.fs:
-            if isinstance(tfm, Augment):
+            if isinstance(tfm, BatchAugmentation):
                 tfm.begin(self.epoch, self.first, self.share)
 
     def get_idxs(self) -> list[int]:

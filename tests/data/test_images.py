@@ -170,7 +170,9 @@ def test_full_disk_is_reported_before_training_and_ignored_later(tmp_path, monke
     one = inputs.cache.missing_bytes
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2 * one - 1}))
     crops = open_cache(folder, 6, "align1.3", 32, {"labels": 1})
-    with pytest.raises(UserError, match="--cache: .*-32-pad.cache and .*-32-align1.3.cache may grow by"):  # both have to fit
+    with pytest.raises(
+        UserError, match="--cache: .*-32-pad.cache and .*-32-align1.3.cache may grow by"
+    ):  # both have to fit
         open_cache(folder, 6, "pad", 32, {"labels": 1}, crops)
     assert InputCache.put is real
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
