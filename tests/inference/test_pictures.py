@@ -228,8 +228,12 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
     assert code == 1 and err.startswith("error: stdin is empty")
     before = (trained / "m/predictions.csv").read_bytes()
     (tmp_path / "empty").mkdir()
-    for path, message in [(tmp_path / "no.jpg", "not found"), (f"{folder}/*.gif", "no pattern that matches"), (f"{folder}/d/*", "matches no picture"),
-                          (tmp_path / "empty", "holds no picture")]:  # fmt: skip
+    for path, message in [
+        (tmp_path / "no.jpg", "not found"),
+        (f"{folder}/*.gif", "no pattern that matches"),
+        (f"{folder}/d/*", "matches no picture"),
+        (tmp_path / "empty", "holds no picture"),
+    ]:
         code, _, err = run_script(predict, folder / "5.JPG", path)
         assert code == 1 and message in err and err.count("\n") == 1, err
     assert (trained / "m/predictions.csv").read_bytes() == before

@@ -16,6 +16,7 @@ import torch
 
 from landmarks_fastai.data.augment import Augment
 from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.data.degrade import Degrade
 from tests.conftest import QUICK, ROOT
 from tests.processes import LIMIT, check_stopped, finish, pids_of, torchrun, two_machines
 from tests.training.test_resume import check_equal
@@ -114,9 +115,9 @@ def test_lost_images_of_a_share_are_replaced_by_others_of_the_batch(data):
     assert [len(batch[0]) for batch in dl] == [4] * len(dl)
 
 
-def test_augmentation_of_one_process_is_that_of_the_whole_batch():
+@pytest.mark.parametrize("augment", [Augment(1.0, None, seed=1), Degrade(0.5, seed=1)])
+def test_augmentation_of_one_process_is_that_of_the_whole_batch(augment):
     images, points = torch.rand(6, 3, 16, 16), torch.rand(6, 5, 2)
-    augment = Augment(1.0, None, seed=1)
     augment.begin(3, 5)
     whole, *_ = augment.encodes((images, points))
     augment.begin(3, 5, (1, 2))
