@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,12 +20,13 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.synthetic.face_template import flip_indices_of_template
 from landmarks_fastai.synthetic.faces import render_face
 from landmarks_fastai.utils.hardware import available_cores
+from landmarks_fastai.utils.parallel import bar
 
 __all__ = ["render_face", "main", "make_sample", "flip_indices_of_template"]
 
 FORMAT = 1  # to be raised when the same arguments give other bytes
 SIDES = ("train", "test")
-Progress = Callable[[int, int], object]  # called with the numbers of images done and of all images
+Progress = Callable[[Iterable, int], Iterable]
 
 
 def _render_one(job: tuple[int, int], folder: str, n_points: int, n_asked: int, seed: int) -> tuple[str, str]:
@@ -43,7 +44,7 @@ def _write_lines(path: Path, *lines: str) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
-def _write_sample(folder: Path, recipe: dict[str, int], processes: int, progress: Progress | None) -> None:
+def _write_sample(folder: Path, recipe: dict[str, int], processes: int, progress: Progress) -> None:
     "Write all files of a sample into an existing folder."
     n_train = recipe["n_train"]
     jobs = [(0, index) for index in range(n_train)] + [(1, index) for index in range(recipe["n_test"])]
@@ -51,16 +52,12 @@ def _write_sample(folder: Path, recipe: dict[str, int], processes: int, progress
         (folder / side / "images").mkdir(parents=True)
     numbers = {key: recipe[key] for key in ("n_points", "n_asked", "seed")}
     render, processes = functools.partial(_render_one, folder=str(folder), **numbers), min(processes, len(jobs) // 8)
-    rows = []
     with ExitStack() as stack:
         run = map
         if processes > 1:  # spawned: forking a process that runs threads (torch, a notebook) can hang
             pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
             run = functools.partial(stack.enter_context(pool).map, chunksize=8)
-        for row in run(render, jobs):
-            rows.append(row)
-            if progress:
-                progress(len(rows), len(jobs))
+        rows = list(progress(run(render, jobs), len(jobs)))
     labels, test_points = zip(*rows, strict=True)
     header = "\t".join(["file_name", *(f"Point_M{i}_{axis}" for i in range(recipe["n_points"]) for axis in "XY")])
     _write_lines(folder / "train" / "landmarks.csv", header, *labels[:n_train])
@@ -96,7 +93,7 @@ def make_sample(
     seed: int = 0,
     n_asked: int = 30,  # point indices in each row of test_points.csv
     processes: int | None = None,  # None: one a core
-    progress: Progress | None = None,
+    progress: Progress = bar,
 ) -> Path:
     """Write drawn faces in the competition's layout, with the true points of the test images, and return the folder.
 
