@@ -58,6 +58,8 @@ def tables() -> dict[str, dict[str, list[str]]]:
     return {
         "parts": {"defaults": []} | minus,
         "baseline": {"baseline": ["--recipe", "baseline"]} | plus,
+        "crops": {"defaults": []} | one("--align", (1.15, 1.5)) | one("--whole-pct", (0.1, 0.5)),
+        "degrade": {"defaults": []} | one("--degrade", (0.1, 0.25)),
         "losses": {"defaults": []} | one("--loss", [v for v in LOSSES if v != Settings.loss]),
         "fits": {"defaults": []} | one("--fit", [v for v in FITS if v != Settings.fit]),
         "aug": {"defaults": []} | one("--aug", (0.5, 1.5, 2)),
