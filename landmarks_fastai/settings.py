@@ -17,7 +17,6 @@ MIRRORS = ("auto", "none")
 ON_BAD = ("stop", "skip")
 SCHEDULES = ("plateau", "step", "onecycle", "none")
 ROUNDINGS = ("nearest", "floor", "none")
-FORMATS = ("csv", "json", "coco", "pts", "npy")  # of predictions: inference/writers.py
 
 OUT = "runs"  # default folder of the runs
 

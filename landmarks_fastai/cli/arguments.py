@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable
 
 from landmarks_fastai.cli.resume import FLAGS, flag_of, resumed
-from landmarks_fastai.runs.run import typed_as
+from landmarks_fastai.runs.run import PREDICTIONS, typed_as
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_LR_MULT,
-    FORMATS,
     INPUT,
     NETWORK,
     OUT,
@@ -233,7 +232,7 @@ def predict_parser() -> argparse.ArgumentParser:
     about = "checkpoint: the name of a run in the output folder, or a path; an .onnx file; several are averaged"
     _add_checkpoint(parser, about, action="append", required=True)
     group = parser.add_argument_group("pictures").add_argument
-    group("--format", choices=FORMATS, help=f"of the file of points (default: {FORMATS[0]})")
+    group("--format", choices=PREDICTIONS, help="of the file of points (default: csv)")
     group("--overlay", action="store_true", help="write copies of the pictures with the points into runs/NAME/overlay")
     group("--confidence", action="store_true", dest="draw_confidence", help="draw each point's spread in them, too")
     group("--detect", action="store_true", help="find the faces in each picture first; several are possible")
@@ -265,7 +264,7 @@ def predict_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--confidence draws on the copies of --overlay: add it (the file of points has every spread anyway)"
         )
-    args.format, args.rounding = args.format or FORMATS[0], args.rounding or ROUNDINGS[0]
+    args.format, args.rounding = args.format or "csv", args.rounding or ROUNDINGS[0]
     if args.detect and args.boxes:
         parser.error("--detect finds boxes and --boxes has them: use one")
     return args

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from landmarks_fastai.inference.predictor import PictureResult, Prediction
+from landmarks_fastai.runs.run import PREDICTIONS
 from landmarks_fastai.utils.files import atomic_write
 
 DIGITS = 3  # of a coordinate: a thousandth of a pixel
@@ -24,18 +25,18 @@ Write = Callable[[PictureResult], None]
 @contextmanager
 def open_writer(
     kind: str,  # one of `WRITERS`
-    folder: Path,  # gets predictions.csv, .json, .coco.json or .npy, or a folder predictions/ of .pts files
+    folder: Path,  # gets the file of `PREDICTIONS`, or a folder of .pts files
     n_points: int,
     confidence: bool,  # whether the objects have a spread
 ) -> Iterator[tuple[Write, Path]]:
     "Yield a function that writes a result, and the path of the file. Files are written completely or not at all."
     with ExitStack() as files:
-        yield WRITERS[kind](files, folder, n_points, confidence)
+        path = folder / PREDICTIONS[kind]
+        yield WRITERS[kind](files, path, n_points, confidence), path
 
 
-def _csv(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+def _csv(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
     "One row an object: file_name, frame, object, x0, y0, …, then the spreads s0, …; empty cells for a picture without any."
-    path = folder / "predictions.csv"
     table = csv.writer(files.enter_context(atomic_write(path)), lineterminator="\n")
     columns = [f"{axis}{k}" for k in range(n_points) for axis in "xy"]
     columns += [f"s{k}" for k in range(n_points)] if confidence else []
@@ -49,12 +50,11 @@ def _csv(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tup
         if not result.objects:
             table.writerow([result.source, frame, "", *([""] * len(columns))])
 
-    return write, path
+    return write
 
 
-def _json(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+def _json(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
     "A list with one entry a picture or frame, each with a list of its objects."
-    path = folder / "predictions.json"
     add = _list(files, files.enter_context(atomic_write(path)))
 
     def write(result: PictureResult) -> None:
@@ -64,7 +64,7 @@ def _json(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tu
         entry |= {"error": result.error} if result.error else {}
         add(entry | {"objects": [_object(k, each) for k, each in enumerate(result.objects)]})
 
-    return write, path
+    return write
 
 
 def _object(k: int, each: Prediction) -> dict[str, Any]:
@@ -75,9 +75,8 @@ def _object(k: int, each: Prediction) -> dict[str, Any]:
     return found | ({"confidence": _rounded(each.confidence)} if each.confidence is not None else {})
 
 
-def _coco(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+def _coco(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
     "COCO's keypoint format: images, annotations with keypoints x, y, 2 (visible), one category."
-    path = folder / "predictions.coco.json"
     file = files.enter_context(atomic_write(path))
     names = [str(k) for k in range(n_points)]
     category = {"id": 1, "name": "object", "keypoints": names, "skeleton": []}
@@ -106,18 +105,18 @@ def _coco(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tu
             entry |= {"confidence": _rounded(each.confidence)} if each.confidence is not None else {}
             add(entry)
 
-    return write, path
+    return write
 
 
-def _pts(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+def _pts(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
     "A text file an object, as those of 300-W; spreads are the third number of a line."
-    place, written = folder / "predictions", set[Path]()
+    written = set[Path]()
 
     def write(result: PictureResult) -> None:
         frame = "" if result.frame is None else f"_{result.frame:06}"
         for k, each in enumerate(result.objects):
             number = f"_{_number(each, k)}" if len(result.objects) > 1 or each.track is not None else ""
-            file_name = output_path(place, result.source, f"{frame}{number}.pts")
+            file_name = output_path(path, result.source, f"{frame}{number}.pts")
             if file_name in written:  # a.jpg and a.png
                 file_name = file_name.with_name(Path(result.source).name + f"{frame}{number}.pts")
             written.add(file_name)
@@ -126,15 +125,14 @@ def _pts(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tup
             with atomic_write(file_name) as file:
                 file.write("\n".join(["version: 1", f"n_points: {n_points}", "{", *lines, "}", ""]))
 
-    return write, place
+    return write
 
 
-def _npy(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tuple[Write, Path]:
+def _npy(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
     "predictions.npy (objects, n_points, 2) and predictions.names.json, the file, frame and object of each row; NaN for none."
-    path = folder / "predictions.npy"
     rows = files.enter_context(_npy_file(path, (n_points, 2)))
-    spreads = files.enter_context(_npy_file(folder / "predictions.confidence.npy", (n_points,))) if confidence else None
-    add = _list(files, files.enter_context(atomic_write(folder / "predictions.names.json")))
+    spreads = files.enter_context(_npy_file(path.with_suffix(".confidence.npy"), (n_points,))) if confidence else None
+    add = _list(files, files.enter_context(atomic_write(path.with_suffix(".names.json"))))
     none = Prediction(np.full((n_points, 2), np.nan, np.float32))
 
     def write(result: PictureResult) -> None:
@@ -144,7 +142,7 @@ def _npy(files: ExitStack, folder: Path, n_points: int, confidence: bool) -> tup
                 spreads(each.confidence if each.confidence is not None else np.full(n_points, np.nan, np.float32))
             add([result.source, result.frame, _number(each, k) if result.objects else None])
 
-    return write, path
+    return write
 
 
 WRITERS = {"csv": _csv, "json": _json, "coco": _coco, "pts": _pts, "npy": _npy}

@@ -24,9 +24,13 @@ MAX_NAME = 200  # bytes of a run's name: with suffixes it must fit into a file s
 SAVED = ("best.pth", "state.safetensors")  # a run without either has saved nothing
 LISTING = "bad.csv"
 PARTS = "predicted_parts"  # the folder of a prediction that torchrun started, until its end
-PREDICTIONS = {f"predictions{suffix}" for suffix in ("", ".csv", ".json", ".coco.json", ".npy")}  # inference/writers.py
+# Format -> the file of a prediction's points; a folder for pts.
+PREDICTIONS = {
+    "csv": "predictions.csv", "json": "predictions.json", "coco": "predictions.coco.json", "pts": "predictions",
+    "npy": "predictions.npy",
+}  # fmt: skip
 # The folder of a run has one of them at least.
-RUN_FILES = {*SAVED, LISTING, PARTS, *PREDICTIONS, "run.json", "submit.csv"}
+RUN_FILES = {*SAVED, LISTING, PARTS, *PREDICTIONS.values(), "run.json", "submit.csv"}
 
 
 @dataclass(frozen=True)

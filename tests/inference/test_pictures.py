@@ -16,7 +16,7 @@ from landmarks_fastai.data.images import ORIENTATION, TURNS
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.overlay import draw_points
 from landmarks_fastai.inference.predictor import Prediction
-from landmarks_fastai.settings import FORMATS
+from landmarks_fastai.runs.run import PREDICTIONS
 from tests.conftest import N_POINTS, QUICK, train_run
 
 
@@ -165,7 +165,7 @@ def test_an_image_may_be_changed_after_it_was_passed(trained, files):
     assert first.points == pytest.approx(expected, abs=0.01) and abs(second.points - expected).max() > 0.1
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", PREDICTIONS)
 def test_predictions_are_replaced_by_those_of_the_same_command(trained, files, run_script, tmp_path, kind):
     "Of a checkpoint outside of runs/, whose folder there has predictions only."
     checkpoint = shutil.copy(trained / "m" / "best.pth", tmp_path / "c.pth")
@@ -175,7 +175,7 @@ def test_predictions_are_replaced_by_those_of_the_same_command(trained, files, r
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", PREDICTIONS)
 def test_a_name_that_is_not_utf_8_has_its_points_too(trained, files, run_script, tmp_path, kind):
     folder = tmp_path / "old names"
     folder.mkdir()
