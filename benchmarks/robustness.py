@@ -61,8 +61,8 @@ def damaged(items: list, damage: Callable | None) -> list[Image.Image]:
     images = [open_image(item.path) for item in items]
     if damage is None:
         return images
-    return [damage(image, item.points, np.random.default_rng([0, k]))
-            for k, (image, item) in enumerate(zip(images, items, strict=True))]  # fmt: skip
+    return [damage(image, item.points, np.random.default_rng([0, item.row]))
+            for image, item in zip(images, items, strict=True)]  # fmt: skip
 
 
 def main():

@@ -75,7 +75,7 @@ class Settings:
     aug: float = _setting(1.0, "strength of the augmentation, 0 to 2", low=0.0, high=2.0)
     degrade: float = _setting(
         0.0,
-        "fraction of the training images that are blurred, darkened, partly covered: of each kind",
+        "probability that a training image is blurred, darkened, partly covered: each independently",
         low=0.0,
         high=1.0,
     )

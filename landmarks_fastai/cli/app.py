@@ -79,6 +79,8 @@ def _prepare_process():
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("stdin", "stdout", "stderr"):  # None if closed, as in a daemon; no other file may get its number
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a list of names, which need not be UTF-8
+        sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(
             stream, io.TextIOWrapper

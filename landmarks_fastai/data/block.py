@@ -151,7 +151,8 @@ def with_alignment(
 ) -> tuple[Settings, float | None]:
     """Return the settings with the mean shape, and the factor by which aligned crops reduce the spread of the points.
 
-    The factor is None where it was not measured. If it is too small, a second pass is of no use: `align` becomes 0.
+    The factor is None where it was not measured, and 0 where most objects are too small for a crop. If it is too small, a
+    second pass is of no use: `align` becomes 0.
     """
     if not settings.align or settings.shape:
         return settings if settings.align else settings.replace(shape=()), None
@@ -168,8 +169,8 @@ def with_alignment(
     assert alignment is not None
     crops = alignment.maps(np.stack(points))
     usable = [(p, w, m) for p, w, m in zip(points, whole, crops, strict=True) if m]
-    if not usable:
-        return off, None
+    if 2 * len(usable) < len(points):
+        return off, 0.0
     points, whole, crops = zip(*usable, strict=True)
     gain = spread(points, whole) / max(1e-9, spread(points, crops))
     return (settings if gain >= MIN_GAIN else off), gain

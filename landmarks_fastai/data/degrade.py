@@ -1,4 +1,4 @@
-"Degraded training images: some are blurred, some darkened, some partly covered, so that the network learns to do without."
+"Degraded training images: some are blurred, some darkened, some partly covered, as pictures outside of a data set are."
 
 import math
 
@@ -15,20 +15,20 @@ COVER = 0.3  # largest half side of the covered rectangle, of the input's side
 
 
 class Degrade(BatchAugmentation):
-    "Blur, darken, and cover a rectangle of a fraction of the images each; images (batch, 3, h, w) in 0..1."
+    "Blur, darken, and cover a rectangle of images (batch, 3, h, w) in 0..1, each with a probability, independently."
 
     order = 51  # after Augment
     stream = (1,)
 
-    def __init__(self, fraction: float, seed: int = 0):
+    def __init__(self, probability: float, seed: int = 0):
         super().__init__(seed)
-        self.fraction = fraction
+        self.probability = probability
 
     def encodes(self, item):
         images, *rest = item
         rng, n, part = self.next_batch(len(images))
         blurred, darkened, covered = (
-            np.flatnonzero(of_kind) for of_kind in (rng.random((3, n)) < self.fraction)[:, part]
+            np.flatnonzero(of_kind) for of_kind in (rng.random((3, n)) < self.probability)[:, part]
         )
         sigma, light = rng.uniform(0, BLUR, n)[part], np.exp(rng.uniform(-DARK, 0, n))[part]
         middle, half = rng.uniform(-1, 1, (n, 2))[part], rng.uniform(0, 2 * COVER, (n, 2))[part]

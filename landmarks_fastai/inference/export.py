@@ -23,6 +23,7 @@ from landmarks_fastai.inference.onnx_network import METADATA, OnnxNetwork, metad
 from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.models.networks import PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint
+from landmarks_fastai.runs.run import plain_name
 from landmarks_fastai.settings import INPUT, Settings
 from landmarks_fastai.utils.files import atomic_path, reason
 
@@ -91,7 +92,7 @@ def metadata_of(checkpoint: Checkpoint, flip_test: bool) -> dict[str, Any]:
     "The metadata of a checkpoint's export, of JSON types."
     return {
         "version": landmarks_fastai.__version__,
-        "name": checkpoint.name,
+        "name": plain_name(checkpoint.name),
         "score": checkpoint.score,
         "flip_test": flip_test,
         "settings": checkpoint.settings.to_dict(),

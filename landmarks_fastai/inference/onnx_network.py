@@ -9,7 +9,6 @@ import json
 import math
 import mmap
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.network import MAX_STREAMS, UnitPoints
+from landmarks_fastai.runs.run import is_plain_name
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
@@ -160,7 +160,7 @@ def _read_metadata(path: Path, text: str) -> dict[str, Any]:
         )
     score = found.get("score")
     # predictions are written into a folder of this name
-    right = isinstance(name := found.get("name"), str) and re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*", name)
+    right = isinstance(name := found.get("name"), str) and is_plain_name(name)
     right = right and isinstance(found.get("flip_test"), bool)
     if not right or not (score is None or (isinstance(score, (int, float)) and math.isfinite(score))):
         raise UserError(f"{path}: name, score or flip_test is missing in its metadata, or of a wrong kind: {HINT}")

@@ -135,7 +135,7 @@ def read_boxes(path: str | Path) -> dict[str, list[Box]]:
     """
     boxes: dict[str, list[Box]] = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for number, row in enumerate(csv.reader(file), 1):
                 if not row:
                     continue
@@ -149,7 +149,7 @@ def read_boxes(path: str | Path) -> dict[str, list[Box]]:
                     wanted = "file_name,left,top,right,bottom with left < right and top < bottom expected"
                     raise UserError(one_line(f"{path} line {number}: {','.join(row)[:60]!r}: {wanted}")) from None
                 boxes.setdefault(str(Path(row[0])), []).append(box)  # as a picture's name: ./a.jpg is a.jpg
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except (OSError, csv.Error) as e:
         raise UserError(f"{path} cannot be read as a CSV of boxes ({reason(e)})") from None
     if not boxes:
         raise UserError(f"{path} has no rows: a header line, and one line per object are needed")

@@ -105,7 +105,7 @@ class Predictor:
         out. Raises `UserError` for a picture that cannot be used.
         """
         if isinstance(source, (str, Path)) and os.path.isdir(source):
-            pictures: Iterable[Source] = (path for path in find_pictures([str(source)]) if not is_video(path))
+            pictures: Iterable[Source] = _pictures_of(source)
         elif isinstance(source, (str, Path, Image.Image, np.ndarray)):
             return next(self._points([source], boxes))
         else:
@@ -234,6 +234,17 @@ class Predictor:
                           to_input, [settings.size] * len(pixels))  # fmt: skip
         stored = iter(points)
         return {k: [next(stored) for _ in each] for k, each in inputs.items()}
+
+
+def _pictures_of(folder: str | Path) -> Iterator[Path]:
+    "Yield the pictures of a folder. Raises `UserError` if there is none."
+    found = False
+    for path in find_pictures([str(folder)]):
+        if not is_video(path):
+            found = True
+            yield path
+    if not found:
+        raise UserError(f"{folder} holds videos only: use predict_video, landmarks_fastai/inference/video.py")
 
 
 class _StoredPoints(NamedTuple):

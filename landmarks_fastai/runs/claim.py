@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.runs.run import LISTING, MAX_NAME, RUN_FILES, Record, Run, read_record, write_record
+from landmarks_fastai.runs.run import (
+    LISTING,
+    RUN_FILES,
+    Record,
+    Run,
+    is_plain_name,
+    plain_name,
+    read_record,
+    write_record,
+)
 from landmarks_fastai.utils.distributed import broadcast, is_first, process_ended
 from landmarks_fastai.utils.files import process_lock, reason
 from landmarks_fastai.utils.signals import UNREAD, Stopped
@@ -79,8 +87,7 @@ def _name_taken(run, unfinished) -> str:
 
 def check_name(name: str, out: str | os.PathLike) -> None:
     "Raise `UserError` unless the name is a plain file name: others may leave the output folder, or are hidden."
-    plain = name and not name.startswith(".") and not re.search(r'[/\\:*?"<>|\x00-\x1f]', name)
-    if not plain or len(os.fsencode(name)) > MAX_NAME:
+    if not is_plain_name(name):
         raise UserError(
             f"-n {name!r} is no plain file name: runs are written into {out}, choose a short name without / \\ : * ? "
             '" < > | and without a dot at its start'
@@ -114,7 +121,7 @@ def _digest(path: str) -> str:
 @contextmanager
 def _locked_run(out, name, default_name):
     "Lock the run of that name; if `name` is None, the first free name."
-    base = re.sub(r"[^\w.+-]", "_", default_name).lstrip(".")[:MAX_NAME] or "run"
+    base = plain_name(default_name)
     names = [name] if name is not None else (base if k == 1 else f"{base}_{k}" for k in itertools.count(1))
     for each in names:
         run = Run(out, each)

@@ -62,6 +62,17 @@ def typed_as(script: str) -> str:
     return f"landmarks-{Path(script).stem}" if installed else f"python {script}"
 
 
+def is_plain_name(name: str) -> bool:
+    "Return whether a folder may have this name on every system: it is not hidden, and does not lead elsewhere."
+    plain = name and not name.startswith(".") and not re.search(r'[/\\:*?"<>|\x00-\x1f]', name)
+    return bool(plain) and len(os.fsencode(name)) <= MAX_NAME
+
+
+def plain_name(name: str) -> str:
+    "Return a plain name like another name."
+    return re.sub(r"[^\w.+-]", "_", name).lstrip(".")[:MAX_NAME] or "run"
+
+
 class Run:
     """The folder `out`/NAME with the files of one stage.
 

@@ -63,6 +63,9 @@ def report_alignment(dls: DataLoaders) -> None:
     "Print whether there is a second pass over aligned crops, where that was found out from the data."
     if dls.align_gain is None:
         return
+    if not dls.align_gain:
+        print("most objects are too small, or of no common shape, for aligned crops: no second pass")
+        return
     less = f"aligned to their mean shape, the points spread {dls.align_gain:.2g} times less"
     print(f"{less}: a second pass over aligned crops" if dls.settings.align else f"{less}: no second pass")
 

@@ -217,9 +217,9 @@ def landmark_learner(
     if fixed := sorted(changes.keys() & set(DATA)):
         raise UserError(f"{', '.join(fixed)}: decided by the DataLoaders, change it there")
     settings = dls.settings.replace(n_points=get_c(dls) // 2, **changes | ({"arch": arch} if arch else {}))
-    if settings.accumulate > (batches := len(dls.train) * settings.epochs) and not settings.minutes:
+    if settings.accumulate > len(dls.train):
         raise UserError(
-            f"--accumulate {settings.accumulate}: the stage has {batches} batches, no step would ever be made: lower it"
+            f"--accumulate {settings.accumulate}: an epoch has {len(dls.train)} batches, and needs a step at least: lower it"
         )
     mean, std = input_stats(settings.arch)
     settings = settings.replace(mean=mean, std=std)

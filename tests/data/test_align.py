@@ -13,6 +13,7 @@ from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.synthetic.face_template import landmark_layout
+from landmarks_fastai.training.builders import report_alignment
 from tests.conftest import N_POINTS
 
 
@@ -100,9 +101,11 @@ def test_second_pass_is_on_where_it_narrows_the_spread_of_the_points(drawn, tmp_
     assert dls.settings.align == 0 and dls.settings.shape == () and dls.align_gain < 1.5
 
 
-def test_objects_too_small_for_a_crop_have_no_second_pass(drawn):
+def test_objects_too_small_for_a_crop_have_no_second_pass(drawn, capsys):
     dls = landmark_dataloaders(drawn, size=4096)
-    assert dls.settings.align == 0 and dls.settings.shape == () and dls.align_gain is None
+    assert dls.settings.align == 0 and dls.settings.shape == () and dls.align_gain == 0
+    report_alignment(dls)
+    assert capsys.readouterr().out.endswith("for aligned crops: no second pass\n")
 
 
 def test_two_points_have_no_second_pass(drawn):

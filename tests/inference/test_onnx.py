@@ -88,6 +88,13 @@ def test_one_file_says_what_it_is(out):
     assert str(ROOT).encode() not in (out / "m" / "m.onnx").read_bytes()  # no stack traces of the exporter
 
 
+def test_a_checkpoint_in_a_hidden_folder_has_a_plain_name(out, tmp_path):
+    from landmarks_fastai.inference.export import metadata_of
+
+    shutil.copytree(out / "m", tmp_path / ".models")
+    assert metadata_of(read_checkpoint(tmp_path / ".models" / "best.pth"), False)["name"] == "models"
+
+
 @pytest.mark.slow
 def test_flip_test_inside_is_that_outside(out, inputs, monkeypatch, capfd, tmp_path):
     code, printed, err = typed(monkeypatch, capfd, "m --tta --out", out, "-o", tmp_path / "flip.onnx")
@@ -217,6 +224,7 @@ BAD = {
     "no settings": (lambda path: resealed(path, lambda m: m.metadata_props[0].ClearField("value")), "has no settings"),
     "a score of text": (lambda path: resealed(path, with_metadata(score="1")), "score or flip_test"),
     "a name outside of the output folder": (lambda path: resealed(path, with_metadata(name="../m")), "name, score"),
+    "a name of another drive": (lambda path: resealed(path, with_metadata(name="C:m")), "name, score"),
     "a hidden name": (lambda path: resealed(path, with_metadata(name="..")), "name, score"),
     "external data": (lambda path: resealed(path, with_external_data("weights")), "refers to data in other files"),
     "external data above": (

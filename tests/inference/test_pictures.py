@@ -182,9 +182,27 @@ def test_a_name_that_is_not_utf_8_has_its_points_too(trained, files, run_script,
     shutil.copy(files[0], os.fsdecode(bytes(folder) + b"/caf\xe9.jpg"))
     code, out, err = run_script(f"predict.py --out {trained} -pm m --format {kind} --overlay", folder)
     assert (code, err) == (0, "") and "1 pictures" in out
-    if kind == "json":
+    expected = Predictor(trained / "m")(files[0]).points
+    if kind == "csv":
+        ((name, _), points), *more = csv_points(trained / "m/predictions.csv").items()
+        assert not more and name.endswith(r"caf\udce9.jpg") and points == pytest.approx(expected, abs=1e-3)
+    elif kind == "json":
         (entry,) = json.loads((trained / "m/predictions.json").read_text())
         assert os.fsencode(entry["file_name"]).endswith(b"caf\xe9.jpg")
+        assert np.array(entry["objects"][0]["points"]) == pytest.approx(expected, abs=1e-3)
+    elif kind == "npy":
+        assert np.load(trained / "m/predictions.npy")[0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+def test_names_that_are_not_utf_8_in_a_list_and_in_a_table_of_boxes(trained, files, run_script, tmp_path, monkeypatch):
+    name = bytes(tmp_path) + b"/caf\xe9.jpg"
+    shutil.copy(files[0], os.fsdecode(name))
+    (tmp_path / "boxes.csv").write_bytes(b"file_name,left,top,right,bottom\n" + name + b",10,10,60,70\n")
+    for flags in ("", f"--boxes {tmp_path / 'boxes.csv'}"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(name + b"\n"), "utf-8"))
+        code, out, err = run_script(f"predict.py --out {trained} -pm m {flags} -")
+        assert (code, err) == (0, "") and "1 pictures" in out
 
 
 def test_sizes_of_a_batch_are_checked(trained, files, run_script):
@@ -198,6 +216,10 @@ def test_boxes_of_several_pictures_are_refused_and_videos_of_a_folder_left_out(t
     shutil.copy(files[0], tmp_path / "a.jpg")
     (tmp_path / "clip.mp4").write_bytes(b"")
     assert len(list(predictor(tmp_path))) == 1
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "clip.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match="holds videos only"):
+        list(predictor(tmp_path / "videos"))
     for several in (files, tmp_path, iter(files)):
         with pytest.raises(UserError, match="boxes are those of one picture"):
             predictor(several, boxes=[(0, 0, 9, 9)])

@@ -61,6 +61,8 @@ def test_a_second_fit_sees_other_batches_and_lr_find_counts_as_none(drawn, tmp_p
     once = sums()
     assert sums() == once
     assert not set(sums(lambda learn: learn.fit(1))) & set(once)
+    fourth = sums(lambda learn: learn.fit(3))
+    assert sums(lambda learn: learn.fit(3, start_epoch=2)) == fourth
     assert sums(lambda learn: learn.validate()) == once
     assert sums(lambda learn: learn.lr_find(show_plot=False)) == once
 
@@ -91,12 +93,3 @@ def test_show_results_leaves_the_loader_as_it_is(drawn, tmp_path):
     learn.show_results(dl=learn.dls.valid, max_n=2, shuffle=False)
     plt.close("all")
     assert list(learn.validate()) == list(before)
-
-
-def test_gradients_are_accumulated_over_the_epochs_of_a_stage(drawn, tmp_path):
-    dls = landmark_dataloaders(drawn, size=32, batch_size=8, machine=Machine(workers=0))
-    assert len(dls.train) == 4
-    learn = landmark_learner(dls, ARCH, "none", accumulate=6, epochs=3, sched="none", path=tmp_path)
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(3, cbs=(record := Record()))
-    assert len(record.rates) == 2  # 12 batches

@@ -154,6 +154,6 @@ def test_accumulate_reaches_the_learner(drawn, tmp_path):
     assert learn.gradient_accumulation.n_acc == 16  # fastai counts images
 
 
-def test_more_batches_a_step_than_a_stage_has_are_refused(run_script, drawn):
+def test_more_batches_a_step_than_an_epoch_has_are_refused(run_script, drawn):
     code, _, err = run_script(f"train.py {QUICK} --accumulate 5 -n x -d", drawn)
     assert code == 1 and "--accumulate 5" in err and "4 batches" in err and err.count("\n") == 1

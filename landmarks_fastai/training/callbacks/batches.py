@@ -24,7 +24,7 @@ class SeedEveryStep(Callback):
     Learner to the next, but for those of `lr_find`.
     """
 
-    trained = earlier = 0  # epochs of all fits, and of those before this one
+    trained = earlier = 0  # number of the next epoch over all fits, and of the first one of this fit
 
     def before_fit(self):
         self.earlier = self.trained
@@ -39,4 +39,5 @@ class SeedEveryStep(Callback):
             set_seed(int(place.generate_state(1)[0]))
 
     def after_train(self):
-        self.trained += not hasattr(self.learn, "lr_finder")
+        if not hasattr(self.learn, "lr_finder"):
+            self.trained = self.earlier + self.epoch + 1
