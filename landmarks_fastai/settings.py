@@ -41,7 +41,7 @@ def _setting(
 class Settings:
     """The settings of one stage, checked when they are created. Raises `UserError` for a value out of range.
 
-    The defaults are the published entry's, except where a measurement found something better (`benchmarks/score.md`);
+    The defaults are the published entry's, except where a measurement found something better (`benchmarks/score.py`);
     `RECIPES["baseline"]` restores the entry's.
     """
 
