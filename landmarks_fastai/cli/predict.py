@@ -115,7 +115,7 @@ def results_in_order(
     from landmarks_fastai.inference.shards import joined_parts
 
     boxes = read_boxes(args.boxes) if args.boxes else None
-    if not this_process().store:
+    if not this_process().store:  # not `joined_parts`: a list on stdin may still grow while its pictures are predicted
         return nullcontext(results_of(find_pictures(args.paths), boxes, args, predictor, run))
     paths = on_first(lambda: [str(path) for path in find_pictures(args.paths)])
     options = {name: getattr(args, name) for name in ("detect", "smooth", "overlay", "draw_confidence")}

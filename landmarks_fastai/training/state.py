@@ -127,8 +127,8 @@ def write_state(run: Run, state: State) -> None:
             save_file(tensors, temporary, {"facts": json.dumps(metadata)})
         except SafetensorError as e:
             size = math.ceil(sum(t.nbytes for t in tensors.values()) / 1e6)
-            room = f"make room (it takes {size} MB, twice while it is written)"
-            raise UserError(f"{path} cannot be written ({reason(e)}): {room}") from None
+            hint = f"make room (it takes {size} MB, twice while it is written)"
+            raise UserError(f"{path} cannot be written ({reason(e)}): {hint}") from None
     run.publish()
 
 

@@ -60,11 +60,11 @@ def test_the_command_lines_of_the_baseline_parse():
 def test_borders_is_accepted_undocumented_and_does_nothing(capsys):
     from landmarks_fastai.cli import arguments
 
-    given = ["-pm", "x"]
+    checkpoint = ["-pm", "x"]
     for parse, more in [
         (arguments.train_arguments, []),
-        (arguments.finetune_arguments, given),
-        (arguments.predict_arguments, given),
+        (arguments.finetune_arguments, checkpoint),
+        (arguments.predict_arguments, checkpoint),
     ]:
         plain, ignored = vars(parse(more)), vars(parse([*more, "--borders", "trim"]))
         assert {k: v for k, v in ignored.items() if k != "record"} == {k: v for k, v in plain.items() if k != "record"}

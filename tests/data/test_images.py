@@ -47,9 +47,9 @@ def test_a_reduced_strip_is_mapped_by_its_long_side(tmp_path, fit):
     "A side of 9 pixels has 2 at an eighth, which is not 4.5 times fewer."
     Image.new("RGB", (9, 4000)).save(tmp_path / "x.jpg")
     _, to_input = read_input(tmp_path / "x.jpg", fit, 128)
-    bottom, whole = np.array([4.0, 3999.0]), pixel_map(9, 4000, fit, 128)
-    scale = max(abs(whole.a), abs(whole.e))
-    assert to_input.to_input(bottom) == pytest.approx(whole.to_input(bottom), abs=8 * scale)
+    bottom, stored = np.array([4.0, 3999.0]), pixel_map(9, 4000, fit, 128)
+    scale = max(abs(stored.a), abs(stored.e))
+    assert to_input.to_input(bottom) == pytest.approx(stored.to_input(bottom), abs=8 * scale)
 
 
 def test_large_jpeg_is_decoded_reduced_and_looks_the_same(tmp_path, monkeypatch):

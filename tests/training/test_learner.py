@@ -1,4 +1,4 @@
-"fastai's methods on our Learner: other fits, several fits, the flip test, results of a loader that the caller keeps."
+"fastai's methods on our Learner: other fits, several fits, the flip test, results of a loader that is used again."
 
 import numpy as np
 import pytest

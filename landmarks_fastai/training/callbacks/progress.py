@@ -52,7 +52,7 @@ class ProgressTable(ProgressCallback):
             self.mbar.update(0)  # the bar of a resumed run starts at another epoch, and needs a first update at 0
             self.learn.logger = self.write_row
 
-    def write_row(self, log):
+    def write_row(self, log: Iterable) -> None:
         self.mbar.write([_cell(v) for v in log], table=True)
 
 
