@@ -52,6 +52,7 @@ def run_script(tmp_path, monkeypatch, capfd):
 
         from landmarks_fastai.cli import app
 
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         words = shlex.split(line) + [str(m) for m in more]
         monkeypatch.setattr(sys, "argv", words)
         code = 0
@@ -60,7 +61,9 @@ def run_script(tmp_path, monkeypatch, capfd):
         except SystemExit as e:
             code = e.code
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a script takes it for its process
+            for number, handler in handlers.items():  # a script sets them for its process
+                signal.signal(number, handler)
+            sys.unraisablehook = sys.__unraisablehook__
         out, err = capfd.readouterr()
         return code, out, err
 

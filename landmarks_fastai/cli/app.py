@@ -13,7 +13,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils import distributed
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
-from landmarks_fastai.utils.signals import UNREAD, exit_on_sigterm
+from landmarks_fastai.utils.signals import UNREAD, stop_on_signal
 
 if TYPE_CHECKING:
     from landmarks_fastai.training.state import State
@@ -88,7 +88,7 @@ def _prepare_process():
             stream.reconfigure(errors="replace")
     if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout = open(os.devnull, "w")  # the first process prints for all
-    exit_on_sigterm()
+    stop_on_signal.install()
 
 
 def _fail(*lines) -> NoReturn:

@@ -6,12 +6,23 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from landmarks_fastai.utils.signals import stop_on_signal
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def bar(items: Iterable[T], total: int, comment: str = "") -> Iterable[T]:
-    "Show a progress bar while `items` are iterated over, if stdout is a terminal and fastprogress is installed."
+def bar(items: Iterable[T], total: int, comment: str = "") -> Iterator[T]:
+    """Yield `items`, with a progress bar if stdout is a terminal and fastprogress is installed.
+
+    Raises `Stopped` at the next item if a signal's exception was lost.
+    """
+    for item in _progress_bar(items, total, comment):
+        stop_on_signal.check()
+        yield item
+
+
+def _progress_bar(items: Iterable[T], total: int, comment: str) -> Iterable[T]:
     if not sys.stdout.isatty():
         return items
     try:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,10 +50,47 @@ class SignalFlag:
         return 128 + (self.number or signal.SIGTERM)  # if another process got it
 
 
+class StopOnSignal:
+    """A signal handler that raises `Stopped`, and stores the signal.
+
+    Python drops an exception in a destructor or in a callback of a weak reference, and libraries drop it in `except:`: of
+    87 Ctrl-C's in the first six seconds of a stage one was lost so. `check` raises it again.
+    """
+
+    number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.check()
+
+    def check(self) -> None:
+        "Raise `Stopped` if a signal has arrived."
+        if self.number is not None:
+            raise Stopped(code=128 + self.number)
+
+    def install(self) -> None:
+        "Handle Ctrl-C and SIGTERM from now on, if this is the main thread; others cannot."
+        self.number = None
+        with suppress(ValueError):
+            for number in STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self)
+        sys.unraisablehook = _print_unless_stopped
+
+
+def _print_unless_stopped(dropped: "sys.UnraisableHookArgs") -> None:
+    if not isinstance(dropped.exc_value, Stopped):
+        sys.__unraisablehook__(dropped)
+
+
+stop_on_signal = StopOnSignal()  # of a script
+
+
 @contextmanager
 def signal_flag() -> Iterator[SignalFlag]:
     "Handle Ctrl-C and SIGTERM with a `SignalFlag` for the time of the block; in the main thread only, others cannot."
     flag = SignalFlag()
+    flag.number = stop_on_signal.number
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
@@ -64,18 +102,6 @@ def signal_flag() -> Iterator[SignalFlag]:
         for number, handler in old.items():
             with suppress(TypeError):  # None: a handler that was not set from Python
                 signal.signal(number, handler)
-
-
-def exit_on_sigterm() -> None:
-    "Let SIGTERM end the program like Ctrl-C, with an exit code of its own."
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(code=128 + number)
-
-    with suppress(ValueError):  # not the main thread
-        for number in STOPPING[1:]:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, stop)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,8 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
+from landmarks_fastai import plots
+from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.models.networks import METADATA
 from tests.cli.test_scripts import check_refused, first_image
 from tests.conftest import QUICK, ROOT, every_learner_has
@@ -274,3 +277,43 @@ def test_signal_during_imports_ends_the_process_at_once(tmp_path, drawn):
         _, err = process.communicate()
         assert process.returncode == code, err
         assert "nothing was saved yet" in err and err.endswith(STOPPED.format("train.py", "r"))
+
+
+def lose_signal(number):
+    "What a library's `except:` does with the exception of a signal that arrives within it."
+    with suppress(BaseException):
+        signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_whose_exception_a_library_drops_stops_the_stage_at_its_first_batch(
+    run_script, drawn, monkeypatch, number, code
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "plot_batch", lambda *args: lose_signal(number))
+        stopped, _, err = run_script(f"train.py {QUICK} -e 3 -n r -d", drawn)
+    assert stopped == code and "the state is saved" in err and err.endswith(STOPPED.format("train.py", "r"))
+    assert "epoch 0, batch 1" in run_script("train.py --resume -n r")[1]
+
+
+def test_signal_whose_exception_is_dropped_stops_a_prediction(run_script, finished_run, drawn, monkeypatch):
+    predict = TorchNetwork.__call__
+    monkeypatch.setattr(TorchNetwork, "__call__", lambda *args: (lose_signal(signal.SIGINT), predict(*args))[1])
+    finished_run("c")
+    code, out, err = run_script("predict.py -pm c -d", drawn)
+    assert code == 130 and err == "stopped\n"
+
+
+def test_signal_within_a_weak_reference_s_callback_prints_no_traceback(tmp_path):
+    script = """
+import signal, weakref
+from landmarks_fastai.utils.signals import stop_on_signal
+class Thing: pass
+stop_on_signal.install()
+thing = Thing()
+ref = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+del thing
+stop_on_signal.check()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "Exception ignored" not in done.stderr and "Stopped" in done.stderr
