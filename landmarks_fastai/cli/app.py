@@ -13,7 +13,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils import distributed
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
-from landmarks_fastai.utils.signals import UNREAD, stop_on_signal
+from landmarks_fastai.utils.signals import UNREAD, ignore_signals, stop_on_signal
 
 if TYPE_CHECKING:
     from landmarks_fastai.training.state import State
@@ -38,6 +38,11 @@ def resume_message(state: "State") -> str:
 def run_main(main: Callable[[], None]) -> None:
     "Run a script's main function, and exit with a code of docs/errors.md if it raises."
     _prepare_process()
+    with stop_on_signal.handling():
+        _run(main)
+
+
+def _run(main):
     try:
         distributed.start()
         main()
@@ -53,6 +58,7 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         _fail(f"not enough memory ({reason(e)}): allow the process more (ulimit -v), or take a larger machine")
     except (KeyboardInterrupt, BrokenPipeError) as e:
+        ignore_signals()
         _discard_output()
         if sys.stdout.isatty():
             print()  # below the progress bar
@@ -88,7 +94,6 @@ def _prepare_process():
             stream.reconfigure(errors="replace")
     if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout = open(os.devnull, "w")  # the first process prints for all
-    stop_on_signal.install()
 
 
 def _fail(*lines) -> NoReturn:

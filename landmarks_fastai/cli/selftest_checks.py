@@ -179,6 +179,8 @@ def train(setup: Setup, name: str, cbs: list[Callback]) -> float:
             learn.add_cbs(cbs)
             score = fit_stage(learn, run, state=state).score
     except Stopped:
+        if not cbs:  # Ctrl-C
+            raise
         return train(setup, name, [])
     assert score is not None
     return score

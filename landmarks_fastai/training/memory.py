@@ -42,5 +42,11 @@ def within_memory(learn: LandmarkLearner) -> Iterator[None]:
         size, fits = settings.batch_size, batch_that_fits(e, one_step, settings.batch_size)
         way = "no smaller one fits: try a smaller --size or another --arch"
         if fits:
-            way = f"-b {fits} fits (tried here); with --accumulate {-(-size * settings.accumulate // fits)} it makes the same steps"
+            batches, images = -(-size * settings.accumulate // fits), size * settings.accumulate
+            steps = (
+                "the same steps"
+                if batches * fits == images
+                else f"steps of {batches * fits} images instead of {images}"
+            )
+            way = f"-b {fits} fits (tried here); with --accumulate {batches} it makes {steps}"
         raise UserError(f"-b {size}: not enough memory for such a batch: {way}") from None

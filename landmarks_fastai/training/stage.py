@@ -104,11 +104,13 @@ def fit_stage(
         learn.metrics = [*learn.metrics, save.column]
     if settings.patience:
         cbs.append(EarlyStoppingCallback("best", np.less, patience=settings.patience))
-    if state and state.place[0] >= settings.epochs and not settings.minutes:  # stopped after its last epoch
+    if state and (state.metadata.get("ended") or (state.place[0] >= settings.epochs and not settings.minutes)):
         save.best, save.saved = state.metadata["remembered"]["save_best"].values()
     else:
         saving_state = _saving_state(learn, run, history, previous_scores, started, state)
         with within_memory(learn), saving_state as state_cbs:
+            for evaluation in evaluations if state_cbs else ():
+                evaluation.after_crops = state_cbs[0].stop_validation
             _fit(learn, [*cbs, *state_cbs], started, state)
     learn.remove_cbs([callbacks.Average, callbacks.EvaluateModel])
     learn.metrics = metrics
@@ -152,7 +154,8 @@ def _check_saved(
         if previous is None or previous_scores is None:
             run.file("state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
-        settings = learn.settings.replace(**previous.settings.of(INPUT + ALIGN), confidence=False)
+        of_input = previous.settings.of((*INPUT, *ALIGN, "points_box"))
+        settings = learn.settings.replace(**of_input, confidence=False)
         model = previous.model()
         model.spread = None
         write_checkpoint(run, model, settings, *previous_scores, -1)
@@ -189,8 +192,8 @@ def _saving_state(
     previous_scores: tuple[float, float] | None,
     started: float,
     state: State | None,
-) -> Iterator[list[Callback]]:
-    "A context of a fit, with the callbacks that save the stage's state; none if the run has no record."
+) -> Iterator[list[SaveResumeState]]:
+    "A context of a fit, with the callback that saves the stage's state; none if the run has no record."
     if not run.record:
         yield []
         return

@@ -121,7 +121,12 @@ def write_state(run: Run, state: State) -> None:
     if not is_first():
         return run.publish()
     path, metadata = run.file("state.safetensors"), {"format": FORMAT} | state.metadata
-    tensors = {k: t.detach().cpu().contiguous() for k, t in state.tensors.items()}
+    tensors, memory = {}, set()
+    for k, t in state.tensors.items():
+        t = t.detach().cpu().contiguous()
+        at = t.untyped_storage().data_ptr()
+        tensors[k] = t.clone() if at in memory else t  # safetensors refuses layers that share their weights
+        memory.add(at)
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, {"facts": json.dumps(metadata)})

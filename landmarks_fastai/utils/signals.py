@@ -1,11 +1,13 @@
 "Ctrl-C and SIGTERM: the first one lets the current step finish, a second one stops at once."
 
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -13,6 +15,8 @@ from landmarks_fastai.utils.distributed import all_reduce, this_process
 
 # Ctrl-C; the stop of a scheduler or the system; a closed terminal
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+SAME_STOP = 1.0  # seconds in which a second signal is the same stop: a scheduler's and torchrun's, an impatient Ctrl-C
 
 UNREAD = 141  # exit code when the reader of the output is gone, as of a program that SIGPIPE ends
 
@@ -51,39 +55,43 @@ class SignalFlag:
 
 
 class StopOnSignal:
-    """A signal handler that raises `Stopped`, and stores the signal.
+    """A signal handler of a script that raises `Stopped`, and stores the signal.
 
     Python drops an exception in a destructor or in a callback of a weak reference, and libraries drop it in `except:`: of
     87 Ctrl-C's in the first six seconds of a stage one was lost so. `check` raises it again.
     """
 
     number: int | None = None
+    at = -math.inf  # when the signal arrived, as `time.monotonic`
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.check()
+        self.number, before, self.at = number, self.at, time.monotonic()
+        if self.at - before > SAME_STOP:
+            self.check()
 
     def check(self) -> None:
         "Raise `Stopped` if a signal has arrived."
         if self.number is not None:
             raise Stopped(code=128 + self.number)
 
-    def install(self) -> None:
-        "Handle Ctrl-C and SIGTERM from now on, if this is the main thread; others cannot."
-        self.number = None
-        with suppress(ValueError):
-            for number in STOPPING:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, self)
-        sys.unraisablehook = _print_unless_stopped
+    @contextmanager
+    def handling(self) -> Iterator[None]:
+        "Handle Ctrl-C and SIGTERM with it for the time of the block; in the main thread only, others cannot."
+        self.number, self.at, old_hook = None, -math.inf, sys.unraisablehook
+
+        def print_unless_stopped(dropped: "sys.UnraisableHookArgs") -> None:
+            if not isinstance(dropped.exc_value, Stopped):
+                old_hook(dropped)
+
+        with _handled_by(self):
+            sys.unraisablehook = print_unless_stopped
+            try:
+                yield
+            finally:
+                sys.unraisablehook, self.number = old_hook, None
 
 
-def _print_unless_stopped(dropped: "sys.UnraisableHookArgs") -> None:
-    if not isinstance(dropped.exc_value, Stopped):
-        sys.__unraisablehook__(dropped)
-
-
-stop_on_signal = StopOnSignal()  # of a script
+stop_on_signal = StopOnSignal()
 
 
 @contextmanager
@@ -91,17 +99,30 @@ def signal_flag() -> Iterator[SignalFlag]:
     "Handle Ctrl-C and SIGTERM with a `SignalFlag` for the time of the block; in the main thread only, others cannot."
     flag = SignalFlag()
     flag.number = stop_on_signal.number
-    if threading.current_thread() is not threading.main_thread():
+    with _handled_by(flag):
         yield flag
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # `nohup` ignores SIGHUP
-    old = {number: signal.signal(number, flag) for number in handled}
+    old = {number: signal.signal(number, handler) for number in handled}
     try:
-        yield flag
+        yield
     finally:
         for number, handler in old.items():
             with suppress(TypeError):  # None: a handler that was not set from Python
                 signal.signal(number, handler)
+
+
+def ignore_signals() -> None:
+    "Ignore further signals while the program ends."
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -124,15 +145,17 @@ def leave_signals_to_parent(number: int = 0) -> None:
     error, while the main process finishes its step and saves. The worker ends at once when its parent signals it or dies.
     """
     if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # the worker of a fork server has not inherited it
         threading.Thread(target=_exit_with_parent, daemon=True).start()
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _exit_with_parent() -> None:
-    process = multiprocessing.parent_process()
-    parent, sender = process.pid if process else 0, None
-    while os.getppid() == parent and sender != parent:
+    parent, starter, sender = multiprocessing.parent_process(), os.getppid(), None
+    assert parent is not None
+    # a forked worker has another parent when its own dies; a fork server stays, and the pipe to its client ends
+    while os.getppid() == starter and parent.is_alive() and sender != parent.pid:
         info = signal.sigtimedwait(STOPPING, 1)
         sender = info and info.si_pid
     os._exit(0)

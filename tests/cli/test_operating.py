@@ -110,6 +110,30 @@ app.run_main(main)
 """
 
 
+TWICE = """
+import signal
+from landmarks_fastai.cli import app
+from landmarks_fastai.runs.run import Record
+from landmarks_fastai.runs.claim import claimed_run
+def main():
+    with claimed_run("runs", "r", "", Record("train.py")):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+app.run_main(main)
+"""
+
+
+def test_the_second_of_two_signals_at_once_does_not_take_away_the_line(tmp_path):
+    "Of a scheduler that signals all processes of a job, torchrun among them, which passes it on."
+    process = python(TWICE, cwd=tmp_path)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (
+        143, "stopped: nothing was saved yet; resume with: python train.py --resume -n r\n",
+    )  # fmt: skip
+
+
 def test_closed_output_pipe_stops_a_run_with_code_141(tmp_path):
     process = python(RUN.replace("range(100)", "iter(int, 1)"), cwd=tmp_path)
     process.stdout.readline()

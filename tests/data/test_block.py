@@ -106,7 +106,10 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_a_short_batch_is_dropped(
     assert len(set(orders.values())) == 3
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+SLOW_METHODS = [pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver")]
+
+
+@pytest.mark.parametrize("method", ["fork", *SLOW_METHODS])
 def test_workers_give_the_same_batches_by_either_start_method(drawn, monkeypatch, method):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} on this system")
@@ -114,7 +117,7 @@ def test_workers_give_the_same_batches_by_either_start_method(drawn, monkeypatch
     before = torch.multiprocessing.get_start_method()
     torch.multiprocessing.set_start_method(method, force=True)
     try:
-        _, dls = loaders(drawn, workers=2 if method == "fork" else 1)  # a spawned worker imports everything again
+        _, dls = loaders(drawn, workers=2 if method == "fork" else 1)  # the others import everything again
         together, valid = every(dls.train), every(dls.valid)
     finally:
         torch.multiprocessing.set_start_method(before, force=True)

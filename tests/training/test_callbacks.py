@@ -123,3 +123,12 @@ def test_nan_loss_ends_the_fit_and_its_step_is_recorded():
         learn.model[0][0].weight.fill_(float("inf"))
     learn.fit(3, cbs=watch)
     assert watch.step == (0, 0)
+
+
+def test_nan_loss_in_validation_does_not_end_the_fit():
+    "The running average may be finite."
+    learn, watch = learner([1, 1, 1]), StopOnNaN()
+    with torch.no_grad():
+        learn.model[0][0].weight.fill_(float("inf"))
+    learn.validate(cbs=watch)
+    assert watch.step is None

@@ -126,6 +126,13 @@ def test_a_step_runs_on_the_device_and_waits_for_it_once(drawn, fused_on_meta):
     assert listed.validation_batches == [["__bool__", "__bool__", "cpu"]] * len(learn.dls.valid)
 
 
+def test_predicted_points_are_copied_from_the_device(drawn):
+    "What the pictures at the end of a stage with aligned crops are made of."
+    with Waits() as waits:
+        points = learner(drawn, device="meta").predict_points(sorted((drawn / "train/images").iterdir())[:2])
+    assert points.shape == (2, 68, 2) and "cpu" in waits.calls
+
+
 def test_a_training_step_makes_no_float64_on_the_device(drawn, fused_on_meta):
     "MPS has none."
     learn, operations = learner(drawn, device="meta"), Operations()

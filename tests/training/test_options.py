@@ -143,6 +143,7 @@ def test_another_size_scores_the_loaded_model_at_its_old_size_first(run_script, 
     kept = best("kept")
     assert kept.epoch == -1 and "the loaded model, which no epoch beat" in out
     assert (kept.settings.size, kept.settings.fit) == (32, "crop") and kept.score == pytest.approx(small.score)
+    assert kept.settings.points_box == small.settings.points_box  # those of a crop
     assert same(RUNS / "small/best.pth", RUNS / "kept/best.pth")
     assert run_script("predict.py --workers 0 -pm kept")[0] == 0
     # and where an epoch wins, the checkpoint is of the new size

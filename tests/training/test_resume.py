@@ -13,10 +13,14 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
+from safetensors import safe_open
 
 from landmarks_fastai import plots
 from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.models.networks import METADATA
+from landmarks_fastai.runs.run import Run
+from landmarks_fastai.training.callbacks import EvaluateModel
+from landmarks_fastai.training.state import State, write_state
 from tests.cli.test_scripts import check_refused, first_image
 from tests.conftest import QUICK, ROOT, every_learner_has
 
@@ -54,6 +58,11 @@ class CtrlC(Callback):
     "Ctrl-C as a fit begins, before anything is saved."
 
     def before_fit(self):
+        raise KeyboardInterrupt
+
+
+class CtrlCInTraining(Callback):
+    def before_train(self):
         raise KeyboardInterrupt
 
 
@@ -289,10 +298,12 @@ def lose_signal(number):
 def test_signal_whose_exception_a_library_drops_stops_the_stage_at_its_first_batch(
     run_script, drawn, monkeypatch, number, code
 ):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         patch.setattr(plots, "plot_batch", lambda *args: lose_signal(number))
         stopped, _, err = run_script(f"train.py {QUICK} -e 3 -n r -d", drawn)
     assert stopped == code and "the state is saved" in err and err.endswith(STOPPED.format("train.py", "r"))
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]  # for a notebook
     assert "epoch 0, batch 1" in run_script("train.py --resume -n r")[1]
 
 
@@ -307,13 +318,60 @@ def test_signal_whose_exception_is_dropped_stops_a_prediction(run_script, finish
 def test_signal_within_a_weak_reference_s_callback_prints_no_traceback(tmp_path):
     script = """
 import signal, weakref
-from landmarks_fastai.utils.signals import stop_on_signal
+from landmarks_fastai.cli.app import run_main
+from landmarks_fastai.utils.parallel import bar
 class Thing: pass
-stop_on_signal.install()
-thing = Thing()
-ref = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
-del thing
-stop_on_signal.check()
+def main():
+    thing = Thing()
+    ref = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    print("lost", flush=True)
+    list(bar([1, 2], 2))
+run_main(main)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "Exception ignored" not in done.stderr and "Stopped" in done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (130, "lost\n", "stopped\n")
+
+
+def test_signal_in_the_second_pass_of_a_validation_stops_it_at_its_next_batch(run_script, drawn, monkeypatch):
+    flags = f"{SHORT} --align 1.05"
+    assert run_script(f"train.py {flags} -n uninterrupted -d", drawn)[0] == 0
+    second_pass, batches = EvaluateModel.second_pass, []
+
+    def signalled(self):
+        signal.raise_signal(signal.SIGTERM)
+        after_crops = self.after_crops
+        self.after_crops = lambda: (batches.append(1), after_crops())
+        return second_pass(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluateModel, "second_pass", signalled)
+        code, _, err = run_script(f"train.py {flags} -n parts -d", drawn)
+    assert code == 143 and "the state is saved" in err and len(batches) == 1
+    assert "resuming at epoch 0, batch 8" in run_script("train.py --resume -n parts")[1]
+    check_equal(RUNS, "uninterrupted", "parts")
+
+
+@pytest.mark.parametrize("flags", ["--patience 1 -e 9 --freeze -lr 1e-12", "--minutes 0.2"])
+def test_stage_that_ended_early_trains_no_more_after_a_stop_behind_it(run_script, drawn, monkeypatch, flags):
+    from landmarks_fastai.training import stage
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "load_best", stopped)
+        code, _, err = run_script(f"train.py {QUICK} {flags} -n r -d", drawn)
+    assert code == 130 and "the state is saved" in err
+    before = history(RUNS, "r")
+    with every_learner_has(CtrlCInTraining()):
+        code, out, err = run_script("train.py --resume -n r")
+    assert (code, err) == (0, "") and "run r: score" in out and history(RUNS, "r").equals(before)
+
+
+def test_layers_that_share_their_weights_are_saved_in_a_state(tmp_path):
+    weights = torch.arange(6.0)
+    (tmp_path / "r").mkdir()
+    write_state(Run(tmp_path, "r"), State({}, {"a": weights, "b": weights, "c": weights[2:]}))
+    with safe_open(tmp_path / "r" / "state.safetensors", "pt") as f:
+        assert all(torch.equal(f.get_tensor(k), t) for k, t in {"a": weights, "b": weights, "c": weights[2:]}.items())

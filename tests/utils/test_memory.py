@@ -47,6 +47,8 @@ def test_out_of_memory_error_names_a_batch_size_that_fits(run_script, drawn, tmp
         result, "-b 16: not enough memory", "-b 4 fits (tried here); with --accumulate 8 it makes the same steps"
     )
     assert not list((tmp_path / "here" / "runs").iterdir())
+    result = run_script(f"train.py {SHORT} -b 14 -n r -d", drawn)
+    check_refused(result, "-b 3 fits (tried here); with --accumulate 5 it makes steps of 15 images instead of 14")
     assert run_script(f"train.py {SHORT} -b 4 --accumulate 8 -n r -d", drawn)[0] == 0
     check_refused(run_script("predict.py --workers 0 -b 6 -pm r"), "-b 6: not enough memory", "-b 3 fits")
     check_refused(

@@ -89,6 +89,7 @@ class EvaluateModel(Callback):
         self.settings, self.network, self.flip_indices = settings, network, flip_indices
         self.metrics, self.alignment = stage_metrics(settings.size), alignment_of(settings)
         self.column = ValueMetric(lambda: self.score, name)
+        self.after_crops: Callable[[], None] = lambda: None  # called after each batch of `second_pass`
 
     def before_validate(self):
         self.scored: nn.Module = self.network() if self.network else self.model
@@ -120,6 +121,7 @@ class EvaluateModel(Callback):
                 unit = predict_with_flip(self.scored, images.as_subclass(torch.Tensor), self.flip_indices)
                 for metric in metrics:
                     metric.add(unit, points, maps)
+                self.after_crops()
         finally:
             dl.crops = None
         if dl.share[1] > 1:

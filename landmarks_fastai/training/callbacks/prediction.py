@@ -32,4 +32,4 @@ class CollectPoints(Callback):
         self.points: list[np.ndarray] = []
 
     def after_pred(self):
-        self.points.append(points_in_image(self.pred, self.learn.maps, self.size).numpy().astype(np.float32))
+        self.points.append(points_in_image(self.pred, self.learn.maps, self.size).cpu().numpy().astype(np.float32))

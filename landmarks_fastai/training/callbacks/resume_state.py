@@ -41,7 +41,7 @@ class SaveResumeState(Callback):
 
     def before_fit(self):
         self.began = self.written = time.monotonic()
-        self.batch, self.at = 0, self.learn.begin
+        self.batch, self.at, self.validated = 0, self.learn.begin, -1
 
     def before_epoch(self):
         if self.state:  # not in `before_fit`, where `History` resets its text
@@ -62,30 +62,47 @@ class SaveResumeState(Callback):
 
     def after_batch(self):
         self.batch += self.training
-        if self.flag.agree() if self.training else self.stops_validation():
+        if not self.training:
+            self.stop_validation()
+        elif self.flag.agree():
             self.stop()
-        elif self.training and time.monotonic() - self.written >= self.every:
+        elif time.monotonic() - self.written >= self.every:
             self.write(self.epoch, self.batch)
+
+    def after_cancel_train(self):
+        self.batch += 1  # `TimeLimit` ends an epoch behind a step, before this callback's `after_batch`
+
+    def after_validate(self):
+        self.validated = self.epoch
 
     def after_epoch(self):
         self.write(self.epoch + 1, 0)
         if self.flag.agree():
             self.stop()
 
-    def write(self, epoch: int, batch: int) -> None:
+    def after_cancel_fit(self):
+        "`TimeLimit` or `--patience` ended the fit behind an epoch; the loss was NaN within one."
+        if self.validated == self.epoch:
+            self.write(self.epoch + 1, 0, ended=True)
+
+    def write(self, epoch: int, batch: int, ended: bool = False) -> None:
+        "Write the state; `ended`: nothing is left to train."
         seconds = self.spent + time.monotonic() - self.began
         now = capture_state(self.learn)
-        place = {"epoch": epoch, "batch": batch, "seconds": seconds, "history": self.history.text}
+        place = {"epoch": epoch, "batch": batch, "seconds": seconds, "history": self.history.text, "ended": ended}
         write_state(self.save_to, State(self.constant | now.metadata | place, now.tensors))
         self.written, self.at = time.monotonic(), (epoch, batch)
 
-    def stops_validation(self) -> bool:
-        "Whether to stop here: processes may have different numbers of batches, so the first decides and the others follow."
+    def stop_validation(self) -> None:
+        "Stop if a signal has arrived. Processes may have different numbers of batches: the first decides, the others follow."
         if is_first():
-            return self.flag.number is not None or announced("signal")
-        if self.flag.number:
-            announce("signal")
-        return announced("state saved")
+            stops = self.flag.number is not None or announced("signal")
+        else:
+            if self.flag.number:
+                announce("signal")
+            stops = announced("state saved")
+        if stops:
+            self.stop()
 
     def stop(self) -> NoReturn:
         "Write the state, unless it is written already, and raise `Stopped`."

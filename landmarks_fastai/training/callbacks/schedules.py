@@ -120,11 +120,13 @@ class TimeLimit(Callback):
 
 
 class StopOnNaN(TerminateOnNaNCallback):
-    "fastai's `TerminateOnNaNCallback`; `step` is the (epoch, step) whose loss was not finite."
+    "fastai's `TerminateOnNaNCallback`, in training only; `step` is the (epoch, step) whose loss was not finite."
 
     step: tuple[int, int] | None = None
 
     def after_batch(self):
+        if not self.training:
+            return
         try:
             super().after_batch()
         except CancelFitException:
