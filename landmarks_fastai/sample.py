@@ -2,7 +2,8 @@
 
 import sys
 
+from landmarks_fastai.cli.app import run_main
 from landmarks_fastai.synthetic.sample import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(lambda: sys.exit(main()))

@@ -41,6 +41,8 @@ def _graph() -> dict[str, set[str]]:
 
 
 def _layer(module: str) -> int:
+    if module.endswith("__main__"):  # a command
+        return len(LAYERS) - 1
     return next(k for k, names in enumerate(LAYERS) if module.split(".")[0] in names)
 
 

@@ -52,7 +52,7 @@ def _run(main):
     except ModuleNotFoundError as e:
         if (e.name or "landmarks_fastai").startswith("landmarks_fastai"):
             raise
-        _fail(f"{e.name} is not installed: pip install 'landmarks-fastai[train]'")
+        _fail(f"{e.name} is not installed: pip install -r requirements.txt")
     except (ImportError, MemoryError) as e:
         if isinstance(e, ImportError) and not any(text in str(e) for text in NO_MEMORY):
             raise

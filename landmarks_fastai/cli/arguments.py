@@ -237,7 +237,7 @@ def predict_parser() -> argparse.ArgumentParser:
     group("--confidence", action="store_true", dest="draw_confidence", help="draw each point's spread in them, too")
     group("--detect", action="store_true", help="find the faces in each picture first; several are possible")
     group("--smooth", action="store_true", help="videos: smooth the points over time (One Euro filter)")
-    about = "CSV of file_name,left,top,right,bottom: the boxes of the objects' points, in pixels of the picture"
+    about = "CSV of file_name,left,top,right,bottom: the boxes of the objects' points, in pixel edges of the picture"
     group("--boxes", metavar="CSV", help=about)
     defaults = {f.name: "the checkpoint's" for f in dataclasses.fields(Settings)}
     _add_settings(parser, "data", ["data", "batch_size"], defaults)
@@ -256,10 +256,12 @@ def predict_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     flags = {"overlay": args.overlay, "detect": args.detect, "boxes": args.boxes, "smooth": args.smooth,
              "confidence": args.draw_confidence, "format": args.format}  # fmt: skip
-    if not args.paths and (typed := [f"--{name}" for name, value in flags.items() if value]):
-        parser.error(f"{typed[0]} is for pictures: name them, as in: -pm NAME {typed[0]} photo.jpg")
-    if args.paths and args.rounding:
-        parser.error("--round is for the submission: run without it, or without PATH")
+    typed = [f"--{name}" + ("" if value is True else f" {value}") for name, value in flags.items() if value]
+    if not args.paths and typed:
+        parser.error(f"{typed[0].split()[0]} is for pictures: name them, as in: -pm NAME photo.jpg {typed[0]}")
+    for flag, value in (("--round", args.rounding), ("-d", args.data)):
+        if args.paths and value is not None:
+            parser.error(f"{flag} is for the submission: run without it, or without PATH")
     if args.draw_confidence and not args.overlay:
         parser.error(
             "--confidence draws on the copies of --overlay: add it (the file of points has every spread anyway)"

@@ -6,6 +6,7 @@ from pathlib import Path
 from landmarks_fastai.cli import app
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import OUT
+from landmarks_fastai.utils.files import reason
 
 
 def export_parser() -> argparse.ArgumentParser:
@@ -30,7 +31,10 @@ def export_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = export_parser().parse_args()
+    parser = export_parser()
+    args = parser.parse_args()
+    if args.data and not args.int8:
+        parser.error("-d is for --int8: run without it, or add --int8")
     if args.file and args.file.suffix != ".onnx":
         raise UserError(f"-o {args.file}: a name that ends in .onnx expected")
 
@@ -39,6 +43,10 @@ def main() -> None:
 
     checkpoint = find_checkpoint(args.checkpoint, args.out)
     file = args.file or checkpoint.path.with_name(f"{checkpoint.name}.onnx")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"-o {file}: its folder cannot be made ({reason(e)}): choose another") from None
     export_checkpoint(checkpoint, file, args.tta)
     print(f"{file}: the checkpoint's points, to 0.01 px of the input", flush=True)
     if args.int8:

@@ -73,7 +73,7 @@ def _check_start(args):
     if (Path(args.out) / f"{args.name}_run.json").exists():
         why = "is a run of an earlier version, which this one cannot resume"
         raise UserError(f"-n {args.name} {why}: start over with --overwrite")
-    if any(Path(args.out).glob("[!.]*/run.json")) and args.data is None and not getattr(args, "pretrained_model", None):
+    if args.data is None and not getattr(args, "pretrained_model", None):
         stopped = f"no such run in {args.out}, stopped runs there: {stopped_runs(args.out)}"
         raise UserError(f"-n {args.name}: {stopped}; to start it, give -d too")
 

@@ -37,7 +37,7 @@ class FaceDetector:
         try:
             import onnxruntime
         except ModuleNotFoundError:
-            raise UserError("finding faces needs onnxruntime: pip install 'landmarks-fastai[runtime]'") from None
+            raise UserError("finding faces needs onnxruntime: pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # several pictures are searched side by side
         options.log_severity_level = 3  # errors alone

@@ -190,4 +190,4 @@ def check_packages(names: Sequence[str] = ("onnx", "onnxscript", "onnxruntime"))
         try:
             __import__(name)
         except ModuleNotFoundError:
-            raise UserError(f"{name} is not installed: pip install 'landmarks-fastai[export]'") from None
+            raise UserError(f"{name} is not installed: pip install onnx onnxruntime onnxscript") from None

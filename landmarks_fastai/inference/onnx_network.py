@@ -135,7 +135,7 @@ def _session(path: Path, threads: int) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError:
-        raise UserError(f"{path} needs onnxruntime: pip install 'landmarks-fastai[runtime]'") from None
+        raise UserError(f"{path} needs onnxruntime: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised too

@@ -96,36 +96,48 @@ def _as_rgb(source: Any) -> Image.Image:
 
 
 def find_pictures(paths: Iterable[str]) -> Iterator[Path]:
-    """Yield the files that paths mean: files, folders with all below them, patterns, and `-` for a list on stdin.
+    """Return the files that paths mean: files, folders with all below them, patterns, and `-` for a list on stdin.
 
     In folders and patterns, files whose suffix is neither that of a picture nor of a video are left out; a file named
-    by itself never is. Raises `UserError` for a path that does not exist, and for a folder or pattern without pictures.
+    by itself never is. Raises `UserError`, before the first is predicted, for a path that does not exist, and for a folder
+    or pattern without pictures; a line of stdin that does not exist is yielded as it is.
     """
-    for path in paths:
-        if path == "-":
-            lines = (line.rstrip("\r\n") for line in sys.stdin)
-            first = next((line for line in lines if line), None)
-            if first is None:
-                raise UserError("stdin is empty: - reads a list of paths from it, one a line")
-            yield from find_pictures(line for line in chain([first], lines) if line)
-        elif os.path.isdir(path):
-            yield from _below(path)
-        elif os.path.lexists(path):
-            yield Path(path)
-        elif glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
-            yield from _matched(path, matches)
-        else:
-            raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
+    return chain.from_iterable([_lines_of_stdin() if path == "-" else _files_of(path) for path in paths])
 
 
-def _matched(pattern: str, matches: Sequence[str]) -> Iterator[Path]:
-    "Yield the pictures and videos that a pattern matches, and those below folders that it matches, each once."
+def _files_of(path: str) -> Iterable[Path]:
+    if os.path.isdir(path):
+        if not any(map(_is_media, _files_below(path))):
+            raise UserError(f"{path} holds no picture that Pillow reads, and no video")
+        return _below(path)
+    if os.path.lexists(path):
+        return [Path(path)]
+    if glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
+        return _matched(path, matches)
+    raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
+
+
+def _lines_of_stdin() -> Iterator[Path]:
+    empty = True
+    for line in (line.rstrip("\r\n") for line in sys.stdin):
+        if line:
+            empty = False
+            try:
+                yield from _files_of(line)
+            except UserError:
+                yield Path(line)  # its result is an error; those before it are kept
+    if empty:
+        raise UserError("stdin is empty: - reads a list of paths from it, one a line")
+
+
+def _matched(pattern: str, matches: Sequence[str]) -> list[Path]:
+    "Return the pictures and videos that a pattern matches, and those below folders that it matches, each once."
     below = (file for match in matches if os.path.isdir(match) for file in _files_below(match) if _is_media(file))
     files = (Path(match) for match in matches if not os.path.isdir(match) and _is_media(Path(match)))
     found = dict.fromkeys(chain(files, below))  # `**` matches a folder, its subfolders and their files
     if not found:
         raise UserError(one_line(f"{pattern} matches no picture that Pillow reads, and no video"))
-    yield from sorted(found)
+    return sorted(found)
 
 
 def read_boxes(path: str | Path) -> dict[str, list[Box]]:
@@ -167,7 +179,7 @@ def as_box(edges: Sequence[float]) -> Box:
 def _below(folder: str) -> Iterator[Path]:
     """Yield the pictures and videos of a folder and its subfolders, sorted; hidden ones are left out.
 
-    Prints how many other files there are. Raises `UserError` for a folder that has no pictures or cannot be read.
+    Prints how many other files there are. Raises `UserError` for a folder that cannot be read.
     """
     found, others = 0, 0
     for path in _files_below(folder):
@@ -176,8 +188,6 @@ def _below(folder: str) -> Iterator[Path]:
             yield path
         else:
             others += 1
-    if not found:
-        raise UserError(f"{folder} holds no picture that Pillow reads, and no video")
     if others:
         files = f"{others} of its {found + others} files are left out"
         print(f"note: {folder}: {files}: their names are not those of pictures or videos", file=sys.stderr, flush=True)

@@ -274,7 +274,9 @@ def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Mac
     if str(name).lower().endswith(".onnx"):
         from landmarks_fastai.inference.onnx_network import OnnxNetwork
 
-        return OnnxNetwork(name)
+        path = Path(name)
+        of_run = Path(out, path.stem.removesuffix("_int8"), path.name)  # where the export writes it
+        return OnnxNetwork(of_run if of_run.exists() and not path.exists() else path)
     try:
         from landmarks_fastai.inference.torch_network import TorchNetwork
         from landmarks_fastai.runs.checkpoint import find_checkpoint
@@ -282,7 +284,7 @@ def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Mac
         if (e.name or "").startswith("landmarks_fastai"):
             raise
         raise UserError(
-            f"{name}: a checkpoint needs {e.name}: pip install 'landmarks-fastai[train]', or export it to ONNX where "
+            f"{name}: a checkpoint needs {e.name}: pip install -r requirements.txt, or export it to ONNX where "
             f"that is installed (python -m landmarks_fastai.export) and give the .onnx file"
         ) from None
     return TorchNetwork(find_checkpoint(str(name), out), machine)

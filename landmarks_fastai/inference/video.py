@@ -145,7 +145,7 @@ def import_av() -> ModuleType:
     try:
         import av
     except ModuleNotFoundError:
-        raise UserError("reading a video needs PyAV: pip install 'landmarks-fastai[video]'") from None
+        raise UserError("reading a video needs PyAV: pip install av") from None
     return av
 
 

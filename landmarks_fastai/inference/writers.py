@@ -109,7 +109,9 @@ def _coco(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Writ
 
 
 def _pts(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
-    "A text file an object, as those of 300-W; spreads are the third number of a line."
+    "A text file an object, as those of 300-W; spreads are the third number of a line. Earlier files are deleted."
+    for earlier in path.rglob("*.pts"):
+        earlier.unlink()
     written = set[Path]()
 
     def write(result: PictureResult) -> None:
@@ -183,12 +185,12 @@ def _list(files: ExitStack, file: IO[str]) -> Callable[[Any], None]:
 
 
 def output_path(folder: Path, source: str, suffix: str) -> Path:
-    """Return the path in `folder` of a file made of a picture: the picture's path below it, without drive, root and `..`.
+    """Return the path in `folder` of a file made of a picture: the picture's path below it, without drive and root.
 
-    Its folder is created.
+    `..` becomes `__`, or `a.jpg` and `../a.jpg` would have one file. Its folder is created.
     """
     path = Path(source or "picture")
-    parts = [part for part in path.parts if part not in (path.anchor, "..")]
+    parts = ["__" if part == ".." else part for part in path.parts if part != path.anchor]
     made = folder.joinpath(*parts[:-1], path.stem + suffix)
     made.parent.mkdir(parents=True, exist_ok=True)
     return made

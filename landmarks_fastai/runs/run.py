@@ -213,6 +213,8 @@ def find_checkpoint_file(name: str, out: str | os.PathLike) -> Path:
     for place in checkpoint_places(name, out):
         if os.path.isfile(place):
             return Path(place)
+    if os.path.isfile(name):
+        raise UserError(f"-pm {name} is no checkpoint: a checkpoint's file name ends in .pth")
     found = [*Path(out).glob("[!.]*/best.pth"), *Path(out).glob("*_best.pth")]
     found.sort(key=os.path.getmtime, reverse=True)
     names = ", ".join(p.parent.name if p.name == "best.pth" else p.name for p in found[:20]) or "none"

@@ -21,6 +21,7 @@ from landmarks_fastai.synthetic.face_template import flip_indices_of_template
 from landmarks_fastai.synthetic.faces import render_face
 from landmarks_fastai.utils.hardware import available_cores
 from landmarks_fastai.utils.parallel import bar
+from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
 
 __all__ = ["render_face", "main", "make_sample", "flip_indices_of_template"]
 
@@ -55,9 +56,13 @@ def _write_sample(folder: Path, recipe: dict[str, int], processes: int, progress
     with ExitStack() as stack:
         run = map
         if processes > 1:  # spawned: forking a process that runs threads (torch, a notebook) can hang
-            pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-            run = functools.partial(stack.enter_context(pool).map, chunksize=8)
-        rows = list(progress(run(render, jobs), len(jobs)))
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=leave_signals_to_parent)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            run = functools.partial(pool.map, chunksize=8)
+        with signals_blocked():  # the workers start here
+            drawn = run(render, jobs)
+        rows = list(progress(drawn, len(jobs)))
     labels, test_points = zip(*rows, strict=True)
     header = "\t".join(["file_name", *(f"Point_M{i}_{axis}" for i in range(recipe["n_points"]) for axis in "XY")])
     _write_lines(folder / "train" / "landmarks.csv", header, *labels[:n_train])

@@ -16,6 +16,7 @@ from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.onnx_network import SEAL_SIZE, OnnxNetwork, sealed
+from landmarks_fastai.inference.predictor import open_network
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from tests.conftest import N_POINTS, QUICK, ROOT, csv_lines, train_run
 
@@ -274,6 +275,22 @@ def test_the_word_location_in_a_path_is_no_external_data(out, tmp_path):
     assert OnnxNetwork(tmp_path / "x.onnx").settings.data == "/data/location/locations"
 
 
+def test_names_of_exports_and_of_other_files(out, run_script, drawn, tmp_path):
+    assert open_network("m.onnx", out).name == "m"  # where the export writes it
+    shutil.copy(out / "m" / "best.pth", tmp_path / "model.pt")
+    code, _, err = run_script(f"predict.py -pm {tmp_path / 'model.pt'} x.jpg")
+    assert code == 1 and "is no checkpoint: a checkpoint's file name ends in .pth" in err
+
+
+def test_export_makes_the_folder_and_refuses_what_it_would_ignore(out, run_script):
+    code, _, err = run_script(f"landmarks_fastai.cli.export m --out {out} -d faces")
+    assert code == 2 and "-d is for --int8" in err
+    code, _, err = run_script(f"landmarks_fastai.cli.export m --out {out} -o {out}/m/m.onnx/b.onnx")
+    assert code == 1 and "its folder cannot be made" in err and err.count("\n") == 1
+    code, _, err = run_script(f"landmarks_fastai.cli.export m --out {out} -o {out}/new/folder/b.onnx")
+    assert (code, err) == (0, "") and (out / "new/folder/b.onnx").exists()
+
+
 def test_missing_files_and_packages_are_one_line(out, tmp_path):
     with pytest.raises(UserError, match="no.onnx not found"):
         OnnxNetwork(tmp_path / "no.onnx")
@@ -286,7 +303,7 @@ def test_missing_files_and_packages_are_one_line(out, tmp_path):
         "except UserError as e: print(e)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("needs onnxruntime: pip install 'landmarks-fastai[runtime]'\n"), done.stderr
+    assert done.stdout.endswith("needs onnxruntime: pip install onnxruntime\n"), done.stderr
 
 
 def test_network_needs_neither_torch_nor_pandas(out):

@@ -248,6 +248,12 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     code, _, err = run_script(predict, "-")
     assert code == 1 and err.startswith("error: stdin is empty")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder}/4.JPG\n{folder}/no.jpg\n{folder}/5.JPG\n"))
+    code, _, err = run_script(predict, "-")  # those before and behind it are kept
+    assert code == 1 and f"{folder}/no.jpg" in err and "not found" in err
+    found = csv_points(trained / "m/predictions.csv")
+    kept = [name.rsplit("/", 1)[-1] for (name, _), points in found.items() if points is not None]
+    assert kept == ["4.JPG", "5.JPG"]
     before = (trained / "m/predictions.csv").read_bytes()
     (tmp_path / "empty").mkdir()
     for path, message in [
@@ -256,11 +262,28 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
         (f"{folder}/d/*", "matches no picture"),
         (tmp_path / "empty", "holds no picture"),
     ]:
-        code, _, err = run_script(predict, folder / "5.JPG", path)
+        code, _, err = run_script(predict, "--overlay", folder / "5.JPG", path)
         assert code == 1 and message in err and err.count("\n") == 1, err
+        assert not (trained / "m/overlay").exists()  # before anything is predicted
     assert (trained / "m/predictions.csv").read_bytes() == before
     code, _, err = run_script(f"{predict} --max-pixels 0.001", folder / "5.JPG")
     assert code == 1 and "--max-pixels allows 0.001 million" in err
+
+
+def test_pictures_of_the_same_name_have_files_of_their_own(trained, files, run_script, monkeypatch, tmp_path):
+    (tmp_path / "below").mkdir()
+    for place in (tmp_path, tmp_path / "below"):
+        shutil.copy(files[0], place / "a.jpg")
+        shutil.copy(files[1], place / "b.jpg")
+    monkeypatch.chdir(tmp_path / "below")
+    for pictures in ("b.jpg", "a.jpg ../a.jpg"):  # those of the first line are replaced
+        for flags in ("--overlay", "--format pts"):
+            assert run_script(f"predict.py --out {trained} -pm m {flags} {pictures}")[0] == 0
+    made = {str(p.relative_to(trained / "m")) for p in (trained / "m").rglob("a.*")}
+    assert made == {"overlay/a.jpg.jpg", "overlay/__/a.jpg.jpg", "predictions/a.pts", "predictions/__/a.pts"}
+    assert not list((trained / "m").rglob("b.pts"))
+    for folder in ("overlay", "predictions"):
+        shutil.rmtree(trained / "m" / folder)
 
 
 def test_flags_that_make_no_sense_together(run_script):
@@ -269,9 +292,10 @@ def test_flags_that_make_no_sense_together(run_script):
         ("--boxes b.csv", "--boxes is for pictures"),
         ("x.jpg --detect --boxes b.csv", "use one"),
         ("x.jpg --format xml", "invalid choice"),
-        ("--format json", "--format is for pictures"),
+        ("--format json", "--format is for pictures: name them, as in: -pm NAME photo.jpg --format json"),
         ("--smooth", "--smooth is for pictures"),
         ("x.jpg --round floor", "--round is for the submission"),
+        ("x.jpg -d faces", "-d is for the submission"),
         ("x.jpg --confidence", "--confidence draws on the copies of --overlay"),
     ]:
         code, _, err = run_script(f"predict.py -pm m {line}")

@@ -203,7 +203,7 @@ def test_what_is_no_video_is_one_line(tmp_path, predictor, kind):
 def test_without_pyav_it_is_one_line(tmp_path, predictor, monkeypatch):
     path = greys(tmp_path / "v.mp4", n=2)
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"pip install 'landmarks-fastai\[video\]'"):
+    with pytest.raises(UserError, match="pip install av"):
         list(predict_video(predictor, path))
 
 

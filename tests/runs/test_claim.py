@@ -29,6 +29,9 @@ def test_name_of_a_stopped_run_is_refused_without_resume_or_overwrite(run_script
     assert (RUNS / "r/state.safetensors").read_bytes() == state
     check_refused(run_script("train.py --resume"), "--resume needs -n NAME", "stopped runs in runs: r")
     check_refused(run_script("train.py --resume -n typo"), "-n typo: no such run in runs", "stopped runs there: r")
+    check_refused(
+        run_script("train.py --resume -n r --out other"), "-n r: no such run in other", "to start it, give -d too"
+    )
     check_refused(run_script("train.py --resume -n ../runs/r"), "is no plain file name")
     check_refused(run_script("train.py --resume -n r -e 5"), "-e 5", "was started with (-e was 3)", "run without -e")
     check_refused(run_script("train.py --resume -n r --arch resnext50_32x4d"), f"--arch was {ARCH}")  # the default

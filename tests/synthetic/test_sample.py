@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -287,3 +290,19 @@ def test_brow_and_mouth_landmarks_lie_on_image_edges():
             mouths.append([bright(redness, p[CORNER + k] + d * out * (1 - 2 * k)) for d in steps])
     assert abs(steepest(brows)) <= 1
     assert abs(steepest(mouths)) <= 1.5
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="signals are sent as Linux does")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_process_group_stops_the_drawing(tmp_path, number, code):
+    "Of a terminal or a scheduler: the workers get it too."
+    command = [sys.executable, "-m", "landmarks_fastai.synthetic", "faces", "--train", "100000", "--points", "68"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    while len(list(tmp_path.rglob("*.jpg"))) < 20 and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (code, "stopped\n") and not list(tmp_path.iterdir())
