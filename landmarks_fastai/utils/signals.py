@@ -100,7 +100,11 @@ def signal_flag() -> Iterator[SignalFlag]:
     flag = SignalFlag()
     flag.number = stop_on_signal.number
     with _handled_by(flag):
-        yield flag
+        try:
+            yield flag
+        finally:
+            if flag.number:
+                stop_on_signal.at = time.monotonic()
 
 
 @contextmanager
@@ -113,9 +117,9 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     try:
         yield
     finally:
-        for number, handler in old.items():
+        for number, before in old.items():
             with suppress(TypeError):  # None: a handler that was not set from Python
-                signal.signal(number, handler)
+                signal.signal(number, before)
 
 
 def ignore_signals() -> None:

@@ -116,18 +116,21 @@ from landmarks_fastai.cli import app
 from landmarks_fastai.runs.run import Record
 from landmarks_fastai.runs.claim import claimed_run
 def main():
+    from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
     with claimed_run("runs", "r", "", Record("train.py")):
         try:
-            signal.raise_signal(signal.SIGTERM)
+            with {context}:
+                signal.raise_signal(signal.SIGTERM)
         finally:
             signal.raise_signal(signal.SIGTERM)
 app.run_main(main)
 """
 
 
-def test_the_second_of_two_signals_at_once_does_not_take_away_the_line(tmp_path):
-    "Of a scheduler that signals all processes of a job, torchrun among them, which passes it on."
-    process = python(TWICE, cwd=tmp_path)
+@pytest.mark.parametrize("context", ["open('x', 'w')", "SaveResumeState(None, dict(), None).stopping_on_signals()"])
+def test_the_second_of_two_signals_at_once_does_not_take_away_the_line(tmp_path, context):
+    "Of a scheduler that signals all processes of a job, torchrun among them, which passes it on; before a fit, and in it."
+    process = python(TWICE.format(context=context), cwd=tmp_path)
     _, err = process.communicate()
     assert (process.returncode, err) == (
         143, "stopped: nothing was saved yet; resume with: python train.py --resume -n r\n",

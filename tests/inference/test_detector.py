@@ -79,5 +79,5 @@ def test_pictures_without_a_face_have_none(detector, size):
 
 def test_without_onnxruntime_it_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"pip install 'landmarks-fastai\[runtime\]'"):
+    with pytest.raises(UserError, match="pip install onnxruntime"):
         FaceDetector()
