@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ def run_script(tmp_path, monkeypatch, capfd):
 
         from landmarks_fastai.cli import app
 
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         words = shlex.split(line) + [str(m) for m in more]
         monkeypatch.setattr(sys, "argv", words)
         code = 0
@@ -58,6 +60,9 @@ def run_script(tmp_path, monkeypatch, capfd):
             app.run_main(importlib.import_module(words[0].removesuffix(".py")).main)
         except SystemExit as e:
             code = e.code
+        finally:
+            for number, handler in handlers.items():  # a script that was stopped ignores signals while it ends
+                signal.signal(number, handler)
         out, err = capfd.readouterr()
         return code, out, err
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from landmarks_fastai.cli import app, arguments, resolve
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.distributed import is_first, on_first, this_process
+from landmarks_fastai.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
     from landmarks_fastai.geometry import Box
@@ -150,6 +151,7 @@ def results_of(
     for videos, paths in groupby(found, is_video):
         if not videos:
             for result in predictor.stream(paths, boxes if of_files else None):
+                stop_on_signal.check()
                 if args.overlay and result.objects:
                     write_overlay(result, run.folder / "overlay", args.draw_confidence)
                 yield result

@@ -276,7 +276,8 @@ def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Mac
 
         path = Path(name)
         of_run = Path(out, path.stem.removesuffix("_int8"), path.name)  # where the export writes it
-        return OnnxNetwork(of_run if of_run.exists() and not path.exists() else path)
+        is_name = path.name == str(name) and not path.exists()
+        return OnnxNetwork(of_run if is_name and of_run.exists() else path)
     try:
         from landmarks_fastai.inference.torch_network import TorchNetwork
         from landmarks_fastai.runs.checkpoint import find_checkpoint

@@ -118,8 +118,9 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
         yield
     finally:
         for number, before in old.items():
-            with suppress(TypeError):  # None: a handler that was not set from Python
-                signal.signal(number, before)
+            if signal.getsignal(number) is handler:  # not after `ignore_signals`
+                with suppress(TypeError):  # None: a handler that was not set from Python
+                    signal.signal(number, before)
 
 
 def ignore_signals() -> None:

@@ -111,7 +111,7 @@ app.run_main(main)
 
 
 TWICE = """
-import signal
+import atexit, signal
 from landmarks_fastai.cli import app
 from landmarks_fastai.runs.run import Record
 from landmarks_fastai.runs.claim import claimed_run
@@ -123,6 +123,7 @@ def main():
                 signal.raise_signal(signal.SIGTERM)
         finally:
             signal.raise_signal(signal.SIGTERM)
+atexit.register(signal.raise_signal, signal.SIGTERM)
 app.run_main(main)
 """
 

@@ -277,6 +277,8 @@ def test_the_word_location_in_a_path_is_no_external_data(out, tmp_path):
 
 def test_names_of_exports_and_of_other_files(out, run_script, drawn, tmp_path):
     assert open_network("m.onnx", out).name == "m"  # where the export writes it
+    with pytest.raises(UserError, match="elsewhere/m.onnx not found"):
+        open_network("elsewhere/m.onnx", out)
     shutil.copy(out / "m" / "best.pth", tmp_path / "model.pt")
     code, _, err = run_script(f"predict.py -pm {tmp_path / 'model.pt'} x.jpg")
     assert code == 1 and "is no checkpoint: a checkpoint's file name ends in .pth" in err

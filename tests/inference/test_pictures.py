@@ -255,6 +255,7 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
     kept = [name.rsplit("/", 1)[-1] for (name, _), points in found.items() if points is not None]
     assert kept == ["4.JPG", "5.JPG"]
     before = (trained / "m/predictions.csv").read_bytes()
+    shutil.rmtree(trained / "m/overlay", ignore_errors=True)  # of other tests
     (tmp_path / "empty").mkdir()
     for path, message in [
         (tmp_path / "no.jpg", "not found"),
@@ -271,6 +272,8 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
 
 
 def test_pictures_of_the_same_name_have_files_of_their_own(trained, files, run_script, monkeypatch, tmp_path):
+    for folder in ("overlay", "predictions"):  # of other tests
+        shutil.rmtree(trained / "m" / folder, ignore_errors=True)
     (tmp_path / "below").mkdir()
     for place in (tmp_path, tmp_path / "below"):
         shutil.copy(files[0], place / "a.jpg")
@@ -282,8 +285,6 @@ def test_pictures_of_the_same_name_have_files_of_their_own(trained, files, run_s
     made = {str(p.relative_to(trained / "m")) for p in (trained / "m").rglob("a.*")}
     assert made == {"overlay/a.jpg.jpg", "overlay/__/a.jpg.jpg", "predictions/a.pts", "predictions/__/a.pts"}
     assert not list((trained / "m").rglob("b.pts"))
-    for folder in ("overlay", "predictions"):
-        shutil.rmtree(trained / "m" / folder)
 
 
 def test_flags_that_make_no_sense_together(run_script):

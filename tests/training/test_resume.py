@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from safetensors import safe_open
 
 from landmarks_fastai import plots
-from landmarks_fastai.inference.torch_network import TorchNetwork
+from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.callbacks import EvaluateModel
@@ -298,20 +298,19 @@ def lose_signal(number):
 def test_signal_whose_exception_a_library_drops_stops_the_stage_at_its_first_batch(
     run_script, drawn, monkeypatch, number, code
 ):
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         patch.setattr(plots, "plot_batch", lambda *args: lose_signal(number))
         stopped, _, err = run_script(f"train.py {QUICK} -e 3 -n r -d", drawn)
     assert stopped == code and "the state is saved" in err and err.endswith(STOPPED.format("train.py", "r"))
-    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]  # for a notebook
     assert "epoch 0, batch 1" in run_script("train.py --resume -n r")[1]
 
 
-def test_signal_whose_exception_is_dropped_stops_a_prediction(run_script, finished_run, drawn, monkeypatch):
-    predict = TorchNetwork.__call__
-    monkeypatch.setattr(TorchNetwork, "__call__", lambda *args: (lose_signal(signal.SIGINT), predict(*args))[1])
+@pytest.mark.parametrize("of", ["-d {}", "{}/test/images"], ids=["submission", "pictures"])
+def test_signal_whose_exception_is_dropped_stops_a_prediction(run_script, finished_run, drawn, monkeypatch, of):
+    chunks = Predictor._chunks  # runs in the main thread
+    monkeypatch.setattr(Predictor, "_chunks", lambda *args: (lose_signal(signal.SIGINT), chunks(*args))[1])
     finished_run("c")
-    code, out, err = run_script("predict.py -pm c -d", drawn)
+    code, out, err = run_script(f"predict.py -pm c {of.format(drawn)}")
     assert code == 130 and err == "stopped\n"
 
 
@@ -352,7 +351,7 @@ def test_signal_in_the_second_pass_of_a_validation_stops_it_at_its_next_batch(ru
     check_equal(RUNS, "uninterrupted", "parts")
 
 
-@pytest.mark.parametrize("flags", ["--patience 1 -e 9 --freeze -lr 1e-12", "--minutes 0.2"])
+@pytest.mark.parametrize("flags", ["--patience 1 -e 99 --freeze -lr 1e-12", "--minutes 0.2"])
 def test_stage_that_ended_early_trains_no_more_after_a_stop_behind_it(run_script, drawn, monkeypatch, flags):
     from landmarks_fastai.training import stage
 
@@ -364,6 +363,7 @@ def test_stage_that_ended_early_trains_no_more_after_a_stop_behind_it(run_script
         code, _, err = run_script(f"train.py {QUICK} {flags} -n r -d", drawn)
     assert code == 130 and "the state is saved" in err
     before = history(RUNS, "r")
+    assert len(before) < 99
     with every_learner_has(CtrlCInTraining()):
         code, out, err = run_script("train.py --resume -n r")
     assert (code, err) == (0, "") and "run r: score" in out and history(RUNS, "r").equals(before)
