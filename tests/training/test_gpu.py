@@ -123,7 +123,7 @@ def test_a_step_runs_on_the_device_and_waits_for_it_once(drawn, fused_on_meta):
     assert all(p.is_meta for p in learn.model.parameters())
     assert all(p.is_meta for group in learn.opt.opt.param_groups for p in group["params"])
     assert listed.training_batches == [["__bool__", "__bool__", "cpu"]] * len(learn.dls.train)
-    assert listed.validation_batches == [["__bool__", "__bool__", "cpu"]] * len(learn.dls.valid)
+    assert listed.validation_batches == [["cpu"]] * len(learn.dls.valid)
 
 
 def test_predicted_points_are_copied_from_the_device(drawn):
