@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 from fastai.callback.core import Callback
@@ -109,8 +110,8 @@ def fit_stage(
     else:
         saving_state = _saving_state(learn, run, history, previous_scores, started, state)
         with within_memory(learn), saving_state as state_cbs:
-            for evaluation in evaluations if state_cbs else ():
-                evaluation.after_crops = state_cbs[0].stop_validation
+            for evaluation, save_state in product(evaluations, state_cbs):
+                evaluation.after_crops = save_state.stop_validation
             _fit(learn, [*cbs, *state_cbs], started, state)
     learn.remove_cbs([callbacks.Average, callbacks.EvaluateModel])
     learn.metrics = metrics

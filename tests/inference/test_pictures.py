@@ -252,8 +252,8 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
     code, _, err = run_script(predict, "-")  # those before and behind it are kept
     assert code == 1 and f"{folder}/no.jpg" in err and "not found" in err
     found = csv_points(trained / "m/predictions.csv")
-    kept = [name.rsplit("/", 1)[-1] for (name, _), points in found.items() if points is not None]
-    assert kept == ["4.JPG", "5.JPG"]
+    predicted = [name.rsplit("/", 1)[-1] for (name, _), points in found.items() if points is not None]
+    assert predicted == ["4.JPG", "5.JPG"]
     before = (trained / "m/predictions.csv").read_bytes()
     shutil.rmtree(trained / "m/overlay", ignore_errors=True)  # of other tests
     (tmp_path / "empty").mkdir()

@@ -314,7 +314,7 @@ def test_signal_whose_exception_is_dropped_stops_a_prediction(run_script, finish
     assert code == 130 and err == "stopped\n"
 
 
-def test_signal_within_a_weak_reference_s_callback_prints_no_traceback(tmp_path):
+def test_signal_in_a_weakref_callback_prints_no_traceback(tmp_path):
     script = """
 import signal, weakref
 from landmarks_fastai.cli.app import run_main
