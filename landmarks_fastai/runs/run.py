@@ -23,14 +23,13 @@ FORMAT = 2  # of run.json; format 1 had the words of the command line
 MAX_NAME = 200  # bytes of a run's name: with suffixes it must fit into a file system's 255
 SAVED = ("best.pth", "state.safetensors")  # a run without either has saved nothing
 LISTING = "bad.csv"
-PARTS = "predicted_parts"  # the folder of a prediction that torchrun started, until its end
 # Format -> the file of a prediction's points; a folder for pts.
 PREDICTIONS = {
     "csv": "predictions.csv", "json": "predictions.json", "coco": "predictions.coco.json", "pts": "predictions",
     "npy": "predictions.npy",
 }  # fmt: skip
 # The folder of a run has one of them at least.
-RUN_FILES = {*SAVED, LISTING, PARTS, *PREDICTIONS.values(), "run.json", "submit.csv"}
+RUN_FILES = {*SAVED, LISTING, *PREDICTIONS.values(), "run.json", "submit.csv"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def typed_as(script: str) -> str:
     In a process of torchrun, the same with its numbers of machines and processes.
     """
     process = this_process()
-    if process.store:
+    if process.store and script != "predict.py":  # which runs in one process
         machines = f" --nnodes {process.machines} …" if process.machines > 1 else ""
         return f"torchrun{machines} --nproc-per-node {process.local_count} {script}"
     installed = Path(sys.argv[0]).stem.startswith("landmarks-")
