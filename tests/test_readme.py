@@ -42,7 +42,7 @@ def commands(text) -> list[str]:
 def helps(capsys):
     "What --help of all commands says."
     from landmarks_fastai import competition
-    from landmarks_fastai.cli import export, selftest
+    from landmarks_fastai.cli import export
     from landmarks_fastai.synthetic import sample
 
     for parse in (
@@ -52,7 +52,6 @@ def helps(capsys):
         sample.main,
         competition.main,
         export.export_parser().parse_args,
-        selftest.selftest_parser().parse_args,
     ):
         with pytest.raises(SystemExit):
             parse(["--help"])
