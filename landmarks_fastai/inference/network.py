@@ -24,11 +24,6 @@ class Network(Protocol):
     name: str  # of the run that trained it
     settings: Settings
 
-    @property
-    def digest(self) -> str:
-        "SHA-256 of the weights, and of what else the points depend on."
-        ...
-
     def __call__(self, pixels: np.ndarray, flip_test: bool = False) -> UnitPoints:
         "Predict the points of inputs, uint8 (batch, size, size, 3) RGB. The flip test needs `settings.flip_indices`."
         ...

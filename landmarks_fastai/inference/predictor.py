@@ -87,10 +87,6 @@ class Predictor:
         self.batch_size, self.flip_test, self.detector = batch_size, flip_test, detector
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: 1 or more expected")
-        if flip_test is False and (inside := [n.name for n in self.networks if getattr(n, "flip_test_inside", False)]):
-            raise UserError(
-                f"{inside[0]} was exported with the flip test inside: export it without --tta to switch it off"
-            )
         self.unaligned = 0  # objects whose first pass made no plausible shape
         counts = {network.settings.n_points: network.name for network in self.networks}
         if len(counts) > 1:
@@ -275,7 +271,7 @@ def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Mac
         from landmarks_fastai.inference.onnx_network import OnnxNetwork
 
         path = Path(name)
-        of_run = Path(out, path.stem.removesuffix("_int8"), path.name)  # where the export writes it
+        of_run = Path(out, path.stem, path.name)  # where the export writes it
         is_name = path.name == str(name) and not path.exists()
         return OnnxNetwork(of_run if is_name and of_run.exists() else path)
     try:

@@ -1,6 +1,5 @@
 "A checkpoint as a `Network`: PyTorch on the CPU or a GPU."
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,17 +29,6 @@ class TorchNetwork:
             self.model.compile()
         stats = self.settings.mean, self.settings.std
         self.mean, self.std = (torch.tensor(v, device=machine.device).view(1, 3, 1, 1) for v in stats)
-
-    @property
-    def digest(self) -> str:  # computed when it is read: one process needs none
-        machine = self.machine
-        of = self.settings.to_dict(), machine.device, machine.precision, machine.tf32
-        digest = hashlib.sha256(repr(of).encode())
-        for name, value in self.model.state_dict().items():  # of which one is the settings
-            if isinstance(value, torch.Tensor):
-                digest.update(name.encode())
-                digest.update(value.cpu().numpy().tobytes())
-        return digest.hexdigest()
 
     def __call__(self, pixels: np.ndarray, flip_test: bool = False) -> UnitPoints:
         try:
