@@ -169,3 +169,13 @@ def test_image_diag_needs_sizes():
             metric("image_diag")
     with pytest.raises(UserError, match="normaliser is 'box': box_diag, image_diag or two point indices expected"):
         nme(PRED, TRUTH, "box")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_metrics_are_float64_on_the_device_and_on_the_cpu_for_mps(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        unit, maps = torch.empty(2, 5, 2, device=device), torch.empty(2, 6, device=device)
+        points = points_in_image(unit.bfloat16(), maps, 32)
+    assert points.dtype == torch.float64 and points.device.type == ("cpu" if device == "mps" else device)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from landmarks_fastai.cli import arguments, flags, resolve
+from landmarks_fastai.cli import arguments
 from tests.conftest import N_POINTS, ROOT
 
 PACKAGE = ROOT / "landmarks_fastai"
@@ -42,7 +42,7 @@ def commands(text) -> list[str]:
 def helps(capsys):
     "What --help of all commands says."
     from landmarks_fastai import competition
-    from landmarks_fastai.cli import export, selftest
+    from landmarks_fastai.cli import export
     from landmarks_fastai.synthetic import sample
 
     for parse in (
@@ -52,7 +52,6 @@ def helps(capsys):
         sample.main,
         competition.main,
         export.export_parser().parse_args,
-        selftest.selftest_parser().parse_args,
     ):
         with pytest.raises(SystemExit):
             parse(["--help"])
@@ -71,26 +70,6 @@ def test_the_pages_name_most_flags():
 def test_every_flag_that_is_named_exists(page, helps):
     for flag in flags_named(PAGES[page]):
         assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps), f"{flag} is in {page}, in no --help"
-
-
-def test_the_page_of_flags_is_up_to_date_and_complete(helps):
-    "Every flag with its default: the page is made from the parsers."
-    page = DOCS["docs/flags.md"]
-    assert page == flags.flags_page(), "run: python -m landmarks_fastai.cli.flags > docs/flags.md"
-    for parser in PARSERS.values():
-        for action in parser()._actions:
-            if action.help != "==SUPPRESS==" and action.dest != "help":
-                assert set(action.option_strings) <= flags_named(page)
-
-
-def test_the_groups_of_defaults_parse():
-    "`--recipe baseline`, and the drawn faces' defaults: as flags they give the same settings."
-    recipe, drawn = re.findall(r"`(--init-head .*?|--arch .*?)`", flags._footnotes())
-    as_flags = arguments.train_arguments(shlex.split(recipe) + ["-d", ""])
-    named = arguments.train_arguments(["--recipe", "baseline", "-d", ""])
-    assert resolve.first_settings(as_flags, False) == resolve.first_settings(named, False)
-    as_flags = arguments.train_arguments(shlex.split(drawn) + ["-d", ""])
-    assert resolve.first_settings(as_flags, False) == resolve.first_settings(arguments.train_arguments([]), True)
 
 
 def test_the_command_lines_of_the_three_stages_parse():

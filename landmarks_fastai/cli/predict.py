@@ -3,36 +3,37 @@
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from landmarks_fastai.cli import app, arguments, resolve
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.utils.distributed import is_first, on_first, this_process
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
     from landmarks_fastai.geometry import Box
-    from landmarks_fastai.inference.pictures import Picture
+    from landmarks_fastai.data.pictures import Picture
     from landmarks_fastai.inference.predictor import PictureResult, Predictor
     from landmarks_fastai.runs.run import Run
 
 
 def main() -> None:
-    args = on_first(arguments.predict_arguments)
+    args = arguments.predict_arguments()
+    if this_process().store:
+        raise UserError("predict.py predicts in one process: run it without torchrun")
 
     from landmarks_fastai.inference.predictor import Predictor, open_network
     from landmarks_fastai.runs.claim import claim_output
 
     machine = resolve.machine(args)
-    if machine.device != "cpu" and is_first():
+    if machine.device != "cpu":
         for name in (name for name in args.pretrained_model if name.lower().endswith(".onnx")):
             print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
-        resolve.check_prediction(args, network.settings)
+        resolve.check_prediction(args, network)
     settings = networks[0].settings
     detector = None
     if args.detect:
@@ -47,7 +48,7 @@ def main() -> None:
         detector=detector,
     )
     name = "+".join(dict.fromkeys(network.name for network in networks))
-    run = on_first(lambda: claim_output(args.out, name))
+    run = claim_output(args.out, name)
     if args.paths:
         predict_pictures(args, predictor, run)
     else:
@@ -71,19 +72,17 @@ def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "R
 def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> None:
     "Predict the pictures and videos of the command line. Exits with 1 at the end if one of them could not be used."
     from landmarks_fastai.data.align import report_unaligned
-    from landmarks_fastai.inference.pictures import is_video
+    from landmarks_fastai.data.pictures import find_pictures, is_video, read_boxes
     from landmarks_fastai.inference.writers import open_writer
 
     settings = predictor.networks[0].settings
     confidence = any(network.settings.confidence for network in predictor.networks)
     if args.draw_confidence and not confidence:
         raise UserError("--confidence: the checkpoint has no spread: train or finetune with --confidence")
-    n_pictures = n_frames = n_objects = n_bad = n_rotated = 0
-    with ExitStack() as files:
-        results = files.enter_context(results_in_order(args, predictor, run))
-        if not is_first():
-            return
-        write, path = files.enter_context(open_writer(args.format, run.folder, settings.n_points, confidence))
+    n_pictures = n_frames = n_objects = n_bad = n_rotated = n_unaligned = 0
+    boxes = read_boxes(args.boxes) if args.boxes else None
+    results = results_of(find_pictures(args.paths), boxes, args, predictor, run)
+    with open_writer(args.format, run.folder, predictor.networks[0].facts.n_points, confidence) as (write, path):
         for result in results:
             write(result)
             of_video = result.frame is not None
@@ -96,9 +95,10 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
             n_pictures += not of_video and not is_video(Path(result.source))
             n_frames += of_video
             n_objects += len(result.objects)
+            n_unaligned += result.unaligned
             n_bad += bool(result.error)
             n_rotated += result.rotated
-    report_unaligned(predictor.unaligned, n_objects)
+    report_unaligned(n_unaligned, n_objects)
     counts = f"{n_pictures} pictures" + (f", {n_frames} frames of videos" if n_frames else "")
     counts += f", {n_objects} objects" if args.detect or args.boxes else ""
     print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / 'overlay'}" if args.overlay else ""))
@@ -106,27 +106,6 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
         print(f"the EXIF rotation of {n_rotated} pictures was applied: their points are of the picture as it is shown")
     if n_bad:
         raise UserError(f"{n_bad} of the files could not be used, or not to their end: see above")
-
-
-def results_in_order(
-    args: argparse.Namespace, predictor: "Predictor", run: "Run"
-) -> "AbstractContextManager[Iterator[PictureResult]]":
-    "The results of all pictures and frames; in the processes of torchrun but the first, which has them all, none."
-    from landmarks_fastai.inference.pictures import find_pictures, read_boxes
-    from landmarks_fastai.inference.shards import joined_parts
-
-    boxes = read_boxes(args.boxes) if args.boxes else None
-    if not this_process().store:  # not `joined_parts`: a list on stdin may still grow while its pictures are predicted
-        return nullcontext(results_of(find_pictures(args.paths), boxes, args, predictor, run))
-    paths = on_first(lambda: [str(path) for path in find_pictures(args.paths)])
-    options = {name: getattr(args, name) for name in ("detect", "smooth", "overlay", "draw_confidence")}
-    return joined_parts(
-        predictor,
-        run,
-        paths,
-        lambda rows: results_of((Path(paths[row]) for row in rows), boxes, args, predictor, run),
-        options | {"boxes": boxes},
-    )
 
 
 def results_of(
@@ -140,7 +119,7 @@ def results_of(
 
     A video that is damaged gives a result with an error at its end.
     """
-    from landmarks_fastai.inference.pictures import Picture, is_video
+    from landmarks_fastai.data.pictures import Picture, is_video
     from landmarks_fastai.inference.predictor import PictureResult
     from landmarks_fastai.inference.writers import output_path
 

@@ -18,11 +18,9 @@ from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.checks import check_images
 from landmarks_fastai.data.labels import data_folder
 from landmarks_fastai.errors import BadData, UserError
-from landmarks_fastai.inference.pictures import Picture
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
-from landmarks_fastai.inference.shards import joined_parts
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.distributed import is_first, on_first
 from landmarks_fastai.utils.files import atomic_write, check_folder
 
 
@@ -35,26 +33,17 @@ def predict_test(
 ) -> int:
     """Predict the test images, and write the submission and all points; returns the number of images.
 
-    In a process of torchrun: predict a share of them; the first process writes. points.npy is float32 (images, n_points, 2),
-    pixels of the images as stored; points.json lists the file names in the same order. All three files are written
-    completely or not at all. Raises `UserError` without test_points.csv, and `BadData` with every bad image.
+    points.npy is float32 (images, n_points, 2), pixels of the images as stored; points.json lists the file names in the
+    same order. All three files are written completely or not at all. Raises `UserError` without test_points.csv, and
+    `BadData` with every bad image.
     """
     images = data_folder(data) / "test" / "images"
-    n_points = predictor.networks[0].settings.n_points
-    test_points = on_first(lambda: checked_test_points(images, n_points))
+    n_points = predictor.networks[0].facts.n_points
+    test_points = checked_test_points(images, n_points)
     check_folder(images, f"{test_points.csv} names images in it")
-
-    def predict(rows: Iterable[int]) -> Iterator[PictureResult]:
-        for result in predictor.stream(_pictures(test_points, images, rows)):
-            if result.error:  # the image has changed since it was checked
-                raise UserError(result.error)
-            yield result
-
-    paths = [str(images / name) for name in test_points.names]
-    with joined_parts(predictor, run, paths, predict, {"submission": True}, progress) as results:
-        if is_first():
-            write_submission(results, test_points, n_points, run, rounding)
-    report_unaligned(predictor.unaligned, len(test_points))
+    results = predictor.stream(_pictures(test_points, images))
+    unaligned = write_submission(progress(results, len(test_points)), test_points, n_points, run, rounding)
+    report_unaligned(unaligned, len(test_points))
     return len(test_points)
 
 
@@ -71,10 +60,9 @@ def checked_test_points(images: Path, n_points: int) -> TestPoints:
     return test_points
 
 
-def _pictures(test_points: TestPoints, images: Path, rows: Iterable[int]) -> Iterator[Picture]:
-    for row in rows:
-        where = f"{test_points.csv} line {test_points.line(row)}: "
-        yield Picture(images / test_points.name(row), exif=False, where=where)
+def _pictures(test_points: TestPoints, images: Path) -> Iterator[Picture]:
+    for row, name in enumerate(test_points.names):
+        yield Picture(images / name, exif=False, where=f"{test_points.csv} line {test_points.line(row)}: ")
 
 
 def write_submission(
@@ -83,8 +71,12 @@ def write_submission(
     n_points: int,  # of an image
     run: Run,
     rounding: str,
-) -> None:
-    "Write submit.csv, points.npy and points.json, completely or not at all."
+) -> int:
+    """Write submit.csv, points.npy and points.json, completely or not at all; returns how many images had no aligned crop.
+
+    Raises `UserError` for a result with an error.
+    """
+    unaligned = 0
     with (
         atomic_write(run.file("points.json")) as names,
         atomic_write(run.file("points.npy"), "wb") as points,
@@ -95,7 +87,11 @@ def write_submission(
         np.lib.format.write_array_header_1_0(points, head)
         submission.write(submission_header(test_points.indices.shape[1]))
         for row, result in enumerate(results):
-            each = np.ascontiguousarray(result.objects[0].points)
-            points.write(each.data)
+            if result.error:  # the image has changed since it was checked
+                raise UserError(result.error)
+            unaligned += result.unaligned
+            predicted = np.ascontiguousarray(result.objects[0].points)
+            points.write(predicted.data)
             name, indices = test_points.names[row], test_points.indices[row]
-            submission.write(submission_line(name, round_points(each[indices], rounding)))
+            submission.write(submission_line(name, round_points(predicted[indices], rounding)))
+    return unaligned

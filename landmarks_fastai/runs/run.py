@@ -23,14 +23,13 @@ FORMAT = 2  # of run.json; format 1 had the words of the command line
 MAX_NAME = 200  # bytes of a run's name: with suffixes it must fit into a file system's 255
 SAVED = ("best.pth", "state.safetensors")  # a run without either has saved nothing
 LISTING = "bad.csv"
-PARTS = "predicted_parts"  # the folder of a prediction that torchrun started, until its end
 # Format -> the file of a prediction's points; a folder for pts.
 PREDICTIONS = {
     "csv": "predictions.csv", "json": "predictions.json", "coco": "predictions.coco.json", "pts": "predictions",
     "npy": "predictions.npy",
 }  # fmt: skip
 # The folder of a run has one of them at least.
-RUN_FILES = {*SAVED, LISTING, PARTS, *PREDICTIONS.values(), "run.json", "submit.csv"}
+RUN_FILES = {*SAVED, LISTING, *PREDICTIONS.values(), "run.json", "submit.csv"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Record:
     args: dict = field(default_factory=dict)  # parsed flags, paths made absolute
     digest: str = ""  # SHA-256 of the checkpoint that a later stage starts from
     settings: dict | None = None  # `Settings.to_dict()`; None until the Learner is made
+    facts: dict | None = None  # `DataFacts.to_dict()`, likewise
     ended: bool = False
 
     @property
@@ -55,7 +55,7 @@ def typed_as(script: str) -> str:
     In a process of torchrun, the same with its numbers of machines and processes.
     """
     process = this_process()
-    if process.store:
+    if process.store and script != "predict.py":  # which runs in one process
         machines = f" --nnodes {process.machines} …" if process.machines > 1 else ""
         return f"torchrun{machines} --nproc-per-node {process.local_count} {script}"
     installed = Path(sys.argv[0]).stem.startswith("landmarks-")
@@ -164,7 +164,7 @@ def read_record(run: Run) -> Record | None:
         raise UserError(f"{path} cannot be read ({reason(e)}): start over with --overwrite") from None
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not of this version (format {FORMAT} expected): start over with --overwrite")
-    kinds = {"script": str, "args": dict, "digest": str, "settings": (dict, type(None)), "ended": bool}
+    kinds = {"script": str, "args": dict, "digest": str, "settings": (dict, type(None)), "facts": (dict, type(None)), "ended": bool}
     if found.keys() != kinds.keys() or not all(isinstance(found[k], kinds[k]) for k in kinds):
         raise UserError(f"{path} is not the record of a run: start over with --overwrite")
     return Record(**found)

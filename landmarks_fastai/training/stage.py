@@ -126,7 +126,7 @@ def fit_stage(
     started, settings = started or time.monotonic(), learn.settings.replace(**({"lr": lr} if lr else {}))
     if not state:
         if run.record:  # --resume reads the settings
-            write_record(run, replace(run.record, settings=settings.to_dict()))
+            write_record(run, replace(run.record, settings=settings.to_dict(), facts=learn.facts.to_dict()))
         if is_first():
             learn.dls.train.show_batch(max_n=BATCH_SHOWN)
             plots.save_figure(run.file("batch.png"))

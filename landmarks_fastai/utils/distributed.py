@@ -1,4 +1,4 @@
-"""The processes that torchrun starts for one training or prediction: how they agree, and which of them prints and writes.
+"""The processes that torchrun starts for one training: how they agree, and which of them prints and writes.
 
 Without torchrun there is one process, the first, and every function returns at once. Nothing heavy is imported here.
 """
@@ -135,42 +135,6 @@ def in_turn(func: Callable[[], T]) -> T:
             result = func()
         barrier()
     return result
-
-
-def next_number(name: str) -> int:
-    "0, 1, 2, …: each number is returned once, to one of the processes that torchrun started."
-    return _this.store.add(name, 1) - 1
-
-
-class CommonProgress:
-    "How far all processes are with work that each does at its own pace; without waiting, sums are exchanged meanwhile."
-
-    def __init__(self) -> None:
-        self.finished = False  # whether all have finished
-        self._mine = 0
-        self._sums: Any = None
-        self._exchange: Any = None
-
-    def update(self, n: int, finished: bool = False) -> int:
-        """This process has made `n` more steps, and finished or not; return how many more all are known to have made.
-
-        Raises an error that `process_ended` recognises if another has ended.
-        """
-        import torch
-        import torch.distributed as dist
-
-        self._mine += n
-        more = 0
-        if self._exchange:
-            if self.finished or not self._exchange.is_completed():
-                return 0
-            self._exchange.wait()  # raises its error
-            more, n_finished = map(int, self._sums.tolist())
-            self.finished = n_finished == _this.count
-        if not self.finished:
-            self._sums = torch.tensor([self._mine, finished], dtype=torch.int64)
-            self._exchange, self._mine = dist.all_reduce(self._sums, async_op=True), 0
-        return more
 
 
 def announce(event: str) -> None:

@@ -1,6 +1,7 @@
 "predict.py: the submission's form and rounding, every point of every image, and what does not fit."
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -70,7 +71,13 @@ def test_a_broken_image_stops_it_and_what_stood_there_stays(run_script, data, tr
     before = {p.name: p.read_bytes() for p in (trained / "m").iterdir()}
     name = read_test_points(data / "test" / "test_points.csv").names[3]
     image = data / "test" / "images" / name
-    image.write_bytes(image.read_bytes()[:500])
+    assert predict(run_script, trained, "-d", data)[0] == 0  # its images are checked now
+    good, stat = image.read_bytes(), image.stat()
+    image.write_bytes(b"?" * len(good))
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # damaged behind the check
+    code, _, err = predict(run_script, trained, "-b 1 -d", data)
+    assert code == 1 and f"line 5: image {image} cannot be read as an image" in err and err.count("\n") == 1, err
+    image.write_bytes(good[:500])
     for workers in (0, 1):
         code, _, err = run_script(f"predict.py --workers {workers} -b 1 --out {trained} -pm m -d", data)
         assert code == 1 and f"line 5: image {image}" in err and err.count("\n") == 1, err
