@@ -78,8 +78,12 @@ class Settings(_Record):
     `RECIPES["baseline"]` restores the entry's.
     """
 
-    arch: str = _setting("resnext50_32x4d", "network: any torchvision or timm name; timm:NAME where both have it", "network")
-    head: str = _setting("linear", "layers between body and points: linear, or a list like 512,bn,relu,drop0.5", "network")
+    arch: str = _setting(
+        "resnext50_32x4d", "network: any torchvision or timm name; timm:NAME where both have it", "network"
+    )
+    head: str = _setting(
+        "linear", "layers between body and points: linear, or a list like 512,bn,relu,drop0.5", "network"
+    )
     init_head: str = _setting(
         "mean", "initialise the last layer at the mean shape of the training rows, or at random", choices=HEAD_INITS
     )
@@ -162,7 +166,9 @@ class DataFacts(_Record):
     n_points: int = 0  # landmarks of an object
     shape: tuple[float, ...] = ()  # mean shape of the objects, centred, of radius 1: x0, y0, x1, y1, …; empty: none
     align_gain: float = 0.0  # factor by which aligned crops reduce the spread of the points; 0: they are of no use
-    points_box: tuple[float, ...] = ()  # mean box of the points in the input: left, top, right, bottom, unit coordinates
+    points_box: tuple[
+        float, ...
+    ] = ()  # mean box of the points in the input: left, top, right, bottom, unit coordinates
     flip_indices: tuple[int, ...] = ()  # index of the mirrored k-th point, for each k; empty: no flip map
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel of the body's input, in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # standard deviation, likewise

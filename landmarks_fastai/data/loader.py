@@ -90,7 +90,9 @@ class LandmarkDL(TfmdDL):
         super().__init__(dataset, **kwargs)
 
     def new(self, dataset: Any = None, cls: type | None = None, **kwargs: Any) -> "LandmarkDL":
-        return super().new(dataset, cls, **{"settings": self.settings, "facts": self.facts, "epoch": self.epoch} | kwargs)
+        return super().new(
+            dataset, cls, **{"settings": self.settings, "facts": self.facts, "epoch": self.epoch} | kwargs
+        )
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"loader": None}

@@ -100,7 +100,9 @@ class LostImages:
         lost, self.batch = self.batch, []
         self.in_a_row = self.in_a_row + len(lost) if 2 * len(lost) > size else 0
         if self.in_a_row >= UNMOUNTED:
-            raise UserError(f"{lost[0][1]}; {len(lost)} of {size} images of the batch are missing: is the folder still there?")
+            raise UserError(
+                f"{lost[0][1]}; {len(lost)} of {size} images of the batch are missing: is the folder still there?"
+            )
         for item, why in lost:
             if item.row not in self.told:
                 self.told.add(item.row)

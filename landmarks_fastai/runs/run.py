@@ -164,7 +164,14 @@ def read_record(run: Run) -> Record | None:
         raise UserError(f"{path} cannot be read ({reason(e)}): start over with --overwrite") from None
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not of this version (format {FORMAT} expected): start over with --overwrite")
-    kinds = {"script": str, "args": dict, "digest": str, "settings": (dict, type(None)), "facts": (dict, type(None)), "ended": bool}
+    kinds = {
+        "script": str,
+        "args": dict,
+        "digest": str,
+        "settings": (dict, type(None)),
+        "facts": (dict, type(None)),
+        "ended": bool,
+    }
     if found.keys() != kinds.keys() or not all(isinstance(found[k], kinds[k]) for k in kinds):
         raise UserError(f"{path} is not the record of a run: start over with --overwrite")
     return Record(**found)

@@ -47,8 +47,10 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
 def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner for a stopped stage; `SaveResumeState` restores its weights when the fit begins."
     settings, left_out = run.settings, np.array(state.metadata["left_out"], np.int64)
-    source, listing = settings.data, run.listing
-    dls = in_turn(lambda: landmark_dataloaders(source, settings, machine=machine, listing=listing, left_out=left_out))
+    source, listing, facts = settings.data, run.listing, DataFacts.from_dict(run.record and run.record.facts)
+    dls = in_turn(
+        lambda: landmark_dataloaders(source, settings, facts, machine=machine, listing=listing, left_out=left_out)
+    )
     if dls.items.labels.identity != state.metadata["labels"]:
         changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped, or its time has"
         raise UserError(f"{changed}: restore it (cp -p keeps the time), or start over with --overwrite")

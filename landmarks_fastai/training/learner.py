@@ -138,9 +138,7 @@ class LandmarkLearner(ResumableLearner):
         2,175 photographs at 64 px, where `Minimum` suggests 0.005 and the best of a sweep is 0.002.
         """
         funcs = listify(suggest_funcs)
-        found = super().lr_find(
-            start_lr, end_lr, show_plot=False, suggest_funcs=funcs, **kwargs
-        )
+        found = super().lr_find(start_lr, end_lr, show_plot=False, suggest_funcs=funcs, **kwargs)
         # fastai records the rate of the last parameter group, the head's
         self.recorder.lrs = [lr / self.settings.head_lr_mult for lr in self.recorder.lrs]
         found = type(found)(*(lr / self.settings.head_lr_mult for lr in found))

@@ -23,11 +23,11 @@ def within_memory(learn: LandmarkLearner) -> Iterator[None]:
         images = torch.zeros(n, 3, settings.size, settings.size, device=learn.dls.device)
         with machine.autocast():
             pred = learn.model(images.contiguous(memory_format=machine.memory_format))
-            loss = learn.loss_func(pred, torch.zeros(n, settings.n_points, 2, device=learn.dls.device))
+            loss = learn.loss_func(pred, torch.zeros(n, learn.facts.n_points, 2, device=learn.dls.device))
         loss.backward()
         learn.opt.step()
 
-    check_shared_memory(machine, settings.batch_size * (3 * settings.size**2 + 8 * settings.n_points))
+    check_shared_memory(machine, settings.batch_size * (3 * settings.size**2 + 8 * learn.facts.n_points))
     try:
         yield
     except Exception as e:

@@ -223,9 +223,7 @@ def _saving_state(
         del learn.evaluation.between
 
 
-def _fit(
-    learn: LandmarkLearner, settings: Settings, cbs: list[Callback], started: float, state: State | None
-) -> None:
+def _fit(learn: LandmarkLearner, settings: Settings, cbs: list[Callback], started: float, state: State | None) -> None:
     epochs = settings.epochs
     if settings.minutes:
         after = 2.5 if learn.facts.flip_indices and not settings.tta else 0.0
