@@ -13,7 +13,7 @@ from landmarks_fastai.inference.network import MAX_STREAMS, UnitPoints
 from landmarks_fastai.models.networks import PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.utils.hardware import Machine
-from landmarks_fastai.utils.memory import batch_that_fits, out_of_memory
+from landmarks_fastai.utils.memory import out_of_memory
 
 
 class TorchNetwork:
@@ -36,11 +36,7 @@ class TorchNetwork:
         except Exception as e:
             if not out_of_memory(e):
                 raise
-            fits = batch_that_fits(
-                e, lambda n: self._predict(np.zeros_like(pixels[:1]).repeat(n, 0), flip_test), len(pixels)
-            )
-            way = f"-b {fits} fits (tried here)" if fits else "no smaller one fits"
-            raise UserError(f"-b {len(pixels)}: not enough memory for such a batch: {way}") from None
+            raise UserError(f"-b {len(pixels)}: not enough memory for such a batch: try a smaller -b") from None
 
     def _predict(self, pixels: np.ndarray, flip_test: bool) -> UnitPoints:
         batch = torch.from_numpy(pixels)

@@ -8,8 +8,8 @@ from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.settings import ALIGN, INPUT, Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
-from landmarks_fastai.training.memory import within_memory
 from landmarks_fastai.utils.distributed import all_reduce, in_turn
+from landmarks_fastai.utils.memory import within_memory
 
 
 def with_input_of(learn: LandmarkLearner, checkpoint: Checkpoint) -> LandmarkLearner:
