@@ -1,10 +1,9 @@
 """Checkpoints: one .pth with the network's state dict, whose `_extra_state` holds the settings and scores.
 
-`learn.load` reads it, `learn.save` writes one. Checkpoints of earlier versions have a .json beside the .pth instead.
+`learn.load` reads it, `learn.save` writes one.
 """
 
 import io
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from landmarks_fastai.models.weights import read_state_dict
 from landmarks_fastai.runs.run import Run, find_checkpoint_file, run_name
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.distributed import is_first
-from landmarks_fastai.utils.files import atomic_write, reason
+from landmarks_fastai.utils.files import atomic_write
 
-FORMAT = 4  # of the metadata; 3 is a .json beside the .pth; 1 and 2 lack settings and are refused
+FORMAT = 4  # of the metadata
 
 
 @dataclass(frozen=True)
@@ -94,32 +93,21 @@ def read_checkpoint_file(path: str | os.PathLike) -> dict:
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     "Read the metadata of a .pth. Raises `UserError` if it has none, or wrong ones."
     path = Path(path)
-    metadata, source = read_checkpoint_file(path).get(METADATA), path
-    if metadata in (None, {}) and path.with_suffix(".json").is_file():
-        source = path.with_suffix(".json")
-        metadata = _read_json(source)
+    metadata = read_checkpoint_file(path).get(METADATA)
     if not isinstance(metadata, dict) or "settings" not in metadata:
         raise UserError(
             f"{path} is not a checkpoint of this program (it has no settings): use it with train.py --weights"
         )
-    if metadata.get("format") != (FORMAT if source == path else 3):
+    if metadata.get("format") != FORMAT:
         version = f"another version of this program (format {metadata.get('format')})"
-        raise UserError(f"{source} was written by {version}: train again")
-    nme = metadata.get("nme_box_diag", metadata.get("nme"))  # its name in earlier versions
-    numbers = [metadata.get("score"), nme, metadata.get("epoch")]
+        raise UserError(f"{path} was written by {version}: train again")
+    numbers = [metadata.get(name) for name in ("score", "nme_box_diag", "epoch")]
     if not all(n is None or (isinstance(n, (int, float)) and abs(n) < 1e18) for n in numbers):  # False for NaN too
-        raise UserError(f"{source}: score, nme_box_diag and epoch must be finite numbers")
+        raise UserError(f"{path}: score, nme_box_diag and epoch must be finite numbers")
     try:
         return Checkpoint(path, Settings.from_dict(metadata["settings"]), *numbers)
     except UserError as e:
-        raise UserError(f"{source}: {e}") from None
-
-
-def _read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read: {reason(e)}") from None
+        raise UserError(f"{path}: {e}") from None
 
 
 def find_checkpoint(name: str, out: str | os.PathLike) -> Checkpoint:
