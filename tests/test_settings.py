@@ -9,9 +9,7 @@ from landmarks_fastai.settings import RECIPES, DataFacts, Settings
 
 
 def test_settings_survive_json():
-    settings = Settings(
-        arch="alexnet", lr=1e-3, valid_random=True, data="папка с пробелом"
-    )
+    settings = Settings(arch="alexnet", lr=1e-3, valid_random=True, data="папка с пробелом")
     facts = DataFacts(2, (0.0, 0.5, 1.0, -1.0), 3.1, (-1.0, -0.5, 1.0, 0.5), (1, 0), (0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
     for value in (settings, facts):
         assert type(value).from_dict(json.loads(json.dumps(value.to_dict()))) == value
@@ -57,4 +55,3 @@ def test_from_dict_refuses_other_types():
     for record in (None, [], {}, {"arch": "resnet18"}):
         with pytest.raises(UserError, match="setting"):
             Settings.from_dict(record)
-

@@ -17,8 +17,7 @@ def main() -> None:
 
         from landmarks_fastai.runs.checkpoint import read_checkpoint
         from landmarks_fastai.training.builders import later_stage, resumed_stage
-        from landmarks_fastai.training.stage import score_loaded
-        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report
+        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report, score_loaded
         from landmarks_fastai.training.state import read_state
 
         previous = read_checkpoint(args.pretrained_model)

@@ -13,8 +13,8 @@ from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
-    from landmarks_fastai.geometry import Box
     from landmarks_fastai.data.pictures import Picture
+    from landmarks_fastai.geometry import Box
     from landmarks_fastai.inference.predictor import PictureResult, Predictor
     from landmarks_fastai.runs.run import Run
 

@@ -20,6 +20,7 @@ from landmarks_fastai.data.transforms import PointsToUnit
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.fastai_internals import without_device, worker_count
+from landmarks_fastai.utils.hardware import max_pixels, set_max_pixels
 from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
 
 
@@ -33,6 +34,7 @@ class BatchMaker(Dataset):
     def __init__(self, dl: "LandmarkDL"):
         self.dl = without_device(dl)
         self.dl.loader = None
+        self.max_pixels = max_pixels()
 
     def __getitem__(self, rows: list[int]) -> tuple[Any, list[int]]:
         """Return the batch of the rows (None if no image can be read), and the rows that are in it.
@@ -55,12 +57,14 @@ class BatchMaker(Dataset):
 
 
 def start_worker(number: int) -> None:
-    "Set up a worker as fastai does, and leave signals to the main process."
+    "Set up a worker as fastai does, with the limit of the main process on images, and leave signals to that process."
     leave_signals_to_parent()
     info = get_worker_info()
     assert info is not None
     set_seed(info.seed % 2**32)
-    cast(BatchMaker, info.dataset).dl.wif()
+    maker = cast(BatchMaker, info.dataset)
+    set_max_pixels(maker.max_pixels)
+    maker.dl.wif()
 
 
 class LandmarkDL(TfmdDL):

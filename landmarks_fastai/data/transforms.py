@@ -23,8 +23,8 @@ from PIL import Image
 from landmarks_fastai.data.align import Alignment
 from landmarks_fastai.data.checks import append_listing
 from landmarks_fastai.data.image_cache import Inputs
-from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.data.items import LabelledImage
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import IDENTITY, PixelMap, input_to_unit, unit_to_input
 

@@ -17,8 +17,8 @@ from landmarks_fastai.competition import (
 from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.checks import check_images
 from landmarks_fastai.data.labels import data_folder
-from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.data.pictures import Picture
+from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.utils.files import atomic_write, check_folder

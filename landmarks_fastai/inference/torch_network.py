@@ -49,7 +49,7 @@ class TorchNetwork:
         except Exception as e:
             if not out_of_memory(e):
                 raise
-            raise UserError(f"-b {len(pixels)}: not enough memory for such a batch: try a smaller one") from None
+            raise UserError(f"-b {len(pixels)}: not enough memory for such a batch: try a smaller -b") from None
         points, spread = output if isinstance(output, tuple) else (output, None)
         return UnitPoints(_array(points), None if spread is None else _array(spread))
 

@@ -87,7 +87,7 @@ class PointsAndSpread(nn.Module):
 
 
 def _without_extras(module, state_dict, prefix, *args):
-    """Accept a state dict without metadata: of a resumed run, or a checkpoint of an earlier version.
+    """Accept a state dict without metadata, as a resumed run has it.
 
     A network without a spread ignores the file's: a later stage learns its own.
     """

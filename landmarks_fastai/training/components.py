@@ -10,9 +10,9 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import params
 from fastcore.foundation import L
 from torch.optim import SGD, Adam, AdamW
-from fastai.torch_core import params
 
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import callbacks

@@ -29,8 +29,8 @@ from landmarks_fastai.models.networks import LandmarkNetwork, PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint, write_checkpoint
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.learner import LandmarkLearner, normalize
-from landmarks_fastai.training.memory import within_memory
 from landmarks_fastai.utils.files import atomic_write
+from landmarks_fastai.utils.memory import within_memory
 
 WITHIN = 0.68  # share of the errors within one spread
 IMAGES = 4000  # at the most, to fit and to calibrate on; each takes memory for the errors of all its points

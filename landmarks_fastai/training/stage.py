@@ -30,10 +30,10 @@ from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 from landmarks_fastai.training.confidence import REGRESSION, add_confidence, time_needed
 from landmarks_fastai.training.learner import LandmarkLearner
-from landmarks_fastai.training.memory import within_memory
 from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.distributed import barrier, is_first
 from landmarks_fastai.utils.hardware import Machine
+from landmarks_fastai.utils.memory import within_memory
 
 RESULTS_SHOWN = 6  # images in results.png
 BATCH_SHOWN = 8  # images in batch.png

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference import onnx_network
@@ -196,7 +195,10 @@ BAD = {
     "no ONNX": (lambda path: b"hello\n" * 50, NOT_LOADED),
     "empty": (lambda path: b"", NOT_LOADED),
     "cut short": (lambda path: path.read_bytes()[:-1000], NOT_LOADED),
-    "n_points": (lambda path: changed(path, with_changed("facts", n_points=67, flip_indices=[], shape=[])), "67 points"),
+    "n_points": (
+        lambda path: changed(path, with_changed("facts", n_points=67, flip_indices=[], shape=[])),
+        "67 points",
+    ),
     "size": (lambda path: changed(path, with_changed("settings", size=64)), "64 x 64 pixels"),
     "a setting of another kind": (lambda path: changed(path, with_changed("settings", size="big")), "size is 'big'"),
     "an unknown setting": (lambda path: changed(path, with_changed("settings", surprise=1)), "surprise"),

@@ -49,6 +49,7 @@ def rates(scores, callback, opt="adamw"):
     "The rate in the optimiser's own groups after every epoch."
     seen = []
     learn = learner(scores, opt)
+
     class Watch(Callback):
         order = 99
 

@@ -10,8 +10,8 @@ from torch.fx import symbolic_trace
 
 from landmarks_fastai.data.flip import average_flipped
 from landmarks_fastai.data.image_cache import Inputs
-from landmarks_fastai.errors import UserError
 from landmarks_fastai.data.items import labelled_images
+from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.torch_network import TorchNetwork

@@ -98,7 +98,9 @@ def test_flip_test_in_validation_and_prediction(run_script, drawn):
     assert code == 0 and kept.score == pytest.approx(table.score.min(), rel=1e-5)
     items = labelled_images(drawn)[np.arange(32, N_TRAIN)]
     truth = np.stack([item.points for item in items.sample(99)]).astype(float)
-    twice = np.stack([prediction.points for prediction in Predictor(kept.path)([item.path for item in items.sample(99)])])
+    twice = np.stack(
+        [prediction.points for prediction in Predictor(kept.path)([item.path for item in items.sample(99)])]
+    )
     assert ((twice - truth) ** 2).mean() == pytest.approx(kept.score, rel=1e-4)
     # predict.py uses the flip test by default, and a single prediction with --no-tta
     assert run_script("predict.py --workers 0 -pm t")[0] == 0
