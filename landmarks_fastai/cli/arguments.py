@@ -14,13 +14,11 @@ from landmarks_fastai.runs.run import PREDICTIONS, typed_as
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_LR_MULT,
-    INPUT,
-    NETWORK,
     OUT,
     RECIPES,
     ROUNDINGS,
-    SPLIT,
     Settings,
+    names_of,
 )
 from landmarks_fastai.utils.hardware import AMP, Machine
 
@@ -161,7 +159,7 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", type=_recipe, choices=RECIPES, default="best", help=about)
     names = ["data", "on_bad", "valid_pct", "valid_random", "all_rows"]
     _add_name(_add_settings(parser, "data", names, {"data": "drawn faces"}))
-    network = _add_settings(parser, "network", ["arch", "head", "init_head", "targets", "freeze", *INPUT])
+    network = _add_settings(parser, "network", ["arch", "head", "init_head", "freeze", *names_of("input")])
     about = "weights of the body: imagenet, none, or a .safetensors or .pth file (default: imagenet; drawn faces: none)"
     network.add_argument("--weights", metavar="W", help=about)
     _add_settings(parser, "training", TRAINING)
@@ -195,9 +193,9 @@ def finetune_parser() -> argparse.ArgumentParser:
     }
     defaults = {f.name: changed.get(f.name, "the checkpoint's") for f in dataclasses.fields(Settings)}
     training = _add_settings(parser, "training", [*TRAINING, "data", "on_bad", "freeze", "all_rows"], defaults)
-    _add_settings(parser, "augmentation and evaluation", [*INPUT, *IMAGES], defaults)
+    _add_settings(parser, "augmentation and evaluation", [*names_of("input"), *IMAGES], defaults)
     _add_name(training)
-    _add_settings(parser, "must agree with the checkpoint", NETWORK + SPLIT, defaults)
+    _add_settings(parser, "must agree with the checkpoint", names_of("network", "split"), defaults)
     _add_machine(parser)
     return parser
 
@@ -245,7 +243,7 @@ def predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, help=about)
     about = "flip test: average the points of image and mirror image (default: on with flip indices)"
     parser.add_argument("--tta", action=argparse.BooleanOptionalAction, default=None, dest="flip_test", help=about)
-    _add_settings(parser, "must agree with the checkpoint", NETWORK + INPUT, defaults)
+    _add_settings(parser, "must agree with the checkpoint", names_of("network", "input"), defaults)
     _add_machine(parser, amp="off")
     return parser
 

@@ -17,14 +17,13 @@ def main() -> None:
 
         from landmarks_fastai.runs.checkpoint import read_checkpoint
         from landmarks_fastai.training.builders import later_stage, resumed_stage
-        from landmarks_fastai.training.scoring import score_loaded
-        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report
+        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report, score_loaded
         from landmarks_fastai.training.state import read_state
 
         previous = read_checkpoint(args.pretrained_model)
         settings = resolve.next_settings(args, previous.settings)
         machine = resolve.machine(args)
-        state = read_state(run)
+        state, lr = read_state(run), None
         if state:
             print(app.resume_message(state))
             learn = resumed_stage(state, machine, run)
@@ -33,10 +32,10 @@ def main() -> None:
             learn = later_stage(previous, settings, machine, run)
             previous_scores = score_loaded(learn, previous)
             if args.lr == "find":
-                find_lr(learn, run)
+                lr = find_lr(learn, run)
             elif args.lr:
                 note_low_lr(learn, FINETUNE_LR_MULT[settings.sched] * previous.settings.lr)
-        best = fit_stage(learn, run, previous, previous_scores, app.started(state), state)
+        best = fit_stage(learn, run, previous, previous_scores, app.started(state), state, lr)
         print(report(run, best, machine))
 
 

@@ -13,8 +13,8 @@ from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
+    from landmarks_fastai.data.pictures import Picture
     from landmarks_fastai.geometry import Box
-    from landmarks_fastai.inference.pictures import Picture
     from landmarks_fastai.inference.predictor import PictureResult, Predictor
     from landmarks_fastai.runs.run import Run
 
@@ -33,7 +33,7 @@ def main() -> None:
             print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
-        resolve.check_prediction(args, network.settings)
+        resolve.check_prediction(args, network)
     settings = networks[0].settings
     detector = None
     if args.detect:
@@ -72,17 +72,17 @@ def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "R
 def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> None:
     "Predict the pictures and videos of the command line. Exits with 1 at the end if one of them could not be used."
     from landmarks_fastai.data.align import report_unaligned
-    from landmarks_fastai.inference.pictures import find_pictures, is_video, read_boxes
+    from landmarks_fastai.data.pictures import find_pictures, is_video, read_boxes
     from landmarks_fastai.inference.writers import open_writer
 
     settings = predictor.networks[0].settings
     confidence = any(network.settings.confidence for network in predictor.networks)
     if args.draw_confidence and not confidence:
         raise UserError("--confidence: the checkpoint has no spread: train or finetune with --confidence")
-    n_pictures = n_frames = n_objects = n_bad = n_rotated = 0
+    n_pictures = n_frames = n_objects = n_bad = n_rotated = n_unaligned = 0
     boxes = read_boxes(args.boxes) if args.boxes else None
     results = results_of(find_pictures(args.paths), boxes, args, predictor, run)
-    with open_writer(args.format, run.folder, settings.n_points, confidence) as (write, path):
+    with open_writer(args.format, run.folder, predictor.networks[0].facts.n_points, confidence) as (write, path):
         for result in results:
             write(result)
             of_video = result.frame is not None
@@ -95,9 +95,10 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
             n_pictures += not of_video and not is_video(Path(result.source))
             n_frames += of_video
             n_objects += len(result.objects)
+            n_unaligned += result.unaligned
             n_bad += bool(result.error)
             n_rotated += result.rotated
-    report_unaligned(predictor.unaligned, n_objects)
+    report_unaligned(n_unaligned, n_objects)
     counts = f"{n_pictures} pictures" + (f", {n_frames} frames of videos" if n_frames else "")
     counts += f", {n_objects} objects" if args.detect or args.boxes else ""
     print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / 'overlay'}" if args.overlay else ""))
@@ -118,7 +119,7 @@ def results_of(
 
     A video that is damaged gives a result with an error at its end.
     """
-    from landmarks_fastai.inference.pictures import Picture, is_video
+    from landmarks_fastai.data.pictures import Picture, is_video
     from landmarks_fastai.inference.predictor import PictureResult
     from landmarks_fastai.inference.writers import output_path
 

@@ -11,12 +11,10 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import (
     FINETUNE_EPOCHS,
     FINETUNE_LR_MULT,
-    INPUT,
-    NETWORK,
     RECIPES,
-    SPLIT,
     WEIGHT_DECAY,
     Settings,
+    names_of,
 )
 from landmarks_fastai.utils.distributed import is_first
 from landmarks_fastai.utils.hardware import Machine, find_gpu, why_no_gpu
@@ -54,7 +52,7 @@ def default_lr(args: argparse.Namespace, drawn: bool) -> float:
 def next_settings(args: argparse.Namespace, before: Settings) -> Settings:
     "The settings of a later stage. Raises `UserError` for a flag that contradicts the checkpoint."
     typed = explicit_settings(args)
-    check_fixed(typed, before, NETWORK + SPLIT)
+    check_fixed(typed, before, names_of("network", "split"))
     sched = typed.get("sched") or ("onecycle" if typed.get("align", before.align) else before.sched)
     changes = {
         "epochs": FINETUNE_EPOCHS,
@@ -68,11 +66,7 @@ def next_settings(args: argparse.Namespace, before: Settings) -> Settings:
         changes["wd"] = WEIGHT_DECAY[typed["opt"]]
     if "data" in typed:
         typed["data"] = os.path.abspath(typed["data"] or ".")
-    after = before.replace(**changes | typed)
-    if after.targets == "pixels" and after.of(INPUT) != before.of(INPUT):
-        pixels = f"the checkpoint predicts pixels of its input of {before.size} px (--targets pixels)"
-        raise UserError(f"{pixels}: run without --size and --fit")
-    return after
+    return before.replace(**changes | typed)
 
 
 def drawn_faces(settings: Settings, out: str, weights: str) -> Settings:
@@ -88,14 +82,14 @@ def drawn_faces(settings: Settings, out: str, weights: str) -> Settings:
     return settings.replace(data=os.path.abspath(folder))
 
 
-def check_prediction(args: argparse.Namespace, checkpoint: Settings) -> None:
+def check_prediction(args: argparse.Namespace, network: "Network") -> None:
     "Raise `UserError` for flags of predict.py that contradict the checkpoint."
-    check_fixed(explicit_settings(args), checkpoint, NETWORK + INPUT)
-    if args.flip_test and not checkpoint.flip_indices:
+    check_fixed(explicit_settings(args), network.settings, names_of("network", "input"))
+    if args.flip_test and not network.facts.flip_indices:
         raise UserError("--tta: the checkpoint has no flip map (none was found, or --mirror none): run without --tta")
 
 
-def check_fixed(typed: dict, before: Settings, names: tuple[str, ...]) -> None:
+def check_fixed(typed: dict, before: Settings, names: list[str]) -> None:
     "Raise `UserError` if one of the settings on the command line differs from the checkpoint's."
     for name in names:
         flag, was = flag_of(name), getattr(before, name)

@@ -19,7 +19,7 @@ def main() -> None:
         from landmarks_fastai.training.state import read_state
 
         machine = resolve.machine(args)
-        state = read_state(run)
+        state, lr = read_state(run), None
         if state:
             print(app.resume_message(state))
             learn = resumed_stage(state, machine, run)
@@ -29,10 +29,10 @@ def main() -> None:
                 settings = in_turn(lambda: resolve.drawn_faces(settings, args.out, weights))
             learn = first_stage(settings, weights, machine, run)
             if args.lr == "find":
-                find_lr(learn, run)
+                lr = find_lr(learn, run)
             elif args.lr:
                 note_low_lr(learn, resolve.default_lr(args, drawn))
-        best = fit_stage(learn, run, started=app.started(state), state=state)
+        best = fit_stage(learn, run, started=app.started(state), state=state, lr=lr)
         print(report(run, best, machine))
 
 

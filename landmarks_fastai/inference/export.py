@@ -21,11 +21,11 @@ import landmarks_fastai
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.onnx_network import FORMAT, METADATA, OnnxNetwork
-from landmarks_fastai.inference.torch_network import TorchNetwork
+from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.models.networks import PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.runs.run import plain_name
-from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.files import atomic_path, reason
 
 TOLERANCE = 0.01  # largest distance of a point from the checkpoint's, in pixels of the input
@@ -42,11 +42,11 @@ class ExportedNetwork(nn.Module):
     def __init__(
         self,
         model: nn.Module,  # images (batch, 3, size, size), normalised -> points, or (points, spread)
-        settings: Settings,
+        facts: DataFacts,
     ):
         super().__init__()
         self.model = model
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
 
@@ -65,7 +65,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """
     check_packages()
     settings, network = checkpoint.settings, checkpoint.model()
-    network = ExportedNetwork(PointsAndSpread(network) if settings.confidence else network, settings)
+    network = ExportedNetwork(PointsAndSpread(network) if settings.confidence else network, checkpoint.facts)
     model = _onnx_model(network.eval(), settings)
     del model.metadata_props[:]
     model.metadata_props.add(key=METADATA, value=json.dumps(metadata_of(checkpoint)))
@@ -84,6 +84,7 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "name": plain_name(checkpoint.name),
         "score": checkpoint.score,
         "settings": checkpoint.settings.to_dict(),
+        "facts": checkpoint.facts.to_dict(),
     }
 
 
@@ -115,7 +116,7 @@ def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
 def _compare(network: OnnxNetwork, checkpoint: Checkpoint, path: Path) -> None:
     "Raise `UserError` unless an exported network gives the points and spreads of the checkpoint, in batches of two sizes."
     pixels, size = sample_inputs(network.settings, max(BATCHES)), network.settings.size
-    expected = TorchNetwork(checkpoint)(pixels)
+    expected = open_checkpoint(checkpoint)(pixels)
     for n in BATCHES:
         try:
             found = network(pixels[:n])
@@ -137,7 +138,7 @@ def sample_inputs(settings: Settings, n: int) -> np.ndarray:
     found = [np.random.default_rng(0).integers(0, 256, (n, settings.size, settings.size, 3), dtype=np.uint8)]
     for path in islice(_image_files(Path(settings.data)), n):
         with suppress(UserError):
-            found.append(np.asarray(read_input(path, **settings.of(INPUT))[0])[None])
+            found.append(np.asarray(read_input(path, **settings.of("input"))[0])[None])
     return np.concatenate(found[::-1])[:n]
 
 

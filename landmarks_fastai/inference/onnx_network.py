@@ -16,12 +16,12 @@ import numpy as np
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.network import MAX_STREAMS, UnitPoints
 from landmarks_fastai.runs.run import is_plain_name
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.hardware import available_cores
 
-FORMAT = 1  # of the metadata
+FORMAT = 2  # of the metadata
 METADATA = "landmarks_fastai"  # its key
 # Session options. The file is passed as bytes, and weights that it keeps in other files are looked up in this folder, which
 # does not exist: ONNX Runtime opens no other file, whatever the graph names. It refuses absolute paths and `..` by itself.
@@ -50,21 +50,11 @@ class OnnxNetwork:
         metadata = _read_metadata(self.path, self.session.get_modelmeta().custom_metadata_map.get(METADATA, ""))
         self.name: str = metadata["name"]
         self.settings: Settings = metadata["settings"]
+        self.facts: DataFacts = metadata["facts"]
         self.score: float | None = metadata["score"]  # of the checkpoint, on the validation rows
         self._check_graph()
-        self.flip_indices = np.array(self.settings.flip_indices, np.intp)
 
-    def __call__(self, pixels: np.ndarray, flip_test: bool = False) -> UnitPoints:
-        unit = self._predict(pixels)
-        if not flip_test:
-            return unit
-        mirrored = self._predict(pixels[:, :, ::-1])
-        points = (unit.points + mirrored.points[:, self.flip_indices] * np.array([-1, 1], np.float32)) / 2
-        if unit.spread is None or mirrored.spread is None:
-            return UnitPoints(points, None)
-        return UnitPoints(points, (unit.spread + mirrored.spread[:, self.flip_indices]) / 2)
-
-    def _predict(self, pixels: np.ndarray) -> UnitPoints:
+    def __call__(self, pixels: np.ndarray) -> UnitPoints:
         points, *spread = self.session.run(None, {"pixels": np.ascontiguousarray(pixels)})
         return UnitPoints(points, spread[0] if spread else None)
 
@@ -78,7 +68,7 @@ class OnnxNetwork:
 
     def _check_graph(self) -> None:
         "Raise `UserError` unless the inputs and outputs are what the metadata says."
-        n, size = self.settings.n_points, self.settings.size
+        n, size = self.facts.n_points, self.settings.size
         expected = {"pixels": ("tensor(uint8)", [size, size, 3]), "points": ("tensor(float)", [n, 2])}
         found = {v.name: (v.type, v.shape[1:]) for v in self.session.get_inputs() + self.session.get_outputs()}
         if self.settings.confidence:
@@ -116,23 +106,24 @@ def _session(path: Path, threads: int) -> Any:
 
 
 def _read_metadata(path: Path, text: str) -> dict[str, Any]:
-    "The metadata, with the settings as `Settings`. Raises `UserError` for metadata of another version, or wrong ones."
+    "The metadata, with settings and facts as values. Raises `UserError` for metadata of another version, or wrong ones."
     try:
-        found = json.loads(text)
+        metadata = json.loads(text)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or "settings" not in found:
+        metadata = None
+    if not isinstance(metadata, dict) or "settings" not in metadata:
         raise UserError(f"{path} was not written by landmarks_fastai.export (no settings in its metadata): {HINT}")
-    if found.get("format") != FORMAT:
+    if metadata.get("format") != FORMAT:
         raise UserError(
-            f"{path} was exported by another version of this program (format {found.get('format')}): {HINT}"
+            f"{path} was exported by another version of this program (format {metadata.get('format')}): {HINT}"
         )
-    score = found.get("score")
+    score = metadata.get("score")
     # predictions are written into a folder of this name
-    right = isinstance(name := found.get("name"), str) and is_plain_name(name)
+    right = isinstance(name := metadata.get("name"), str) and is_plain_name(name)
     if not right or not (score is None or (isinstance(score, (int, float)) and math.isfinite(score))):
         raise UserError(f"{path}: name or score is missing in its metadata, or of a wrong kind: {HINT}")
     try:
-        return found | {"settings": Settings.from_dict(found["settings"])}
+        settings, facts = Settings.from_dict(metadata["settings"]), DataFacts.from_dict(metadata.get("facts"))
     except UserError as e:
         raise UserError(f"{path}: {e}; {HINT}") from None
+    return metadata | {"settings": settings, "facts": facts}

@@ -1,4 +1,4 @@
-"""Checkpoints: one .pth with the network's state dict, whose `_extra_state` holds the settings and scores.
+"""Checkpoints: one .pth with the network's state dict, whose `_extra_state` holds settings, facts and scores.
 
 `learn.load` reads it, `learn.save` writes one.
 """
@@ -15,11 +15,11 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.models.networks import METADATA, SPREAD, LandmarkNetwork, build_model
 from landmarks_fastai.models.weights import read_state_dict
 from landmarks_fastai.runs.run import Run, find_checkpoint_file, run_name
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.distributed import is_first
 from landmarks_fastai.utils.files import atomic_write
 
-FORMAT = 4  # of the metadata
+FORMAT = 5  # of the metadata
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Checkpoint:
 
     path: Path
     settings: Settings
+    facts: DataFacts
     score: float | None  # on the validation rows; None if `learn.save` wrote the file
     nme: float | None  # normalised by the diagonal of the box of the true points
     epoch: int | None  # of the stage; -1: the loaded model, which no epoch beat
@@ -40,9 +41,9 @@ class Checkpoint:
     def model(self) -> LandmarkNetwork:
         "The network with its weights, in evaluation mode."
         s = self.settings
-        model = build_model(s.arch, s.head, s.n_points, s.size, s.targets, s.confidence)
+        model = build_model(s.arch, s.head, self.facts.n_points, s.size, s.confidence)
         model.load_state_dict(self.tensors(model))
-        model.metadata = checkpoint_metadata(s, self.score, self.nme, self.epoch)
+        model.metadata = checkpoint_metadata(s, self.facts, self.score, self.nme, self.epoch)
         return model.eval()
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -57,7 +58,7 @@ class Checkpoint:
         if wrong:
             raise UserError(
                 f"{self.path} is not the network that its settings name ({self.settings.arch}, head {self.settings.head}, "
-                f"{self.settings.n_points} points): {len(wrong)} tensors differ, the first {wrong[0]}"
+                f"{self.facts.n_points} points): {len(wrong)} tensors differ, the first {wrong[0]}"
             )
         if bad := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
             raise UserError(f"{self.path} holds NaN or infinite weights ({bad[0]}): take an earlier checkpoint")
@@ -65,20 +66,31 @@ class Checkpoint:
 
 
 def checkpoint_metadata(
-    settings: Settings, score: float | None = None, nme: float | None = None, epoch: int | None = None
+    settings: Settings,
+    facts: DataFacts,
+    score: float | None = None,
+    nme: float | None = None,
+    epoch: int | None = None,
 ) -> dict:
     "The metadata of a checkpoint, of JSON types. `learn.save` writes what is in the network's `metadata`."
-    return {"format": FORMAT, "settings": settings.to_dict(), "score": score, "nme_box_diag": nme, "epoch": epoch}
+    stored = {"format": FORMAT, "settings": settings.to_dict(), "facts": facts.to_dict()}
+    return stored | {"score": score, "nme_box_diag": nme, "epoch": epoch}
 
 
 def write_checkpoint(
-    run: Run, model: nn.Module, settings: Settings, score: float | None, nme: float | None, epoch: int | None
+    run: Run,
+    model: nn.Module,
+    settings: Settings,
+    facts: DataFacts,
+    score: float | None,
+    nme: float | None,
+    epoch: int | None,
 ) -> None:
     "Write best.pth, through a temporary file, in the first process. Raises `UserError` if the disk is full."
     if not is_first():
         return run.publish()
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != METADATA}
-    state[METADATA] = checkpoint_metadata(settings, score, nme, epoch)
+    state[METADATA] = checkpoint_metadata(settings, facts, score, nme, epoch)
     with atomic_write(run.file("best.pth"), "wb") as f:
         torch.save(state, zipped := io.BytesIO())  # in memory: writing to a file, torch hides a full disk
         f.write(zipped.getbuffer())
@@ -105,9 +117,10 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not all(n is None or (isinstance(n, (int, float)) and abs(n) < 1e18) for n in numbers):  # False for NaN too
         raise UserError(f"{path}: score, nme_box_diag and epoch must be finite numbers")
     try:
-        return Checkpoint(path, Settings.from_dict(metadata["settings"]), *numbers)
+        settings, facts = Settings.from_dict(metadata["settings"]), DataFacts.from_dict(metadata.get("facts"))
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
+    return Checkpoint(path, settings, facts, *numbers)
 
 
 def find_checkpoint(name: str, out: str | os.PathLike) -> Checkpoint:

@@ -40,6 +40,7 @@ class Record:
     args: dict = field(default_factory=dict)  # parsed flags, paths made absolute
     digest: str = ""  # SHA-256 of the checkpoint that a later stage starts from
     settings: dict | None = None  # `Settings.to_dict()`; None until the Learner is made
+    facts: dict | None = None  # `DataFacts.to_dict()`, likewise
     ended: bool = False
 
     @property
@@ -163,7 +164,14 @@ def read_record(run: Run) -> Record | None:
         raise UserError(f"{path} cannot be read ({reason(e)}): start over with --overwrite") from None
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not of this version (format {FORMAT} expected): start over with --overwrite")
-    kinds = {"script": str, "args": dict, "digest": str, "settings": (dict, type(None)), "ended": bool}
+    kinds = {
+        "script": str,
+        "args": dict,
+        "digest": str,
+        "settings": (dict, type(None)),
+        "facts": (dict, type(None)),
+        "ended": bool,
+    }
     if found.keys() != kinds.keys() or not all(isinstance(found[k], kinds[k]) for k in kinds):
         raise UserError(f"{path} is not the record of a run: start over with --overwrite")
     return Record(**found)

@@ -23,7 +23,7 @@ MORE_SHM = "use --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
 def within_memory(learn: Any) -> Iterator[None]:  # a `LandmarkLearner`
     "A context that raises `UserError` if the memory is too small for a batch, or /dev/shm for the workers."
     settings = learn.settings
-    check_shared_memory(learn.machine, settings.batch_size * (3 * settings.size**2 + 8 * settings.n_points))
+    check_shared_memory(learn.machine, settings.batch_size * (3 * settings.size**2 + 8 * learn.facts.n_points))
     try:
         yield
     except Exception as e:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from landmarks_fastai.data.flip import predict_with_flip
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference import onnx_network
@@ -54,14 +53,14 @@ def inputs(drawn):
     return np.stack([np.asarray(read_input(path, "crop", SIZE)[0]) for path in files])
 
 
-def checkpoint_points(out, inputs, flip_test=False):
+def checkpoint_points(out, inputs):
     "The points of the checkpoint itself, in unit coordinates."
     checkpoint = read_checkpoint(out / "m" / "best.pth")
-    s = checkpoint.settings
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (s.mean, s.std))
+    facts = checkpoint.facts
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
     images = (torch.from_numpy(inputs).permute(0, 3, 1, 2) / 255 - mean) / std
     with torch.inference_mode():
-        return predict_with_flip(checkpoint.model(), images, s.flip_indices if flip_test else ()).numpy()
+        return checkpoint.model()(images).numpy()
 
 
 def distance(a, b):
@@ -69,13 +68,12 @@ def distance(a, b):
     return np.linalg.norm(a - b, axis=-1).max() * SIZE / 2
 
 
-@pytest.mark.parametrize("flip_test", [False, True])
-def test_points_are_the_checkpoints(out, inputs, flip_test):
+def test_points_are_the_checkpoints(out, inputs):
     network = OnnxNetwork(out / "m" / "m.onnx")
-    expected = checkpoint_points(out, inputs, flip_test)
+    expected = checkpoint_points(out, inputs)
     assert expected.std(0).max() * SIZE / 2 > 0.01  # the inputs are told apart
     for n in (1, 2, 5):
-        points, spread = network(inputs[:n], flip_test)
+        points, spread = network(inputs[:n])
         assert points.shape == (n, N_POINTS, 2) and points.dtype == np.float32 and spread is None
         assert distance(points, expected[:n]) < 0.01
 
@@ -84,7 +82,8 @@ def test_one_file_says_what_it_is(out):
     files = sorted(p.name for p in (out / "m").iterdir() if "onnx" in p.name)
     assert files == ["m.onnx"]
     checkpoint, network = read_checkpoint(out / "m" / "best.pth"), OnnxNetwork(out / "m" / "m.onnx", threads=1)
-    assert (network.name, network.settings, network.score) == ("m", checkpoint.settings, checkpoint.score)
+    assert (network.name, network.settings, network.facts) == ("m", checkpoint.settings, checkpoint.facts)
+    assert network.score == checkpoint.score
     assert str(ROOT).encode() not in (out / "m" / "m.onnx").read_bytes()  # no stack traces of the exporter
 
 
@@ -153,10 +152,10 @@ def with_metadata(**changes):
     return change
 
 
-def with_settings(**changes):
+def with_changed(part, **changes):
     def change(model):
         metadata = json.loads(model.metadata_props[0].value)
-        model.metadata_props[0].value = json.dumps(metadata | {"settings": metadata["settings"] | changes})
+        model.metadata_props[0].value = json.dumps(metadata | {part: metadata[part] | changes})
 
     return change
 
@@ -196,10 +195,13 @@ BAD = {
     "no ONNX": (lambda path: b"hello\n" * 50, NOT_LOADED),
     "empty": (lambda path: b"", NOT_LOADED),
     "cut short": (lambda path: path.read_bytes()[:-1000], NOT_LOADED),
-    "n_points": (lambda path: changed(path, with_settings(n_points=67, flip_indices=[], shape=[])), "67 points"),
-    "size": (lambda path: changed(path, with_settings(size=64)), "64 x 64 pixels"),
-    "a setting of another kind": (lambda path: changed(path, with_settings(size="big")), "size is 'big'"),
-    "an unknown setting": (lambda path: changed(path, with_settings(surprise=1)), "surprise"),
+    "n_points": (
+        lambda path: changed(path, with_changed("facts", n_points=67, flip_indices=[], shape=[])),
+        "67 points",
+    ),
+    "size": (lambda path: changed(path, with_changed("settings", size=64)), "64 x 64 pixels"),
+    "a setting of another kind": (lambda path: changed(path, with_changed("settings", size="big")), "size is 'big'"),
+    "an unknown setting": (lambda path: changed(path, with_changed("settings", surprise=1)), "surprise"),
     "another format": (
         lambda path: changed(path, with_metadata(format=99)),
         "another version of this program (format 99)",
@@ -288,7 +290,7 @@ def test_network_needs_neither_torch_nor_pandas(out):
         "sys.meta_path.insert(0, Blocked())\n"
         "import numpy as np; from landmarks_fastai.inference.onnx_network import OnnxNetwork\n"
         f"network = OnnxNetwork({str(out / 'm' / 'm.onnx')!r})\n"
-        f"print(network(np.zeros((2, {SIZE}, {SIZE}, 3), np.uint8), True).points.shape)"
+        f"print(network(np.zeros((2, {SIZE}, {SIZE}, 3), np.uint8)).points.shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"(2, {N_POINTS}, 2)\n", done.stderr
@@ -296,14 +298,14 @@ def test_network_needs_neither_torch_nor_pandas(out):
 
 @pytest.mark.slow
 def test_spread_is_the_checkpoints(drawn, inputs, monkeypatch, capfd, tmp_path):
-    from landmarks_fastai.inference.torch_network import TorchNetwork
+    from landmarks_fastai.inference.torch_network import open_checkpoint
 
     checkpoint = read_checkpoint(train_run(f"{QUICK} --confidence", drawn, tmp_path) / "best.pth")
     capfd.readouterr()
     assert typed(monkeypatch, capfd, "m --out", tmp_path)[::2] == (0, "")
-    expected = TorchNetwork(checkpoint)(inputs, flip_test=True)
+    expected = open_checkpoint(checkpoint)(inputs)
     for n in (1, 5):
-        points, spread = OnnxNetwork(tmp_path / "m" / "m.onnx")(inputs[:n], flip_test=True)
+        points, spread = OnnxNetwork(tmp_path / "m" / "m.onnx")(inputs[:n])
         assert spread.shape == (n, N_POINTS) and spread.dtype == np.float32 and spread.min() > 0
         assert distance(points, expected.points[:n]) < 0.01
         assert np.abs(spread - expected.spread[:n]).max() * SIZE / 2 < 0.01

@@ -103,8 +103,8 @@ def test_checkpoints_that_are_not_what_they_say(run_script, trained, tmp_path, s
     good = torch.load(trained / "m/best.pth", weights_only=True)
     metadata = good.pop(METADATA)
 
-    def refused(message, tensors=good, **settings):
-        torch.save(tensors | {METADATA: metadata | {"settings": metadata["settings"] | settings}}, out / "x.pth")
+    def refused(message, tensors=good, part="settings", **changes):
+        torch.save(tensors | {METADATA: metadata | {part: metadata[part] | changes}}, out / "x.pth")
         code, _, err = run_script(f"{script} --workers 0 --out {out} -pm x")
         assert code == 1 and message in err and err.count("\n") == 1 and "Traceback" not in err, err
         assert [p.name for p in out.iterdir()] == ["x.pth"]
@@ -113,10 +113,10 @@ def test_checkpoints_that_are_not_what_they_say(run_script, trained, tmp_path, s
     assert not (tmp_path / "ran").exists()
     refused("is not the network that its settings name", {k: v for k, v in good.items() if "layer4" not in k})
     refused("is not the network that its settings name", arch="resnet34")
-    refused("points", n_points=N_POINTS - 1)
+    refused("points", part="facts", n_points=N_POINTS - 1)
     refused("setting missing or unknown: surprise", surprise=1)
     refused("size is 'big'", size="big")
-    refused("n_points is 1000000000000", n_points=10**12)
+    refused("n_points is 1000000000000", part="facts", n_points=10**12)
     refused("NaN or infinite weights", good | {"1.0.bias": good["1.0.bias"] * float("nan")})
     refused("no file of tensors", {"state_dict": good})
     refused("no file of tensors", {1: torch.zeros(1)})
