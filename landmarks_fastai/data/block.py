@@ -110,7 +110,7 @@ def landmark_dataloaders(
     settings, gain = with_alignment(settings, sampled, flip.shape if isinstance(flip, FlipMap) else None)
     block = landmark_block(settings, item_tfms=item_tfms, batch_tfms=batch_tfms, machine=machine)
     if machine.cache:
-        rows, key, inputs = len(images.labels), {"labels": images.labels.key}, block.getters[0].inputs
+        rows, key, inputs = len(images.labels), {"labels": images.labels.identity}, block.getters[0].inputs
         inputs.cache = open_cache(images.folder, rows, settings.fit, settings.size, key)
         if settings.align:
             key |= {"shape": zlib.crc32(repr(settings.shape).encode())}

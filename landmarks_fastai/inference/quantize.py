@@ -79,7 +79,7 @@ def _rows(checkpoint: Checkpoint, data: str) -> tuple[list[LabelledImage], list[
             f"{labels.csv} has {labels.n_points} points, the checkpoint {settings.n_points}: give its data with -d"
         )
     images = LabelledImages(labels, train / "images")
-    parts = split_rows(len(images), settings, list(labels.faults()))
+    parts = split_rows(len(images), settings, list(labels.faults))
     return list(images[parts[0]].sample(CALIBRATION)), list(images[parts[1]].sample(SCORED))
 
 
