@@ -54,7 +54,7 @@ def read_test_points(csv: str | Path) -> TestPoints:
         if not name or "\t" not in text:
             raise UserError(f"{where}: a file name, a TAB and a list of point indices expected")
         if not INDEX_LIST.fullmatch(field):
-            raise UserError(f"{where}: {field[:40]!r} is no list of point indices like [742, 385]")
+            raise UserError(f"{where}: {field[:40]!r} is not a list of point indices like [742, 385]")
         row = [int(index) for index in re.findall(r"-?\d+", field)]
         n_submitted = n_submitted or len(row)
         if len(row) != n_submitted:
@@ -102,25 +102,22 @@ def submission_line(name: str, points: np.ndarray) -> str:
 def read_submission(csv: str | Path) -> tuple[list[str], np.ndarray]:
     "Read file names and points, float64 (rows, points, 2), pixels as stored. Raises `UserError` with a bad line's number."
     csv = Path(csv)
-    names, rows, n_fields = [], [], 0
-    for number, text in _read_lines(csv):
-        if number == 1:
-            n_fields = text.count(",") + 1
-            continue
-        if not n_fields:  # a blank first line: the header is unknown
-            break
-        name, *fields = text.rsplit(",", n_fields - 1)
+    lines = list(_read_lines(csv))
+    n_values = lines[0][1].count(",") if lines else 0
+    if len(lines) < 2 or lines[0][0] > 1 or n_values % 2 or not n_values:  # a blank first line: the header is unknown
+        raise UserError(f"{csv} is not a submission: a header file_name,Point_M0_X,… and one line per image expected")
+    names, points = [], []
+    for number, text in lines[1:]:
+        name, *fields = text.rsplit(",", n_values)
         try:
             values = np.array(fields, np.float64)
         except ValueError:
             raise UserError(f"{csv} line {number}: a field is not a number") from None
-        if len(values) != n_fields - 1 or not np.isfinite(values).all():
-            raise UserError(f"{csv} line {number}: a file name and {n_fields - 1} finite numbers expected")
+        if len(values) != n_values or not np.isfinite(values).all():
+            raise UserError(f"{csv} line {number}: a file name and {n_values} finite numbers expected")
         names.append(name)
-        rows.append(values)
-    if not names or n_fields % 2 == 0 or n_fields < 3:
-        raise UserError(f"{csv} is no submission: a header file_name,Point_M0_X,… and one line per image expected")
-    return names, np.stack(rows).reshape(len(rows), -1, 2)
+        points.append(values)
+    return names, np.reshape(points, (len(names), -1, 2))
 
 
 def score(submission: str | Path, test_points: str | Path, truth: str | Path) -> float:

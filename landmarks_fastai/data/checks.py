@@ -31,12 +31,6 @@ ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # im
 PLAIN_NAME = re.compile(r"[^/\\:]+")  # a file in the folder itself, on every system
 COLUMNS = ["line", "file_name", "problem"]
 
-LEAVES = (
-    "file name {name!r} leaves the image folder {folder}, by its path or a link: it was not opened; remove the line"
-)
-MISSING = "image {name} not found in {folder}: add it or remove the line"
-NOT_A_FILE = "image {path} is a folder or no plain file: replace it or remove the line"
-NO_ACCESS = "image {path} cannot be accessed: fix its permissions, or remove the line"
 NOTES = {  # unusual property of an image -> what is done with it
     "animated or of several pages": "the first frame is used",
     "CMYK": "converted to RGB",
@@ -62,14 +56,13 @@ def check_images(labels: Labels, folder: Path) -> dict[int, str]:
     for row in bar(rows, len(rows), "checking images") if rows else ():
         try:
             for kind in _check_image(labels, folder, row):
-                count, first = notes.get(kind, (0, row))
-                notes[kind] = count + 1, first
+                notes.setdefault(kind, []).append(row)
         except UserError as e:
             faults[row] = e.line
     if stored is None:
         _print_repeated(labels)
-    for kind in sorted(notes, key=list(NOTES).index):
-        count, row = notes[kind]
+    for kind in [kind for kind in NOTES if kind in notes]:
+        (row, *_), count = notes[kind], len(notes[kind])
         images = "1 image is" if count == 1 else f"{count} images are"
         print(f"note: {images} {kind}, {NOTES[kind]}; the first: {labels.place(row)}, {labels.name(row)}")
     stamps[list(faults)] = -1  # opened again at each start: the cause may go without a change of the file's time
@@ -82,28 +75,33 @@ def _stat_images(labels: Labels, folder: Path) -> tuple[np.ndarray, dict[int, st
     "Return size and time of each row's image, int64 (rows, 2), -1 if there is none, and the faults."
     stamps, faults, prefix = array("q"), {}, os.path.join(folder, "")
     for row in range(len(labels)):
-        name = labels.name(row)
-        result = None if row in labels.faults else _stat_image(prefix, name)
-        if isinstance(result, str):
-            faults[row] = result.format(name=name, folder=folder, path=folder / name)
-        stamps.extend((result.st_size, result.st_mtime_ns) if isinstance(result, os.stat_result) else (-1, -1))
+        stamp = (-1, -1)
+        if row not in labels.faults:
+            try:
+                stamp = _stat_image(folder, prefix, labels.name(row))
+            except UserError as e:
+                faults[row] = str(e)
+        stamps.extend(stamp)
     return np.array(stamps).reshape(-1, 2), faults
 
 
-def _stat_image(prefix: str, name: str) -> os.stat_result | str:
-    "Return the stat of an image file, or a fault."
+def _stat_image(folder: Path, prefix: str, name: str) -> tuple[int, int]:
+    "Return size and time of an image file; `prefix` is the folder as text. Raises `UserError` if it cannot be used."
     try:
         plain = PLAIN_NAME.fullmatch(name) and name not in (".", "..")
-        result = os.stat(prefix + name, follow_symlinks=False) if plain else None
-        if not result or stat.S_ISLNK(result.st_mode):
-            if leaves_folder(Path(prefix), name):
-                return LEAVES
-            result = os.stat(prefix + name)
-    except (FileNotFoundError, NotADirectoryError):
-        return MISSING
+        status = os.stat(prefix + name, follow_symlinks=False) if plain else None
+        if not status or stat.S_ISLNK(status.st_mode):
+            if leaves_folder(folder, name):
+                refused = "by its path or a link: it was not opened; remove the line"
+                raise UserError(f"file name {name!r} leaves the image folder {folder}, {refused}")
+            status = os.stat(prefix + name)
     except (OSError, ValueError) as e:
-        return MISSING if getattr(e, "errno", 0) == errno.ENAMETOOLONG else NO_ACCESS
-    return result if stat.S_ISREG(result.st_mode) else NOT_A_FILE
+        if getattr(e, "errno", 0) in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise UserError(f"image {name} not found in {folder}: add it or remove the line") from None
+        raise UserError(f"image {folder / name} cannot be accessed: fix its permissions, or remove the line") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"image {folder / name} is a folder or not a plain file: replace it or remove the line")
+    return status.st_size, status.st_mtime_ns
 
 
 def leaves_folder(folder: Path, name: str) -> bool:

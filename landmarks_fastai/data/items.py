@@ -4,7 +4,7 @@ All rows are checked before training. Bad rows stop the program with a list of a
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -137,22 +137,15 @@ def labelled_images(
             raise BadData((labels.problem(row, image_faults[row]) for row in leaving), len(leaving))
         return LabelledImages(labels, folder, left_out, listing)
     faults = dict(sorted((labels.faults | image_faults).items()))
-    problems = (labels.problem(row, text) for row, text in faults.items())
-    _report_bad_rows(len(faults), problems, len(labels), on_bad, listing)
+    problems = [labels.problem(row, text) for row, text in faults.items()]
+    stop = on_bad == "stop" or len(faults) == len(labels)
+    if listing and is_first():  # the first process writes the list
+        if len(faults) > (SHOWN if stop else 0):
+            write_listing(listing, problems)
+        else:
+            Path(listing).unlink(missing_ok=True)  # from an earlier start
+    if faults and stop:
+        raise BadData(problems, len(faults), "--on-bad skip" if len(faults) < len(labels) else "", listing)
+    if faults:
+        print(f"{len(faults)} of {len(labels)} rows are bad and left out" + (f": {listing}" if listing else ""))
     return LabelledImages(labels, folder, np.array(list(faults), np.int64), listing)
-
-
-def _report_bad_rows(n_bad: int, problems: Iterable[Problem], n_rows: int, on_bad: str, listing: Path | None) -> None:
-    "Raise `BadData`, or list the bad rows and print how many are left out."
-    stop = n_bad > 0 and (on_bad == "stop" or n_bad == n_rows)
-    if not is_first():
-        pass  # the first process writes the list
-    elif listing and n_bad > (SHOWN if stop else 0):
-        problems = list(problems)
-        write_listing(listing, problems)
-    elif listing:
-        Path(listing).unlink(missing_ok=True)  # from an earlier start
-    if stop:
-        raise BadData(problems, n_bad, "--on-bad skip" if n_bad < n_rows else "", listing)
-    if n_bad:
-        print(f"{n_bad} of {n_rows} rows are bad and left out" + (f": {listing}" if listing else ""))

@@ -1,7 +1,7 @@
 """Parse a `landmarks.csv` block by block into file names, points, and the faults of single rows.
 
-pandas parses a block. Where it fails, or a check of the whole block does, each line is examined: that path is slow, and
-says what is wrong with which field. `benchmarks/startup.py` measures time and memory.
+pandas parses a block. Where it fails, or a check of the whole block does, each line is examined: that is slow, and tells
+which field of which row is wrong. `benchmarks/startup.py` measures time and memory.
 """
 
 import re
@@ -16,12 +16,13 @@ import numpy as np
 from landmarks_fastai.errors import UserError
 
 BLOCK = 8 << 20  # bytes of CSV parsed at a time: bounds the memory, large enough for pandas' overhead of 2,000 columns
-LIMIT = 32767  # largest absolute coordinate, in pixels: fits int16
+LIMIT = 32767  # largest absolute coordinate, in pixels
 EXPECTED = f"a number between -{LIMIT} and {LIMIT} expected"
 NUMERIC = b"0123456789.+-eE \t\n"
 NUMBER = rb" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *"
 NOT_A_NUMBER = re.compile(rb"\t(?!" + NUMBER + rb"(?:\t|\Z))([^\t]*)")
-MAX_NAME = 1000  # bytes of a file name: all names of a file are stored with the width of the longest
+MAX_NAME = 1000  # bytes: all file names of a file are stored with the width of the longest
+NAME = re.compile(rb"[^\r\0]{1,%d}" % MAX_NAME)
 
 
 class Rows(NamedTuple):
@@ -39,8 +40,8 @@ def read_rows(csv: Path) -> Iterator[Rows]:
         n_values, first = 2 * _count_points(csv, f.readline()), 2
         while block := f.read(BLOCK) + f.readline():
             lines = [line.removesuffix(b"\r") for line in block.removesuffix(b"\n").split(b"\n")]
-            numbers = first + np.flatnonzero([bool(line) for line in lines])
-            if len(numbers):
+            if any(lines):
+                numbers = first + np.flatnonzero([bool(line) for line in lines])
                 yield Rows(numbers, *_parse_lines([line for line in lines if line], n_values))
             first += len(lines)
 
@@ -51,21 +52,19 @@ def _count_points(csv: Path, header: bytes) -> int:
         raise UserError(f"{csv} is empty: a header line and one line per image are needed")
     if b"\0" in header or not _is_utf8(header):
         raise UserError(f"{csv} line 1: not UTF-8 text: save the file as UTF-8")
-    columns = header.split(b"\t")
-    if any(re.fullmatch(NUMBER + rb"[\r\n]*", column) for column in columns[1:]):
+    columns = header.rstrip(b"\r\n").split(b"\t")
+    if any(re.fullmatch(NUMBER, column) for column in columns[1:]):
         raise UserError(f"{csv} line 1 holds numbers: add a header line (file_name, then one name per column) above it")
     if len(columns) < 3 or len(columns) % 2 == 0:
-        raise UserError(
-            f"{csv} line 1: {len(columns)} TAB-separated columns found, file_name and x, y per point expected"
-        )
+        expected = f"{len(columns)} TAB-separated columns found, file_name and x, y per point expected"
+        raise UserError(f"{csv} line 1: {expected}")
     return len(columns) // 2
 
 
 def _parse_lines(lines: list[bytes], n_values: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     "Return the names, points and faults of lines that are not empty."
-    faults: dict[int, str] = {}
     names, _, fields = zip(*(line.partition(b"\t") for line in lines), strict=True)
-    values = _parse_numbers(names, fields, n_values)
+    values, faults = _parse_numbers(names, fields, n_values), {}
     if values is None:
         faults = {row: fault for row, line in enumerate(lines) if (fault := _find_fault(line, n_values))}
         names = [name.replace(b"\0", b"")[:MAX_NAME] for name in names]
@@ -79,8 +78,8 @@ def _parse_lines(lines: list[bytes], n_values: int) -> tuple[np.ndarray, np.ndar
         faults[row] = f"{_coordinate(k)} is {number[:40]}, {EXPECTED}"
         values[row] = 0
     points = np.ascontiguousarray(values, np.float32).reshape(len(lines), -1, 2)
-    equal = (points == points[:, :1]).all((1, 2)) if n_values > 2 else np.zeros(len(lines), bool)
-    for row in np.flatnonzero(equal).tolist():  # zeros, or an object that was not found
+    equal = (points == points[:, :1]).all((1, 2)) & (n_values > 2)  # zeros, or an object that was not found
+    for row in np.flatnonzero(equal).tolist():
         x, y = points[row, 0]
         faults.setdefault(row, f"all {n_values // 2} points are ({x:g}, {y:g}): fix or remove the line")
     return np.array(names), points, faults
@@ -90,10 +89,9 @@ def _parse_numbers(names: Sequence[bytes], fields: Sequence[bytes], n_values: in
     "Parse rows of a file name and `n_values` numbers each, float64 (rows, n_values); None if a row is anything else."
     import pandas as pd  # 0.2 s of import, which a start with cached labels does without
 
-    text, all_names = b"\n".join(fields), b"\n".join(names)
-    if not all(names) or max(map(len, names)) > MAX_NAME or b"\r" in all_names or b"\0" in all_names:
-        return None
-    if text.translate(None, NUMERIC) or not _is_utf8(all_names):  # no name ends in half a character: "\n" is none
+    text = b"\n".join(fields)
+    # the newlines between the names keep two halves of a UTF-8 character in two names apart
+    if not all(map(NAME.fullmatch, names)) or not _is_utf8(b"\n".join(names)) or text.translate(None, NUMERIC):
         return None
     with suppress(ValueError):
         values = pd.read_csv(
