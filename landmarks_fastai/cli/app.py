@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils import distributed
-from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.signals import UNREAD, ignore_signals, stop_on_signal
 
@@ -26,13 +25,6 @@ STARTED = time.monotonic()  # --minutes includes the imports
 def started(state: "State | None") -> float:
     "When the time limit began, as `time.monotonic`: earlier by the time that a resumed stage has trained before."
     return STARTED - (state.metadata["seconds"] if state else 0.0)
-
-
-def resume_message(state: "State") -> str:
-    epoch, batch = state.place
-    before, now = state.metadata["processes"], this_process().count
-    changed = f"; {now} processes, {before} before: a step sees {now} times -b images" if now != before else ""
-    return f"resuming at epoch {epoch}, batch {batch}{changed}"
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -74,9 +74,9 @@ def write_submission(
 ) -> None:
     "Write submit.csv, points.npy and points.json, completely or not at all. Raises `UserError` for a result with an error."
     with (
-        atomic_write(run.file("points.json")) as names,
-        atomic_write(run.file("points.npy"), "wb") as points,
-        atomic_write(run.file("submit.csv")) as submission,
+        atomic_write(run.folder / "points.json") as names,
+        atomic_write(run.folder / "points.npy", "wb") as points,
+        atomic_write(run.folder / "submit.csv") as submission,
     ):
         json.dump(test_points.names, names, ensure_ascii=False, indent=0)
         head = {"descr": "<f4", "fortran_order": False, "shape": (len(test_points), n_points, 2)}

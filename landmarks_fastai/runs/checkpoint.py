@@ -17,7 +17,6 @@ from landmarks_fastai.models.networks import METADATA, SPREAD, LandmarkNetwork, 
 from landmarks_fastai.models.weights import read_state_dict
 from landmarks_fastai.runs.run import Run, find_checkpoint_file, run_name
 from landmarks_fastai.settings import Settings
-from landmarks_fastai.utils.distributed import is_first
 from landmarks_fastai.utils.files import atomic_write, reason
 
 FORMAT = 4  # of the metadata; 3 is a .json beside the .pth; 1 and 2 lack settings and are refused
@@ -75,15 +74,18 @@ def checkpoint_metadata(
 def write_checkpoint(
     run: Run, model: nn.Module, settings: Settings, score: float | None, nme: float | None, epoch: int | None
 ) -> None:
-    "Write best.pth, through a temporary file, in the first process. Raises `UserError` if the disk is full."
-    if not is_first():
-        return run.publish()
+    "Write best.pth, through a temporary file. Raises `UserError` if the disk is full."
+    metadata = checkpoint_metadata(settings, score, nme, epoch)
+    run.write("best.pth", lambda path: _write(path, model, metadata))
+
+
+def _write(path: Path, model: nn.Module, metadata: dict) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != METADATA}
-    state[METADATA] = checkpoint_metadata(settings, score, nme, epoch)
-    with atomic_write(run.file("best.pth"), "wb") as f:
-        torch.save(state, zipped := io.BytesIO())  # in memory: writing to a file, torch hides a full disk
+    with atomic_write(path, "wb") as f:
+        torch.save(
+            state | {METADATA: metadata}, zipped := io.BytesIO()
+        )  # in memory: writing to a file, torch hides a full disk
         f.write(zipped.getbuffer())
-    run.publish()
 
 
 def read_checkpoint_file(path: str | os.PathLike) -> dict:

@@ -9,7 +9,7 @@ from landmarks_fastai.settings import ALIGN, INPUT, Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
 from landmarks_fastai.training.memory import within_memory
-from landmarks_fastai.utils.distributed import all_reduce, in_turn
+from landmarks_fastai.utils.distributed import all_reduce, rank0_first
 
 
 def with_input_of(learn: LandmarkLearner, checkpoint: Checkpoint) -> LandmarkLearner:
@@ -18,7 +18,7 @@ def with_input_of(learn: LandmarkLearner, checkpoint: Checkpoint) -> LandmarkLea
     if checkpoint_settings == learn.settings:
         return learn
     images = learn.dls.items.all_rows
-    dls = in_turn(lambda: landmark_dataloaders(images, checkpoint_settings, machine=learn.machine))
+    dls = rank0_first(lambda: landmark_dataloaders(images, checkpoint_settings, machine=learn.machine))
     other = landmark_learner(dls, weights=None, machine=learn.machine, path=learn.path)
     return load_best(other, checkpoint.path)
 

@@ -18,7 +18,7 @@ from fastai.callback.tracker import EarlyStoppingCallback
 from landmarks_fastai import plots
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from landmarks_fastai.runs.run import Run, typed_as, write_record
+from landmarks_fastai.runs.run import Run, typed_as
 from landmarks_fastai.settings import ALIGN, INPUT, Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
@@ -54,7 +54,7 @@ def find_lr(learn: LandmarkLearner, run: Run) -> None:
     rate = float(f"{found.minimum:.2g}")
     if is_first():
         plots.plot_lr_find(np.array(learn.recorder.lrs), np.array(learn.recorder.losses), rate)
-        plots.save_figure(run.file("lr.png"))
+        plots.save_figure(run.folder / "lr.png")
     print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
     learn.settings = learn.settings.replace(lr=rate)
 
@@ -90,11 +90,13 @@ def fit_stage(
     """
     started, settings = started or time.monotonic(), learn.settings
     if not state:
-        if run.record:  # --resume reads the settings
-            write_record(run, replace(run.record, settings=settings.to_dict()))
+        if run.record:  # for --resume
+            images = learn.dls.items
+            data = {"labels": images.labels.identity, "left_out": images.left_out.tolist()}
+            run.write_record(replace(run.record, settings=settings.to_dict(), loaded=previous_scores, **data))
         if is_first():
             learn.dls.train.show_batch(max_n=BATCH_SHOWN)
-            plots.save_figure(run.file("batch.png"))
+            plots.save_figure(run.folder / "batch.png")
     metrics, stop_on_nan, history = learn.metrics, callbacks.StopOnNaN(), callbacks.History(run)
     bars = callbacks.show_progress(learn)
     evaluations = add_evaluations(learn, settings)
@@ -108,7 +110,7 @@ def fit_stage(
     if state and (state.metadata.get("ended") or (state.place[0] >= settings.epochs and not settings.minutes)):
         save.best, save.saved = state.metadata["remembered"]["save_best"].values()
     else:
-        saving_state = _saving_state(learn, run, history, previous_scores, started, state)
+        saving_state = _saving_state(learn, run, history, started, state)
         with within_memory(learn), saving_state as state_cbs:
             for evaluation, save_state in product(evaluations, state_cbs):
                 evaluation.after_crops = save_state.stop_validation
@@ -122,21 +124,21 @@ def fit_stage(
 def _load_and_plot_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
     "Load the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
     barrier()  # the first process has written the checkpoint
-    best, flip_indices, tta = read_checkpoint(run.file("best.pth")), learn.settings.flip_indices, learn.settings.tta
+    best, flip_indices, tta = read_checkpoint(run.folder / "best.pth"), learn.settings.flip_indices, learn.settings.tta
     learn = with_input_of(learn, best)
     best.tensors(learn.model)  # raises `UserError` if the file was replaced since
     load_best(learn, best.path)
     learn.settings = learn.settings.replace(**best.settings.of(ALIGN))
     if is_first():
         learn.show_results(max_n=RESULTS_SHOWN)
-        plots.save_figure(run.file("results.png"))
+        plots.save_figure(run.folder / "results.png")
     if flip_indices and not tta:
         print(f"with the flip test it scores {validation_scores(learn, flip_indices)[0]:.6g}")
     if learn.settings.confidence:
         if is_first():
             add_confidence(learn, run, best)
         barrier()
-        best = read_checkpoint(run.file("best.pth"))
+        best = read_checkpoint(run.folder / "best.pth")
     return best
 
 
@@ -153,7 +155,7 @@ def _check_saved(
     try_this = "try a lower -lr" + (", or --amp off" if learn.machine.precision != "off" else "")
     if not saved:
         if previous is None or previous_scores is None:
-            run.file("state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
+            (run.folder / "state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
         of_input = previous.settings.of((*INPUT, *ALIGN, "points_box"))
         settings = learn.settings.replace(**of_input, confidence=False)
@@ -190,7 +192,6 @@ def _saving_state(
     learn: LandmarkLearner,
     run: Run,
     history: callbacks.History,
-    previous_scores: tuple[float, float] | None,
     started: float,
     state: State | None,
 ) -> Iterator[list[SaveResumeState]]:
@@ -198,10 +199,8 @@ def _saving_state(
     if not run.record:
         yield []
         return
-    images = learn.dls.items
-    metadata = {"loaded": previous_scores, "labels": images.labels.identity, "left_out": images.left_out.tolist()}
     spent = time.monotonic() - started
-    save_state = SaveResumeState(run, metadata, history, 60 * learn.machine.save_every, state, spent)
+    save_state = SaveResumeState(run, history, 60 * learn.machine.save_every, state, spent)
     with save_state.stopping_on_signals():
         yield [save_state]
 
@@ -227,7 +226,7 @@ def report(run: Run, best: Checkpoint, machine: Machine) -> str:
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (
         f"run {run.name}: score {best.score:.6g}, nme_box_diag {best.nme:.4g}{held} ({when})\n"
-        f"look at {run.file('results.png')}; epochs in {run.file('history.csv')}\n"
+        f"look at {run.folder / 'results.png'}; epochs in {run.folder / 'history.csv'}\n"
         f"next stage:  {typed_as('finetune.py')} {pm}\n"
         f"submission:  {typed_as('predict.py')} {pm}"
     )
