@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -9,11 +10,14 @@ from itertools import pairwise
 
 import pytest
 
-from landmarks_fastai.cli import arguments, flags, resolve
+from landmarks_fastai.cli.export import export_parser
+from landmarks_fastai.cli.finetune import finetune_parser
+from landmarks_fastai.cli.predict import predict_parser
+from landmarks_fastai.cli.train import train_parser
 from tests.conftest import N_POINTS, ROOT
 
 PACKAGE = ROOT / "landmarks_fastai"
-PARSERS = {"train": arguments.train_parser, "finetune": arguments.finetune_parser, "predict": arguments.predict_parser}
+PARSERS = {"train": train_parser, "finetune": finetune_parser, "predict": predict_parser}
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md"))}
 OTHERS = {
@@ -42,17 +46,12 @@ def commands(text) -> list[str]:
 def helps(capsys):
     "What --help of all commands says."
     from landmarks_fastai import competition
-    from landmarks_fastai.cli import export, selftest
     from landmarks_fastai.synthetic import sample
 
     for parse in (
-        arguments.train_arguments,
-        arguments.finetune_arguments,
-        arguments.predict_arguments,
+        *(parser().parse_args for parser in (*PARSERS.values(), export_parser)),
         sample.main,
         competition.main,
-        export.export_parser().parse_args,
-        selftest.selftest_parser().parse_args,
     ):
         with pytest.raises(SystemExit):
             parse(["--help"])
@@ -73,33 +72,13 @@ def test_every_flag_that_is_named_exists(page, helps):
         assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps), f"{flag} is in {page}, in no --help"
 
 
-def test_the_page_of_flags_is_up_to_date_and_complete(helps):
-    "Every flag with its default: the page is made from the parsers."
-    page = DOCS["docs/flags.md"]
-    assert page == flags.flags_page(), "run: python -m landmarks_fastai.cli.flags > docs/flags.md"
-    for parser in PARSERS.values():
-        for action in parser()._actions:
-            if action.help != "==SUPPRESS==" and action.dest != "help":
-                assert set(action.option_strings) <= flags_named(page)
-
-
-def test_the_groups_of_defaults_parse():
-    "`--recipe baseline`, and the drawn faces' defaults: as flags they give the same settings."
-    recipe, drawn = re.findall(r"`(--init-head .*?|--arch .*?)`", flags._footnotes())
-    as_flags = arguments.train_arguments(shlex.split(recipe) + ["-d", ""])
-    named = arguments.train_arguments(["--recipe", "baseline", "-d", ""])
-    assert resolve.first_settings(as_flags, False) == resolve.first_settings(named, False)
-    as_flags = arguments.train_arguments(shlex.split(drawn) + ["-d", ""])
-    assert resolve.first_settings(as_flags, False) == resolve.first_settings(arguments.train_arguments([]), True)
-
-
 def test_the_command_lines_of_the_three_stages_parse():
     "Those of the README, and the published entry's; each later stage loads the run before."
     for page, data in (("README.md", "DIR"), ("docs/baseline.md", "")):
         lines = re.findall(r"^python (train|finetune|predict)\.py +(.+)$", PAGES[page], re.M)[:4]
         assert [script for script, _ in lines] == ["train", "finetune", "finetune", "predict"]
-        stages = [getattr(arguments, f"{script}_arguments")(shlex.split(line)) for script, line in lines]
-        assert stages[0].data == data
+        stages = [PARSERS[script]().parse_args(shlex.split(line)) for script, line in lines]
+        assert stages[0].data == os.path.abspath(data)
         for before, after in pairwise(stages):
             (loaded,) = [after.pretrained_model] if isinstance(after.pretrained_model, str) else after.pretrained_model
             assert loaded.removesuffix("_best.pth") == before.name

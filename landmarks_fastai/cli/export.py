@@ -15,7 +15,7 @@ def export_parser() -> options.Parser:
     parser.add_argument("checkpoint", metavar="NAME", help="the name of a run in the output folder, or a path")
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"output folder (default: {OUT})")
     about = "file to write (default: runs/NAME/NAME.onnx)"
-    parser.add_argument("-o", dest="file", type=Path, metavar="FILE", default=None, help=about)
+    parser.add_argument("-o", dest="file", type=Path, metavar="FILE", help=about)
     return parser
 
 

@@ -55,7 +55,7 @@ def next_settings(flags: dict[str, Any], before: Settings) -> Settings:
 def main() -> None:
     parser = finetune_parser()
     args = parser.parse_args()
-    flags = options.run_flags(args)
+    flags = options.typed_flags(args)
     if "pretrained_model" in flags:
         flags["pretrained_model"] = os.path.abspath(find_checkpoint_file(args.pretrained_model, args.out))
     elif not args.resume:

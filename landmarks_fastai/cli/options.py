@@ -21,14 +21,11 @@ METAVARS = {"data": "DIR", "arch": "NAME", "head": "LAYERS", "lr": "X|find", "al
 
 
 class Parser(argparse.ArgumentParser):
-    "A parser whose namespace has the flags of the command line alone. Of several processes one prints an error."
+    "The parser of a script. Of several processes one prints an error."
 
     def __init__(self, description: str, epilog: str | None = None):
         text = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            description=description, epilog=epilog, formatter_class=text, allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-        )  # fmt: skip
+        super().__init__(description=description, epilog=epilog, formatter_class=text, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
         if prints_line():
@@ -45,7 +42,7 @@ class Parser(argparse.ArgumentParser):
             if name in ("tta", "confidence"):  # a later stage may switch off what the checkpoint has
                 kwargs: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             elif kind is bool:
-                kwargs = {"action": "store_true"}
+                kwargs = {"action": "store_true", "default": None}
             elif f.metadata["choices"]:
                 kwargs = {"choices": f.metadata["choices"]}
             else:
@@ -63,11 +60,10 @@ class Parser(argparse.ArgumentParser):
 
         def switch(flag: str, on: bool, about: str) -> None:
             action = argparse.BooleanOptionalAction if on else "store_true"
-            add(flag, action=action, help=f"{about} (default: {'on' if on else 'off'})")
+            add(flag, action=action, default=None, help=f"{about} (default: {'on' if on else 'off'})")
 
-        add(
-            "--gpu", action="store_true", help="use the GPU: CUDA, or Apple's MPS (default: off; falls back to the CPU)"
-        )
+        about = "use the GPU: CUDA, or Apple's MPS (default: off; falls back to the CPU)"
+        add("--gpu", action="store_true", default=None, help=about)
         about = "worker processes that load images" if training else "threads that load images, on a GPU"
         count = number(int, 0, 256, "number from 0 to 256")
         add("--workers", type=count, metavar="N", help=f"{about} (default: by the number of cores)")
@@ -75,8 +71,8 @@ class Parser(argparse.ArgumentParser):
         millions = number(float, 1e-6, 1e6, "number of millions of pixels")
         add("--max-pixels", type=millions, metavar="X", help=f"{about} (default: {Machine.max_pixels:g})")
         about = "; auto: the GPU's best type; off on a CPU, on MPS and on GTX 16xx cards" if training else ""
-        amp = {} if training else {"default": "off"}
-        add("--amp", choices=AMP, help=f"mixed precision{about} (default: {amp.get('default', Machine.amp)})", **amp)
+        amp = None if training else "off"
+        add("--amp", choices=AMP, default=amp, help=f"mixed precision{about} (default: {amp or Machine.amp})")
         if training:  # a prediction reads each image once
             switch("--cache", False, "cache the fitted images on disk, for later epochs and stages")
         switch("--compile", False, "torch.compile the network: a minute to start, faster steps; needs a C++ compiler")
@@ -93,11 +89,11 @@ class Parser(argparse.ArgumentParser):
 def add_name(group: Any) -> None:
     "Add -n, --overwrite and --resume."
     about = "name of the run and of its folder (default: made from the settings)"
-    group.add_argument("-n", "--name", default=None, help=about)
+    group.add_argument("-n", "--name", help=about)
     about = "replace an existing run of that name"
-    group.add_argument("--overwrite", action="store_true", default=False, help=about)
+    group.add_argument("--overwrite", action="store_true", help=about)
     about = "resume the stopped run -n, with the flags that it was started with"
-    group.add_argument("--resume", action="store_true", default=False, help=about)
+    group.add_argument("--resume", action="store_true", help=about)
 
 
 def learning_rate(text: str) -> float | str:
@@ -132,21 +128,21 @@ def number(kind: type, low: float, high: float, what: str) -> Callable[[str], fl
     return parse
 
 
-def run_flags(args: argparse.Namespace) -> dict[str, Any]:
-    "The flags of the command line that a run is started with."
-    return {k: v for k, v in vars(args).items() if k not in ("name", "out", "overwrite", "resume")}
+def typed_flags(args: argparse.Namespace) -> dict[str, Any]:
+    "The flags that are on the command line, without those that name the run and say what to do with it."
+    return {k: v for k, v in vars(args).items() if v is not None and k not in ("name", "out", "overwrite", "resume")}
 
 
 def chosen_settings(flags: dict[str, Any]) -> dict[str, Any]:
     "The settings among the flags."
-    return {k: v for k, v in flags.items() if k in SETTINGS and (k, v) != ("lr", "find")}
+    return {k: v for k, v in flags.items() if k in SETTINGS and v is not None and (k, v) != ("lr", "find")}
 
 
 def check_fixed(flags: dict[str, Any], checkpoint: Settings, names: Iterable[str]) -> None:
     "Raise `UserError` if one of these settings is among the flags and differs from the checkpoint's."
     for name in names:
         flag, was = flags_of(name)[0], getattr(checkpoint, name)
-        if flags.get(name, was) != was:
+        if flags.get(name) not in (None, was):
             hint = f"run without {flag}, or train again"
             raise UserError(f"{flag} {flags[name]} contradicts the checkpoint, which has {was}: {hint}")
 
@@ -158,6 +154,6 @@ def prepared_machine(flags: dict[str, Any]) -> Machine:
         device = find_gpu() or "cpu"
         if device == "cpu" and is_first():
             print(f"warning: --gpu was given, {why_no_gpu()}: using the CPU", file=sys.stderr)
-    machine = Machine(device, **{k: v for k, v in flags.items() if k in MACHINE - {"gpu"}})
+    machine = Machine(device, **{k: v for k, v in flags.items() if k in MACHINE - {"gpu"} and v is not None})
     machine.prepare()
     return machine

@@ -31,28 +31,23 @@ def predict_parser() -> options.Parser:
         "points.npy (every point of every image, in pixels of the image as stored) and points.json (its file names)."
     )
     about = "pictures, folders, patterns like 'a/**/*.jpg', videos; - reads a list of these from stdin"
-    parser.add_argument("paths", nargs="*", metavar="PATH", default=[], help=about)
+    parser.add_argument("paths", nargs="*", metavar="PATH", help=about)
     about = "checkpoint: the name of a run in the output folder, or a path; an .onnx file; several are averaged"
     parser.add_checkpoint(about, action="append", required=True)
     group = parser.add_argument_group("pictures").add_argument
-    group("--format", choices=PREDICTIONS, default=None, help="of the file of points (default: csv)")
-    about = "write copies of the pictures with the points into runs/NAME/overlay"
-    group("--overlay", action="store_true", default=False, help=about)
-    about = "draw each point's spread in them, too"
-    group("--confidence", action="store_true", default=False, dest="draw_confidence", help=about)
-    about = "find the faces in each picture first; several are possible"
-    group("--detect", action="store_true", default=False, help=about)
-    about = "videos: smooth the points over time (One Euro filter)"
-    group("--smooth", action="store_true", default=False, help=about)
+    group("--format", choices=PREDICTIONS, help="of the file of points (default: csv)")
+    group("--overlay", action="store_true", help="write copies of the pictures with the points into runs/NAME/overlay")
+    group("--confidence", action="store_true", dest="draw_confidence", help="draw each point's spread in them, too")
+    group("--detect", action="store_true", help="find the faces in each picture first; several are possible")
+    group("--smooth", action="store_true", help="videos: smooth the points over time (One Euro filter)")
     about = "CSV of file_name,left,top,right,bottom: the boxes of the objects' points, in pixel edges of the picture"
-    group("--boxes", metavar="CSV", default=None, help=about)
+    group("--boxes", metavar="CSV", help=about)
     defaults = dict.fromkeys(options.FIELDS, "the checkpoint's")
     parser.add_settings("data", ["data", "batch_size"], defaults)
     about = f"rounding of the submitted coordinates (default: {ROUNDINGS[0]})"
-    parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, default=None, help=about)
+    parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, help=about)
     about = "flip test: average the points of image and mirror image (default: on with flip indices)"
-    action = argparse.BooleanOptionalAction
-    parser.add_argument("--tta", action=action, default=None, dest="flip_test", help=about)
+    parser.add_argument("--tta", action=argparse.BooleanOptionalAction, dest="flip_test", help=about)
     parser.add_settings("must agree with the checkpoint", ["arch", "head", *INPUT], defaults)
     parser.add_machine(training=False)
     return parser
@@ -65,8 +60,8 @@ def check_combinations(parser: options.Parser, args: argparse.Namespace) -> None
     typed = [f"--{name}" + ("" if value is True else f" {value}") for name, value in flags.items() if value]
     if not args.paths and typed:
         parser.error(f"{typed[0].split()[0]} is for pictures: name them, as in: -pm NAME photo.jpg {typed[0]}")
-    for flag, given in (("--round", args.rounding), ("-d", "data" in args)):
-        if args.paths and given:
+    for flag, given in (("--round", args.rounding), ("-d", args.data)):
+        if args.paths and given is not None:
             parser.error(f"{flag} is for the submission: run without it, or without PATH")
     if args.draw_confidence and not args.overlay:
         parser.error(
@@ -105,7 +100,7 @@ def main() -> None:
         from landmarks_fastai.inference.detector import FaceDetector
 
         detector = FaceDetector()
-    batch_size = getattr(args, "batch_size", networks[0].settings.batch_size)
+    batch_size = networks[0].settings.batch_size if args.batch_size is None else args.batch_size
     predictor = Predictor(networks, machine=machine, batch_size=batch_size, flip_test=args.flip_test, detector=detector)
     run = claim_output(args.out, "+".join(dict.fromkeys(network.name for network in networks)))
     if args.paths:
@@ -119,10 +114,10 @@ def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "R
     from landmarks_fastai.inference.submission import predict_test
     from landmarks_fastai.utils.parallel import bar
 
-    data, rounding = getattr(args, "data", predictor.networks[0].settings.data), args.rounding or ROUNDINGS[0]
+    data, rounding = args.data or predictor.networks[0].settings.data, args.rounding or ROUNDINGS[0]
     n = predict_test(predictor, data, run, rounding, bar)
-    files = [run.folder / name for name in ("submit.csv", "points.npy", "points.json")]
-    print(f"{n} images: {files[0]}; all points in {files[1]}, their names in {files[2]}")
+    submission, points, names = (run.folder / name for name in ("submit.csv", "points.npy", "points.json"))
+    print(f"{n} images: {submission}; all points in {points}, their names in {names}")
     if rounding == "nearest":  # an error spread evenly over a pixel has a mean square of 1/12
         print("the submission has whole numbers, which adds about 0.08 to its score: --round none writes decimals")
 
@@ -147,9 +142,8 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
             if result.error:
                 print(f"error: {result.error}", file=sys.stderr, flush=True)
             elif not result.objects and not of_video:
-                print(
-                    f"note: {result.source}: no {'face' if args.detect else 'box'} found", file=sys.stderr, flush=True
-                )
+                kind = "face" if args.detect else "box"
+                print(f"note: {result.source}: no {kind} found", file=sys.stderr, flush=True)
             n_pictures += not of_video and not is_video(Path(result.source))
             n_frames += of_video
             n_objects += len(result.objects)
@@ -166,8 +160,8 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
 
 
 def results_of(
-    found: "Iterable[Path]",
-    of_files: "dict[str, list[Box]] | None",
+    paths: "Iterable[Path]",
+    boxes: "dict[str, list[Box]] | None",  # file name, or path as it was typed or found -> boxes
     args: argparse.Namespace,
     predictor: "Predictor",
     run: "Run",
@@ -180,13 +174,12 @@ def results_of(
     from landmarks_fastai.inference.predictor import PictureResult
     from landmarks_fastai.inference.writers import output_path
 
-    def boxes(picture: "Picture") -> "Sequence[Box]":
-        "The boxes of the path as it was typed or found, or else of the file's name."
-        return of_files.get(picture.name) or of_files.get(Path(picture.name).name, []) if of_files else []
+    def boxes_of(picture: "Picture") -> "Sequence[Box]":
+        return boxes.get(picture.name) or boxes.get(Path(picture.name).name, []) if boxes else []
 
-    for videos, paths in groupby(found, is_video):
+    for videos, group in groupby(paths, is_video):
         if not videos:
-            for result in predictor.stream(paths, boxes if of_files else None):
+            for result in predictor.stream(group, boxes_of if boxes else None):
                 stop_on_signal.check()
                 if args.overlay and result.objects:
                     write_overlay(result, run.folder / "overlay", args.draw_confidence)
@@ -195,12 +188,12 @@ def results_of(
         from landmarks_fastai.inference.video import predict_video
         from landmarks_fastai.utils.parallel import bar
 
-        for path in paths:
+        for path in group:
             # clip.mp4 stays clip.mp4, clip.mov becomes clip.mov.mp4
             suffix = path.suffix.removesuffix(".mp4") + ".mp4"
             copy = output_path(run.folder / "overlay", str(path), suffix) if args.overlay else None
             try:
-                if of_files:
+                if boxes:
                     raise UserError(f"{path}: --boxes is for pictures; --detect finds the faces of a video")
                 yield from predict_video(
                     predictor, path, copy, args.smooth, confidence=args.draw_confidence, progress=bar

@@ -69,7 +69,7 @@ def draw_faces(settings: Settings, out: str | os.PathLike, weights: str) -> Sett
 
 def main() -> None:
     args = train_parser().parse_args()
-    flags = options.run_flags(args)
+    flags = options.typed_flags(args)
     settings = first_settings(flags)
     default_name = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
     with claimed_run(args.out, args.name, default_name, Record("train.py", flags), args.overwrite, args.resume) as run:

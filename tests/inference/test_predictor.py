@@ -138,18 +138,18 @@ def test_a_checkpoint_alone_predicts_on_another_machine(run_script, drawn, train
     torch.save(state, "w_best.pth")
     Path("w_best.json").write_text(json.dumps(metadata | {"format": 3}))
     for typed, name in [("x.pth", "x"), ("./x", "x"), ("y", "y"), ("y/best.pth", "y"), ("y/", "y"), ("z.pth", "z"),
-                        ("w_best.pth", "w"), ("w", "w")]:  # fmt: skip
+                        ("w_best.pth", "w_best")]:  # fmt: skip
         assert run_script("predict.py --workers 0 --out o -pm", typed)[::2] == (0, ""), typed
         assert np.array_equal(np.load(f"o/{name}/points.npy"), points)
         shutil.rmtree("o")
-    assert run_script("finetune.py -e 1 --workers 0 -pm w")[::2] == (0, "")
+    assert run_script("finetune.py -e 1 --workers 0 -pm w_best.pth")[::2] == (0, "")
 
 
 def test_a_run_name_in_every_form_finds_its_checkpoint(trained, tmp_path):
     from landmarks_fastai.runs.run import find_checkpoint_file
 
     out = Path(shutil.copytree(trained, tmp_path / "out"))
-    (out / "m_best.pth").write_bytes(b"")  # of an earlier version: only its path means it
+    (out / "m_best.pth").write_bytes(b"")  # only its path means it
     for typed in ("m", "m_best", "m_best.pth", str(out / "m"), str(out / "m" / "best.pth"), str(out / "m" / "best")):
         assert find_checkpoint_file(typed, out) == out / "m" / "best.pth"
     assert find_checkpoint_file(str(out / "m_best.pth"), out) == out / "m_best.pth"

@@ -14,7 +14,8 @@ from fasttransform import Transform
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from landmarks_fastai.cli import arguments, resolve
+from landmarks_fastai.cli.options import prepared_machine
+from landmarks_fastai.cli.train import train_parser
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.metrics import points_in_image
@@ -259,7 +260,7 @@ def test_numbers_that_a_step_reads(drawn, amp, counts):
 
 
 def on_gpu(*flags):
-    return resolve.machine(arguments.train_arguments(["--gpu", *flags]))
+    return prepared_machine(vars(train_parser().parse_args(["--gpu", *flags])))
 
 
 @pytest.fixture
