@@ -77,9 +77,9 @@ def write_submission(
     """
     unaligned = 0
     with (
-        atomic_write(run.file("points.json")) as names,
-        atomic_write(run.file("points.npy"), "wb") as points,
-        atomic_write(run.file("submit.csv")) as submission,
+        atomic_write(run.folder / "points.json") as names,
+        atomic_write(run.folder / "points.npy", "wb") as points,
+        atomic_write(run.folder / "submit.csv") as submission,
     ):
         json.dump(test_points.names, names, ensure_ascii=False, indent=0)
         head = {"descr": "<f4", "fortran_order": False, "shape": (len(test_points), n_points, 2)}
