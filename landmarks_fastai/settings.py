@@ -51,7 +51,7 @@ class _Record:
         "Return a copy with some fields changed. Raises `UserError` for an unknown field or a value out of range."
         if unknown := sorted(changes.keys() - set(self.names())):
             raise UserError(f"unknown setting: {', '.join(unknown)}")
-        return dataclasses.replace(self, **changes)  # pyright: ignore[reportType]
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType] (subclasses are dataclasses)
 
     def to_dict(self) -> dict[str, Any]:
         "Return all fields as JSON types."

@@ -132,5 +132,5 @@ def average_flipped(points: Values, mirrored: Values, flip_indices: Sequence[int
     """
     mirrored = mirrored[:, list(flip_indices)]  # a copy
     if mirrored.ndim == 3:
-        mirrored[..., 0] *= -1
+        mirrored[..., 0] *= -1  # pyright: ignore[reportArgumentType] (an array or a tensor, as `mirrored` is)
     return (points + mirrored) / 2

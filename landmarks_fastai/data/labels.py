@@ -59,8 +59,10 @@ class Labels:
     def identity(self) -> dict[str, Any]:
         "The number of rows and points, and a digest of names and points: it does not depend on the file's time and place."
         names = self.names
-        digest = hashlib.sha256(names if isinstance(names, np.ndarray) else "\n".join(names).encode("utf-8", "replace"))
-        digest.update(self.stored if self.checksums is None else self.checksums)
+        digest = hashlib.sha256(
+            names.data if isinstance(names, np.ndarray) else "\n".join(names).encode("utf-8", "replace")
+        )
+        digest.update((self.stored if self.checksums is None else self.checksums).data)
         return {"rows": len(self), "points": self.n_points, "digest": digest.hexdigest()}
 
     def name(self, row: int) -> str:

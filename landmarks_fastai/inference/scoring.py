@@ -53,7 +53,8 @@ def score_rows(
 ) -> Scores:
     "Score predictions of labelled images. Raises `UserError` if no image can be read."
     metrics, unaligned = [*default_metrics(), *metrics], 0
-    for batch in chunked(predict_rows(predictor, items, crops), ADDED):
+    batches: Any = chunked(predict_rows(predictor, items, crops), ADDED)
+    for batch in batches:
         pred = np.stack([result.objects[0].points for _, result in batch])
         truth = np.stack([item.points for item, _ in batch])
         for metric in metrics:

@@ -174,11 +174,11 @@ class LandmarkLearner(ResumableLearner):
         self, ds_idx: int = 1, dl: Any = None, max_n: int = 9, shuffle: bool = True, **kwargs: Any
     ) -> None:
         "Plot images with their true points and those of `predict_points`, without the flip test unless `tta` is set."
-        dl = self.dls[ds_idx] if dl is None else dl
-        rows = list(range(len(dl.items)))
-        rows = (dl.shuffle_fn(rows) if shuffle else rows)[:max_n]
+        loader: Any = self.dls[ds_idx] if dl is None else dl
+        rows = list(range(len(loader.items)))
+        rows = (loader.shuffle_fn(rows) if shuffle else rows)[:max_n]
         flip_test = self.settings.tta and bool(self.facts.flip_indices)
-        plot_rows(self.predictor(flip_test=flip_test), [dl.items[row] for row in rows])
+        plot_rows(self.predictor(flip_test=flip_test), [loader.items[row] for row in rows])
 
 
 @fastai_plot_top_losses.dispatch

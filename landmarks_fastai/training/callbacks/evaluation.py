@@ -145,7 +145,7 @@ class Evaluation(Callback):
             predictor = self.learn.predictor(best.network, flip_test=bool(self.flip_indices))
             self.scores = score_rows(predictor, items, best.crops, metrics[2:], self.between)
         else:
-            score, nme = (metric.value for metric in metrics[:2])
+            score, nme = (metric.value or 0.0 for metric in metrics[:2])
             self.scores = Scores(score, nme, metrics[0].count, 0)
         for metric, scored in zip(self.extra, metrics[2:], strict=True):
             metric.total, metric.count = scored.total, scored.count
