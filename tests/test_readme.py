@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -9,11 +10,14 @@ from itertools import pairwise
 
 import pytest
 
-from landmarks_fastai.cli import arguments
+from landmarks_fastai.cli.export import export_parser
+from landmarks_fastai.cli.finetune import finetune_parser
+from landmarks_fastai.cli.predict import predict_parser
+from landmarks_fastai.cli.train import train_parser
 from tests.conftest import N_POINTS, ROOT
 
 PACKAGE = ROOT / "landmarks_fastai"
-PARSERS = {"train": arguments.train_parser, "finetune": arguments.finetune_parser, "predict": arguments.predict_parser}
+PARSERS = {"train": train_parser, "finetune": finetune_parser, "predict": predict_parser}
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md"))}
 OTHERS = {
@@ -42,16 +46,12 @@ def commands(text) -> list[str]:
 def helps(capsys):
     "What --help of all commands says."
     from landmarks_fastai import competition
-    from landmarks_fastai.cli import export
     from landmarks_fastai.synthetic import sample
 
     for parse in (
-        arguments.train_arguments,
-        arguments.finetune_arguments,
-        arguments.predict_arguments,
+        *(parser().parse_args for parser in (*PARSERS.values(), export_parser)),
         sample.main,
         competition.main,
-        export.export_parser().parse_args,
     ):
         with pytest.raises(SystemExit):
             parse(["--help"])
@@ -77,8 +77,8 @@ def test_the_command_lines_of_the_three_stages_parse():
     for page, data in (("README.md", "DIR"), ("docs/baseline.md", "")):
         lines = re.findall(r"^python (train|finetune|predict)\.py +(.+)$", PAGES[page], re.M)[:4]
         assert [script for script, _ in lines] == ["train", "finetune", "finetune", "predict"]
-        stages = [getattr(arguments, f"{script}_arguments")(shlex.split(line)) for script, line in lines]
-        assert stages[0].data == data
+        stages = [PARSERS[script]().parse_args(shlex.split(line)) for script, line in lines]
+        assert stages[0].data == os.path.abspath(data)
         for before, after in pairwise(stages):
             (loaded,) = [after.pretrained_model] if isinstance(after.pretrained_model, str) else after.pretrained_model
             assert loaded.removesuffix("_best.pth") == before.name

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils import distributed
-from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.signals import UNREAD, ignore_signals, stop_on_signal
 
@@ -26,13 +25,6 @@ STARTED = time.monotonic()  # --minutes includes the imports
 def started(state: "State | None") -> float:
     "When the time limit began, as `time.monotonic`: earlier by the time that a resumed stage has trained before."
     return STARTED - (state.metadata["seconds"] if state else 0.0)
-
-
-def resume_message(state: "State") -> str:
-    epoch, batch = state.place
-    before, now = state.metadata["processes"], this_process().count
-    changed = f"; {now} processes, {before} before: a step sees {now} times -b images" if now != before else ""
-    return f"resuming at epoch {epoch}, batch {batch}{changed}"
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -57,21 +49,21 @@ def _run(main):
         if isinstance(e, ImportError) and not any(text in str(e) for text in NO_MEMORY):
             raise
         _fail(f"not enough memory ({reason(e)}): allow the process more (ulimit -v), or take a larger machine")
-    except (KeyboardInterrupt, BrokenPipeError) as e:
+    except (KeyboardInterrupt, BrokenPipeError, RuntimeError) as e:
+        text, code = str(e), getattr(e, "code", 130)  # of a `Stopped`
+        if isinstance(e, BrokenPipeError):
+            text, code = "the program that reads its output has ended", UNREAD
+        elif isinstance(e, RuntimeError):
+            if not distributed.process_ended(e):
+                raise
+            text, code = "another process of the run has ended", 1
         ignore_signals()
         _discard_output()
         if sys.stdout.isatty():
             print()  # below the progress bar
-        text = str(e) if isinstance(e, KeyboardInterrupt) else "its output is not read any more"
         if distributed.prints_line(first_prints=True):
             print(f"stopped: {text}" if text else "stopped", file=sys.stderr, flush=True)
-        sys.exit(getattr(e, "code", 130 if isinstance(e, KeyboardInterrupt) else UNREAD))
-    except RuntimeError as e:
-        if not distributed.process_ended(e):
-            raise
-        if distributed.prints_line(first_prints=True):
-            print("stopped: another process of the run has ended", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(code)
     except OSError as e:
         if e.errno != errno.ENOSPC or e.filename:
             raise

@@ -1,25 +1,21 @@
 "A checkpoint as an ONNX file: `python -m landmarks_fastai.export NAME`."
 
-import argparse
+from functools import partial
 from pathlib import Path
 
-from landmarks_fastai.cli import app
+from landmarks_fastai.cli import app, options
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.files import reason
 
 
-def export_parser() -> argparse.ArgumentParser:
+def export_parser() -> options.Parser:
     "The flags of the export."
-    parser = argparse.ArgumentParser(
-        description="Write a checkpoint as an ONNX file, which predict.py -pm FILE reads without PyTorch.",
-        allow_abbrev=False,
-    )
+    parser = options.Parser("Write a checkpoint as an ONNX file, which predict.py -pm FILE reads without PyTorch.")
     parser.add_argument("checkpoint", metavar="NAME", help="the name of a run in the output folder, or a path")
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"output folder (default: {OUT})")
-    parser.add_argument(
-        "-o", dest="file", type=Path, metavar="FILE", help="file to write (default: runs/NAME/NAME.onnx)"
-    )
+    about = "file to write (default: runs/NAME/NAME.onnx)"
+    parser.add_argument("-o", dest="file", type=Path, metavar="FILE", help=about)
     return parser
 
 
@@ -41,6 +37,4 @@ def main() -> None:
     print(f"{file}: the checkpoint's points, to 0.01 px of the input")
 
 
-def command() -> None:
-    "The command `landmarks-export`."
-    app.run_main(main)
+command = partial(app.run_main, main)

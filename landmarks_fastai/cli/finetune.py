@@ -1,44 +1,91 @@
 "A later stage: `python finetune.py -pm NAME` continues from the best checkpoint of a run, at a lower learning rate."
 
-from landmarks_fastai.cli import app, arguments, resolve
-from landmarks_fastai.cli.resume import record_of
+import os
+from functools import partial
+from typing import Any
+
+from landmarks_fastai.cli import app, options
 from landmarks_fastai.runs.claim import claimed_run
-from landmarks_fastai.runs.run import find_checkpoint_file, run_name
-from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_LR_MULT
-from landmarks_fastai.utils.distributed import on_first
+from landmarks_fastai.runs.run import Record, find_checkpoint_file, run_name
+from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_LR_MULT, WEIGHT_DECAY, Settings, names_of
+
+
+def finetune_parser() -> options.Parser:
+    "The flags of finetune.py."
+    parser = options.Parser(
+        "Continue training from the best checkpoint of a previous stage, at a lower learning rate.\n\n"
+        "Settings that are not given are taken from the checkpoint.\n"
+        "The stage saves its best epoch, or the loaded model if no epoch is better."
+    )
+    parser.add_checkpoint()
+    onecycle, others = FINETUNE_LR_MULT["onecycle"], FINETUNE_LR_MULT["plateau"]
+    defaults = dict.fromkeys(options.FIELDS, "the checkpoint's") | {
+        "epochs": str(FINETUNE_EPOCHS),
+        "lr": f"{onecycle} of the previous stage's with onecycle, {others} with others",
+        "sched": "onecycle where crops are aligned, else the checkpoint's",
+        "seed": "the checkpoint's plus 1",
+        "minutes": "0",
+        "freeze": "off",
+    }
+    training = parser.add_settings("training", [*options.TRAINING, "data", "on_bad", "freeze", "all_rows"], defaults)
+    parser.add_settings("augmentation and evaluation", [*names_of("input"), *options.IMAGES], defaults)
+    options.add_name(training)
+    parser.add_settings("must agree with the checkpoint", ["arch", "head", *names_of("split")], defaults)
+    parser.add_machine()
+    return parser
+
+
+def next_settings(flags: dict[str, Any], before: Settings) -> Settings:
+    "The settings of a later stage. Raises `UserError` for a flag that contradicts the checkpoint."
+    options.check_fixed(flags, before, names_of("network", "split"))
+    sched = flags.get("sched") or ("onecycle" if flags.get("align", before.align) else before.sched)
+    changes = {
+        "epochs": FINETUNE_EPOCHS,
+        "sched": sched,
+        "lr": before.lr * FINETUNE_LR_MULT[sched],
+        "seed": (before.seed + 1) % 2**32,
+        "minutes": 0.0,
+        "freeze": False,
+    }
+    if flags.get("opt", before.opt) != before.opt:
+        changes["wd"] = WEIGHT_DECAY[flags["opt"]]
+    return before.replace(**changes | options.chosen_settings(flags))
 
 
 def main() -> None:
-    args = on_first(arguments.finetune_arguments)
-    args.pretrained_model = str(find_checkpoint_file(args.pretrained_model, args.out))
-    default_name = f"{run_name(args.pretrained_model)}+{args.epochs or FINETUNE_EPOCHS}"
-    with claimed_run(args.out, args.name, default_name, record_of(args), args.overwrite, args.resume) as run:
-        print(f"run {run.name}, from {args.pretrained_model}", flush=True)
+    parser = finetune_parser()
+    args = parser.parse_args()
+    flags = options.typed_flags(args)
+    if "pretrained_model" in flags:
+        flags["pretrained_model"] = os.path.abspath(find_checkpoint_file(args.pretrained_model, args.out))
+    elif not args.resume:
+        parser.error("the following arguments are required: -pm/--pretrained-model (or --resume and -n)")
+    record = Record("finetune.py", flags)
+    default_name = f"{run_name(record.checkpoint)}+{flags.get('epochs', FINETUNE_EPOCHS)}"
+    with claimed_run(args.out, args.name, default_name, record, args.overwrite, args.resume) as run:
+        print(f"run {run.name}, from {run.record.checkpoint}", flush=True)
 
         from landmarks_fastai.runs.checkpoint import read_checkpoint
         from landmarks_fastai.training.builders import later_stage, resumed_stage
         from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report, score_loaded
         from landmarks_fastai.training.state import read_state
 
-        previous = read_checkpoint(args.pretrained_model)
-        settings = resolve.next_settings(args, previous.settings)
-        machine = resolve.machine(args)
+        flags = run.record.flags  # with --resume those of the run's start
+        previous = read_checkpoint(run.record.checkpoint)
+        machine = options.prepared_machine(flags)
         state, lr = read_state(run), None
         if state:
-            print(app.resume_message(state))
-            learn = resumed_stage(state, machine, run)
-            previous_scores = tuple(state.metadata["loaded"])
+            learn, scores = resumed_stage(state, machine, run), run.record.loaded
         else:
+            settings = next_settings(flags, previous.settings)
             learn = later_stage(previous, settings, machine, run)
-            previous_scores = score_loaded(learn, previous)
-            if args.lr == "find":
+            scores = score_loaded(learn, previous)
+            if flags.get("lr") == "find":
                 lr = find_lr(learn, run)
-            elif args.lr:
+            elif "lr" in flags:
                 note_low_lr(learn, FINETUNE_LR_MULT[settings.sched] * previous.settings.lr)
-        best = fit_stage(learn, run, previous, previous_scores, app.started(state), state, lr)
+        best = fit_stage(learn, run, previous, scores, app.started(state), state, lr)
         print(report(run, best, machine))
 
 
-def command() -> None:
-    "The command `landmarks-finetune`."
-    app.run_main(main)
+command = partial(app.run_main, main)

@@ -3,52 +3,107 @@
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from landmarks_fastai.cli import app, arguments, resolve
+from landmarks_fastai.cli import app, options
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.runs.run import PREDICTIONS
+from landmarks_fastai.settings import ROUNDINGS, names_of
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
     from landmarks_fastai.data.pictures import Picture
     from landmarks_fastai.geometry import Box
+    from landmarks_fastai.inference.network import Network
     from landmarks_fastai.inference.predictor import PictureResult, Predictor
     from landmarks_fastai.runs.run import Run
 
 
+def predict_parser() -> options.Parser:
+    "The flags of predict.py."
+    parser = options.Parser(
+        "Predict the points of pictures; without PATH, of the competition's test images, and write the submission.\n\n"
+        "With PATH: writes runs/NAME/predictions.csv (or what --format says), in pixels of the picture as it is shown.\n"
+        "Without: reads DIR/test/test_points.csv and DIR/test/images; writes runs/NAME/submit.csv (the submission),\n"
+        "points.npy (every point of every image, in pixels of the image as stored) and points.json (its file names)."
+    )
+    about = "pictures, folders, patterns like 'a/**/*.jpg', videos; - reads a list of these from stdin"
+    parser.add_argument("paths", nargs="*", metavar="PATH", help=about)
+    about = "checkpoint: the name of a run in the output folder, or a path; an .onnx file; several are averaged"
+    parser.add_checkpoint(about, action="append", required=True)
+    group = parser.add_argument_group("pictures").add_argument
+    group("--format", choices=PREDICTIONS, help="of the file of points (default: csv)")
+    group("--overlay", action="store_true", help="write copies of the pictures with the points into runs/NAME/overlay")
+    group("--confidence", action="store_true", dest="draw_confidence", help="draw each point's spread in them, too")
+    group("--detect", action="store_true", help="find the faces in each picture first; several are possible")
+    group("--smooth", action="store_true", help="videos: smooth the points over time (One Euro filter)")
+    about = "CSV of file_name,left,top,right,bottom: the boxes of the objects' points, in pixel edges of the picture"
+    group("--boxes", metavar="CSV", help=about)
+    defaults = dict.fromkeys(options.FIELDS, "the checkpoint's")
+    parser.add_settings("data", ["data", "batch_size"], defaults)
+    about = f"rounding of the submitted coordinates (default: {ROUNDINGS[0]})"
+    parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, help=about)
+    about = "flip test: average the points of image and mirror image (default: on with flip indices)"
+    parser.add_argument("--tta", action=argparse.BooleanOptionalAction, dest="flip_test", help=about)
+    parser.add_settings("must agree with the checkpoint", ["arch", "head", *names_of("input")], defaults)
+    parser.add_machine(training=False)
+    return parser
+
+
+def check_combinations(parser: options.Parser, args: argparse.Namespace) -> None:
+    "Exit with 2 for flags that do not go together."
+    flags = {"overlay": args.overlay, "detect": args.detect, "boxes": args.boxes, "smooth": args.smooth,
+             "confidence": args.draw_confidence, "format": args.format}  # fmt: skip
+    typed = [f"--{name}" + ("" if value is True else f" {value}") for name, value in flags.items() if value]
+    if not args.paths and typed:
+        parser.error(f"{typed[0].split()[0]} is for pictures: name them, as in: -pm NAME photo.jpg {typed[0]}")
+    for flag, given in (("--round", args.rounding), ("-d", args.data)):
+        if args.paths and given is not None:
+            parser.error(f"{flag} is for the submission: run without it, or without PATH")
+    if args.draw_confidence and not args.overlay:
+        parser.error(
+            "--confidence draws on the copies of --overlay: add it (the file of points has every spread anyway)"
+        )
+    if args.detect and args.boxes:
+        parser.error("--detect finds boxes and --boxes has them: use one")
+
+
+def check_checkpoint(args: argparse.Namespace, network: "Network") -> None:
+    "Raise `UserError` for flags that contradict the checkpoint."
+    options.check_fixed(vars(args), network.settings, names_of("network", "input"))
+    if args.flip_test and not network.facts.flip_indices:
+        raise UserError("--tta: the checkpoint has no flip map (none was found, or --mirror none): run without --tta")
+
+
 def main() -> None:
-    args = arguments.predict_arguments()
+    parser = predict_parser()
+    args = parser.parse_args()
+    check_combinations(parser, args)
     if this_process().store:
-        raise UserError("predict.py predicts in one process: run it without torchrun")
+        raise UserError("predict.py runs in one process: run it without torchrun")
 
     from landmarks_fastai.inference.predictor import Predictor, open_network
     from landmarks_fastai.runs.claim import claim_output
 
-    machine = resolve.machine(args)
+    machine = options.prepared_machine(vars(args))
     if machine.device != "cpu":
         for name in (name for name in args.pretrained_model if name.lower().endswith(".onnx")):
             print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
-        resolve.check_prediction(args, network)
-    settings = networks[0].settings
+        check_checkpoint(args, network)
     detector = None
     if args.detect:
         from landmarks_fastai.inference.detector import FaceDetector
 
         detector = FaceDetector()
-    predictor = Predictor(
-        networks,
-        machine=machine,
-        batch_size=settings.batch_size if args.batch_size is None else args.batch_size,
-        flip_test=args.flip_test,
-        detector=detector,
-    )
-    name = "+".join(dict.fromkeys(network.name for network in networks))
-    run = claim_output(args.out, name)
+    batch_size = networks[0].settings.batch_size if args.batch_size is None else args.batch_size
+    predictor = Predictor(networks, machine=machine, batch_size=batch_size, flip_test=args.flip_test, detector=detector)
+    run = claim_output(args.out, "+".join(dict.fromkeys(network.name for network in networks)))
     if args.paths:
         predict_pictures(args, predictor, run)
     else:
@@ -60,12 +115,11 @@ def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "R
     from landmarks_fastai.inference.submission import predict_test
     from landmarks_fastai.utils.parallel import bar
 
-    data = predictor.networks[0].settings.data if args.data is None else args.data
-    n = predict_test(predictor, data, run, args.rounding, bar)
-    print(
-        f"{n} images: {run.file('submit.csv')}; all points in {run.file('points.npy')}, their names in {run.file('points.json')}"
-    )
-    if args.rounding == "nearest":  # an error spread evenly over a pixel has a mean square of 1/12
+    data, rounding = args.data or predictor.networks[0].settings.data, args.rounding or ROUNDINGS[0]
+    n = predict_test(predictor, data, run, rounding, bar)
+    submission, points, names = (run.folder / name for name in ("submit.csv", "points.npy", "points.json"))
+    print(f"{n} images: {submission}; all points in {points}, their names in {names}")
+    if rounding == "nearest":  # an error spread evenly over a pixel has a mean square of 1/12
         print("the submission has whole numbers, which adds about 0.08 to its score: --round none writes decimals")
 
 
@@ -75,23 +129,24 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
     from landmarks_fastai.data.pictures import find_pictures, is_video, read_boxes
     from landmarks_fastai.inference.writers import open_writer
 
-    settings = predictor.networks[0].settings
     confidence = any(network.settings.confidence for network in predictor.networks)
     if args.draw_confidence and not confidence:
         raise UserError("--confidence: the checkpoint has no spread: train or finetune with --confidence")
     n_pictures = n_frames = n_objects = n_bad = n_rotated = n_unaligned = 0
     boxes = read_boxes(args.boxes) if args.boxes else None
     results = results_of(find_pictures(args.paths), boxes, args, predictor, run)
-    with open_writer(args.format, run.folder, predictor.networks[0].facts.n_points, confidence) as (write, path):
+    with open_writer(args.format or "csv", run.folder, predictor.networks[0].facts.n_points, confidence) as (
+        write,
+        path,
+    ):
         for result in results:
             write(result)
             of_video = result.frame is not None
             if result.error:
                 print(f"error: {result.error}", file=sys.stderr, flush=True)
             elif not result.objects and not of_video:
-                print(
-                    f"note: {result.source}: no {'face' if args.detect else 'box'} found", file=sys.stderr, flush=True
-                )
+                kind = "face" if args.detect else "box"
+                print(f"note: {result.source}: no {kind} found", file=sys.stderr, flush=True)
             n_pictures += not of_video and not is_video(Path(result.source))
             n_frames += of_video
             n_objects += len(result.objects)
@@ -109,8 +164,8 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
 
 
 def results_of(
-    found: "Iterable[Path]",
-    of_files: "dict[str, list[Box]] | None",
+    paths: "Iterable[Path]",
+    boxes: "dict[str, list[Box]] | None",  # file name, or path as it was typed or found -> boxes
     args: argparse.Namespace,
     predictor: "Predictor",
     run: "Run",
@@ -123,13 +178,12 @@ def results_of(
     from landmarks_fastai.inference.predictor import PictureResult
     from landmarks_fastai.inference.writers import output_path
 
-    def boxes(picture: "Picture") -> "Sequence[Box]":
-        "The boxes of the path as it was typed or found, or else of the file's name."
-        return of_files.get(picture.name) or of_files.get(Path(picture.name).name, []) if of_files else []
+    def boxes_of(picture: "Picture") -> "Sequence[Box]":
+        return boxes.get(picture.name) or boxes.get(Path(picture.name).name, []) if boxes else []
 
-    for videos, paths in groupby(found, is_video):
+    for videos, group in groupby(paths, is_video):
         if not videos:
-            for result in predictor.stream(paths, boxes if of_files else None):
+            for result in predictor.stream(group, boxes_of if boxes else None):
                 stop_on_signal.check()
                 if args.overlay and result.objects:
                     write_overlay(result, run.folder / "overlay", args.draw_confidence)
@@ -138,12 +192,12 @@ def results_of(
         from landmarks_fastai.inference.video import predict_video
         from landmarks_fastai.utils.parallel import bar
 
-        for path in paths:
+        for path in group:
             # clip.mp4 stays clip.mp4, clip.mov becomes clip.mov.mp4
             suffix = path.suffix.removesuffix(".mp4") + ".mp4"
             copy = output_path(run.folder / "overlay", str(path), suffix) if args.overlay else None
             try:
-                if of_files:
+                if boxes:
                     raise UserError(f"{path}: --boxes is for pictures; --detect finds the faces of a video")
                 yield from predict_video(
                     predictor, path, copy, args.smooth, confidence=args.draw_confidence, progress=bar
@@ -164,6 +218,4 @@ def write_overlay(result: "PictureResult", folder: Path, confidence: bool) -> No
         drawn.save(file, "JPEG", quality=92)
 
 
-def command() -> None:
-    "The command `landmarks-predict`."
-    app.run_main(main)
+command = partial(app.run_main, main)

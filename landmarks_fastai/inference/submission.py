@@ -54,15 +54,14 @@ def checked_test_points(images: Path, n_points: int) -> TestPoints:
         raise UserError(f"{csv} not found: it says which points of which images to submit")
     test_points = read_test_points(csv)
     test_points.check_range(n_points)
-    found = check_images(test_points, images)
-    if len(found.rows):
-        raise BadData(map(found.problem, found.rows.tolist()), len(found.rows))
+    if faults := check_images(test_points, images):
+        raise BadData((test_points.problem(row, faults[row]) for row in sorted(faults)), len(faults))
     return test_points
 
 
 def _pictures(test_points: TestPoints, images: Path) -> Iterator[Picture]:
-    for row, name in enumerate(test_points.names):
-        yield Picture(images / name, exif=False, where=f"{test_points.csv} line {test_points.line(row)}: ")
+    for row in range(len(test_points)):
+        yield Picture(images / test_points.name(row), exif=False, where=f"{test_points.place(row)}: ")
 
 
 def write_submission(
@@ -78,9 +77,9 @@ def write_submission(
     """
     unaligned = 0
     with (
-        atomic_write(run.file("points.json")) as names,
-        atomic_write(run.file("points.npy"), "wb") as points,
-        atomic_write(run.file("submit.csv")) as submission,
+        atomic_write(run.folder / "points.json") as names,
+        atomic_write(run.folder / "points.npy", "wb") as points,
+        atomic_write(run.folder / "submit.csv") as submission,
     ):
         json.dump(test_points.names, names, ensure_ascii=False, indent=0)
         head = {"descr": "<f4", "fortran_order": False, "shape": (len(test_points), n_points, 2)}

@@ -16,7 +16,6 @@ from landmarks_fastai.models.networks import METADATA, SPREAD, LandmarkNetwork, 
 from landmarks_fastai.models.weights import read_state_dict
 from landmarks_fastai.runs.run import Run, find_checkpoint_file, run_name
 from landmarks_fastai.settings import DataFacts, Settings
-from landmarks_fastai.utils.distributed import is_first
 from landmarks_fastai.utils.files import atomic_write
 
 FORMAT = 5  # of the metadata
@@ -86,15 +85,17 @@ def write_checkpoint(
     nme: float | None,
     epoch: int | None,
 ) -> None:
-    "Write best.pth, through a temporary file, in the first process. Raises `UserError` if the disk is full."
-    if not is_first():
-        return run.publish()
+    "Write best.pth, through a temporary file. Raises `UserError` if the disk is full."
+    metadata = checkpoint_metadata(settings, facts, score, nme, epoch)
+    run.write("best.pth", lambda path: _write(path, model, metadata))
+
+
+def _write(path: Path, model: nn.Module, metadata: dict) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != METADATA}
-    state[METADATA] = checkpoint_metadata(settings, facts, score, nme, epoch)
-    with atomic_write(run.file("best.pth"), "wb") as f:
+    state[METADATA] = metadata
+    with atomic_write(path, "wb") as f:
         torch.save(state, zipped := io.BytesIO())  # in memory: writing to a file, torch hides a full disk
         f.write(zipped.getbuffer())
-    run.publish()
 
 
 def read_checkpoint_file(path: str | os.PathLike) -> dict:

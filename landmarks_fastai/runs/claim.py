@@ -1,28 +1,23 @@
 "Starting and ending a run: its name, the lock that one process holds, and the files that are left when it ends."
 
+import errno
 import hashlib
 import itertools
 import os
-import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.runs.run import (
-    LISTING,
-    RUN_FILES,
-    Record,
-    Run,
-    is_plain_name,
-    plain_name,
-    read_record,
-    write_record,
-)
+from landmarks_fastai.runs import run as runs
+from landmarks_fastai.runs.run import Record, Run, flags_of, is_plain_name, read_record, stopped_runs
 from landmarks_fastai.utils.distributed import broadcast, is_first, process_ended
-from landmarks_fastai.utils.files import process_lock, reason
+from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.signals import UNREAD, Stopped
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system without locks
 
 
 @contextmanager
@@ -37,75 +32,139 @@ def claimed_run(
     """Lock a run for the time of a stage, and yield it. At the end it is marked as finished and its state is deleted.
 
     A stage that fails before anything is saved leaves the name free, and a run that was to be overwritten unchanged.
-    Raises `UserError` for a name that is taken, no plain file name, or used by a running process. Of the processes of
-    torchrun the first locks the run.
+    Raises `UserError` for a name that is taken, not a plain file name, or used by a running process, and for a flag of a
+    resumed run that differs from its start. Exits with 0 if that run is finished. Of the processes of torchrun the first
+    locks the run.
     """
     if not is_first():
-        run: Run = broadcast()
-        if not run.file("run.json").exists():
+        run: Run | None = broadcast()
+        if run is None:
+            sys.exit(0)
+        if not (run.folder / "run.json").exists():
             raise UserError(f"{run.folder} of the first process is not on this machine: --out must be a shared folder")
-        with _resume_hint(run):
+        with _ending(run):
             yield run
         return
-    out = _make_folder(out)
-    if name is not None:
-        check_name(name, out)
-    with _locked_run(out, name, default_name) as run:
-        before = None if overwrite else read_record(run)
-        unfinished = before if before and not before.ended else None
-        if unfinished and resume:
-            _check_unchanged(run, unfinished)
-            record = unfinished if run.saved else replace(unfinished, settings=None)
-        elif not (overwrite or _is_free(run) or (unfinished and not run.saved)):
-            raise UserError(_name_taken(run, unfinished))
-        if record.checkpoint and run.folder.resolve() in Path(record.checkpoint).resolve().parents:
-            raise UserError(f"-n {run.name} is the run that -pm loads: choose another name")
-        record = replace(record, digest=_digest(record.checkpoint))
-        if overwrite and run.folder.exists():
-            run.written_to = run.new
-        elif not run.saved:
-            run.discard("run.json")
-        with _cleanup(run):
-            write_record(run, record)
+    if resume and (overwrite or name is None):
+        raise UserError(f"--resume needs -n NAME, and excludes --overwrite; stopped runs in {out}: {stopped_runs(out)}")
+    with _locked_run(Path(out), name, runs.plain_name(default_name)) as run:
+        record = _checked_record(run, record, overwrite, resume)
+        with _ending(run):
+            if overwrite and run.folder.exists():
+                run.overwrites = True
+                os.replace(run.folder, run.old)
+            elif not run.saved:
+                run.discard("run.json")
+            run.write_record(record)
             broadcast(run)
             yield run
-        run.publish()
-        write_record(run, replace(run.record or record, ended=True))
-        run.file("state.safetensors").unlink(missing_ok=True)
+        run.write_record(replace(run.record or record, ended=True))
+        (run.folder / "state.safetensors").unlink(missing_ok=True)
 
 
-def _is_free(run) -> bool:
-    return not os.path.lexists(run.folder) or {p.name for p in run.folder.glob("*")} <= {LISTING}
-
-
-def _name_taken(run, unfinished) -> str:
-    hint = "choose another, or --overwrite to replace it"
-    if unfinished:
-        hint = f"resume it with {Run(run.out, run.name, unfinished).resume_command}; or {hint}"
-    return f"-n {run.name}: {run.out} already has a run of that name: {hint}"
-
-
-def check_name(name: str, out: str | os.PathLike) -> None:
-    "Raise `UserError` unless the name is a plain file name: others may leave the output folder, or are hidden."
-    if not is_plain_name(name):
+@contextmanager
+def _locked_run(out: Path, name: str | None, base: str) -> Iterator[Run]:
+    "Lock the run of that name; if `name` is None, the first free name that begins with `base`."
+    if name is not None and not is_plain_name(name):  # others may leave the output folder, or are hidden
         raise UserError(
-            f"-n {name!r} is no plain file name: runs are written into {out}, choose a short name without / \\ : * ? "
+            f"-n {name!r} is not a plain file name: runs are written into {out}, choose a short name without / \\ : * ? "
             '" < > | and without a dot at its start'
         )
+    _make_folder(out)
+    for k in itertools.count(1):
+        run = Run(out, name or (base if k == 1 else f"{base}_{k}"))
+        with process_lock(out / f".{run.name}.lock") as locked:  # beside the folder, which --overwrite renames
+            if name and not locked:
+                raise UserError(f"-n {name}: another process is running it: let it end, or choose another name")
+            if name:
+                _check_folder(run)
+            if locked:
+                run.repair()
+            if locked and (name or _is_free(run)):
+                yield run
+                return
 
 
-def _check_folder(run):
-    "Raise `UserError` if a folder or file of that name is no run: --overwrite would delete it."
-    names = {p.name for p in run.folder.glob("*")}
-    if os.path.lexists(run.folder) and not (run.folder.is_dir() and (not names or names & RUN_FILES)):
-        raise UserError(f"{run.folder} exists and is not the folder of a run: choose another name, or another --out")
+@contextmanager
+def process_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path` for the time of the block; yield whether this process got it.
+
+    filelock closes the file in forked processes, so the workers of a killed run do not hold it. A file system without
+    locks grants every lock. Raises `UserError` if the file cannot be opened.
+    """
+    from filelock import FileLock, Timeout  # not at the top: predictions do without it
+
+    lock, held = FileLock(path, blocking=False, fallback_to_soft=False), True
+    try:
+        lock.acquire()
+    except Timeout:
+        held = False
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            hint = "move it away, or choose another --out"
+            raise UserError(f"{path} cannot be opened ({reason(e)}): {hint}") from None
+    try:
+        yield held
+    finally:
+        if held:
+            with suppress(OSError):  # Windows cannot remove an open file: there `release` removes it
+                path.unlink(missing_ok=True)
+        lock.release()
 
 
-def _check_unchanged(run, before):
-    "Raise `UserError` if the checkpoint that a resumed run started from has changed."
-    if run.saved and before.digest != _digest(before.checkpoint):
-        changed = f"{before.checkpoint} has changed since {run.name} was started from it"
+def _checked_record(run: Run, record: Record, overwrite: bool, resume: bool) -> Record:
+    "The record to start a run with, or to resume it. Raises `UserError` for a name that is taken, and like `_resumed`."
+    previous = None if overwrite else read_record(run)
+    unfinished = previous is not None and not previous.ended
+    if resume and previous:
+        record = _resumed(run, previous, record)
+    elif resume and not record.flags.keys() & {"data", "pretrained_model"}:
+        stopped = f"no such run in {run.out}, stopped runs there: {stopped_runs(run.out)}"
+        raise UserError(f"-n {run.name}: {stopped}; to start it, give -d too")
+    elif not (overwrite or _is_free(run) or (unfinished and not run.saved)):
+        hint = "choose another, or --overwrite to replace it"
+        if unfinished:
+            hint = f"resume it with {Run(run.out, run.name, previous).resume_command}; or {hint}"
+        raise UserError(f"-n {run.name}: {run.out} already has a run of that name: {hint}")
+    if record.checkpoint and run.folder.resolve() in Path(record.checkpoint).resolve().parents:
+        raise UserError(f"-n {run.name} is the run that -pm loads: choose another name")
+    return replace(record, digest=_digest(record.checkpoint))
+
+
+def _resumed(run: Run, previous: Record, record: Record) -> Record:
+    "The record of the start, with flags of the machine from this one. Exits with 0 if the run is finished."
+    run.record = previous
+    if previous.script != record.script:
+        raise UserError(f"-n {run.name} was started by {previous.script}: {run.resume_command}")
+    if previous.ended:
+        print(f"run {run.name} is finished, nothing is left to resume; its best is {run.folder / 'best.pth'}")
+        (run.folder / "state.safetensors").unlink(missing_ok=True)
+        broadcast(None)
+        sys.exit(0)
+    for name in record.flags.keys() - runs.MACHINE:
+        typed, default = record.flags[name], (previous.settings or {}).get(name)
+        was = previous.flags.get(name, default)
+        if typed not in (was, default) and os.path.realpath(str(typed)) != os.path.realpath(str(was)):
+            flag = flags_of(name)[0]
+            raise UserError(
+                f"{flag} {typed}: --resume continues with the flags that the run was started with "
+                f"({flag} was {'not given' if was is None else was}): run without {flag}, or start over with --overwrite"
+            )
+    if run.saved and previous.digest != _digest(previous.checkpoint):
+        changed = f"{previous.checkpoint} has changed since {run.name} was started from it"
         raise UserError(f"{changed}: restore it, or start over with --overwrite")
+    return replace(previous if run.saved else record, flags=previous.flags | record.flags)
+
+
+def _is_free(run: Run) -> bool:
+    return not os.path.lexists(run.folder) or {p.name for p in run.folder.glob("*")} <= {runs.LISTING}
+
+
+def _check_folder(run: Run) -> None:
+    "Raise `UserError` if a folder or file of that name is not a run: --overwrite would delete it."
+    names = {p.name for p in run.folder.glob("*")}
+    if os.path.lexists(run.folder) and not (run.folder.is_dir() and (not names or names & runs.RUN_FILES)):
+        raise UserError(f"{run.folder} exists and is not the folder of a run: choose another name, or another --out")
 
 
 def _digest(path: str) -> str:
@@ -119,39 +178,17 @@ def _digest(path: str) -> str:
 
 
 @contextmanager
-def _locked_run(out, name, default_name):
-    "Lock the run of that name; if `name` is None, the first free name."
-    base = plain_name(default_name)
-    names = [name] if name is not None else (base if k == 1 else f"{base}_{k}" for k in itertools.count(1))
-    for each in names:
-        run = Run(out, each)
-        with lock(run) as locked:
-            if locked:
-                run.repair()
-            elif name is not None:
-                raise UserError(f"-n {name}: another process is running it: let it end, or choose another name")
-            if name is not None:
-                _check_folder(run)
-            if locked and (name is not None or _is_free(run)):
-                yield run
-                return
-
-
-def lock(run: Run) -> AbstractContextManager[bool]:
-    "The lock of a run's name, as `process_lock`. It lies beside the folder, because the folder may be renamed."
-    return process_lock(run.out / f".{run.name}.lock")
-
-
-@contextmanager
-def _resume_hint(run):
-    "Add the resume command to the message of a run that fails or is stopped."
+def _ending(run: Run) -> Iterator[None]:
+    "Add the resume command to the message of a run that fails or is stopped; undo a run that has saved nothing."
+    kept = [runs.LISTING]
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not process_ended(e):
             raise
+        kept.append("run.json")
         text = f"{'the state is saved' if run.saved else 'nothing was saved yet'}; resume with: {run.resume_command}"
-        if run.written_to == run.new and not run.saved:
+        if run.overwrites:
             text = "nothing was saved yet; the run that was to be overwritten is unchanged"
         if process_ended(e):
             raise Stopped(f"another process of the run has ended; {text}", 1) from None
@@ -160,42 +197,23 @@ def _resume_hint(run):
         if run.saved and "--overwrite" not in str(e):
             e.way_on = f"then resume with: {run.resume_command}"
         raise
-
-
-@contextmanager
-def _cleanup(run):
-    "`_resume_hint`; then remove the files of a run that saved nothing: all but its record if it was stopped."
-    kept = [LISTING]
-    try:
-        with _resume_hint(run):
-            yield
-    except Stopped:
-        kept.append("run.json")
-        raise
     finally:
-        if run.saved:
-            run.publish()
-        elif run.written_to == run.new:
-            shutil.rmtree(run.new, ignore_errors=True)
-        else:
+        if is_first() and run.old.exists():
+            run.repair()
+        elif is_first() and not run.saved:
             run.discard(*kept)
 
 
 def claim_output(out: str | os.PathLike, name: str) -> Run:
     "A run to write predictions into; earlier predictions of the same checkpoint are replaced."
-    run = Run(_make_folder(out), name)
+    _make_folder(out)
+    run = Run(out, name)
     _check_folder(run)
     return run
 
 
-def _make_folder(out) -> Path:
-    "Make the output folder and test that it is writable now, not after the first epoch."
-    out = Path(out)
+def _make_folder(out: str | os.PathLike) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        os.makedirs(out, exist_ok=True)
     except OSError as e:
         raise UserError(f"output folder {out} cannot be written to ({e.strerror}): choose another with --out") from None
-    return out

@@ -4,22 +4,25 @@ Nothing heavy is imported here: a run has its name before torch is imported, so 
 second can be resumed.
 """
 
+import dataclasses
 import json
 import os
 import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.settings import OUT, Settings
+from landmarks_fastai.settings import OUT, DataFacts, Settings
 from landmarks_fastai.utils.distributed import is_first, this_process
-from landmarks_fastai.utils.files import atomic_write, reason, rename
+from landmarks_fastai.utils.files import reason, rename, write_text
+from landmarks_fastai.utils.hardware import Machine
 
-FORMAT = 2  # of run.json; format 1 had the words of the command line
 MAX_NAME = 200  # bytes of a run's name: with suffixes it must fit into a file system's 255
 SAVED = ("best.pth", "state.safetensors")  # a run without either has saved nothing
 LISTING = "bad.csv"
@@ -31,22 +34,40 @@ PREDICTIONS = {
 # The folder of a run has one of them at least.
 RUN_FILES = {*SAVED, LISTING, *PREDICTIONS.values(), "run.json", "submit.csv"}
 
+SETTINGS = set(Settings.names())
+MACHINE = {"gpu", *(f.name for f in dataclasses.fields(Machine))} - {"device"}  # flags that another start may change
+FLAGS = {  # of settings whose flag is not --the-name
+    "batch_size": ("-b", "--batch-size"),
+    "epochs": ("-e", "--epochs"),
+    "lr": ("-lr", "--lr", "--learning-rate"),
+    "data": ("-d", "--data"),
+    "pretrained_model": ("-pm", "--pretrained-model"),
+}
+
+
+def flags_of(name: str) -> tuple[str, ...]:
+    "The spellings of a setting's flag."
+    return FLAGS.get(name, ("--" + name.replace("_", "-"),))
+
 
 @dataclass(frozen=True)
 class Record:
-    "The contents of run.json: how a run was started."
+    "The contents of run.json: how a run was started. Settings and data are set when its fit begins."
 
     script: str  # train.py or finetune.py
-    args: dict = field(default_factory=dict)  # parsed flags, paths made absolute
+    flags: dict[str, Any] = field(default_factory=dict)  # those of the command line; paths are absolute
     digest: str = ""  # SHA-256 of the checkpoint that a later stage starts from
-    settings: dict | None = None  # `Settings.to_dict()`; None until the Learner is made
-    facts: dict | None = None  # `DataFacts.to_dict()`, likewise
+    settings: dict | None = None  # `Settings.to_dict()`
+    facts: dict | None = None  # `DataFacts.to_dict()`
+    labels: Any = None  # `identity` of the labels
+    left_out: list[int] = field(default_factory=list)  # rows that are neither trained on nor validated on
+    loaded: Any = None  # score and NME of the checkpoint that a later stage starts from
     ended: bool = False
 
     @property
     def checkpoint(self) -> str:
         "Path of the checkpoint that a later stage starts from; empty for a first stage."
-        return self.args.get("pretrained_model") or ""
+        return self.flags.get("pretrained_model", "")
 
 
 def typed_as(script: str) -> str:
@@ -74,38 +95,44 @@ def plain_name(name: str) -> str:
 
 
 class Run:
-    """The folder `out`/NAME with the files of one stage.
-
-    A run that overwrites another is written to `out`/.NAME.new; `publish` renames that folder.
-    """
+    "The folder `out`/NAME with the files of one stage. The run that it overwrites is `out`/.NAME.old until it ends."
 
     def __init__(self, out: str | os.PathLike, name: str, record: Record | None = None):
         self.out, self.name, self.record = Path(out), name, record
-        self.folder = self.out / name
-        self.new, self.old = self.out / f".{name}.new", self.out / f".{name}.old"
-        self.written_to = self.folder
+        self.folder, self.old = self.out / name, self.out / f".{name}.old"
+        self.overwrites = False  # whether an older run comes back if this one fails now
 
-    def file(self, name: str) -> Path:
-        "Path to write a file to. In a message use `run.folder / name`, where the file is after `publish`."
-        return self.written_to / name
+    def write(self, name: str, save: Callable[[Path], Any]) -> None:
+        "Call `save` with the path of a file of the run; in the first process alone, the others write nothing."
+        if is_first():
+            save(self.folder / name)
+        self.overwrites = self.overwrites and name not in SAVED
 
-    @property
-    def listing(self) -> Path:
-        "Path of bad.csv. Never in `.NAME.new`: the file outlives a run that fails."
-        return self.folder / LISTING
+    def write_record(self, record: Record) -> None:
+        "Write run.json, and set `record`."
+        self.write("run.json", lambda path: write_text(path, json.dumps(asdict(record), indent=1)))
+        self.record = record
 
     @property
     def saved(self) -> bool:
         "Whether a checkpoint or a state was saved."
-        return any(self.file(name).exists() for name in SAVED)
+        return any((self.folder / name).exists() for name in SAVED)
 
     @property
     def settings(self) -> Settings:
         "Settings of the stage to resume. Raises `UserError` if run.json has none, or wrong ones."
         try:
-            return Settings.from_dict(self.record.settings if self.record else None)  # pyright: ignore[reportArgumentType]
+            return Settings.from_dict(self.record.settings if self.record else None)
         except UserError as e:
-            raise UserError(f"{self.file('run.json')}: {e}; start over with --overwrite") from None
+            raise UserError(f"{self.folder / 'run.json'}: {e}; start over with --overwrite") from None
+
+    @property
+    def facts(self) -> DataFacts:
+        "What the stage to resume has learned from its data. Raises like `settings`."
+        try:
+            return DataFacts.from_dict(self.record.facts if self.record else None)
+        except UserError as e:
+            raise UserError(f"{self.folder / 'run.json'}: {e}; start over with --overwrite") from None
 
     @property
     def resume_command(self) -> str:
@@ -118,26 +145,15 @@ class Run:
         "The flag --out with a space before it; empty for the default folder."
         return "" if self.out == Path(OUT) else f" --out {shlex.quote(str(self.out))}"
 
-    def publish(self) -> None:
-        "Replace the run that is overwritten, once this one has saved something."
-        if self.written_to == self.folder:
-            return
-        if not is_first():  # which does it
-            self.written_to = self.folder
-            return
-        if self.listing.exists():
-            rename(self.listing, self.new / LISTING)
-        rename(self.folder, self.old)
-        rename(self.new, self.folder)
-        self.written_to = self.folder
-        shutil.rmtree(self.old, ignore_errors=True)
-
     def repair(self) -> None:
-        "Finish a `publish` that was killed, and remove temporary files. The caller holds the lock."
-        if self.old.exists() and not self.folder.exists():
-            rename(self.new if self.new.exists() else self.old, self.folder)
-        for leftover in (self.old, self.new):
-            shutil.rmtree(leftover, ignore_errors=True)
+        "End an --overwrite: bring the old run back if this one has saved nothing, else remove it. Remove temporary files."
+        if self.old.exists():
+            if not self.saved:
+                with suppress(FileNotFoundError):
+                    rename(self.folder / LISTING, self.old / LISTING)  # it outlives a run that fails
+                shutil.rmtree(self.folder, ignore_errors=True)
+                rename(self.old, self.folder)
+            shutil.rmtree(self.old, ignore_errors=True)
         for path in self.folder.glob("*.tmp"):
             if re.fullmatch(r"\w+\.\w+\.\d+\.tmp", path.name):
                 path.unlink(missing_ok=True)
@@ -145,44 +161,26 @@ class Run:
     def discard(self, *kept: str) -> None:
         "Remove the files of the run except `kept`, and the folder if it is empty then."
         # run.json last: if this process is killed here, the folder is still known as a run's
-        for path in sorted(self.written_to.glob("*"), key=lambda p: p.name == "run.json"):
+        for path in sorted(self.folder.glob("*"), key=lambda p: p.name == "run.json"):
             if path.name not in kept:
                 with suppress(OSError):  # a folder that a user made
                     path.unlink(missing_ok=True)
         with suppress(OSError):
-            self.written_to.rmdir()
+            self.folder.rmdir()
 
 
 def read_record(run: Run) -> Record | None:
     "Read run.json; None if there is none. Raises `UserError` for a file of another kind."
-    path = run.file("run.json")
+    path = run.folder / "run.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        if unknown := record.flags.keys() - SETTINGS - MACHINE - {"pretrained_model", "recipe", "weights"}:
+            raise ValueError(f"unknown flags: {', '.join(unknown)}")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read ({reason(e)}): start over with --overwrite") from None
-    if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is not of this version (format {FORMAT} expected): start over with --overwrite")
-    kinds = {
-        "script": str,
-        "args": dict,
-        "digest": str,
-        "settings": (dict, type(None)),
-        "facts": (dict, type(None)),
-        "ended": bool,
-    }
-    if found.keys() != kinds.keys() or not all(isinstance(found[k], kinds[k]) for k in kinds):
-        raise UserError(f"{path} is not the record of a run: start over with --overwrite")
-    return Record(**found)
-
-
-def write_record(run: Run, record: Record) -> None:
-    "Write run.json, and set `run.record`."
-    if is_first():
-        with atomic_write(run.file("run.json")) as f:
-            json.dump({"format": FORMAT} | asdict(record), f, indent=1)
-    run.record = record
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is not the record of a run ({reason(e)}): start over with --overwrite") from None
+    return record
 
 
 def stopped_runs(out: str | os.PathLike) -> str:
@@ -191,39 +189,31 @@ def stopped_runs(out: str | os.PathLike) -> str:
     for path in sorted(Path(out).glob("[!.]*/run.json")):
         if len(names) == 20:
             return ", ".join([*names, "…"])
-        run = Run(out, path.parent.name)
         with suppress(UserError):
-            if (record := read_record(run)) and not record.ended:
-                names.append(run.name)
+            if (record := read_record(Run(out, path.parent.name))) and not record.ended:
+                names.append(path.parent.name)
     return ", ".join(names) or "none"
 
 
 def run_name(checkpoint: str | os.PathLike) -> str:
     "The name of the run that a checkpoint file belongs to."
     path = Path(os.path.abspath(checkpoint))
-    return path.parent.name or "best" if path.name == "best.pth" else path.stem.removesuffix("_best")
-
-
-def checkpoint_places(name: str, out: str | os.PathLike) -> list[str]:
-    "The paths that `-pm NAME` may mean, in the order in which they are tried."
-    stem = name.removesuffix(".pth")
-    run = stem.removesuffix("_best")  # as in the published entry's command lines, and the files of earlier versions
-    places = [name] if name.endswith(".pth") else []
-    for folder in ("", str(out)):
-        ends = (os.path.join(stem, "best.pth"), os.path.join(run, "best.pth"), f"{stem}.pth", f"{stem}_best.pth")
-        places += [os.path.join(folder, end) for end in ends]
-    return places
+    return path.parent.name or "best" if path.name == "best.pth" else path.stem
 
 
 def find_checkpoint_file(name: str, out: str | os.PathLike) -> Path:
     "The file that `-pm` means, a path or the name of a run. Raises `UserError` that lists the existing names."
-    for place in checkpoint_places(name, out):
-        if os.path.isfile(place):
-            return Path(place)
+    if name.endswith(".pth") and os.path.isfile(name):
+        return Path(name)
+    stem = name.removesuffix(".pth")
+    run = stem.removesuffix("_best")  # as in the published entry's command lines
+    for folder in ("", out):
+        for end in (os.path.join(stem, "best.pth"), os.path.join(run, "best.pth"), f"{stem}.pth"):
+            if os.path.isfile(path := os.path.join(folder, end)):
+                return Path(path)
     if os.path.isfile(name):
-        raise UserError(f"-pm {name} is no checkpoint: a checkpoint's file name ends in .pth")
-    found = [*Path(out).glob("[!.]*/best.pth"), *Path(out).glob("*_best.pth")]
-    found.sort(key=os.path.getmtime, reverse=True)
-    names = ", ".join(p.parent.name if p.name == "best.pth" else p.name for p in found[:20]) or "none"
-    more = f" and {len(found) - 20} older ones" if len(found) > 20 else ""
+        raise UserError(f"-pm {name} is not a checkpoint: a checkpoint's file name ends in .pth")
+    checkpoints = sorted(Path(out).glob("[!.]*/best.pth"), key=os.path.getmtime, reverse=True)
+    names = ", ".join(p.parent.name for p in checkpoints[:20]) or "none"
+    more = f" and {len(checkpoints) - 20} older ones" if len(checkpoints) > 20 else ""
     raise UserError(f"-pm {name} not found, neither as a path nor in {out}; there are: {names}{more}")

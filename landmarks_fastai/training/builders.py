@@ -1,5 +1,7 @@
 "Make the Learner of a stage: a first stage, a later stage, a resumed one."
 
+from pathlib import Path
+
 import numpy as np
 from fastai.data.core import DataLoaders
 
@@ -9,28 +11,29 @@ from landmarks_fastai.data.flip import write_flip_indices
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint
-from landmarks_fastai.runs.run import Run
+from landmarks_fastai.runs.run import LISTING, Run
 from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
 from landmarks_fastai.training.state import State
-from landmarks_fastai.utils.distributed import in_turn, is_first
+from landmarks_fastai.utils.distributed import rank0_first, this_process
 from landmarks_fastai.utils.hardware import Machine
 
 
 def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner of a first stage on the data of the settings; `weights` is imagenet, none, or the path of a file."
     settings = settings.replace(split_seed=settings.seed)
-    dls = in_turn(lambda: landmark_dataloaders(settings.data, settings, machine=machine, listing=run.listing))
+    listing = run.folder / LISTING
+    dls = rank0_first(lambda: landmark_dataloaders(settings.data, settings, machine=machine, listing=listing))
     report_flip_map(dls, run)
-    return in_turn(lambda: landmark_learner(dls, weights=weights, machine=machine, path=run.out))
+    return rank0_first(lambda: landmark_learner(dls, weights=weights, machine=machine, path=run.out))
 
 
 def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner with the weights of a checkpoint, and the settings of a new stage. Raises `UserError` if they do not fit."
-    images = in_turn(lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=run.listing))
+    images = rank0_first(lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=run.folder / LISTING))
     if (n_points := images.labels.n_points) != (trained_on := checkpoint.facts.n_points):
         raise UserError(f"{images.labels.csv} has {n_points} points, {checkpoint.path} was trained on {trained_on}")
-    dls = in_turn(lambda: landmark_dataloaders(images, settings, checkpoint.facts, machine=machine))
+    dls = rank0_first(lambda: landmark_dataloaders(images, settings, checkpoint.facts, machine=machine))
     report_flip_map(dls, run, checkpoint.facts)
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     try:
@@ -46,14 +49,16 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
 
 def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner for a stopped stage; `SaveResumeState` restores its weights when the fit begins."
-    settings, left_out = run.settings, np.array(state.metadata["left_out"], np.int64)
-    source, listing, facts = settings.data, run.listing, DataFacts.from_dict(run.record and run.record.facts)
-    dls = in_turn(
-        lambda: landmark_dataloaders(source, settings, facts, machine=machine, listing=listing, left_out=left_out)
-    )
-    if dls.items.labels.identity != state.metadata["labels"]:
-        changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped, or its time has"
-        raise UserError(f"{changed}: restore it (cp -p keeps the time), or start over with --overwrite")
+    settings, record, (epoch, batch) = run.settings, run.record, state.place
+    assert record is not None
+    before, now = state.metadata["processes"], this_process().count
+    changed = f"; {now} processes, {before} before: a step sees {now} times -b images" if now != before else ""
+    print(f"resuming at epoch {epoch}, batch {batch}{changed}")
+    options = {"machine": machine, "listing": run.folder / LISTING, "left_out": np.array(record.left_out, np.int64)}
+    dls = rank0_first(lambda: landmark_dataloaders(settings.data, settings, run.facts, **options))
+    if dls.items.labels.identity != record.labels:
+        changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped"
+        raise UserError(f"{changed}: restore it, or start over with --overwrite")
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     learn.begin = state.place
     return learn
@@ -62,10 +67,14 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
 def report_flip_map(dls: DataLoaders, run: Run, before: DataFacts | None = None) -> None:
     "Write mirror.json, and mirror.png if the map is new."
     flip_indices = dls.facts.flip_indices
-    if not flip_indices or not is_first():
+    if not flip_indices:
         return
     if before is None or not before.flip_indices:
-        plots.plot_flip_map(np.array(dls.facts.shape).reshape(-1, 2), np.array(flip_indices))
-        plots.save_figure(run.file("mirror.png"))
+        run.write("mirror.png", lambda path: _draw_flip_map(dls.facts, path))
         print(f"look at the flip map: {run.folder / 'mirror.png'}", flush=True)
-    write_flip_indices(run.file("mirror.json"), flip_indices)
+    run.write("mirror.json", lambda path: write_flip_indices(path, flip_indices))
+
+
+def _draw_flip_map(facts: DataFacts, path: Path) -> None:
+    plots.plot_flip_map(np.array(facts.shape).reshape(-1, 2), np.array(facts.flip_indices))
+    plots.save_figure(path)

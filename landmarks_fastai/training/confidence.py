@@ -131,7 +131,7 @@ def report(run: Run, held_out: HeldOut, ratios: np.ndarray, trained_on: bool) ->
     errors, spreads = held_out
     table = {"mean_error": errors.mean(0), "median_spread": np.median(spreads, axis=0)}
     table |= {"within_1": (ratios <= 1).mean(0), "within_2": (ratios <= 2).mean(0)}
-    with atomic_write(run.file("confidence.csv")) as f:
+    with atomic_write(run.folder / "confidence.csv") as f:
         pd.DataFrame(table).to_csv(f, index_label="landmark", float_format="%.4g", lineterminator="\n")
     rank = pd.Series(errors.ravel()).corr(pd.Series(spreads.ravel()), method="spearman")
     images = "images that were trained on" if trained_on else "validation images"

@@ -24,12 +24,12 @@ from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import plot_rows, score_rows
 from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from landmarks_fastai.runs.run import Run, typed_as, write_record
+from landmarks_fastai.runs.run import Run, typed_as
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 from landmarks_fastai.training.confidence import REGRESSION, add_confidence, time_needed
-from landmarks_fastai.training.learner import LandmarkLearner
+from landmarks_fastai.training.learner import LandmarkLearner, load_best
 from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.distributed import barrier, is_first
 from landmarks_fastai.utils.hardware import Machine
@@ -59,7 +59,7 @@ def find_lr(learn: LandmarkLearner, run: Run) -> float:
     rate = float(f"{found.minimum:.2g}")
     if is_first():
         plots.plot_lr_find(np.array(learn.recorder.lrs), np.array(learn.recorder.losses), rate)
-        plots.save_figure(run.file("lr.png"))
+        plots.save_figure(run.folder / "lr.png")
     print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
     return rate
 
@@ -118,18 +118,24 @@ def fit_stage(
     state: State | None = None,  # of the stopped run to resume
     lr: float | None = None,  # learning rate of the body; None: the settings'
 ) -> Checkpoint:
-    """Fit, plot the results of the best epoch; returns its checkpoint. A run with a record saves its state while it trains.
+    """Fit, load the best epoch and plot it; returns its checkpoint. A run with a record saves its state while it trains.
 
     If no epoch is better than the loaded model, that is saved: a stage never ends with a worse model. Raises `UserError`
     if there is none, and no epoch has a finite score.
     """
     started, settings = started or time.monotonic(), learn.settings.replace(**({"lr": lr} if lr else {}))
     if not state:
-        if run.record:  # --resume reads the settings
-            write_record(run, replace(run.record, settings=settings.to_dict(), facts=learn.facts.to_dict()))
+        if run.record:  # for --resume
+            images = learn.dls.items
+            data = {
+                "labels": images.labels.identity,
+                "left_out": images.left_out.tolist(),
+                "facts": learn.facts.to_dict(),
+            }
+            run.write_record(replace(run.record, settings=settings.to_dict(), loaded=previous_scores, **data))
         if is_first():
             learn.dls.train.show_batch(max_n=BATCH_SHOWN)
-            plots.save_figure(run.file("batch.png"))
+            plots.save_figure(run.folder / "batch.png")
     metrics, stop_on_nan, history = learn.metrics, callbacks.StopOnNaN(), callbacks.History(run)
     bars = callbacks.show_progress(learn)
     if settings.ema:
@@ -143,7 +149,7 @@ def fit_stage(
     if state and (state.metadata.get("ended") or (state.place[0] >= settings.epochs and not settings.minutes)):
         save.best, save.saved = state.metadata["remembered"]["save_best"].values()
     else:
-        saving_state = _saving_state(learn, run, history, previous_scores, started, state)
+        saving_state = _saving_state(learn, run, history, started, state)
         with within_memory(learn), saving_state as state_cbs:
             _fit(learn, settings, [*cbs, *state_cbs], started, state)
     learn.remove_cbs([callbacks.Average])
@@ -153,15 +159,17 @@ def fit_stage(
 
 
 def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
-    "Read the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
+    "Load the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
     barrier()  # the first process has written the checkpoint
-    best = read_checkpoint(run.file("best.pth"))
+    best = read_checkpoint(run.folder / "best.pth")
+    if best.settings.of("input") == learn.settings.of("input"):
+        load_best(learn, best.path)
     flips, tta = bool(best.facts.flip_indices), best.settings.tta
     if is_first():
         valid = learn.dls.valid
         shown = valid.shuffle_fn(range(len(valid.items)))[:RESULTS_SHOWN]
         plot_rows(_predictor(learn, best, tta), [valid.items[row] for row in shown])
-        plots.save_figure(run.file("results.png"))
+        plots.save_figure(run.folder / "results.png")
     if flips and not tta:
         scores = score_rows(_predictor(learn, best, True), _validation_items(learn))
         report_unaligned(scores.unaligned, scores.images)
@@ -170,7 +178,7 @@ def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
         if is_first():
             add_confidence(learn, run, best)
         barrier()
-        best = read_checkpoint(run.file("best.pth"))
+        best = read_checkpoint(run.folder / "best.pth")
     return best
 
 
@@ -188,12 +196,13 @@ def _check_saved(
     try_this = "try a lower -lr" + (", or --amp off" if learn.machine.precision != "off" else "")
     if not saved:
         if previous is None or previous_scores is None:
-            run.file("state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
+            (run.folder / "state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
         settings = settings.replace(**previous.settings.of("input"), align=previous.settings.align, confidence=False)
         model = previous.model()
         model.spread = None
-        write_checkpoint(run, model, settings, previous.facts, *previous_scores, -1)
+        facts = previous.facts.replace(flip_indices=learn.facts.flip_indices)  # none with --mirror none
+        write_checkpoint(run, model, settings, facts, *previous_scores, -1)
     if where:
         print(f"warning: {where}; the best before it is kept; {try_this}")
 
@@ -203,7 +212,6 @@ def _saving_state(
     learn: LandmarkLearner,
     run: Run,
     history: callbacks.History,
-    previous_scores: tuple[float, float] | None,
     started: float,
     state: State | None,
 ) -> Iterator[list[SaveResumeState]]:
@@ -211,10 +219,8 @@ def _saving_state(
     if not run.record:
         yield []
         return
-    images = learn.dls.items
-    metadata = {"loaded": previous_scores, "labels": images.labels.identity, "left_out": images.left_out.tolist()}
     spent = time.monotonic() - started
-    save_state = SaveResumeState(run, metadata, history, 60 * learn.machine.save_every, state, spent)
+    save_state = SaveResumeState(run, history, 60 * learn.machine.save_every, state, spent)
     learn.evaluation.between = save_state.stop_validation
     try:
         with save_state.stopping_on_signals():
@@ -244,7 +250,7 @@ def report(run: Run, best: Checkpoint, machine: Machine) -> str:
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (
         f"run {run.name}: score {best.score:.6g}, nme_box_diag {best.nme:.4g}{held} ({when})\n"
-        f"look at {run.file('results.png')}; epochs in {run.file('history.csv')}\n"
+        f"look at {run.folder / 'results.png'}; epochs in {run.folder / 'history.csv'}\n"
         f"next stage:  {typed_as('finetune.py')} {pm}\n"
         f"submission:  {typed_as('predict.py')} {pm}"
     )

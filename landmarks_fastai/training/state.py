@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,9 @@ from safetensors.torch import save_file
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.distributed import is_first, this_process
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import atomic_path, reason
 
-FORMAT = 2
 # Attributes of callbacks that must survive a restart, by the callback's name in the Learner.
 REMEMBERED = {
     "plateau_lr": ("plateau.best", "plateau.num_bad_epochs"),
@@ -119,10 +119,11 @@ def _part(tensors, prefix) -> dict:
 
 
 def write_state(run: Run, state: State) -> None:
-    "Write state.safetensors, through a temporary file, in the first process. Raises `UserError` if the disk is full."
-    if not is_first():
-        return run.publish()
-    path, metadata = run.file("state.safetensors"), {"format": FORMAT} | state.metadata
+    "Write state.safetensors, through a temporary file. Raises `UserError` if the disk is full."
+    run.write("state.safetensors", lambda path: _write_state(path, state))
+
+
+def _write_state(path: Path, state: State) -> None:
     tensors, memory = {}, set()
     for k, t in state.tensors.items():
         t = t.detach().cpu().contiguous()
@@ -131,25 +132,22 @@ def write_state(run: Run, state: State) -> None:
         memory.add(at)
     with atomic_path(path) as temporary:
         try:
-            save_file(tensors, temporary, {"facts": json.dumps(metadata)})
+            save_file(tensors, temporary, {"facts": json.dumps(state.metadata)})
         except SafetensorError as e:
             size = math.ceil(sum(t.nbytes for t in tensors.values()) / 1e6)
             hint = f"make room (it takes {size} MB, twice while it is written)"
             raise UserError(f"{path} cannot be written ({reason(e)}): {hint}") from None
-    run.publish()
 
 
 def read_state(run: Run) -> State | None:
     "Read state.safetensors; None if there is none. Raises `UserError` for a file of another kind."
-    path = run.file("state.safetensors")
+    path = run.folder / "state.safetensors"
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as f:
-            metadata = {"processes": 1} | json.loads((f.metadata() or {})["facts"])
+            metadata = json.loads((f.metadata() or {})["facts"])
             state = State(metadata, {k: f.get_tensor(k) for k in f.keys()})
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"format {metadata['format']}, {FORMAT} expected")
         _check(state)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError) as e:
         hint = "start over with --overwrite, and the same flags"
@@ -160,10 +158,7 @@ def read_state(run: Run) -> State | None:
 def _check(state: State):
     "Raise an error unless all values of the metadata are of the types that `restore_state` expects."
     metadata, remembered = state.metadata, state.metadata["remembered"]
-    counts = [
-        *(metadata[k] for k in ("epoch", "batch", "train_iter", "smooth_count", "processes")),
-        *metadata["left_out"],
-    ]
+    counts = [metadata[k] for k in ("epoch", "batch", "train_iter", "smooth_count", "processes")]
     values = [v for h in [*metadata["hypers"], *remembered.values()] for v in h.values()]
     if metadata["processes"] < 1:
         raise ValueError("it names no process")

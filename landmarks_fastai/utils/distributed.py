@@ -5,7 +5,6 @@ Without torchrun there is one process, the first, and every function returns at 
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -112,29 +111,14 @@ def broadcast(value: T | None = None) -> T:
     return values[0]
 
 
-def on_first(func: Callable[[], T]) -> T:
-    "Call `func` in the first process, and return its result in all; if it exits, all exit with its code."
-    result, exits, code = None, False, None
-    if is_first():
-        try:
-            result = func()
-        except SystemExit as e:
-            exits, code = True, e.code
-    result, exits, code = broadcast((result, exits, code))
-    if exits:
-        sys.exit(code)
-    return result  # pyright: ignore[reportReturnType]
+def rank0_first(func: Callable[[], T]) -> T:
+    """Call `func` in the first process, then in all others, which find the caches that it has written.
 
-
-def in_turn(func: Callable[[], T]) -> T:
-    "Call `func` in the first process, then in the first of each machine, then in all others: they find the caches written."
-    turn = 0 if is_first() else 1 if not _this.local_rank else 2
-    result: Any = None
-    for k in range(3 if _this.store else 1):
-        if k == turn:
-            result = func()
-        barrier()
-    return result
+    As fastai's function of this name, which reads the variables that `start` removes, and waits with a barrier on a GPU.
+    """
+    result: Any = func() if is_first() else None
+    barrier()
+    return result if is_first() else func()
 
 
 def announce(event: str) -> None:

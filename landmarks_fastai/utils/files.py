@@ -1,4 +1,4 @@
-"Atomic writes, a lock between processes, and the places of cache files."
+"Atomic writes, and the places of cache files."
 
 import errno
 import hashlib
@@ -59,6 +59,12 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         yield f
 
 
+def write_text(path: Path, text: str) -> None:
+    "Write a text file with `atomic_write`."
+    with atomic_write(path) as f:
+        f.write(text)
+
+
 def rename(temporary: Path, path: Path, tries: int = 20) -> None:
     "Rename a file over `path`, or a folder to a free name; on Windows retry while another program (a virus scanner) holds it."
     for left in reversed(range(tries)):
@@ -78,53 +84,6 @@ def rename(temporary: Path, path: Path, tries: int = 20) -> None:
                 os.close(folder)
 
 
-@contextmanager
-def process_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file `path` for the time of the block; yield whether this process got it.
-
-    A POSIX record lock, unlike `flock`'s, is not inherited by forked workers: those of a killed run do not hold it.
-    Raises `UserError` if the file cannot be opened.
-    """
-    try:
-        f = open(path, "ab+", buffering=0)
-    except OSError as e:
-        raise UserError(f"{path} cannot be opened ({reason(e)}): move it away") from None
-    held = _lock(f) and _is_open_file(path, f)  # it may have been removed since it was opened
-    try:
-        yield held
-    finally:
-        if ON_WINDOWS:  # which cannot remove an open file
-            f.close()
-        if held:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)  # before the lock is released: nobody must lock a removed file
-        f.close()
-
-
-def _lock(f: IO[bytes]) -> bool:
-    try:
-        import fcntl
-
-        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        import msvcrt
-
-        try:
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined] (Windows)
-        except OSError:
-            return False
-    except OSError as e:  # on a file system without locks, continue without
-        return e.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
-
-
-def _is_open_file(path: Path, f: IO[bytes]) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
-    except OSError:
-        return False
-
-
 def reason(error: BaseException) -> str:
     "Describe an error in one line of at most 200 characters."
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -139,25 +98,6 @@ def check_folder(folder: Path, hint: str) -> Path:
         raise UserError(f"{folder}: no such folder; {hint}") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{folder} cannot be read ({reason(e)}); {hint}") from None
-
-
-def read_at(f: IO[bytes], length: int, place: int) -> bytes:
-    "Read bytes at a position of an unbuffered file. Forked workers share the file's position, so it is not used."
-    if hasattr(os, "pread"):
-        return os.pread(f.fileno(), length, place)
-    f.seek(place)  # on Windows workers are spawned, each with a file of its own
-    return f.read(length)
-
-
-def write_at(f: IO[bytes], data: bytes | memoryview, place: int) -> None:
-    "Write all of `data` at a position of an unbuffered file, like `read_at`."
-    if not hasattr(os, "pwrite"):
-        f.seek(place)
-        f.write(data)
-        return
-    while data:
-        done = os.pwrite(f.fileno(), data, place)
-        data, place = data[done:], place + done
 
 
 def cache_places(path: Path) -> list[Path]:

@@ -93,7 +93,7 @@ def test_error_after_a_signal_is_reported(tmp_path):
     from landmarks_fastai.errors import UserError
     from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 
-    keep = SaveResumeState(None, {}, None)
+    keep = SaveResumeState(None, None)
     with pytest.raises(UserError, match="cannot be written"), keep.stopping_on_signals():
         signal.raise_signal(signal.SIGINT)
         raise UserError("state.safetensors cannot be written")
@@ -128,7 +128,7 @@ app.run_main(main)
 """
 
 
-@pytest.mark.parametrize("context", ["open('x', 'w')", "SaveResumeState(None, dict(), None).stopping_on_signals()"])
+@pytest.mark.parametrize("context", ["open('x', 'w')", "SaveResumeState(None, None).stopping_on_signals()"])
 def test_the_second_of_two_signals_at_once_does_not_take_away_the_line(tmp_path, context):
     "Of a scheduler that signals all processes of a job, torchrun among them, which passes it on; before a fit, and in it."
     process = python(TWICE.format(context=context), cwd=tmp_path)
@@ -153,7 +153,7 @@ def test_closed_output_pipe_at_the_end_exits_with_code_141():
         "import time; from landmarks_fastai.cli import app\napp.run_main(lambda: [time.sleep(1), print(1)])"
     )
     process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == ("stopped: its output is not read any more\n", 141)
+    assert (process.stderr.read(), process.wait()) == ("stopped: the program that reads its output has ended\n", 141)
 
 
 @posix
@@ -210,10 +210,10 @@ def test_a_checkpoint_and_a_cache_under_a_cyrillic_name_in_the_c_locale(tmp_path
 
 
 def test_stopped_runs_lists_the_first_20(tmp_path):
-    from landmarks_fastai.runs.run import Record, Run, stopped_runs, write_record
+    from landmarks_fastai.runs.run import Record, Run, stopped_runs
 
     for k in range(30):
-        write_record(Run(tmp_path, f"r{k:02}"), Record("train.py"))
+        Run(tmp_path, f"r{k:02}").write_record(Record("train.py"))
     assert stopped_runs(tmp_path) == ", ".join([*(f"r{k:02}" for k in range(20)), "…"])
 
 

@@ -36,41 +36,23 @@ def test_help_is_quick_and_names_every_flag(script):
 
 
 def test_the_command_lines_of_the_baseline_parse():
-    from landmarks_fastai.cli import arguments, resolve
+    from landmarks_fastai.cli.finetune import finetune_parser, next_settings
+    from landmarks_fastai.cli.options import typed_flags
+    from landmarks_fastai.cli.train import first_settings, train_parser
 
     name = "resnext50_32x4d_b_32_e_10"
-    for get, line in [
-        (arguments.train_arguments, ["-b", "32", "-e", "10", "-lr", "3e-4", "-d", "", "-n", name, "--gpu"]),
-        (
-            arguments.train_arguments,
-            "--batch-size 32 --epochs 10 --learning-rate 3e-4 --data= --gpu --name".split() + [name],
-        ),
-    ]:
-        args = get(line)
-        settings = resolve.first_settings(args, drawn=args.data is None)
+    for words in (
+        ["-b", "32", "-e", "10", "-lr", "3e-4", "-d", "", "-n", name, "--gpu"],
+        f"--batch-size 32 --epochs 10 --learning-rate 3e-4 --data= --gpu --name {name}".split(),
+    ):
+        args = train_parser().parse_args(words)
+        settings = first_settings(typed_flags(args))
         assert (settings.batch_size, settings.epochs, settings.lr, settings.arch) == (32, 10, 3e-4, "resnext50_32x4d")
         assert settings.data == os.getcwd() and args.gpu and args.name == name
-    args = arguments.finetune_arguments(
-        ["-b", "32", "-e", "6", "-lr", "3e-5", "-d", "", "-n", name + "+6", "--gpu", "-pm", name + "_best.pth"]
-    )
-    after = resolve.next_settings(args, settings)
+    words = ["-b", "32", "-e", "6", "-lr", "3e-5", "-d", "", "-n", name + "+6", "--gpu", "-pm", name + "_best.pth"]
+    args = finetune_parser().parse_args(words)
+    after = next_settings(typed_flags(args), settings)
     assert (after.batch_size, after.epochs, after.lr, args.pretrained_model) == (32, 6, 3e-5, name + "_best.pth")
-
-
-def test_borders_is_accepted_undocumented_and_does_nothing(capsys):
-    from landmarks_fastai.cli import arguments
-
-    checkpoint = ["-pm", "x"]
-    for parse, more in [
-        (arguments.train_arguments, []),
-        (arguments.finetune_arguments, checkpoint),
-        (arguments.predict_arguments, checkpoint),
-    ]:
-        plain, ignored = vars(parse(more)), vars(parse([*more, "--borders", "trim"]))
-        assert {k: v for k, v in ignored.items() if k != "record"} == {k: v for k, v in plain.items() if k != "record"}
-        with pytest.raises(SystemExit):
-            parse(["--help"])
-        assert "--borders" not in capsys.readouterr().out
 
 
 def test_gpu_without_a_gpu_warns_in_one_line_and_uses_the_cpu(run_script, drawn):
@@ -83,11 +65,11 @@ def test_gpu_without_a_gpu_warns_in_one_line_and_uses_the_cpu(run_script, drawn)
 
 @pytest.mark.parametrize("built,why", [(True, "no GPU was found"), (False, "this torch was built without CUDA")])
 def test_gpu_warning_says_whether_the_gpu_or_cuda_is_missing(monkeypatch, capsys, built, why):
-    from landmarks_fastai.cli import arguments, resolve
+    from landmarks_fastai.cli.options import prepared_machine
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
-    assert resolve.machine(arguments.train_arguments(["--gpu"])).device == "cpu"
+    assert prepared_machine({"gpu": True}).device == "cpu"
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "--gpu" in err and why in err
 

@@ -136,11 +136,11 @@ def test_a_checkpoint_alone_predicts_on_another_machine(run_script, drawn, train
     torch.save({"model": state, "opt": {"state": {}, "lr": [0.1]}}, "z.pth")
     shutil.copy(trained / "m/best.pth", "w_best.pth")
     for typed, name in [("x.pth", "x"), ("./x", "x"), ("y", "y"), ("y/best.pth", "y"), ("y/", "y"), ("z.pth", "z"),
-                        ("w_best.pth", "w"), ("w", "w")]:  # fmt: skip
+                        ("w_best.pth", "w_best")]:  # fmt: skip
         assert run_script("predict.py --workers 0 --out o -pm", typed)[::2] == (0, ""), typed
         assert np.array_equal(np.load(f"o/{name}/points.npy"), points)
         shutil.rmtree("o")
-    assert run_script("finetune.py -e 1 --workers 0 -pm w")[::2] == (0, "")
+    assert run_script("finetune.py -e 1 --workers 0 -pm w_best.pth")[::2] == (0, "")
 
 
 def test_a_run_name_in_every_form_finds_its_checkpoint(trained, tmp_path):

@@ -1,14 +1,19 @@
 "The name of a run: who may use it, and what --overwrite and a process that is killed leave in its folder."
 
+import errno
+import fcntl
+import json
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+from fastai.callback.core import Callback
 
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.runs.claim import process_lock
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.files import process_lock
 from tests.cli.test_scripts import check_refused
 from tests.conftest import ARCH, ROOT, every_learner_has
 from tests.training.test_resume import RUNS, SHORT, CtrlC, check_equal, snapshot, stopping_at
@@ -32,7 +37,7 @@ def test_name_of_a_stopped_run_is_refused_without_resume_or_overwrite(run_script
     check_refused(
         run_script("train.py --resume -n r --out other"), "-n r: no such run in other", "to start it, give -d too"
     )
-    check_refused(run_script("train.py --resume -n ../runs/r"), "is no plain file name")
+    check_refused(run_script("train.py --resume -n ../runs/r"), "is not a plain file name")
     check_refused(run_script("train.py --resume -n r -e 5"), "-e 5", "was started with (-e was 3)", "run without -e")
     check_refused(run_script("train.py --resume -n r --arch resnext50_32x4d"), f"--arch was {ARCH}")  # the default
     code, out, err = run_script(f"train.py {SHORT} --resume -n r -d", drawn)  # the same flags may stand there
@@ -41,7 +46,7 @@ def test_name_of_a_stopped_run_is_refused_without_resume_or_overwrite(run_script
 
 def test_failed_overwrite_leaves_the_old_run_unchanged(run_script, drawn):
     "A loss that is no number, an error and Ctrl-C, over a stopped run and over a finished one."
-    ruin = f"{SHORT} --opt sgd -lr 999 --head-lr-mult 1 --targets pixels --ema 0 --seed 5 -n r --overwrite -d"
+    ruin = f"{SHORT} --opt sgd -lr 999 --head-lr-mult 1 --ema 0 --seed 5 -n r --overwrite -d"
     with stopping_at(13):
         assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
     assert run_script("predict.py --workers 0 -pm r")[0] == 0  # what others wrote into its folder stays too
@@ -58,15 +63,16 @@ def test_failed_overwrite_leaves_the_old_run_unchanged(run_script, drawn):
         assert run_script("train.py --resume -n r")[0] == 0
 
 
-@pytest.mark.parametrize("moment", ["before it saved", "old moved away", "new in place"])
+@pytest.mark.parametrize("moment", ["old moved away", "before it saved", "saved", "old half removed"])
 def test_repair_after_a_kill_during_overwrite_leaves_one_complete_run(tmp_path, moment):
     "Each state of the folders that SIGKILL can leave, and what the next claim makes of it."
     run = Run(tmp_path, "r")
     old, new = {"best.pth": b"old", "run.json": b"{}"}, {"best.pth": b"new", "run.json": b"{}"}
     folders = {
-        "before it saved": {run.folder: old, run.new: {"run.json": b"{}", "batch.png.12.tmp": b""}},
-        "old moved away": {run.old: old, run.new: new},
-        "new in place": {run.folder: new, run.old: {"best.pth": b"old"}},
+        "old moved away": {run.old: old},
+        "before it saved": {run.old: old, run.folder: {"run.json": b"{}", "bad.csv": b"1", "batch.png.12.tmp": b""}},
+        "saved": {run.old: old, run.folder: new | {"state.safetensors.12.tmp": b""}},
+        "old half removed": {run.old: {"run.json": b"{}"}, run.folder: new},
     }[moment]
     for folder, files in folders.items():
         folder.mkdir()
@@ -74,50 +80,63 @@ def test_repair_after_a_kill_during_overwrite_leaves_one_complete_run(tmp_path, 
             (folder / name).write_bytes(content)
     run.repair()
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
-    assert (run.folder / "best.pth").read_bytes() == (b"old" if moment == "before it saved" else b"new")
+    expected = {"old moved away": old, "before it saved": old | {"bad.csv": b"1"}}.get(moment, new)  # bad.csv stays
+    assert {p.name: p.read_bytes() for p in run.folder.iterdir()} == expected
 
 
-def test_overwritten_run_is_replaced_when_the_new_one_has_saved_a_state(run_script, drawn):
+def test_overwritten_run_is_kept_beside_the_new_one_until_that_ends(run_script, drawn):
     assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 0
-    before, seen = snapshot(RUNS / "r"), []
-    publish = Run.publish
+    before = {p.name: p.read_bytes() for p in (RUNS / "r").iterdir()}
+    kept = []
 
-    def watched(run):
-        seen.append(snapshot(RUNS / "r") == before)
-        publish(run)
+    class Watch(Callback):
+        def after_batch(self):
+            kept.append({p.name: p.read_bytes() for p in (RUNS / ".r.old").iterdir()} == before)
 
-    with pytest.MonkeyPatch.context() as patch, stopping_at(5):
-        patch.setattr(Run, "publish", watched)
+    with every_learner_has(Watch), stopping_at(13):
         assert run_script(f"train.py {SHORT} --seed 3 --overwrite -n r -d", drawn)[0] == 130
-    assert seen[0] and [p.name for p in RUNS.iterdir()] == ["r"] and not (RUNS / "r" / "best.pth").exists()
+    assert kept and all(kept) and [p.name for p in RUNS.iterdir()] == ["r"]
     assert run_script("train.py --resume -n r")[0] == 0
     assert run_script(f"train.py {SHORT} --seed 3 -n whole -d", drawn)[0] == 0
     check_equal(RUNS, "whole", "r")
 
 
-def test_a_run_of_an_earlier_version_is_not_resumed(run_script, drawn):
-    RUNS.mkdir()
-    (RUNS / "r_run.json").write_text("{}")
-    check_refused(run_script("train.py --resume -n r"), "of an earlier version", "start over with --overwrite")
-    (RUNS / "s").mkdir()
-    (RUNS / "s" / "run.json").write_text('{"format": 1}')
-    check_refused(run_script("train.py --resume -n s"), "not of this version", "start over with --overwrite")
-    assert run_script(f"train.py {SHORT} --overwrite -n s -d", drawn)[0] == 0
+@pytest.mark.parametrize("record", ["", "[]", '{"format": 1}', '{"script": "train.py", "flags": {"no_such_flag": 1}}'])
+def test_a_record_of_another_kind_is_refused_and_can_be_overwritten(run_script, drawn, record):
+    (RUNS / "s").mkdir(parents=True)
+    (RUNS / "s" / "run.json").write_text(record)
+    check_refused(run_script("train.py --resume -n s"), "not the record of a run", "start over with --overwrite")
+    if record == "[]":
+        assert run_script(f"train.py {SHORT} --overwrite -n s -d", drawn)[0] == 0
+
+
+def test_flags_of_the_machine_may_change_when_a_run_is_resumed(run_script, drawn):
+    with stopping_at(5):
+        assert run_script(f"train.py {SHORT} --save-every 7 -n r -d", drawn)[0] == 130
+    with stopping_at(5):
+        assert run_script("train.py --resume -n r --workers 1 --cache --max-pixels 1")[0] == 130
+    flags = json.loads((RUNS / "r/run.json").read_text())["flags"]
+    assert (flags["save_every"], flags["workers"], flags["cache"], flags["max_pixels"]) == (7, 1, True, 1)
+    assert (flags["epochs"], flags["data"]) == (3, str(drawn))
+    assert run_script("train.py --resume -n r --workers 0")[0] == 0
 
 
 def test_a_second_process_with_the_same_name_is_refused(run_script, drawn):
-    "The lock is another process's; what that process forked does not hold it once it is dead."
+    "The lock is another process's; its workers do not hold it once it is dead."
     RUNS.mkdir()
     code = (
-        "import os, sys, time; from pathlib import Path; from landmarks_fastai.utils.files import process_lock\n"
+        "import multiprocessing, os, sys, time; from pathlib import Path\n"
+        "from landmarks_fastai.runs.claim import process_lock\n"
         "with process_lock(Path(sys.argv[1])) as held:\n"
+        "    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    worker.start()\n"
         "    child = os.fork()\n"
-        "    if child: print(held, child, flush=True)\n"
+        "    if child: print(held, child, worker.pid, flush=True)\n"
         "    time.sleep(60)"
     )
     lock = RUNS.absolute() / ".r.lock"
     holder = subprocess.Popen([sys.executable, "-c", code, lock], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    held, child = holder.stdout.readline().split()
+    held, *children = holder.stdout.readline().split()
     try:
         assert held == "True"
         check_refused(run_script(f"train.py {SHORT} -n r -d", drawn), "another process is running it")
@@ -127,7 +146,31 @@ def test_a_second_process_with_the_same_name_is_refused(run_script, drawn):
     finally:
         holder.kill()
         holder.wait()
-    with process_lock(lock) as mine:  # though the child, a copy of the dead process, lives
-        assert mine
-    os.kill(int(child), signal.SIGKILL)
+    with process_lock(lock) as mine:  # though both children, copies of the dead process, live
+        assert mine and len(children) == 2
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
     assert not lock.exists()
+
+
+def test_lock_can_be_taken_again_and_leaves_no_file(tmp_path):
+    for _ in range(2):
+        with process_lock(tmp_path / "l") as held, process_lock(tmp_path / "l") as second:
+            assert (held, second) == (True, False) and (tmp_path / "l").exists()
+        assert not os.listdir(tmp_path)
+
+
+def test_folder_in_place_of_a_lock_is_reported(tmp_path):
+    (tmp_path / "l").mkdir()
+    with pytest.raises(UserError, match="l cannot be opened .Is a directory"), process_lock(tmp_path / "l"):
+        pass
+
+
+def test_lock_is_granted_on_file_systems_without_locks(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with process_lock(tmp_path / "l") as held:
+        assert held
+    assert not os.listdir(tmp_path)

@@ -204,7 +204,7 @@ def test_errors_are_told_once(drawn, data, tmp_path):
     out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1 and err.count("unrecognized arguments: --no-such-flag") == 1
     check_stopped(torchrun(tmp_path, f"train.py {QUICK} -d nowhere"), "nowhere: no such folder")
-    check_stopped(torchrun(tmp_path, "predict.py -pm r"), "predict.py predicts in one process: run it without torchrun")
+    check_stopped(torchrun(tmp_path, "predict.py -pm r"), "predict.py runs in one process: run it without torchrun")
     line = f"train.py {QUICK} -lr 1000 --ema 0 -d {drawn}"
     check_stopped(torchrun(tmp_path, line, 3), "nothing was saved; try a lower -lr")
     image = training_dl(data, (1, 2)).train.dataset.items[0].path

@@ -8,7 +8,9 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
-from landmarks_fastai.cli import arguments, resolve
+from landmarks_fastai.cli.finetune import next_settings
+from landmarks_fastai.cli.options import typed_flags
+from landmarks_fastai.cli.train import DRAWN, first_settings, train_parser
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.flip import average_flipped
 from landmarks_fastai.data.items import labelled_images
@@ -41,10 +43,11 @@ def test_the_baseline_recipe_switches_every_addition_off(run_script, drawn):
         assert getattr(settings, name) == value, name
     assert not best("s").facts.flip_indices and settings.lr == 3e-4 and settings.opt == "adamw" and settings.wd == 0.05
     assert list(history("s").columns) == "epoch train_loss valid_loss score nme_box_diag lr time".split()
-    later = resolve.next_settings(arguments.finetune_arguments(["-pm", "s"]), settings)
+    later = next_settings({}, settings)
     assert later.aug == 0
     # one part of it, typed, wins over the recipe
-    typed = resolve.first_settings(arguments.train_arguments(["--recipe", "baseline", "--loss", "l1"]), drawn=False)
+    words = ["--recipe", "baseline", "--loss", "l1", "-d", "x"]
+    typed = first_settings(typed_flags(train_parser().parse_args(words)))
     assert typed.loss == "l1" and typed.init_head == "random"
 
 
@@ -148,10 +151,10 @@ def test_a_folder_called_find_is_a_folder(run_script, drawn):
 
 
 def test_the_baseline_recipe_on_drawn_faces_is_the_baseline():
-    settings = resolve.first_settings(arguments.train_arguments(["--recipe", "baseline"]), drawn=True)
+    settings = first_settings({"recipe": "baseline"})
     assert (settings.head, settings.lr, settings.sched, settings.init_head) == ("linear", 3e-4, "plateau", "random")
     assert (settings.arch, settings.size) == ("resnet18", 48)
-    assert resolve.first_settings(arguments.train_arguments([]), drawn=True).sched == resolve.DRAWN["sched"]
+    assert first_settings({}).sched == DRAWN["sched"]
 
 
 def test_flip_test_without_flip_map_is_refused(run_script, drawn):
@@ -191,8 +194,7 @@ def test_all_rows_trains_on_the_validation_rows_and_says_so(run_script, drawn):
     assert code == 0 and "on rows that were trained on" in out
     dls = landmark_dataloaders(drawn, size=32, batch_size=8, all_rows=True, machine=Machine(workers=0))
     assert len(dls.train_ds) == N_TRAIN and len(dls.valid_ds) == 8
-    later = arguments.finetune_arguments(["-pm", "a"])
-    assert resolve.next_settings(later, best("a").settings).all_rows
+    assert next_settings({}, best("a").settings).all_rows
 
 
 def test_flip_indices_of_a_checkpoint_are_checked(run_script, finished_run):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,9 +139,12 @@ def test_resume_is_refused_if_the_loaded_checkpoint_has_changed(run_script, draw
     assert run_script(f"train.py {SHORT} -n one -d", drawn)[0] == 0
     with stopping_at(5):
         assert run_script("finetune.py -e 2 --workers 0 -n two -pm one")[0] == 130
+    shutil.copytree(RUNS / "one", RUNS / "other")
     assert run_script(f"train.py {SHORT} --seed 8 -n one --overwrite -d", drawn)[0] == 0
     before = (RUNS / "two/state.safetensors").read_bytes()
-    check_refused(run_script("finetune.py --resume -n two -pm other"), "-pm other", "run without -pm")
+    check_refused(run_script("finetune.py --resume -n two -pm gone"), "-pm gone not found")
+    check_refused(run_script("finetune.py --resume -n two -pm other"), "-pm ", "runs/other/best.pth", "run without -pm")
+    check_refused(run_script("finetune.py --resume -n two -pm one"), "one/best.pth has changed")
     check_refused(run_script("finetune.py --resume -n two"), "one/best.pth has changed since two was started from it")
     assert (RUNS / "two/state.safetensors").read_bytes() == before
 
@@ -244,7 +248,7 @@ def test_damaged_state_or_record_is_refused_and_not_executed(run_script, drawn, 
         "payload": payload,
         "cut": lambda: content[:-9],
         "empty": lambda: b"",
-        "metadata of another kind": lambda: damage({"format": 2, "epoch": "x"}),
+        "metadata of another kind": lambda: damage({"epoch": "x"}),
         "no tensors": lambda: damage(json.loads(metadata)),
         "torch's own format": lambda: torch.save({"a": torch.zeros(1)}, path) or path.read_bytes(),
         "its record": lambda: content,
@@ -252,7 +256,7 @@ def test_damaged_state_or_record_is_refused_and_not_executed(run_script, drawn, 
     }[kind]()
     path.write_bytes(bad)
     if kind == "its record":
-        (RUNS / "r/run.json").write_text(json.dumps(record | {"args": record["args"] | {"no_such_flag": 1}}))
+        (RUNS / "r/run.json").write_text(json.dumps(record | {"flags": record["flags"] | {"no_such_flag": 1}}))
     if kind == "its settings":
         (RUNS / "r/run.json").write_text(json.dumps(record | {"settings": record["settings"] | {"size": "big"}}))
     check_refused(run_script("train.py --resume -n r"), "start over with --overwrite")

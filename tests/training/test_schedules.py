@@ -10,7 +10,8 @@ from fastai.callback.training import GradientAccumulation
 from PIL import Image
 from torch import nn
 
-from landmarks_fastai.cli import app, arguments, resolve
+from landmarks_fastai.cli import app
+from landmarks_fastai.cli.train import first_settings
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training.callbacks.schedules import TimeLimit
@@ -145,7 +146,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch():
 
 
 def test_accumulate_reaches_the_learner(drawn, tmp_path):
-    typed = resolve.first_settings(arguments.train_arguments(["--accumulate", "2"]), drawn=False)
+    typed = first_settings({"accumulate": 2, "data": ""})
     assert typed.accumulate == 2
     weights = []
     for accumulate in (1, typed.accumulate):

@@ -1,15 +1,12 @@
-"Atomic writes and the process lock, also with Windows' behaviour simulated on Linux."
+"Atomic writes, also with Windows' behaviour simulated on Linux."
 
-import errno
 import os
-import sys
-import types
 
 import pytest
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils import files
-from landmarks_fastai.utils.files import NotWritten, atomic_path, atomic_write, process_lock
+from landmarks_fastai.utils.files import NotWritten, atomic_path, atomic_write
 
 
 def test_failed_atomic_write_keeps_the_old_file(tmp_path):
@@ -44,19 +41,6 @@ def test_folder_in_place_of_a_file_is_reported(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(NotWritten, match="x cannot be written .Is a directory"), atomic_write(tmp_path / "x") as f:
         f.write("1")
-    with pytest.raises(UserError, match="x cannot be opened .Is a directory"), process_lock(tmp_path / "x"):
-        pass
-
-
-def test_process_lock_is_granted_on_file_systems_without_locks(tmp_path, monkeypatch):
-    import fcntl
-
-    def refuse(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    with process_lock(tmp_path / "l") as held:
-        assert held
 
 
 @pytest.fixture
@@ -85,28 +69,3 @@ def test_rename_retries_on_windows(tmp_path, windows):
     with pytest.raises(NotWritten, match="another process"), atomic_write(tmp_path / "x") as f:
         f.write("newer")
     assert (tmp_path / "x").read_text() == "new" and os.listdir(tmp_path) == ["x"]
-
-
-def test_process_lock_on_windows(tmp_path, monkeypatch):
-    locked = set()
-
-    def locking(fd, mode, length):
-        assert (mode, length) == (2, 1)  # LK_NBLCK, one byte: more than that must not be asked of an empty file's start
-        key = os.fstat(fd).st_ino
-        if key in locked:
-            raise OSError("locked")
-        locked.add(key)
-
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
-    monkeypatch.setattr(files, "ON_WINDOWS", True)
-    with process_lock(tmp_path / "l") as first, process_lock(tmp_path / "l") as second:
-        assert (first, second) == (True, False)
-    assert not os.listdir(tmp_path)
-
-
-def test_process_lock_can_be_taken_again(tmp_path):
-    for _ in range(2):
-        with process_lock(tmp_path / "l") as held:
-            assert held and (tmp_path / "l").exists()
-        assert not os.listdir(tmp_path)

@@ -11,8 +11,7 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.learner import Learner, Recorder
 
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.distributed import is_first
-from landmarks_fastai.utils.files import atomic_write
+from landmarks_fastai.utils.files import write_text
 
 
 class History(CSVLogger):
@@ -28,9 +27,7 @@ class History(CSVLogger):
         self.old_logger, self.learn.logger = self.logger, self._write_line
 
     def write(self) -> None:
-        if is_first():
-            with atomic_write(self.target.file("history.csv")) as f:
-                f.write(self.text)
+        self.target.write("history.csv", lambda path: write_text(path, self.text))
 
     def _write_line(self, log):
         self.text += ",".join(str(value) for value in log) + "\n"

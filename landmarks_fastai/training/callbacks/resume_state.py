@@ -30,14 +30,13 @@ class SaveResumeState(Callback):
     def __init__(
         self,
         run: Run,
-        metadata: dict,  # constant part of the state's metadata
         history: History,
         every: float = 300.0,  # seconds between two states
         state: State | None = None,  # of the stopped run to resume
         spent: float = 0.0,  # seconds of the time limit that were used before this fit
     ):
-        self.save_to, self.constant, self.history, self.every, self.state = run, metadata, history, every, state
-        self.spent, self.flag = spent, SignalFlag()
+        self.save_to, self.history, self.every, self.state, self.spent = run, history, every, state, spent
+        self.flag = SignalFlag()
 
     def before_fit(self):
         self.began = self.written = time.monotonic()
@@ -54,7 +53,7 @@ class SaveResumeState(Callback):
             try:
                 restore_state(self.learn, self.state)
             except (RuntimeError, KeyError, ValueError, IndexError, AttributeError) as e:
-                path = self.save_to.file("state.safetensors")
+                path = self.save_to.folder / "state.safetensors"
                 raise UserError(
                     f"{path} does not fit the run ({type(e).__name__}): start over with --overwrite, and the same flags"
                 ) from None
@@ -90,7 +89,7 @@ class SaveResumeState(Callback):
         seconds = self.spent + time.monotonic() - self.began
         now = capture_state(self.learn)
         place = {"epoch": epoch, "batch": batch, "seconds": seconds, "history": self.history.text, "ended": ended}
-        write_state(self.save_to, State(self.constant | now.metadata | place, now.tensors))
+        write_state(self.save_to, State(now.metadata | place, now.tensors))
         self.written, self.at = time.monotonic(), (epoch, batch)
 
     def stop_validation(self) -> None:
