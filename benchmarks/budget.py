@@ -59,27 +59,19 @@ def main():
     for autocast in (False, True):
         kept, largest = saved_bytes(model, images, autocast)
         # autocast's copies of the weights, two bytes each, live from the forward to the backward pass
-        parts = [
-            weights,
-            weights,
-            3 * weights,
-            weights,
-            weights // 2 * autocast,
-            kept - weights // 2 * autocast,
-            2 * largest,
-        ]
-        totals.append([n / 1e6 for n in parts])
-    names = [
-        "weights",
-        "gradients",
-        "AdamW, amsgrad: three numbers a weight",
-        "running average",
-        "half-precision copies of the weights",
-        "activations kept for the backward pass",
-        "gradients of activations",
-    ]
+        copies = weights // 2 * autocast
+        parts = {
+            "weights": weights,
+            "gradients": weights,
+            "AdamW, amsgrad: three numbers a weight": 3 * weights,
+            "running average": weights,
+            "half-precision copies of the weights": copies,
+            "activations kept for the backward pass": kept - copies,
+            "gradients of activations": 2 * largest,
+        }
+        totals.append([n / 1e6 for n in parts.values()])
     print(f"{args.arch}, {args.size} px, batches of {args.batch_size}, {args.points} points\n")
-    table = [[n, a, b] for n, a, b in zip(names, *totals, strict=True)]
+    table = [[n, a, b] for n, a, b in zip(parts, *totals, strict=True)]
     print_table(["MB", "float32", "mixed precision"], [*table, ["sum", sum(totals[0]), sum(totals[1])]])
 
 

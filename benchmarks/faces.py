@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 DRAWN = 40  # faces; each file is another crop, size and quality of one of them
 SHORT, LONG = 74, 494  # of the photographs measured on; half of them are below 180 px
@@ -42,8 +41,3 @@ def write_faces(folder: Path, side: str, n: int, points: int = 971, pixels: int 
     csv = {"train": "landmarks.csv", "test": "test_points.csv"}[side]
     head = "\t".join(head if side == "train" else ["file_name", "point_index_list"])
     (folder / side / csv).write_text("\n".join([head, *rows, ""]))
-
-
-def open_as_stored(path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

@@ -13,6 +13,7 @@ the memory the growth per 1,000 images is given: most of it is the network's and
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ import warnings
 from pathlib import Path
 
 from faces import write_faces
-from measure import ROOT, exponent, fresh, peak_mb, print_table
+from measure import ROOT, fresh, peak_mb, print_table, write_network
 
 sys.path.insert(0, str(ROOT))
 SIZES = {"start": "2000,6000,18000", "epoch": "500,1500,4500", "prediction": "500,1500,4500"}
@@ -72,17 +73,6 @@ def prediction(folder: Path):
     return time.perf_counter() - begin, peak_mb()
 
 
-def write_weights(folder: Path, points: int):
-    from landmarks_fastai.models.networks import build_model
-    from landmarks_fastai.runs.checkpoint import write_checkpoint
-    from landmarks_fastai.runs.run import Run
-    from landmarks_fastai.settings import Settings
-
-    settings = Settings(arch="resnet18", size=32, n_points=points, data=str(folder))
-    model = build_model(settings.arch, settings.head, points, settings.size)
-    write_checkpoint(Run(folder, "b"), model, settings, 0.0, 0.0, 0)
-
-
 def child(what: str, folder: Path):
     import torch  # noqa: F401
 
@@ -96,7 +86,7 @@ def measure(what: str, n: int, points: int) -> dict:
         side = "test" if what == "prediction" else "train"
         write_faces(Path(folder), side, n, points=points, pixels=100, links=min(n, DISTINCT))
         if what == "prediction":
-            write_weights(Path(folder), points)
+            write_network(Path(folder), "resnet18", 32, points)
         found = {what: fresh(__file__, "--child", what, folder)}
         if what == "start":
             found = {"first start": found[what], "later start": fresh(__file__, "--child", what, folder)}
@@ -122,6 +112,13 @@ def main():
             per_thousand = (mb[-1] - mb[0]) / (sizes[-1] - sizes[0]) * 1000
             rows.append([row, _list(sizes), _list(seconds), exponent(sizes, seconds), _list(mb), per_thousand])
     print_table(["what", "images", "seconds", "exponent", "peak MB", "MB more per 1,000 images"], rows)
+
+
+def exponent(sizes, values) -> float:
+    "Least-squares slope of log(value) over log(size)."
+    x, y = [math.log(s) for s in sizes], [math.log(v) for v in values]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
 def _list(values) -> str:

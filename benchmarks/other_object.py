@@ -8,7 +8,6 @@ test side is 100 more beetles, scored by the program's submission. Pictures are 
 any angle up to 40 degrees and may leave the picture.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -89,32 +88,21 @@ def make(folder: Path, n_train: int, n_test: int, seed: int = 0) -> Path:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("-n", "--images", type=int, default=200, help="training pictures")
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--weights", default="none")
-    parser.add_argument("--size", default="96")
-    parser.add_argument("--keep", help="new folder to leave pictures and runs in")
-    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.keep or temporary).resolve()
-        if (folder / "beetles").exists():
-            raise SystemExit(f"{folder} has beetles already: name a new folder")
-        truth = make(folder / "beetles", args.images, 100)
+        folder = Path(temporary).resolve()
+        truth = make(folder / "beetles", n_train=200, n_test=100)
         print("| recipe | stage 1 | stage 2 | stage 3 | test side |\n| --- | --- | --- | --- | --- |")
         for recipe in ("best", "baseline"):
-            scores = stages(folder, recipe, args)
+            scores = stages(folder, recipe)
             submission = folder / "runs" / f"{recipe}+6+6" / "submit.csv"
             test_points = folder / "beetles" / "test" / "test_points.csv"
             printed = run("-m", "landmarks_fastai.competition", "score", submission, test_points, truth)
             print(f"| --recipe {recipe} | {' | '.join(scores)} | {printed.strip()} |", flush=True)
 
 
-def stages(folder: Path, recipe: str, args) -> list[str]:
+def stages(folder: Path, recipe: str) -> list[str]:
     "The three stages at their defaults and a submission; the scores on the validation rows."
-    data, body = folder / "beetles", ["--arch", args.arch, "--weights", args.weights, "--size", args.size]
+    data, body = folder / "beetles", ["--arch", "resnet18", "--weights", "none", "--size", "96"]
     names = [recipe, f"{recipe}+6", f"{recipe}+6+6"]
     common = ["--out", folder / "runs", "--workers", "0"]
     run(ROOT / "train.py", "-d", data, *body, "--recipe", recipe, "-n", names[0], *common)
@@ -130,7 +118,7 @@ def run(*command) -> str:
         [sys.executable, "-W", "ignore", *map(str, command)], capture_output=True, text=True, cwd=ROOT
     )
     if done.returncode:
-        raise SystemExit(done.stderr)
+        sys.exit(done.stderr)
     return done.stdout
 
 

@@ -4,16 +4,16 @@
     python benchmarks/passes.py -pm NAME -d DIR            # DIR: the folder that NAME was trained on
 
 Scores are the competition's, of the validation rows, in pixels of the images as stored. Each row is timed from files to points;
-the rows take turns, and images/s are of the best round. The second pass has the flip test in every row but the first two.
+the rows take turns, and images/s are of the best round.
 """
 
 import argparse
+import copy
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-from measure import ROOT, print_table
+from measure import ROOT, print_table, validation_images
 
 sys.path.insert(0, str(ROOT))
 # row -> first pass: side of its input as a fraction of the network's, flip test; second pass: made, flip test
@@ -27,60 +27,42 @@ WAYS = {
 }
 
 
-def predict(network, pictures, maps, size: int, flip_test: bool, batch_size: int = 32) -> np.ndarray:
-    "Points (images, n_points, 2) of one pass, pixels of the images as stored. A map is None for the whole picture."
-    from landmarks_fastai.geometry import unit_to_input
-
-    points = []
-    for start in range(0, len(pictures), batch_size):
-        part = slice(start, start + batch_size)
-        inputs = [
-            picture.inputs([m], network.settings.fit, size)[0]
-            for picture, m in zip(pictures[part], maps[part], strict=True)
-        ]
-        pixels, to_input = zip(*inputs, strict=True)
-        unit = network(np.stack(pixels), flip_test).points.astype(np.float64)
-        points += [m.to_image(unit_to_input(u, size)) for u, m in zip(unit, to_input, strict=True)]
-    return np.stack(points)
-
-
-def two_passes(network, pictures, way) -> np.ndarray:
+def predict(network, pictures, way) -> np.ndarray:
     "Points (images, n_points, 2), pixels of the images as stored."
     from landmarks_fastai.data.align import alignment_of
+    from landmarks_fastai.inference.predictor import Predictor
 
     fraction, first_flip, second, second_flip = way
-    size = network.settings.size
-    points = predict(network, pictures, [None] * len(pictures), round(size * fraction), first_flip)
+    first = copy.copy(network)
+    first.settings = network.settings.replace(align=0.0, size=round(network.settings.size * fraction))
+    results = Predictor(first, flip_test=first_flip).stream(pictures)
+    points = np.stack([result.objects[0].points for result in results])
     if second:
-        maps = alignment_of(network.settings).maps(points)
-        rows = [row for row, to_crop in enumerate(maps) if to_crop]
-        crops = predict(network, [pictures[k] for k in rows], [maps[k] for k in rows], size, second_flip)
-        points[rows] = crops
+        crops = alignment_of(network.settings, network.facts).maps(points)
+        results = Predictor(network, flip_test=second_flip).stream(pictures, crops=crops)
+        points = np.stack([result.objects[0].points for result in results])
     return points
 
 
 def main():
-    from landmarks_fastai.inference.pictures import Picture
-
-    from landmarks_fastai.data.block import landmark_dataloaders
-    from landmarks_fastai.inference.predictor import open_network
+    from landmarks_fastai.data.pictures import Picture
+    from landmarks_fastai.inference.predictor import Predictor
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-pm", required=True, help="checkpoint with aligned crops and a flip map")
     parser.add_argument("-d", "--data", required=True, help="labelled folder")
-    parser.add_argument("--out", default="runs", help="default: runs")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     args = parser.parse_args()
-    network = open_network(args.pm, args.out)
-    items = list(landmark_dataloaders(args.data, network.settings).valid.items.sample(10**9))
-    pictures, true = [Picture(Path(item.path), exif=False) for item in items], np.stack([item.points for item in items])
-    scores, speeds = {}, {}
+    predictor = Predictor(args.pm)
+    network = predictor.networks[0]
+    items, truth = validation_images(args.data, predictor, 10**9)
+    pictures, scores, speeds = [Picture(item.path, exif=False) for item in items], {}, {}
     for _ in range(args.rounds):
         for name, way in WAYS.items():
             start = time.perf_counter()
-            points = two_passes(network, pictures, way)
+            points = predict(network, pictures, way)
             speeds.setdefault(name, []).append(len(items) / (time.perf_counter() - start))
-            scores[name] = float(((points - true) ** 2).mean())
+            scores[name] = float(((points - truth) ** 2).mean())
     print(f"{network.name}: {len(items)} images, {network.settings.size} px\n")
     reference = max(speeds["both, flip test in both"])
     print_table(["way", "score", "images/s", "ratio of speeds"],

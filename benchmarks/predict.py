@@ -6,12 +6,11 @@
     loop      a plain PyTorch loop: the network as it was loaded, images fitted one by one, then a batch computed
     program   `Predictor` with the checkpoint
     onnx      `Predictor` with its export
-    int8      `Predictor` with the export in 8 bits (`--int8`)
 
 All make one pass over the whole images and the flip test, with the same random weights, each in a fresh process; imports are
 not timed, opening the network is. They take turns: images/s are of the best round, the ratio is the median of the rounds'
-ratios. The distance is the largest of a point from the loop's, in pixels of the input. The start is that of a fresh process,
-to the first points of one picture: all of it, and from the call of `Predictor`.
+ratios. The distance is the largest of a point from the loop's, in pixels of the input. The start is from the call of
+`Predictor` in a fresh process to the points of one picture.
 """
 
 import argparse
@@ -24,78 +23,46 @@ import warnings
 from pathlib import Path
 
 from faces import write_faces
-from measure import ROOT, fresh, peak_mb, print_table
+from measure import ROOT, fresh, peak_mb, print_table, write_network
 
 sys.path.insert(0, str(ROOT))
-FILES = {"program": "best.pth", "onnx": "b.onnx", "int8": "b_int8.onnx"}
-
-
-def write_networks(args, folder: Path):
-    "A run `b` with random weights, its export, and that in 8 bits if it is measured."
-    import torch
-
-    from landmarks_fastai.inference.export import export_checkpoint
-    from landmarks_fastai.models.networks import build_model
-    from landmarks_fastai.runs.checkpoint import read_checkpoint, write_checkpoint
-    from landmarks_fastai.runs.run import Run
-    from landmarks_fastai.settings import Settings
-
-    torch.manual_seed(0)
-    settings = Settings(
-        arch=args.arch, size=args.size, batch_size=args.batch_size, n_points=args.points, data=str(folder), align=0.0,
-        flip_indices=tuple(reversed(range(args.points))),
-    )  # fmt: skip
-    model = build_model(settings.arch, settings.head, settings.n_points, settings.size)
-    # a network's own random norms make all images alike: a few batches of noise give them a spread
-    model.train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.randn(8, 3, args.size, args.size))
-    write_checkpoint(Run(folder, "b"), model, settings, 0.0, 0.0, 0)
-    checkpoint = read_checkpoint(folder / "b" / "best.pth")
-    export_checkpoint(checkpoint, folder / "b" / "b.onnx")
-    if "int8" in args.ways:
-        from landmarks_fastai.inference.quantize import quantize
-
-        write_faces(folder, "train", 150, points=args.points, pixels=args.pixels)
-        quantize(checkpoint, folder / "b" / "b.onnx", folder / "b" / "b_int8.onnx")
+FILES = {"program": "best.pth", "onnx": "b.onnx"}
 
 
 def loop(args, folder: Path, files: list[Path]):
-    "Points by a plain loop, (images, n_points, 2) pixels of the images as stored."
+    "Points by a plain loop, (images, n_points, 2) pixels of the images as stored, and the seconds."
     import numpy as np
     import torch
 
     from landmarks_fastai.data.images import open_image
     from landmarks_fastai.geometry import fit_image, unit_to_input
     from landmarks_fastai.runs.checkpoint import read_checkpoint
-    from landmarks_fastai.settings import INPUT
 
     start = time.perf_counter()
     checkpoint = read_checkpoint(folder / "b" / "best.pth")
-    model, settings = checkpoint.model(), checkpoint.settings
-    mean, std = torch.tensor(settings.mean).view(3, 1, 1), torch.tensor(settings.std).view(3, 1, 1)
+    model, facts = checkpoint.model(), checkpoint.facts
+    mean, std = torch.tensor(facts.mean).view(3, 1, 1), torch.tensor(facts.std).view(3, 1, 1)
 
     class Faces(torch.utils.data.Dataset):
         def __len__(self):
             return len(files)
 
         def __getitem__(self, row):
-            fitted, to_input = fit_image(open_image(files[row]), **settings.of(INPUT))
+            fitted, to_input = fit_image(open_image(files[row]), checkpoint.settings.fit, args.size)
             pixels = torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy()).float() / 255
             return (pixels - mean) / std, torch.tensor(to_input, dtype=torch.float64)
 
-    points, indices = [], list(settings.flip_indices)
+    points, indices = [], list(facts.flip_indices)
     with torch.no_grad():
         for images, maps in torch.utils.data.DataLoader(Faces(), args.batch_size):
             mirrored = model(images.flip(-1))[:, indices] * torch.tensor([-1.0, 1.0])
-            found = unit_to_input(((model(images) + mirrored) / 2).double(), settings.size)
-            points.append(((found - maps[:, None, [2, 5]]) / maps[:, None, [0, 4]]).numpy())
+            inputs = unit_to_input(((model(images) + mirrored) / 2).double(), args.size)
+            points.append(((inputs - maps[:, None, [2, 5]]) / maps[:, None, [0, 4]]).numpy())
     return np.concatenate(points), time.perf_counter() - start
 
 
 def predictor(args, file: Path, files: list[Path]):
-    "Points by `Predictor`, (images, n_points, 2) pixels of the images as stored."
+    "Points by `Predictor`, (images, n_points, 2) pixels of the images as stored, and the seconds."
     import numpy as np
 
     from landmarks_fastai.inference.predictor import Predictor
@@ -106,8 +73,7 @@ def predictor(args, file: Path, files: list[Path]):
     else:
         import onnxruntime  # noqa: F401
 
-    start = time.perf_counter()
-    machine = Machine()
+    start, machine = time.perf_counter(), Machine()
     machine.prepare()
     points = np.stack([p.points for p in Predictor(file, machine=machine, batch_size=args.batch_size)(files)])
     return points, time.perf_counter() - start
@@ -116,29 +82,18 @@ def predictor(args, file: Path, files: list[Path]):
 def child(args):
     way, folder = args.child[0], Path(args.child[1])
     warnings.simplefilter("ignore")
-    if way.startswith("start"):
-        return start(folder / "b" / FILES[way.split()[1]], folder)
+    files = sorted((folder / "test" / "images").iterdir())
+    if way.startswith("start "):
+        from landmarks_fastai import Predictor
+
+        start = time.perf_counter()
+        Predictor(folder / "b" / FILES[way.split()[1]])(files[0])
+        return print(json.dumps(time.perf_counter() - start))
     import numpy as np
 
-    files = sorted((folder / "test" / "images").iterdir())
     points, seconds = loop(args, folder, files) if way == "loop" else predictor(args, folder / "b" / FILES[way], files)
     np.save(folder / f"{way}.npy", points)
     print(json.dumps({"seconds": seconds, "mb": peak_mb()}))
-
-
-def start(file: Path, folder: Path):
-    "Print when the first points were there, and the seconds since `Predictor` was called."
-    from landmarks_fastai import Predictor
-
-    before = time.perf_counter()
-    Predictor(file)(next((folder / "test" / "images").iterdir()))
-    print(json.dumps({"at": time.time(), "seconds": time.perf_counter() - before}))
-
-
-def start_time(way: str, folder: str) -> tuple[float, float]:
-    began = time.time()
-    found = fresh(__file__, "--child", f"start {way}", folder)
-    return found["at"] - began, found["seconds"]
 
 
 def main():
@@ -150,31 +105,32 @@ def main():
     parser.add_argument("--points", type=int, default=971, help="default: 971")
     parser.add_argument("--pixels", type=int, default=0, help="side of the images (default: 74 to 494, half below 180)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
-    parser.add_argument("--ways", default="loop,program,onnx,int8", help="which to measure (default: all)")
+    parser.add_argument("--ways", default="loop,program,onnx", help="which to measure (default: all)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args)
-    ways, found, starts = args.ways.split(","), {}, {}
+    ways, runs, starts = args.ways.split(","), {}, {}
     with tempfile.TemporaryDirectory() as folder:
         write_faces(Path(folder), "test", args.N, points=args.points, pixels=args.pixels)
-        write_networks(args, Path(folder))
+        checkpoint = write_network(Path(folder), args.arch, args.size, args.points)
+        if "onnx" in ways:
+            from landmarks_fastai.inference.export import export_checkpoint
+
+            export_checkpoint(checkpoint, Path(folder, "b", "b.onnx"))
         for _ in range(args.rounds):
             for way in ways:
-                found.setdefault(way, []).append(fresh(__file__, *sys.argv[1:], "--child", way, folder))
-            for way in (way for way in ways if way != "loop"):
-                starts.setdefault(way, []).append(start_time(way, folder))
+                runs.setdefault(way, []).append(fresh(__file__, *sys.argv[1:], "--child", way, folder))
+                if way != "loop":
+                    starts.setdefault(way, []).append(fresh(__file__, "--child", f"start {way}", folder))
         far = {way: distance(args, Path(folder), ways[0], way) for way in ways}
     print(f"{args.arch}, {args.size} px, {args.N} images, batches of {args.batch_size}\n")
     rows = []
-    for way, runs in found.items():
-        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(found[ways[0]], runs, strict=True))
-        speed = args.N / min(run["seconds"] for run in runs)
-        rows.append([way, speed, ratio, max(run["mb"] for run in runs), f"{far[way]:.4f}"])
-    print_table(["way", "images/s", f"as a ratio to {ways[0]}", "peak MB", "distance, px"], rows)
-    print("\nstart, the best of the rounds:\n")
-    print_table(["way", "process to first points, s", "`Predictor` to first points, s"],
-                [[way, *map(min, zip(*times, strict=True))] for way, times in starts.items()])  # fmt: skip
+    for way, found in runs.items():
+        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs[ways[0]], found, strict=True))
+        speed, mb = args.N / min(run["seconds"] for run in found), max(run["mb"] for run in found)
+        rows.append([way, speed, ratio, mb, f"{far[way]:.4f}", min(starts[way]) if way in starts else ""])
+    print_table(["way", "images/s", f"as a ratio to {ways[0]}", "peak MB", "distance, px", "start, s"], rows)
 
 
 def distance(args, folder: Path, reference: str, way: str) -> float:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from measure import ROOT, print_table
+from measure import ROOT, print_table, validation_images
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(ROOT))
@@ -66,36 +66,22 @@ def damaged(items: list, damage: Callable | None) -> list[Image.Image]:
 
 
 def main():
-    from landmarks_fastai.data.block import landmark_dataloaders
     from landmarks_fastai.inference.predictor import Predictor
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-pm", required=True, nargs="+", help="checkpoints, trained on the same rows")
     parser.add_argument("-d", "--data", required=True, help="labelled folder")
     parser.add_argument("-N", type=int, default=272, help="images (default: 272)")
-    parser.add_argument("--save", help="new PNG with the first images of each kind")
     args = parser.parse_args()
     predictors = [Predictor(name) for name in args.pm]
-    dls = landmark_dataloaders(args.data, predictors[0].networks[0].settings)
-    items = list(dls.valid.items.sample(args.N))
-    true = np.stack([item.points for item in items])
+    items, truth = validation_images(args.data, predictors[0], args.N)
     scores = [
-        [float(((np.stack([o.points for o in predictor(images)]) - true) ** 2).mean()) for predictor in predictors]
+        [float(((np.stack([o.points for o in predictor(images)]) - truth) ** 2).mean()) for predictor in predictors]
         for images in (damaged(items, damage) for damage in DAMAGES.values())
     ]
     print(f"{len(items)} images\n")
     print_table(["images", *(p.networks[0].name for p in predictors)],
                 [[name, *row] for name, row in zip(DAMAGES, scores, strict=True)])  # fmt: skip
-    if args.save:
-        save_examples(items[:: max(1, len(items) // 6)][:6], args.save)
-
-
-def save_examples(items: list, path: str, side: int = 160):
-    sheet = Image.new("RGB", (side * len(items), side * len(DAMAGES)))
-    for row, damage in enumerate(DAMAGES.values()):
-        for column, image in enumerate(damaged(items, damage)):
-            sheet.paste(image.resize((side, side)), (side * column, side * row))
-    sheet.save(path)
 
 
 if __name__ == "__main__":

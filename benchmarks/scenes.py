@@ -11,7 +11,7 @@ import argparse
 import sys
 
 import numpy as np
-from measure import ROOT, print_table
+from measure import ROOT, print_table, validation_images
 from PIL import Image
 
 sys.path.insert(0, str(ROOT))
@@ -35,7 +35,6 @@ def scene_of(items, rng):
 
 
 def main():
-    from landmarks_fastai.data.block import landmark_dataloaders
     from landmarks_fastai.inference.detector import FaceDetector
     from landmarks_fastai.inference.predictor import Predictor
 
@@ -45,8 +44,7 @@ def main():
     parser.add_argument("-N", type=int, default=200, help="faces (default: 200)")
     args = parser.parse_args()
     predictor, rng = Predictor(args.pm), np.random.default_rng(0)
-    dls = landmark_dataloaders(args.data, predictor.networks[0].settings)
-    items = list(dls.valid.items.sample(args.N))
+    items, _ = validation_images(args.data, predictor, args.N)
     own = predictor([item.path for item in items])
     errors = {"own picture": [((o.points - item.points) ** 2).mean() for o, item in zip(own, items, strict=True)]}
     found, faces = 0, 0

@@ -26,11 +26,9 @@ from landmarks_fastai.settings import FITS, LOSSES, RECIPES, Settings  # noqa: E
 
 # part -> its settings: the baseline's value switches it off, the default switches it on
 PARTS = {
-    "unit targets": ["targets"],
     "mean start": ["init_head"],
-    "both": ["targets", "init_head"],
     "rates": ["lr", "head_lr_mult"],
-    "targets, start and rates": ["targets", "init_head", "lr", "head_lr_mult"],
+    "start and rates": ["init_head", "lr", "head_lr_mult"],
     "augmentation": ["aug"],
     "mirror": ["mirror"],
     "average": ["ema"],

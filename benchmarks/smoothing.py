@@ -12,7 +12,6 @@ in parentheses the error, as a multiple of the error without smoothing.
     One Euro           the filter of landmarks_fastai/inference/smoothing.py
     One Euro, linear   as in the paper: the cutoff rises with the speed, not with its square
     Kalman             of each coordinate, with constant velocity; q is the variance of the acceleration over that of a point
-    mean               a running mean, the share of the newest frame in parentheses
 """
 
 import argparse
@@ -67,15 +66,6 @@ class Linear(OneEuro):
         return STILL * (1 + speed / 0.05)
 
 
-class Mean:
-    def __init__(self, points, seconds, share):
-        self.points, self.share = points, share
-
-    def __call__(self, points, seconds):
-        self.points = self.points + self.share * (points - self.points)
-        return self.points
-
-
 class Kalman:
     "Position and velocity of each coordinate; all have one covariance, in units of a point's variance."
 
@@ -97,7 +87,6 @@ FILTERS = {
     "One Euro": OneEuro,
     "One Euro, linear": Linear,
     **{f"Kalman, q {q:g}": lambda points, seconds, q=q: Kalman(points, seconds, q) for q in (1e2, 1e3, 1e4)},
-    **{f"mean ({share})": lambda points, seconds, share=share: Mean(points, seconds, share) for share in (0.2, 0.4)},
 }
 
 

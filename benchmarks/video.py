@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Frames a second of a drawn 640 x 480 video with one moving face: decoding, finding the face, its 971 points.
 
-    python benchmarks/video.py                            # resnet18 at 128 px with random weights, through PyTorch
-    python benchmarks/video.py -pm runs/NAME/NAME.onnx   # any trained network
+    python benchmarks/video.py -pm NAME    # a network that was trained on faces
 
 Each row adds to the one before; the flip test doubles the work of the network, the second pass is on. CPU time is that
 of all threads, per frame: on two cores real time, 25 frames a second, is 80 ms at the most. The load of the machine is printed,
@@ -50,37 +49,6 @@ def write_video(path: Path, n: int) -> None:
         container.mux(stream.encode(None))
 
 
-def write_network(folder: Path, arch: str, size: int) -> Path:
-    "Write a checkpoint whose points are about the mean face for any input, so that there is a second pass."
-    import torch
-
-    from landmarks_fastai.data.align import procrustes_mean
-    from landmarks_fastai.models.heads import init_head
-    from landmarks_fastai.models.networks import build_model
-    from landmarks_fastai.runs.checkpoint import write_checkpoint
-    from landmarks_fastai.runs.run import Run
-    from landmarks_fastai.settings import Settings
-    from landmarks_fastai.synthetic.face_template import flip_indices_of_template
-    from landmarks_fastai.synthetic.faces import render_face
-
-    torch.manual_seed(0)
-    mean = procrustes_mean(np.stack([render_face(np.random.default_rng(k))[1] for k in range(20)]))
-    low, high = mean.min(0), mean.max(0)
-    unit = (mean - (low + high) / 2) / (high - low).max() * 1.5  # three quarters of the input's side
-    settings = Settings(
-        arch=arch, size=size, n_points=len(mean), shape=tuple(mean.ravel().round(4).tolist()),
-        points_box=tuple(np.concatenate([unit.min(0), unit.max(0)]).round(4).tolist()),
-        flip_indices=tuple(flip_indices_of_template(len(mean)).tolist()),
-    )  # fmt: skip
-    model = build_model(arch, settings.head, settings.n_points, size).train()
-    with torch.no_grad():  # a network's own random norms make outputs that are too large
-        for _ in range(3):
-            model(torch.randn(8, 3, size, size))
-    init_head(model, unit.astype(np.float32))
-    write_checkpoint(Run(folder, "random"), model, settings, 0.0, 0.0, 0)
-    return folder / "random" / "best.pth"
-
-
 def measure(run: Callable[[], Iterable], rounds: int) -> list:
     "Frames a second and CPU milliseconds a frame, the best of some rounds, and the load."
     best = []
@@ -99,19 +67,16 @@ def main():
     from landmarks_fastai.utils.hardware import Machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-pm", help="a run's folder, .pth or .onnx (default: random weights)")
-    parser.add_argument("--arch", default="resnet18", help="of random weights (default: resnet18)")
-    parser.add_argument("--size", type=int, default=128, help="of their input, in pixels (default: 128)")
+    parser.add_argument("-pm", required=True, help="checkpoint: the name of a run, or a path; an .onnx file")
     parser.add_argument("-N", type=int, default=250, help="frames (default: 250)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         video, copy = Path(folder, "video.mp4"), Path(folder, "copy.mp4")
         write_video(video, args.N)
-        model = args.pm or write_network(Path(folder), args.arch, args.size)
         Machine().prepare()
         detector = FaceDetector()
-        once, twice = (Predictor(model, detector=detector, flip_test=flip) for flip in (False, True))
+        once, twice = (Predictor(args.pm, detector=detector, flip_test=flip) for flip in (False, True))
         rows = {
             "decoding": lambda: Video(video),
             "faces in every frame": lambda: track_faces(Video(video), detector, 1),

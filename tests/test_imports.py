@@ -1,23 +1,14 @@
 "The direction of imports: a module imports from its own layer or from layers below it, and no two modules import each other."
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "landmarks_fastai"
-LAYERS = [  # from the bottom to the top
-    {"errors"},
-    {"settings", "geometry"},
-    {"utils", "metrics"},
-    {"plots"},
-    {"data", "competition"},
-    {"models"},
-    {"runs"},
-    {"training", "inference"},
-    {"synthetic"},
-    {"cli"},
-    {"export"},
-]
+PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Imports")[1]
+# from the bottom to the top: the first column of the page's table
+LAYERS = [set(re.findall(r"`(\w+)(?:\.py|/)`", row)) for row in re.findall(r"^\| (`.+?) \|", PAGE, re.M)]
 
 
 def _graph() -> dict[str, set[str]]:

@@ -28,7 +28,7 @@ def started(state: "State | None") -> float:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    "Run a script's main function, and exit with a code of docs/errors.md if it raises."
+    "Run a script's main function, and exit with a code of docs/operating.md if it raises."
     _prepare_process()
     with stop_on_signal.handling():
         _run(main)

@@ -1,7 +1,7 @@
 """Parse a `landmarks.csv` block by block into file names, points, and the faults of single rows.
 
 pandas parses a block. Where it fails, or a check of the whole block does, each line is examined: that is slow, and tells
-which field of which row is wrong. `benchmarks/startup.py` measures time and memory.
+which field of which row is wrong. `benchmarks/growth.py` measures time and memory.
 """
 
 import re

@@ -4,7 +4,7 @@
 transform, converts the points from pixels of the image as stored to unit coordinates, and adds the image's `PixelMap` to
 the item: metrics and predictions use its inverse.
 
-The annotations of `encodes` and `decodes` are no hints: fastai selects the method by them, and converts what it returns.
+The annotations of `encodes` and `decodes` are not hints: fastai selects the method by them, and converts what it returns.
 """
 
 import sys

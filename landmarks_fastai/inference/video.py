@@ -38,7 +38,7 @@ class Video:
     """An opened video file; iterating over it yields every frame once, in order.
 
     Damaged parts and a missing end raise nothing: after the last frame that can be read, `fault` says what was found.
-    The constructor raises `UserError` for a file that is no video.
+    The constructor raises `UserError` for a file that is not a video.
     """
 
     def __init__(self, path: str | Path):
@@ -168,7 +168,7 @@ def predict_video(
     """Yield the result of every frame in order; its `picture` holds the frame's pixels.
 
     Points are pixels of the frame as a player shows it. Objects have track numbers: 1, 2, …, in the order of their first
-    frames. Raises `UserError` for a file that is no video, and after the last frame of a video that is damaged or cut short.
+    frames. Raises `UserError` for a file that is not a video, and after the last frame of a video that is damaged or cut short.
     """
     video, smoother = Video(path), Smoother()
     frames = progress(video, round(video.seconds * video.rate))

@@ -177,7 +177,7 @@ def _wrong_size(arch, size, error):
 
 
 def feature_count(body: nn.Module, arch: str, size: int) -> int:
-    "The number of features of a body, from one blank image. Raises `UserError` if they are no vector."
+    "The number of features of a body, from one blank image. Raises `UserError` if they are not a vector."
     was_training = body.training
     try:
         with torch.no_grad():

@@ -112,13 +112,13 @@ def read_state_dict(
     except Exception as e:  # torch and safetensors raise errors of many kinds
         refused = "weights_only" in str(e) or "Weights only" in str(e)
         why = "it holds more than tensors and may run code" if refused else "it is damaged or of another kind"
-        raise UserError(f"{path} is no file of tensors ({why}): nothing was loaded") from None
+        raise UserError(f"{path} is not a file of tensors ({why}): nothing was loaded") from None
     if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
         state = state[wrapper]
     if not (isinstance(state, dict) and state) or not all(
         isinstance(k, str) and (isinstance(t, torch.Tensor) or k.endswith(METADATA)) for k, t in state.items()
     ):
-        raise UserError(f"{path} is no file of tensors (a plain state dict is needed): nothing was loaded")
+        raise UserError(f"{path} is not a file of tensors (a plain state dict is needed): nothing was loaded")
     return state
 
 
@@ -131,7 +131,7 @@ def _check_zip(path: Path):
         return
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise UserError(f"{path} is no file of tensors (it is compressed): nothing was loaded")
+        raise UserError(f"{path} is not a file of tensors (it is compressed): nothing was loaded")
 
 
 def _body_tensors(tensors):

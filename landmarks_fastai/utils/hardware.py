@@ -1,7 +1,7 @@
 """The settings of a run that depend on the machine; a checkpoint does not store them.
 
 Mixed precision, channels_last, pinned memory, TF32 and `torch.compile` were not measured on a GPU: see
-docs/gpu.md. `benchmarks/README.md` has the measurements on a CPU.
+docs/machines.md. `benchmarks/README.md` has the measurements on a CPU.
 """
 
 import ctypes

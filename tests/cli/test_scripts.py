@@ -179,7 +179,7 @@ def test_weights_that_would_run_code_are_refused(run_script, drawn, tmp_path, su
     weights = tmp_path / f"stranger{suffix}"
     torch.save({"conv1.weight": Payload()}, weights)
     check_refused(
-        run_script(f"train.py {QUICK} --weights {weights} -n r -d", drawn), weights.name, "is no file of tensors"
+        run_script(f"train.py {QUICK} --weights {weights} -n r -d", drawn), weights.name, "is not a file of tensors"
     )
     assert not (tmp_path / "here" / "owned").exists()
 

@@ -142,7 +142,7 @@ def test_a_pth_that_unfolds_to_more_than_its_size_is_refused(tmp_path, monkeypat
             z.writestr(name, plain.read(name))
     assert (tmp_path / "z.pth").stat().st_size < 20_000
     monkeypatch.setattr(torch, "load", None)  # it is not even called
-    with pytest.raises(UserError, match="z.pth is no file of tensors .*compressed"):
+    with pytest.raises(UserError, match="z.pth is not a file of tensors .*compressed"):
         weights.read_tensors(tmp_path / "z.pth")
 
 
@@ -151,7 +151,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, other):
     cases = {
         "text.pth": (b"hello", "damaged or of another kind"),
         "text.safetensors": (b"hello", "damaged or of another kind"),
-        "pickle.pth": (pickle.dumps([1, 2]), "no file of tensors"),
+        "pickle.pth": (pickle.dumps([1, 2]), "not a file of tensors"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -162,7 +162,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, other):
     torch.save(bare(other), tmp_path / "r18.pth")
     torch.save({k: v[:1] for k, v in bare(other).items() if v.ndim}, tmp_path / "shapes.pth")
     for arch, name, message in [
-        ("resnet18", "empty.pth", "no file of tensors"),
+        ("resnet18", "empty.pth", "not a file of tensors"),
         ("resnet18", "r34.pth", "it is of another network, .* tensors are unknown, the first"),
         ("resnet34", "r18.pth", "does not fit --arch resnet34: .* tensors missing, the first"),
         ("resnet18", "shapes.pth", "is .* expected"),

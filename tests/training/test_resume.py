@@ -275,7 +275,7 @@ def test_replaced_checkpoint_of_a_stopped_run_is_not_executed(run_script, drawn,
     assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
     monkeypatch.setattr(stage, "load_best", draw)
     (RUNS / "r/best.pth").write_bytes(payload())
-    check_refused(run_script("train.py --resume -n r"), "r/best.pth is no file of tensors", "may run code")
+    check_refused(run_script("train.py --resume -n r"), "r/best.pth is not a file of tensors", "may run code")
     assert not Path("owned").exists()
 
 
