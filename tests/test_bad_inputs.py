@@ -413,6 +413,7 @@ def test_image_without_permission_is_reported(data, monkeypatch):
     from landmarks_fastai.errors import BadData
 
     closed = str(image_path(data))
+    os.utime(closed)  # it is opened again: the copy of the data has the result of an earlier check
     real = checks.open_undecoded
 
     def open_undecoded(path, where=""):

@@ -40,7 +40,7 @@ class Labels:
     csv: Path
     names: Sequence[str] | np.ndarray  # (rows,) file names; an array holds UTF-8
     lines: np.ndarray  # (rows,) line numbers in the CSV; the header is line 1
-    stored: np.ndarray  # (rows, n_points, 2) float32, pixels of the image as stored; 0 in faulty rows
+    stored: np.ndarray  # (rows, n_points, 2) int16 or float32, pixels of the image as stored; 0 in faulty rows
     faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with its text
     checksums: np.ndarray | None = None  # (rows,) crc32 of the points in a cache file; None: the points are in memory
 
@@ -88,7 +88,7 @@ class Labels:
             if self.checksums is None or zlib.crc32(self.stored[row]) == self.checksums[row]:
                 break
             self.stored = _renew(renew, self.csv, self.identity).stored
-        return self.stored[row].copy()
+        return self.stored[row].astype(np.float32)
 
 
 def _renew(renew: Callable[[Path], Labels], csv: Path, identity: dict[str, Any]) -> Labels:
@@ -156,7 +156,7 @@ def _open_cache(csv: Path, cache: Path, key: list[int]) -> Labels:
         about, lines = json.loads(rest["about"].item()), rest["lines"]
         if about["key"] != key:
             raise ValueError(f"{cache} was not made from {csv}")
-        points = np.memmap(cache, np.float32, "r", shape=(len(lines), about["n_points"], 2)).view(np.ndarray)
+        points = np.memmap(f, about["dtype"], "r", shape=(len(lines), about["n_points"], 2)).view(np.ndarray)
         return Labels(csv, rest["names"], lines, points, dict(about["faults"]), rest["checksums"])
 
 
@@ -176,18 +176,22 @@ def _parse(csv: Path) -> Labels:
     )
 
 
-def _write_cache(f: IO[bytes], csv: Path, key: list[int]) -> None:
+def _write_cache(f: IO[bytes], csv: Path, key: list[int], dtype: str = "int16") -> None:
     names, lines, checksums, faults, n_points = [], [], [], [], 0
     for rows in read_rows(csv):
-        f.write(rows.points.data)
+        points = rows.points.astype(dtype)
+        if dtype == "int16" and (points != rows.points).any():
+            f.seek(0)
+            return _write_cache(f, csv, key, "float32")  # start again at the file's first decimals
+        f.write(points.data)
         faults += [(len(checksums) + row, rows.faults[row]) for row in sorted(rows.faults)]
         names.append(rows.names)
         lines.append(rows.lines)
-        checksums += map(zlib.crc32, rows.points)
-        n_points = rows.points.shape[1]
+        checksums += map(zlib.crc32, points)
+        n_points = points.shape[1]
     if not names:
         raise UserError(f"{csv} has a header but no rows: one line per image is needed")
-    about = json.dumps({"key": key, "n_points": n_points, "faults": faults}).encode()
+    about = json.dumps({"key": key, "dtype": dtype, "n_points": n_points, "faults": faults}).encode()
     names, lines = np.concatenate(names), np.concatenate(lines)
     np.savez(f, about=np.array(about), names=names, lines=lines, checksums=np.array(checksums, np.uint32))
 

@@ -16,7 +16,7 @@ import numpy as np
 from landmarks_fastai.errors import UserError
 
 BLOCK = 8 << 20  # bytes of CSV parsed at a time: bounds the memory, large enough for pandas' overhead of 2,000 columns
-LIMIT = 32767  # largest absolute coordinate, in pixels
+LIMIT = 32767  # largest absolute coordinate, in pixels: fits int16
 EXPECTED = f"a number between -{LIMIT} and {LIMIT} expected"
 NUMERIC = b"0123456789.+-eE \t\n"
 NUMBER = rb" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *"

