@@ -60,8 +60,9 @@ def two_passes(network, pictures, way) -> np.ndarray:
 
 
 def main():
-    from landmarks_fastai.data.block import landmark_dataloaders
     from landmarks_fastai.inference.pictures import Picture
+
+    from landmarks_fastai.data.block import landmark_dataloaders
     from landmarks_fastai.inference.predictor import open_network
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

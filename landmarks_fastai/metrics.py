@@ -100,31 +100,24 @@ def failure_rate(
 class ImageMetric(Metric):
     """The mean over images of `func(pred, truth)`, both in pixels of the image as stored, not rounded.
 
-    The sum stays on the device until `value` is read, so that no batch waits for the GPU.
+    `Evaluation` (training/callbacks/evaluation.py) gives it the points of both passes after a validation. The sum stays on
+    the device until `value` is read, so that no batch waits for the GPU.
     """
 
     def __init__(
         self,
         func: Callable,  # (batch, n, 2), (batch, n, 2) -> (batch,), or their mean
         name: str,  # of its column
-        size: int | None = None,  # of the network's input; None: the Learner's
     ):
-        self.func, self._name, self.size = func, name, size
+        self.func, self._name = func, name
         self.reset()
 
     def reset(self) -> None:
         self.total, self.count = 0.0, 0
 
-    def accumulate(self, learn: Any) -> None:
-        self.add(learn.pred, learn.yb[0], learn.maps, self.size or learn.settings.size)
-
-    def add(self, pred: torch.Tensor, truth: torch.Tensor, maps: torch.Tensor, size: int | None = None) -> None:
-        "Add a batch: predicted and true points in unit coordinates, and the images' maps."
-        size = size or self.size
-        assert size is not None
-        truth = points_in_image(truth, maps, size)
-        each = self.func(points_in_image(pred, maps, size), truth)
-        self.total, self.count = self.total + each.mean() * len(truth), self.count + len(truth)
+    def add(self, pred: torch.Tensor, truth: torch.Tensor) -> None:
+        "Add predicted and true points (batch, n, 2), pixels of the images as stored."
+        self.total, self.count = self.total + self.func(pred, truth).mean() * len(truth), self.count + len(truth)
 
     @property
     def value(self) -> float | None:
@@ -163,6 +156,6 @@ class FailureRate(ImageMetric):
         super().__init__(partial(failure_rate, normaliser=_no_sizes(normaliser), threshold=threshold), "failure_rate")
 
 
-def stage_metrics(size: int) -> list[ImageMetric]:
+def default_metrics() -> list[ImageMetric]:
     "The metrics of every epoch: `score`, the competition's mean squared error, and `nme_box_diag`."
-    return [ImageMetric(mean_squared_error, "score", size), ImageMetric(nme, "nme_box_diag", size)]
+    return [ImageMetric(mean_squared_error, "score"), ImageMetric(nme, "nme_box_diag")]

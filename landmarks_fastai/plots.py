@@ -42,6 +42,22 @@ def plot_batch(
     _plot_panels(panels, len(columns))
 
 
+def plot_predictions(
+    panels: Sequence[tuple[np.ndarray, np.ndarray | None, np.ndarray, str]],  # see below
+) -> None:
+    """Plot truth beside prediction of each image into matplotlib's current figure.
+
+    A panel is an image (height, width, 3), its true points (n_points, 2) or None, the predicted ones, and a title; points
+    are pixels of this image.
+    """
+    drawn, labelled = [], any(truth is not None for _, truth, _, _ in panels)
+    for image, truth, predicted, title in panels:
+        if labelled:
+            drawn.append((image, [] if truth is None else [(truth, TRUTH)], "truth"))
+        drawn.append((image, [(predicted, PREDICTION)], title))
+    _plot_panels(drawn, 1 + labelled)
+
+
 def plot_losses(
     images: Sequence[np.ndarray], points: Sequence[tuple[np.ndarray, np.ndarray]], losses: Sequence[float]
 ) -> None:

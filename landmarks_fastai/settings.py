@@ -1,17 +1,18 @@
-"The settings that a network was trained with, stored in its checkpoint. Every default is defined here, once."
+"""What a user chose (`Settings`) and what was learned from the data (`DataFacts`); a checkpoint stores both.
+
+Every default is defined here, once.
+"""
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from landmarks_fastai.errors import UserError
 
 FITS = ("crop", "pad", "squish")  # described in `pixel_map`, geometry.py
 OPTIMISERS = ("adamw", "adam", "sgd")
 HEAD_INITS = ("mean", "random")
-TARGETS = ("unit", "pixels")
 LOSSES = ("l1", "smooth_l1", "mse", "wing")  # defined in training/losses.py
 MIRRORS = ("auto", "none")
 ON_BAD = ("stop", "skip")
@@ -30,56 +31,86 @@ FINETUNE_LR_MULT = {"plateau": 0.1, "step": 0.1, "none": 0.1, "onecycle": 0.5}
 def _setting(
     default: Any,
     about: str,
+    part: str = "training",  # data, split, input or network; see `names_of`
     choices: tuple[str, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
-    return field(default=default, metadata={"about": about, "choices": choices, "low": low, "high": high})
+    return field(default=default, metadata={"about": about, "part": part, "choices": choices, "low": low, "high": high})
+
+
+class _Record:
+    "A frozen dataclass that is stored as JSON."
+
+    @classmethod
+    def names(cls) -> list[str]:
+        "Return the names of its fields."
+        return [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType] (subclasses are dataclasses)
+
+    def replace(self, **changes: Any) -> Self:
+        "Return a copy with some fields changed. Raises `UserError` for an unknown field or a value out of range."
+        if unknown := sorted(changes.keys() - set(self.names())):
+            raise UserError(f"unknown setting: {', '.join(unknown)}")
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportType]
+
+    def to_dict(self) -> dict[str, Any]:
+        "Return all fields as JSON types."
+        values = ((name, getattr(self, name)) for name in self.names())
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Self:
+        """Create the value from a record of `to_dict`.
+
+        Raises `UserError` if a field is missing, unknown or of the wrong type: the file is not trusted.
+        """
+        if not isinstance(record, dict) or set(record) != set(cls.names()):
+            odd = sorted(set(record) ^ set(cls.names())) if isinstance(record, dict) else ["settings"]
+            raise UserError(f"setting missing or unknown: {', '.join(map(str, odd))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(_Record):
     """The settings of one stage, checked when they are created. Raises `UserError` for a value out of range.
 
     The defaults are the published entry's, except where a measurement found something better (`benchmarks/score.py`);
     `RECIPES["baseline"]` restores the entry's.
     """
 
-    arch: str = _setting("resnext50_32x4d", "network: any torchvision or timm name; timm:NAME where both have it")
-    head: str = _setting("linear", "layers between body and points: linear, or a list like 512,bn,relu,drop0.5")
+    arch: str = _setting(
+        "resnext50_32x4d", "network: any torchvision or timm name; timm:NAME where both have it", "network"
+    )
+    head: str = _setting(
+        "linear", "layers between body and points: linear, or a list like 512,bn,relu,drop0.5", "network"
+    )
     init_head: str = _setting(
         "mean", "initialise the last layer at the mean shape of the training rows, or at random", choices=HEAD_INITS
     )
-    targets: str = _setting(
-        "unit", "output of the last layer: unit coordinates, or pixels of the input", choices=TARGETS
-    )
-    size: int = _setting(128, "side of the network's square input, in pixels", low=8, high=4096)
-    fit: str = _setting("crop", "how an image is fitted to the square input", choices=FITS)
+    size: int = _setting(128, "side of the network's square input, in pixels", "input", low=8, high=4096)
+    fit: str = _setting("crop", "how an image is fitted to the square input", "input", FITS)
     align: float = _setting(
-        1.3, "second pass over aligned crops, this many times the size of the shape", low=0.0, high=10.0
+        1.3, "second pass over aligned crops, this many times the size of the shape", "data", low=0.0, high=10.0
     )
     whole_pct: float = _setting(
-        0.25, "fraction of a training batch that is whole images where crops are aligned", low=0.0, high=1.0
+        0.25, "fraction of a training batch that is whole images where crops are aligned", "data", low=0.0, high=1.0
     )
-    n_points: int = _setting(0, "landmarks of an image; taken from the data", low=0, high=100_000)
-    shape: tuple = _setting((), "mean shape that crops are aligned to: x0, y0, x1, y1, …; empty: none")
-    points_box: tuple = _setting((), "mean box of the points in the input: left, top, right, bottom, unit coordinates")
-    flip_indices: tuple = _setting((), "index of the mirrored k-th point, for each k; empty: no flip map")
-    mean: tuple = _setting((0.485, 0.456, 0.406), "per-channel mean of the body's input, in 0..1")
-    std: tuple = _setting((0.229, 0.224, 0.225), "per-channel standard deviation of the body's input")
-    data: str = _setting("", "folder with train/ (images/ and landmarks.csv) and test/")
-    on_bad: str = _setting("stop", "bad labels or images: list them and stop, or skip these rows", choices=ON_BAD)
-    valid_pct: float = _setting(0.2, "fraction of the rows held out for validation", low=1e-6, high=0.999999)
-    valid_random: bool = _setting(False, "hold out random rows instead of the last ones of the file")
-    all_rows: bool = _setting(False, "train on the validation rows too; the score then is of rows that were trained on")
-    aug: float = _setting(1.0, "strength of the augmentation, 0 to 2", low=0.0, high=2.0)
+    data: str = _setting("", "folder with train/ (images/ and landmarks.csv) and test/", "data")
+    on_bad: str = _setting("stop", "bad labels or images: list them and stop, or skip these rows", "data", ON_BAD)
+    valid_pct: float = _setting(0.2, "fraction of the rows held out for validation", "split", low=1e-6, high=0.999999)
+    valid_random: bool = _setting(False, "hold out random rows instead of the last ones of the file", "split")
+    all_rows: bool = _setting(
+        False, "train on the validation rows too; the score then is of rows that were trained on", "data"
+    )
+    aug: float = _setting(1.0, "strength of the augmentation, 0 to 2", "data", low=0.0, high=2.0)
     degrade: float = _setting(
         0.0,
         "probability that a training image is blurred, darkened, partly covered: each independently",
+        "data",
         low=0.0,
         high=1.0,
     )
-    mirror: str = _setting("auto", "flip training images, with flip indices learned from the labels", choices=MIRRORS)
+    mirror: str = _setting("auto", "flip training images, with flip indices learned from the labels", "data", MIRRORS)
     loss: str = _setting("mse", "loss, of errors in pixels of the input", choices=LOSSES)
     ema: float = _setting(
         0.99,
@@ -89,7 +120,7 @@ class Settings:
     )
     tta: bool = _setting(False, "score each epoch with the flip test")
     confidence: bool = _setting(False, "after the last epoch, learn a spread for each landmark: how far off it may be")
-    batch_size: int = _setting(32, "batch size", low=1, high=65536)
+    batch_size: int = _setting(32, "batch size", "data", low=1, high=65536)
     epochs: int = _setting(10, "number of epochs", low=1)
     lr: float = _setting(
         2e-3, "learning rate of the body at the start of the stage; find: run lr_find", low=1e-12, high=1e3
@@ -105,89 +136,66 @@ class Settings:
     minutes: float = _setting(0.0, "time limit in minutes (0: none); replaces -e", low=0.0, high=1e6)
     freeze: bool = _setting(False, "freeze the body, train the head only")
     seed: int = _setting(0, "random seed", low=0, high=2**32 - 1)
-    split_seed: int = _setting(0, "random seed of --valid-random: the first stage's", low=0, high=2**32 - 1)
+    split_seed: int = _setting(0, "random seed of --valid-random: the first stage's", "data", low=0, high=2**32 - 1)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.name in ("mean", "std"):
-                _check_stats(f.name, value)
-            elif f.name == "points_box":
-                _check_box(value)
-            elif f.name == "shape":
-                _check_shape(value, self.n_points)
-            elif f.name == "flip_indices":
-                check_flip_indices(value, self.n_points)
-            else:
-                _check(f, value)
+            _check(f, getattr(self, f.name))
 
-    def replace(self, **changes: Any) -> "Settings":
-        "Return a copy with some fields changed. Raises `UserError` for an unknown field or a value out of range."
-        if unknown := sorted(changes.keys() - {f.name for f in dataclasses.fields(self)}):
-            raise UserError(f"unknown setting: {', '.join(unknown)}")
-        return dataclasses.replace(self, **changes)
-
-    def of(self, names: Iterable[str]) -> dict[str, Any]:
-        "Return some of the settings, by name."
-        return {name: getattr(self, name) for name in names}
-
-    def to_dict(self) -> dict[str, Any]:
-        "Return all settings as JSON types."
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, record: Any) -> "Settings":
-        """Create the settings from a record of `to_dict`, of this or an earlier version.
-
-        Raises `UserError` if a setting is missing, unknown or of the wrong type: the file is not trusted.
-        """
-        names = {f.name for f in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        if isinstance(record, dict):
-            values = {RENAMED.get(k, k): v for k, v in (NEWER | record).items()}
-            if values.pop("borders", "keep") != "keep":  # its points are those of trimmed images
-                raise UserError(
-                    "trained with --borders trim, and border trimming was removed (it cut faces out of dark pictures): "
-                    "train again, or use an earlier version of this program"
-                )
-        if set(values) != names:
-            odd = sorted(set(values) ^ names) if isinstance(record, dict) else ["settings"]
-            raise UserError(f"setting missing or unknown: {', '.join(odd)}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**values)
+    def of(self, *parts: str) -> dict[str, Any]:
+        "Return the settings of some parts, by name; see `names_of`."
+        return {name: getattr(self, name) for name in names_of(*parts)}
 
 
-# Values of newer settings for the checkpoints of earlier versions.
-NEWER = {
-    "on_bad": "stop",
-    "align": 0.0,
-    "shape": (),
-    "whole_pct": 0.25,
-    "points_box": (),
-    "confidence": False,
-    "degrade": 0.0,
-}
-# Names of settings in earlier versions.
-RENAMED = {"start": "init_head", "head_rate": "head_lr_mult", "pairs": "flip_indices"}
+def names_of(*parts: str) -> list[str]:
+    """Return the names of the settings of some parts.
 
-# Settings of the DataLoaders; a Learner takes them from there.
-DATA = ("size", "fit", "align", "shape", "whole_pct", "n_points", "points_box", "flip_indices", "data", "on_bad", "valid_pct",
-        "valid_random", "all_rows", "aug", "degrade", "mirror", "batch_size", "split_seed")  # fmt: skip
-# Settings of the network: its weights are useless with other values.
-NETWORK = ("arch", "head", "targets")
-# Settings of the input. A prediction takes the checkpoint's; a later stage may change them, and scores at both.
-INPUT = ("size", "fit")
-# Settings of the second pass; a later stage may switch it on or off.
-ALIGN = ("align", "shape")
-# Settings of the split. A later stage cannot change them: it would validate on rows that were trained on.
-SPLIT = ("valid_pct", "valid_random")
+    - data: of the DataLoaders; a Learner takes them from there, with those of `split` and `input`.
+    - split: a later stage cannot change them, it would validate on rows that were trained on.
+    - input: a prediction takes the checkpoint's; a later stage may change them, and scores at both.
+    - network: the weights are useless with other values.
+    - training: all others.
+    """
+    return [f.name for f in dataclasses.fields(Settings) if f.metadata["part"] in parts]
 
-# `baseline` is the published entry, without what this program adds to it. Its loss was computed in pixels of the input,
-# and its last layer was initialised near zero: all points start at the image's corner.
+
+@dataclass(frozen=True)
+class DataFacts(_Record):
+    "What was learned from the training data, and what the network's body expects. Raises `UserError` for wrong values."
+
+    n_points: int = 0  # landmarks of an object
+    shape: tuple[float, ...] = ()  # mean shape of the objects, centred, of radius 1: x0, y0, x1, y1, …; empty: none
+    align_gain: float = 0.0  # factor by which aligned crops reduce the spread of the points; 0: they are of no use
+    points_box: tuple[
+        float, ...
+    ] = ()  # mean box of the points in the input: left, top, right, bottom, unit coordinates
+    flip_indices: tuple[int, ...] = ()  # index of the mirrored k-th point, for each k; empty: no flip map
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel of the body's input, in 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # standard deviation, likewise
+
+    def __post_init__(self) -> None:
+        if type(self.n_points) is not int or not 0 <= self.n_points <= 100_000:
+            raise UserError(f"n_points is {self.n_points!r}: a number from 0 to 100000 expected")
+        if not _are_numbers((self.align_gain,)) or self.align_gain < 0:
+            raise UserError(f"align_gain is {self.align_gain!r}: a number of at least 0 expected")
+        for name in ("mean", "std"):
+            if not _are_numbers(value := getattr(self, name)) or len(value) != 3:
+                raise UserError(f"{name} is {value!r}: three numbers expected")
+        if min(self.std) <= 0:
+            raise UserError(f"std is {self.std!r}: numbers above 0 expected")
+        box = self.points_box
+        if not _are_numbers(box) or (box and not (len(box) == 4 and box[2] > box[0] and box[3] > box[1])):
+            raise UserError(f"points_box is {box!r}: left, top, right, bottom expected")
+        if not _are_numbers(self.shape) or len(self.shape) not in (0, 2 * self.n_points):
+            raise UserError(f"shape is not a list of {self.n_points} points")
+        check_flip_indices(self.flip_indices, self.n_points)
+
+
+# `baseline` is the published entry, without what this program adds to it. Its last layer was initialised at random.
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
     "baseline": {
-        "init_head": "random", "targets": "pixels", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False, "align": 0.0,
+        "init_head": "random", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False, "align": 0.0,
         "lr": 3e-4, "head_lr_mult": 1.0,
     },
 }  # fmt: skip
@@ -214,25 +222,8 @@ def _range(low: float | None, high: float | None) -> str:
     return f"from {low} to {high}" if high is not None else f"of at least {low}"
 
 
-def _check_stats(name: str, value: Any) -> None:
-    right = isinstance(value, tuple) and len(value) == 3
-    if not right or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
-        raise UserError(f"{name} is {value!r}: three numbers expected")
-    if name == "std" and min(value) <= 0:
-        raise UserError(f"std is {value!r}: numbers above 0 expected")
-
-
-def _check_shape(shape: Any, n_points: int) -> None:
-    right = isinstance(shape, tuple) and len(shape) in (0, 2 * n_points)
-    if not right or not all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in shape):
-        raise UserError(f"shape is not a list of {n_points} points")
-
-
-def _check_box(box: Any) -> None:
-    right = isinstance(box, tuple) and (not box or len(box) == 4)
-    right = right and all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in box)
-    if not right or (box and not (box[2] > box[0] and box[3] > box[1])):
-        raise UserError(f"points_box is {box!r}: left, top, right, bottom expected")
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, tuple) and all(type(v) in (int, float) and abs(v) < 1e6 for v in values)  # False for NaN
 
 
 def check_flip_indices(flip_indices: Any, n_points: int) -> None:

@@ -5,7 +5,6 @@ one line that is read (or in each of several). No traceback, nothing half-writte
 """
 
 import io
-import json
 import os
 import shutil
 import sys
@@ -108,19 +107,6 @@ def edit_metadata(change):
         path = out / "m/best.pth"
         state = torch.load(path, weights_only=True)
         torch.save(state | {METADATA: change(state[METADATA])}, path)
-
-    return harm
-
-
-def older(change):
-    "The checkpoint as version 3 wrote it, tensors and a .json, with a change of that."
-
-    def harm(data, out):
-        state = torch.load(out / "m/best.pth", weights_only=True)
-        metadata = state.pop(METADATA) | {"format": 3}
-        shutil.rmtree(out / "m")
-        torch.save(state, out / "m_best.pth")
-        (out / "m_best.json").write_text(change(json.dumps(metadata)))
 
     return harm
 
@@ -314,9 +300,6 @@ CASES = {
     "no metadata": (edit_metadata(lambda f: {}), FINETUNE, ["it has no settings"]),
     "a list for metadata": (edit_metadata(lambda f: []), PREDICT, ["it has no settings"]),
     "another format": (edit_metadata(lambda f: f | {"format": 99}), FINETUNE, ["another version of this program (format 99)"]),
-    "an older .json of nothing": (older(lambda text: ""), FINETUNE, ["m_best.json cannot be read"]),
-    "an older .json of garbage": (older(lambda text: text[:99]), FINETUNE, ["m_best.json cannot be read"]),
-    "a deep older .json": (older(lambda text: "[" * 10**5), PREDICT, ["m_best.json cannot be read"]),
     "a folder of something else": (lambda data, out: [(out / "r").mkdir(), (out / "r/x").touch()], TRAIN, ["not the folder of a run"]),
     "a score of NaN": (edit_metadata(lambda f: f | {"score": float("nan")}), PREDICT, ["score, nme_box_diag and epoch must be finite"]),
     "no settings": (edit_metadata(lambda f: f | {"settings": None}), PREDICT, ["setting missing or unknown"]),

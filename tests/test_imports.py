@@ -5,7 +5,6 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "landmarks_fastai"
-SHIMS = {"contest", "sample"}  # the old names of two commands
 LAYERS = [  # from the bottom to the top
     {"errors"},
     {"settings", "geometry"},
@@ -17,7 +16,7 @@ LAYERS = [  # from the bottom to the top
     {"training", "inference"},
     {"synthetic"},
     {"cli"},
-    {"export", "selftest"},
+    {"export"},
 ]
 
 
@@ -25,7 +24,7 @@ def _graph() -> dict[str, set[str]]:
     "module -> the package's modules that it imports, inside functions too"
     modules = {".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py")}
     graph = {}
-    for module in modules - {"__init__"} - SHIMS:
+    for module in modules - {"__init__"}:
         tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
         graph[module] = set()
         for node in ast.walk(tree):
@@ -51,7 +50,7 @@ def test_every_module_is_in_a_layer():
 
 
 def test_imports_run_downwards():
-    upwards = [(m, i) for m, imported in _graph().items() for i in imported if i not in SHIMS and _layer(i) > _layer(m)]
+    upwards = [(m, i) for m, imported in _graph().items() for i in imported if _layer(i) > _layer(m)]
     assert not upwards
 
 
@@ -62,4 +61,4 @@ def test_no_two_modules_import_each_other():
 
 def test_nothing_below_the_scripts_imports_cli_or_draws_faces():
     users = {m for m, imported in _graph().items() for i in imported if i.startswith(("cli", "synthetic"))}
-    assert {m.split(".")[0] for m in users} <= {"cli", "synthetic", "export", "selftest"}
+    assert {m.split(".")[0] for m in users} <= {"cli", "synthetic", "export"}

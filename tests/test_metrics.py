@@ -1,7 +1,5 @@
 "Metrics against values worked out by hand, in pixels of images of different sizes."
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -13,18 +11,18 @@ from landmarks_fastai.metrics import (
     FailureRate,
     ImageMetric,
     auc,
+    default_metrics,
     failure_rate,
     mean_squared_error,
     nme,
     points_in_image,
-    stage_metrics,
 )
 
 SIZE = 64
 
 
 def batch(*images):
-    "A learner's state after a batch: (width, height, truth, prediction) in pixels of the images as stored."
+    "Unit points and maps of images: (width, height, truth, prediction) in pixels of the images as stored."
     maps = [pixel_map(w, h, "crop", SIZE) for w, h, _, _ in images]
     truth, pred = (
         torch.stack(
@@ -32,7 +30,13 @@ def batch(*images):
         )
         for k in (2, 3)
     )
-    return SimpleNamespace(pred=pred, yb=(truth,), maps=torch.tensor(maps, dtype=torch.float64))
+    return pred, truth, torch.tensor(maps, dtype=torch.float64)
+
+
+def add(metric, *images):
+    "Give a metric a batch, as `Evaluation` does."
+    pred, truth, maps = batch(*images)
+    metric.add(points_in_image(pred, maps, SIZE), points_in_image(truth, maps, SIZE))
 
 
 WIDE = (400, 200, [[0, 0], [30, 40]], [[1, 0], [30, 42]])  # errors 1 0 0 2: score 5/4
@@ -40,61 +44,60 @@ TALL = (100, 300, [[10, 10], [13, 14]], [[10, 10], [13, 17]])  # errors 0 0 0 3:
 
 
 def test_score_and_nme_are_in_stored_pixels_at_any_image_scale():
-    score, nme = stage_metrics(SIZE)
+    score, nme = default_metrics()
     for metric in (score, nme):
         metric.reset()
-        metric.accumulate(batch(WIDE))
-        metric.accumulate(batch(TALL))
+        add(metric, WIDE)
+        add(metric, TALL)
     assert score.name == "score" and score.value == pytest.approx((5 / 4 + 9 / 4) / 2)
     # the true boxes' diagonals are 50 and 5; mean distances (1 + 2) / 2 and (0 + 3) / 2
     assert nme.name == "nme_box_diag" and nme.value == pytest.approx((1.5 / 50 + 1.5 / 5) / 2)
 
 
 def test_a_short_batch_weighs_by_its_images():
-    metric = ImageMetric(mean_squared_error, "score", SIZE)
-    metric.accumulate(batch(WIDE, WIDE))
-    metric.accumulate(batch(TALL))
+    metric = ImageMetric(mean_squared_error, "score")
+    add(metric, WIDE, WIDE)
+    add(metric, TALL)
     assert metric.value == pytest.approx((5 / 4 + 5 / 4 + 9 / 4) / 3)
     metric.reset()
     assert metric.value is None
 
 
 def test_nothing_waits_for_the_device_until_the_value_is_asked_for(monkeypatch):
-    metric, moved = ImageMetric(mean_squared_error, "score", SIZE), []
+    metric, moved = ImageMetric(mean_squared_error, "score"), []
     for name in ("item", "cpu", "tolist", "__float__", "__bool__"):
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, *args, name=name, real=real: moved.append(name) or real(self, *args)
         )
-    state = batch(WIDE, TALL)
+    pred, truth, maps = batch(WIDE, TALL)
     moved.clear()
-    metric.accumulate(state)
-    metric.accumulate(state)
+    for _ in range(2):
+        metric.add(points_in_image(pred, maps, SIZE), points_in_image(truth, maps, SIZE))
     assert not moved and metric.value == pytest.approx((5 / 4 + 9 / 4) / 2) and moved
 
 
 def test_score_of_a_set_is_the_float64_mean():
     "To 1e-9: float32 is 2e-8 off."
     torch.manual_seed(0)
-    metrics, each = stage_metrics(SIZE), []
+    metrics, expected = default_metrics(), []
     for _ in range(5):
         truth = torch.rand(8, 971, 2) * 2 - 1
         pred, maps = truth + 0.02 * torch.randn(8, 971, 2), [pixel_map(300 + i, 400, "crop", SIZE) for i in range(8)]
         for metric in metrics:
-            metric.add(pred, truth, torch.tensor(maps))
+            metric.add(*(points_in_image(unit, torch.tensor(maps), SIZE) for unit in (pred, truth)))
         for p, t, m in zip(
             pred.double().numpy(), truth.double().numpy(), torch.tensor(maps).double().tolist(), strict=True
         ):
             p, t = (PixelMap(*m).to_image(unit_to_input(x, SIZE)) for x in (p, t))
             nme = np.linalg.norm(p - t, axis=1).mean() / np.linalg.norm(t.max(0) - t.min(0))
-            each.append((((p - t) ** 2).mean(), nme))
-    assert [m.value for m in metrics] == pytest.approx(np.mean(each, 0), rel=1e-9)
+            expected.append((((p - t) ** 2).mean(), nme))
+    assert [m.value for m in metrics] == pytest.approx(np.mean(expected, 0), rel=1e-9)
 
 
 def test_points_in_image_undoes_the_map():
-    state = batch(WIDE, TALL)
-    found = points_in_image(state.yb[0], state.maps, SIZE)
-    assert found == pytest.approx(torch.tensor([WIDE[2], TALL[2]]).double())
+    _, truth, maps = batch(WIDE, TALL)
+    assert points_in_image(truth, maps, SIZE) == pytest.approx(torch.tensor([WIDE[2], TALL[2]]).double())
 
 
 def test_nme_of_a_point_alone_is_its_distance():
@@ -154,9 +157,8 @@ def test_auc_is_the_area_under_the_curve_of_cumulative_errors():
 def test_auc_and_failure_rate_are_metrics_of_a_learner():
     metrics = [AUC((0, 1), 0.2), FailureRate((0, 1), 0.2)]
     for metric in metrics:
-        for state in (batch(WIDE, WIDE), batch(TALL)):  # errors 1.5 / 50 = 0.03 twice, 1.5 / 5 = 0.3
-            state.settings = SimpleNamespace(size=SIZE)
-            metric.accumulate(state)
+        add(metric, WIDE, WIDE)  # errors 1.5 / 50 = 0.03 twice
+        add(metric, TALL)  # 1.5 / 5 = 0.3
     assert [m.name for m in metrics] == ["auc", "failure_rate"]
     assert [m.value for m in metrics] == pytest.approx([(0.85 + 0.85 + 0) / 3, 1 / 3])
 
@@ -169,3 +171,13 @@ def test_image_diag_needs_sizes():
             metric("image_diag")
     with pytest.raises(UserError, match="normaliser is 'box': box_diag, image_diag or two point indices expected"):
         nme(PRED, TRUTH, "box")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_metrics_are_float64_on_the_device_and_on_the_cpu_for_mps(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        unit, maps = torch.empty(2, 5, 2, device=device), torch.empty(2, 6, device=device)
+        points = points_in_image(unit.bfloat16(), maps, 32)
+    assert points.dtype == torch.float64 and points.device.type == ("cpu" if device == "mps" else device)

@@ -134,7 +134,7 @@ def test_the_block_is_a_datablock_to_build_on(drawn, tmp_path, capsys):
     dls = block.dataloaders(drawn, num_workers=0)
     assert type(block).__name__ == "DataBlock" and get_c(dls) == 2 * N_POINTS and dls.n_inp == 1
     learn = learner(dls, tmp_path)
-    assert learn.settings.n_points == N_POINTS and learn.settings.size == 32
+    assert learn.facts.n_points == N_POINTS and learn.settings.size == 32
     learn.fit(1)
     assert counted.seen and np.isfinite(learn.validate()[1])
     block.summary(drawn, bs=2)
@@ -201,9 +201,9 @@ def test_get_preds_of_files_and_the_flip_test(learn, drawn):
     images = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     learn.model.eval()
     with torch.no_grad():
-        mirrored = learn.model(images.flip(-1))[:, list(learn.settings.flip_indices)] * torch.tensor([-1.0, 1.0])
+        mirrored = learn.model(images.flip(-1))[:, list(learn.facts.flip_indices)] * torch.tensor([-1.0, 1.0])
         assert torch.allclose(predictions, (learn.model(images) + mirrored) / 2, atol=1e-5)
-    learn.settings = learn.settings.replace(flip_indices=())
+    learn.facts = learn.facts.replace(flip_indices=())
     with pytest.raises(UserError, match="no flip map"):
         learn.tta()
 

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.settings import RECIPES, Settings
+from landmarks_fastai.settings import RECIPES, DataFacts, Settings
 
 
 def test_settings_survive_json():
-    settings = Settings(
-        arch="alexnet", n_points=5, mean=(0.5, 0.5, 0.5), lr=1e-3, valid_random=True, data="папка с пробелом"
-    )
-    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    settings = Settings(arch="alexnet", lr=1e-3, valid_random=True, data="папка с пробелом")
+    facts = DataFacts(2, (0.0, 0.5, 1.0, -1.0), 3.1, (-1.0, -0.5, 1.0, 0.5), (1, 0), (0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
+    for value in (settings, facts):
+        assert type(value).from_dict(json.loads(json.dumps(value.to_dict()))) == value
 
 
 @pytest.mark.parametrize("recipe,lr", [("best", 2e-3), ("baseline", 3e-4)])
@@ -27,11 +27,10 @@ def test_recipe_defaults(recipe, lr):
     "key,value",
     [
         ("size", "128"), ("size", 0), ("size", 10**9), ("size", True), ("size", 64.5), ("lr", float("nan")), ("lr", -1.0),
-        ("lr", "fast"), ("fit", "stretch"), ("mean", [0.5, 0.5]), ("std", [0.1, 0.0, 0.1]), ("mean", [0.5, 0.5, "x"]),
-        ("arch", 5), ("n_points", -1), ("batch_size", 0), ("valid_pct", 0.0), ("valid_pct", 1.0), ("freeze", "yes"),
+        ("lr", "fast"), ("fit", "stretch"), ("arch", 5), ("batch_size", 0), ("valid_pct", 0.0), ("valid_pct", 1.0), ("freeze", "yes"),
         ("opt", "lion"), ("surprise", 1), ("seed", -1), ("aug", 2.1),
-        ("aug", -0.1), ("loss", "l3"), ("ema", 1.0), ("head_lr_mult", 0.0), ("targets", "cm"), ("mirror", "yes"), ("minutes", -1),
-        ("accumulate", 0), ("flip_indices", [1, 0]), ("flip_indices", "mirror"), ("patience", -1),
+        ("aug", -0.1), ("loss", "l3"), ("ema", 1.0), ("head_lr_mult", 0.0), ("mirror", "yes"), ("minutes", -1),
+        ("accumulate", 0), ("patience", -1),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_refused_by_name(key, value):
@@ -39,14 +38,20 @@ def test_a_wrong_setting_is_refused_by_name(key, value):
         Settings.from_dict(Settings().to_dict() | {key: value})
 
 
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("mean", [0.5, 0.5]), ("std", [0.1, 0.0, 0.1]), ("mean", [0.5, 0.5, "x"]), ("n_points", -1), ("n_points", True),
+        ("flip_indices", [1, 0]), ("flip_indices", "mirror"), ("shape", [0.0]), ("align_gain", float("nan")),
+        ("align_gain", -1.0), ("points_box", [1.0, 0.0, 0.0, 1.0]), ("points_box", [0.0]), ("surprise", 1),
+    ],
+)  # fmt: skip
+def test_a_wrong_fact_is_refused_by_name(key, value):
+    with pytest.raises(UserError, match=key):
+        DataFacts.from_dict(DataFacts().to_dict() | {key: value})
+
+
 def test_from_dict_refuses_other_types():
     for record in (None, [], {}, {"arch": "resnet18"}):
         with pytest.raises(UserError, match="setting"):
             Settings.from_dict(record)
-
-
-def test_settings_with_border_trimming_are_refused():
-    before = Settings().to_dict()
-    assert Settings.from_dict(before | {"borders": "keep"}) == Settings()
-    with pytest.raises(UserError, match="border trimming was removed .*: train again, or use an earlier version"):
-        Settings.from_dict(before | {"borders": "trim"})

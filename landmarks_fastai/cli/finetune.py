@@ -7,7 +7,7 @@ from typing import Any
 from landmarks_fastai.cli import app, options
 from landmarks_fastai.runs.claim import claimed_run
 from landmarks_fastai.runs.run import Record, find_checkpoint_file, run_name
-from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_LR_MULT, INPUT, NETWORK, SPLIT, WEIGHT_DECAY, Settings
+from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_LR_MULT, WEIGHT_DECAY, Settings, names_of
 
 
 def finetune_parser() -> options.Parser:
@@ -28,16 +28,16 @@ def finetune_parser() -> options.Parser:
         "freeze": "off",
     }
     training = parser.add_settings("training", [*options.TRAINING, "data", "on_bad", "freeze", "all_rows"], defaults)
-    parser.add_settings("augmentation and evaluation", [*INPUT, *options.IMAGES], defaults)
+    parser.add_settings("augmentation and evaluation", [*names_of("input"), *options.IMAGES], defaults)
     options.add_name(training)
-    parser.add_settings("must agree with the checkpoint", ["arch", "head", *SPLIT], defaults)
+    parser.add_settings("must agree with the checkpoint", names_of("network", "split"), defaults)
     parser.add_machine()
     return parser
 
 
 def next_settings(flags: dict[str, Any], before: Settings) -> Settings:
     "The settings of a later stage. Raises `UserError` for a flag that contradicts the checkpoint."
-    options.check_fixed(flags, before, NETWORK + SPLIT)
+    options.check_fixed(flags, before, names_of("network", "split"))
     sched = flags.get("sched") or ("onecycle" if flags.get("align", before.align) else before.sched)
     changes = {
         "epochs": FINETUNE_EPOCHS,
@@ -67,14 +67,13 @@ def main() -> None:
 
         from landmarks_fastai.runs.checkpoint import read_checkpoint
         from landmarks_fastai.training.builders import later_stage, resumed_stage
-        from landmarks_fastai.training.scoring import score_loaded
-        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report
+        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report, score_loaded
         from landmarks_fastai.training.state import read_state
 
         flags = run.record.flags  # with --resume those of the run's start
         previous = read_checkpoint(run.record.checkpoint)
         machine = options.prepared_machine(flags)
-        state = read_state(run)
+        state, lr = read_state(run), None
         if state:
             learn, scores = resumed_stage(state, machine, run), run.record.loaded
         else:
@@ -82,10 +81,10 @@ def main() -> None:
             learn = later_stage(previous, settings, machine, run)
             scores = score_loaded(learn, previous)
             if flags.get("lr") == "find":
-                find_lr(learn, run)
+                lr = find_lr(learn, run)
             elif "lr" in flags:
                 note_low_lr(learn, FINETUNE_LR_MULT[settings.sched] * previous.settings.lr)
-        best = fit_stage(learn, run, previous, scores, app.started(state), state)
+        best = fit_stage(learn, run, previous, scores, app.started(state), state, lr)
         print(report(run, best, machine))
 
 

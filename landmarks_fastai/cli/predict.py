@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from landmarks_fastai.cli import app, options
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import PREDICTIONS
-from landmarks_fastai.settings import INPUT, NETWORK, ROUNDINGS, Settings
+from landmarks_fastai.settings import ROUNDINGS, names_of
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
+    from landmarks_fastai.data.pictures import Picture
     from landmarks_fastai.geometry import Box
-    from landmarks_fastai.inference.pictures import Picture
+    from landmarks_fastai.inference.network import Network
     from landmarks_fastai.inference.predictor import PictureResult, Predictor
     from landmarks_fastai.runs.run import Run
 
@@ -48,7 +49,7 @@ def predict_parser() -> options.Parser:
     parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, help=about)
     about = "flip test: average the points of image and mirror image (default: on with flip indices)"
     parser.add_argument("--tta", action=argparse.BooleanOptionalAction, dest="flip_test", help=about)
-    parser.add_settings("must agree with the checkpoint", ["arch", "head", *INPUT], defaults)
+    parser.add_settings("must agree with the checkpoint", names_of("network", "input"), defaults)
     parser.add_machine(training=False)
     return parser
 
@@ -71,10 +72,10 @@ def check_combinations(parser: options.Parser, args: argparse.Namespace) -> None
         parser.error("--detect finds boxes and --boxes has them: use one")
 
 
-def check_checkpoint(args: argparse.Namespace, checkpoint: Settings) -> None:
+def check_network(args: argparse.Namespace, network: "Network") -> None:
     "Raise `UserError` for flags that contradict the checkpoint."
-    options.check_fixed(vars(args), checkpoint, NETWORK + INPUT)
-    if args.flip_test and not checkpoint.flip_indices:
+    options.check_fixed(vars(args), network.settings, names_of("network", "input"))
+    if args.flip_test and not network.facts.flip_indices:
         raise UserError("--tta: the checkpoint has no flip map (none was found, or --mirror none): run without --tta")
 
 
@@ -94,7 +95,7 @@ def main() -> None:
             print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
-        check_checkpoint(args, network.settings)
+        check_network(args, network)
     detector = None
     if args.detect:
         from landmarks_fastai.inference.detector import FaceDetector
@@ -125,17 +126,19 @@ def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "R
 def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> None:
     "Predict the pictures and videos of the command line. Exits with 1 at the end if one of them could not be used."
     from landmarks_fastai.data.align import report_unaligned
-    from landmarks_fastai.inference.pictures import find_pictures, is_video, read_boxes
+    from landmarks_fastai.data.pictures import find_pictures, is_video, read_boxes
     from landmarks_fastai.inference.writers import open_writer
 
-    settings = predictor.networks[0].settings
     confidence = any(network.settings.confidence for network in predictor.networks)
     if args.draw_confidence and not confidence:
         raise UserError("--confidence: the checkpoint has no spread: train or finetune with --confidence")
-    n_pictures = n_frames = n_objects = n_bad = n_rotated = 0
+    n_pictures = n_frames = n_objects = n_bad = n_rotated = n_unaligned = 0
     boxes = read_boxes(args.boxes) if args.boxes else None
     results = results_of(find_pictures(args.paths), boxes, args, predictor, run)
-    with open_writer(args.format or "csv", run.folder, settings.n_points, confidence) as (write, path):
+    with open_writer(args.format or "csv", run.folder, predictor.networks[0].facts.n_points, confidence) as (
+        write,
+        path,
+    ):
         for result in results:
             write(result)
             of_video = result.frame is not None
@@ -147,9 +150,10 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
             n_pictures += not of_video and not is_video(Path(result.source))
             n_frames += of_video
             n_objects += len(result.objects)
+            n_unaligned += result.unaligned
             n_bad += bool(result.error)
             n_rotated += result.rotated
-    report_unaligned(predictor.unaligned, n_objects)
+    report_unaligned(n_unaligned, n_objects)
     counts = f"{n_pictures} pictures" + (f", {n_frames} frames of videos" if n_frames else "")
     counts += f", {n_objects} objects" if args.detect or args.boxes else ""
     print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / 'overlay'}" if args.overlay else ""))
@@ -170,7 +174,7 @@ def results_of(
 
     A video that is damaged gives a result with an error at its end.
     """
-    from landmarks_fastai.inference.pictures import Picture, is_video
+    from landmarks_fastai.data.pictures import Picture, is_video
     from landmarks_fastai.inference.predictor import PictureResult
     from landmarks_fastai.inference.writers import output_path
 

@@ -7,7 +7,7 @@ from typing import Any
 from landmarks_fastai.cli import app, options
 from landmarks_fastai.runs.claim import claimed_run
 from landmarks_fastai.runs.run import Record, typed_as
-from landmarks_fastai.settings import INPUT, RECIPES, WEIGHT_DECAY, Settings
+from landmarks_fastai.settings import RECIPES, WEIGHT_DECAY, Settings, names_of
 from landmarks_fastai.utils.distributed import rank0_first
 
 # Settings for the drawn faces: `python train.py` alone should take three minutes on two cores. Scores on 120 held-out
@@ -32,7 +32,7 @@ def train_parser() -> options.Parser:
     parser.add_argument("--recipe", choices=RECIPES, help=about)
     names = ["data", "on_bad", "valid_pct", "valid_random", "all_rows"]
     options.add_name(parser.add_settings("data", names, {"data": "drawn faces"}))
-    network = parser.add_settings("network", ["arch", "head", "init_head", "freeze", *INPUT])
+    network = parser.add_settings("network", ["arch", "head", "init_head", "freeze", *names_of("input")])
     about = "weights of the body: imagenet, none, or a .safetensors or .pth file (default: imagenet; drawn faces: none)"
     network.add_argument("--weights", type=_weights, metavar="W", help=about)
     parser.add_settings("training", options.TRAINING)
@@ -47,11 +47,12 @@ def _weights(text: str) -> str:
 
 def first_settings(flags: dict[str, Any]) -> Settings:
     "The settings of a first stage. Without a folder of data it trains on drawn faces."
-    recipe, settings = RECIPES[flags.get("recipe", "best")], {}
-    if "data" not in flags:
-        settings = {k: v for k, v in DRAWN.items() if not recipe or k in ("arch", "size", "valid_pct")}
-    settings |= recipe | options.chosen_settings(flags)
-    return Settings(**{"wd": WEIGHT_DECAY[settings.get("opt", Settings.opt)]} | settings)
+    recipe, drawn = RECIPES[flags.get("recipe", "best")], {} if "data" in flags else DRAWN
+    if recipe:
+        drawn = {k: v for k, v in drawn.items() if k in ("arch", "size", "valid_pct")}
+    settings: dict[str, Any] = drawn | recipe | options.chosen_settings(flags)
+    settings.setdefault("wd", WEIGHT_DECAY[settings.get("opt", Settings.opt)])
+    return Settings(**settings)
 
 
 def draw_faces(settings: Settings, out: str | os.PathLike, weights: str) -> Settings:
@@ -81,7 +82,7 @@ def main() -> None:
 
         flags = run.record.flags  # with --resume those of the run's start
         machine = options.prepared_machine(flags)
-        state = read_state(run)
+        state, lr = read_state(run), None
         if state:
             learn = resumed_stage(state, machine, run)
         else:
@@ -91,11 +92,11 @@ def main() -> None:
                 settings = rank0_first(lambda: draw_faces(settings, run.out, weights))
             learn = first_stage(settings, weights, machine, run)
             if flags.get("lr") == "find":
-                find_lr(learn, run)
+                lr = find_lr(learn, run)
             elif "lr" in flags:
                 default = first_settings({k: v for k, v in flags.items() if k != "lr"})
                 note_low_lr(learn, default.lr)
-        best = fit_stage(learn, run, started=app.started(state), state=state)
+        best = fit_stage(learn, run, started=app.started(state), state=state, lr=lr)
         print(report(run, best, machine))
 
 

@@ -17,10 +17,10 @@ from fastai.vision.core import PointScaler
 from fastai.vision.data import ImageBlock, PointBlock
 from fastcore.foundation import L
 
-from landmarks_fastai.data.align import MIN_POINTS, NoShape, alignment_of, procrustes_mean, shape_setting
+from landmarks_fastai.data.align import DIGITS, MIN_GAIN, MIN_POINTS, NoShape, alignment_of, procrustes_mean
 from landmarks_fastai.data.augment import Augment, BatchAugmentation
 from landmarks_fastai.data.degrade import Degrade
-from landmarks_fastai.data.flip import ROWS, FlipMap, NoFlipMap, learn_flip_map
+from landmarks_fastai.data.flip import ROWS, NoFlipMap, learn_flip_map
 from landmarks_fastai.data.image_cache import Inputs, open_cache
 from landmarks_fastai.data.images import image_size
 from landmarks_fastai.data.items import LabelledImages, labelled_images
@@ -29,19 +29,18 @@ from landmarks_fastai.data.split import RowSplitter
 from landmarks_fastai.data.transforms import OpenInput, PointsToUnit, StoredPoints
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
-from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.hardware import Machine
-
-# Least factor by which aligned crops must reduce the spread of the points. Photographs of faces: 3.8; drawn faces: 5.1.
-MIN_GAIN = 1.5
 
 
 def landmark_block(
     settings: Settings | None = None,  # None: the defaults
+    facts: DataFacts | None = None,  # what `learn_facts` learned from the data; None: no flips, no aligned crops
     *,
     item_tfms: list | None = None,  # they get points in unit coordinates
     batch_tfms: list | None = None,
+    inputs: Inputs | None = None,  # of the rows; None: read from the image files
     machine: Machine = Machine(),  # noqa: B008
     **changes: Any,  # fields of `Settings` by name: size=128, batch_size=32, fit="crop", …
 ) -> DataBlock:
@@ -51,17 +50,17 @@ def landmark_block(
     are in unit coordinates, [-1, 1] from edge to edge of the input (`geometry.py`). Raises `UserError` for a setting
     that does not exist or is out of range.
     """
-    settings = (settings or Settings()).replace(**changes)
+    settings, facts = (settings or Settings()).replace(**changes), facts or DataFacts()
     augment: list[BatchAugmentation] = []
-    if settings.aug or settings.flip_indices:
-        augment.append(Augment(settings.aug, settings.flip_indices or None, settings.seed))
+    if settings.aug or facts.flip_indices:
+        augment.append(Augment(settings.aug, facts.flip_indices or None, settings.seed))
     if settings.degrade:
         augment.append(Degrade(settings.degrade, settings.seed))
     block = DataBlock(
         blocks=[ImageBlock, PointBlock],
         dl_type=LandmarkDL,  # pyright: ignore[reportArgumentType] (fastai annotates an instance, and takes a class)
         get_items=partial(labelled_images, on_bad=settings.on_bad),
-        get_x=OpenInput(Inputs(**settings.of(INPUT)), alignment_of(settings)),
+        get_x=OpenInput(inputs or Inputs(settings.fit, settings.size), alignment_of(settings, facts)),
         get_y=StoredPoints(),
         splitter=RowSplitter(settings),
     )
@@ -71,6 +70,7 @@ def landmark_block(
     block.default_batch_tfms += augment
     block.dls_kwargs = {
         "settings": settings,
+        "facts": facts,
         "bs": settings.batch_size,
         "num_workers": machine.decoders,
         "device": torch.device(machine.device),
@@ -82,6 +82,7 @@ def landmark_block(
 def landmark_dataloaders(
     source: "str | Path | pd.DataFrame | LabelledImages",  # a folder in the competition's layout, or file names and coordinates
     settings: Settings | None = None,  # None: the defaults
+    facts: DataFacts | None = None,  # of an earlier stage: its mean shape and flip map are kept
     *,
     image_folder: "str | Path | None" = None,  # of a DataFrame's file names
     item_tfms: list | None = None,
@@ -91,11 +92,9 @@ def landmark_dataloaders(
     left_out: np.ndarray | None = None,  # rows that a resumed run started without
     **changes: Any,  # fields of `Settings` by name: size=128, batch_size=32, …
 ) -> DataLoaders:
-    """Create the training and validation `DataLoaders`; all rows are checked, and the flip map is learned from the training rows.
+    """Create the training and validation `DataLoaders`; all rows are checked, and `dls.facts` learned from the training rows.
 
-    `dls.settings` are the resulting settings. `dls.flip` is the `FlipMap`, or the `NoFlipMap` with the reason why there
-    is none; None if it was not learned. `dls.align_gain` is the factor by which aligned crops reduce the spread of the
-    points; None if it was not measured. Raises `UserError`, and `BadData` with every bad row.
+    Prints what was learned. `dls.settings` are the settings. Raises `UserError`, and `BadData` with every bad row.
 
     >>> dls = landmark_dataloaders("faces", size=128, batch_size=32)
     """
@@ -103,77 +102,85 @@ def landmark_dataloaders(
     if isinstance(source, (str, Path)):
         settings = settings.replace(data=os.path.abspath(source or "."))
     images = labelled_images(source, image_folder, settings.on_bad, listing, left_out)
-    settings, flip = with_flip_map(settings.replace(n_points=images.labels.n_points), images)
-    train, _ = RowSplitter(settings)(images)
-    sampled = list(points_and_maps(images[train], settings))
-    settings = settings.replace(points_box=points_box(sampled, settings.size))
-    settings, gain = with_alignment(settings, sampled, flip.shape if isinstance(flip, FlipMap) else None)
-    block = landmark_block(settings, item_tfms=item_tfms, batch_tfms=batch_tfms, machine=machine)
-    if machine.cache:
-        rows, key, inputs = len(images.labels), {"labels": images.labels.key}, block.getters[0].inputs
-        inputs.cache = open_cache(images.folder, rows, settings.fit, settings.size, key)
-        if settings.align:
-            key |= {"shape": zlib.crc32(repr(settings.shape).encode())}
-            inputs.crops = open_cache(images.folder, rows, f"align{settings.align:g}", settings.size, key, inputs.cache)
-    dls = block.dataloaders(images)
-    process = this_process()
+    facts = learn_facts(images, settings, facts)
+    inputs = cached_inputs(images, settings, facts) if machine.cache else None
+    block = landmark_block(settings, facts, item_tfms=item_tfms, batch_tfms=batch_tfms, inputs=inputs, machine=machine)
+    dls, process = block.dataloaders(images), this_process()
     for dl in dls.loaders:
         dl.share = process.rank, process.count
-    # attributes of their own, that fastai's DataLoaders do not declare
-    dls.flip, dls.align_gain = flip, gain  # pyright: ignore[reportAttributeAccessIssue]
     return dls
 
 
-def with_flip_map(settings: Settings, images: LabelledImages) -> tuple[Settings, FlipMap | NoFlipMap | None]:
-    """Return the settings with the flip indices, and the map that was learned, or the reason why there is none.
+def cached_inputs(images: LabelledImages, settings: Settings, facts: DataFacts) -> Inputs:
+    "The network inputs of the rows, with a cache of the whole images, and one of the aligned crops if there are any."
+    folder, rows, key = images.folder, len(images.labels), {"labels": images.labels.key}
+    whole = open_cache(folder, rows, settings.fit, settings.size, key)
+    crops = None
+    if alignment_of(settings, facts):
+        key |= {"shape": zlib.crc32(repr(facts.shape).encode())}
+        crops = open_cache(folder, rows, f"align{settings.align:g}", settings.size, key, whole)
+    return Inputs(settings.fit, settings.size, whole, crops)
 
-    It is None where nothing was learned: mirroring is off, or the settings have flip indices. Raises `UserError` for
-    `tta` without mirroring.
+
+def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | None = None) -> DataFacts:
+    """Learn the flip map, the mean shape and the points' box from the training rows, and print what comes out.
+
+    Mean shape and flip map are kept where they are `known`. Raises `UserError` for `tta` without mirroring.
     """
+    images = images[RowSplitter(settings)(images)[0]]
+    facts = (known or DataFacts()).replace(n_points=images.labels.n_points)
+    mean = np.array(facts.shape).reshape(-1, 2) if facts.shape else None
     if settings.mirror == "none":
         if settings.tta:
             raise UserError("--tta scores the mirrored image too, --mirror none forbids it: run without one of them")
-        return settings.replace(flip_indices=()), None
-    if settings.flip_indices:
-        return settings, None
-    train, _ = RowSplitter(settings)(images)
-    try:
-        found = learn_flip_map(np.stack([item.points for item in images[train].sample(ROWS)]))
-    except NoFlipMap as e:
-        return settings.replace(tta=False), e
-    return settings.replace(flip_indices=tuple(found.flip_indices.tolist())), found
+        facts = facts.replace(flip_indices=())
+    elif not facts.flip_indices:
+        try:
+            flip = learn_flip_map(np.stack([item.points for item in images.sample(ROWS)]))
+            mean = flip.shape if mean is None else mean
+            facts = facts.replace(flip_indices=tuple(flip.flip_indices.tolist()))
+            on_axis = sum(k == mirrored for k, mirrored in enumerate(facts.flip_indices))
+            pairs = (facts.n_points - on_axis) // 2
+            print(f"flip map learned: {pairs} pairs, {on_axis} points on the axis, {flip.miss:.3f} of the radius off")
+        except NoFlipMap as e:
+            print(f"no flip map, images are not mirrored: {e}")
+    sampled = list(points_and_maps(images, settings))
+    facts = facts.replace(points_box=points_box(sampled, settings.size))
+    return learn_alignment(facts, settings, sampled, mean)
 
 
-def with_alignment(
+def learn_alignment(
+    facts: DataFacts,
     settings: Settings,
     sampled: Sequence[tuple[np.ndarray, PixelMap]],  # of the training rows, from `points_and_maps`
-    mean: np.ndarray | None = None,  # `procrustes_mean` of the training rows, if it is known from the flip map
-) -> tuple[Settings, float | None]:
-    """Return the settings with the mean shape, and the factor by which aligned crops reduce the spread of the points.
+    mean: np.ndarray | None,  # `procrustes_mean` of the training rows, if it is known
+) -> DataFacts:
+    """Return the facts with the mean shape and the factor by which aligned crops reduce the spread of the points.
 
-    The factor is None where it was not measured, and 0 where most objects are too small for a crop. If it is too small, a
-    second pass is of no use: `align` becomes 0.
+    The factor stays 0 if most objects are too small for a crop, or have no shape in common.
     """
-    if not settings.align or settings.shape:
-        return settings if settings.align else settings.replace(shape=()), None
-    off = settings.replace(align=0.0, shape=())
-    if settings.n_points < MIN_POINTS or not sampled:  # training reports that no image can be read
-        return off, None
+    if facts.n_points < MIN_POINTS or not sampled:  # training reports that no image can be read
+        return facts
     points, whole = zip(*sampled, strict=True)
     try:
         mean = procrustes_mean(np.stack(points)) if mean is None else mean
     except NoShape:
-        return off, None
-    settings = settings.replace(shape=shape_setting(mean))
-    alignment = alignment_of(settings)
+        return facts
+    facts = facts.replace(shape=tuple(round(float(v), DIGITS) for v in mean.ravel()))
+    if not settings.align or facts.align_gain:
+        return facts
+    alignment = alignment_of(settings, facts.replace(align_gain=MIN_GAIN))
     assert alignment is not None
     crops = alignment.maps(np.stack(points))
     usable = [(p, w, m) for p, w, m in zip(points, whole, crops, strict=True) if m]
     if 2 * len(usable) < len(points):
-        return off, 0.0
+        print("most objects are too small, or of no common shape, for aligned crops: no second pass")
+        return facts
     points, whole, crops = zip(*usable, strict=True)
     gain = spread(points, whole) / max(1e-9, spread(points, crops))
-    return (settings if gain >= MIN_GAIN else off), gain
+    second = "a second pass over aligned crops" if gain >= MIN_GAIN else "no second pass"
+    print(f"aligned to their mean shape, the points spread {gain:.2g} times less: {second}", flush=True)
+    return facts.replace(align_gain=round(gain, DIGITS))
 
 
 def points_and_maps(images: LabelledImages, settings: Settings) -> Iterator[tuple[np.ndarray, PixelMap]]:

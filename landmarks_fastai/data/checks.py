@@ -20,10 +20,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 from PIL.ImageFile import ImageFile
 
-from landmarks_fastai.data.images import check_mode, exif_turn, is_16_bit, max_pixels, open_undecoded
+from landmarks_fastai.data.images import check_mode, exif_turn, is_16_bit, open_undecoded
 from landmarks_fastai.data.labels import Table
 from landmarks_fastai.errors import Problem, UserError
 from landmarks_fastai.utils.files import atomic_write, cache_places, check_folder
+from landmarks_fastai.utils.hardware import max_pixels
 from landmarks_fastai.utils.parallel import bar
 
 FORMAT = 1  # of the file of stamps

@@ -7,18 +7,21 @@ squared distances (Hungarian assignment).
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from landmarks_fastai.data.align import NoShape, procrustes_mean, rotation_onto
 from landmarks_fastai.utils.files import atomic_write
 
+if TYPE_CHECKING:  # predictions with ONNX Runtime need no torch
+    import torch
+
+Values = TypeVar("Values", np.ndarray, "torch.Tensor")  # what goes in as an array comes out as one
 ROWS = 2000  # shapes in the mean
 MIN_POINTS = 5  # of 200 random sets of 3 points 45 match their reflection by chance, of 4 points 7, of 5 points 1
 MAX_POINTS = 4000  # the matrix of distances grows quadratically
@@ -122,32 +125,12 @@ def write_flip_indices(path: Path, flip_indices: Sequence[int]) -> None:
         json.dump([int(p) for p in flip_indices], f)
 
 
-def predict_with_flip(
-    model: Callable[[torch.Tensor], torch.Tensor],  # images -> unit coordinates (batch, n_points, 2)
-    images: torch.Tensor,  # (batch, 3, h, w), normalised
-    flip_indices: Sequence[int] = (),  # empty: no flip test
-    first: torch.Tensor | None = None,  # `model(images)`, if it is known
-) -> torch.Tensor:
-    "Predict unit coordinates (batch, n_points, 2): the mean of the images' predictions and their mirror images'."
-    first = model(images) if first is None else first
-    return _average(first, model(images.flip(-1)), flip_indices) if len(flip_indices) else first
+def average_flipped(points: Values, mirrored: Values, flip_indices: Sequence[int]) -> Values:
+    """Average the predictions of images with those of their mirror images: the flip test.
 
-
-def predict_spread_with_flip(
-    model: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],  # a `PointsAndSpread`
-    images: torch.Tensor,
-    flip_indices: Sequence[int] = (),
-) -> tuple[torch.Tensor, torch.Tensor]:
-    "As `predict_with_flip`, of points (batch, n_points, 2) and their spread (batch, n_points)."
-    points, spread = model(images)
-    if not len(flip_indices):
-        return points, spread
-    mirrored, its_spread = model(images.flip(-1))
-    indices = torch.as_tensor(flip_indices, device=images.device)
-    return _average(points, mirrored, flip_indices), (spread + its_spread[:, indices]) / 2
-
-
-def _average(points: torch.Tensor, mirrored: torch.Tensor, flip_indices: Sequence[int]) -> torch.Tensor:
-    "The mean of points and those of the mirror images, in unit coordinates."
-    mirrored = mirrored[:, torch.as_tensor(flip_indices, device=points.device)]
-    return (points + mirrored * torch.tensor([-1.0, 1.0], device=points.device)) / 2
+    Both are arrays or tensors: points (batch, n_points, 2) in unit coordinates, or their spreads (batch, n_points).
+    """
+    mirrored = mirrored[:, list(flip_indices)]  # a copy
+    if mirrored.ndim == 3:
+        mirrored[..., 0] *= -1
+    return (points + mirrored) / 2

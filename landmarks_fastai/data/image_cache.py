@@ -146,13 +146,9 @@ class Inputs:
         "Return the input and the map of any image file."
         return read_input(path, self.fit, self.size, where)
 
-    def crop(
-        self, row: int, path: str | Path, to_input: PixelMap, where: str = "", cached: bool = True
-    ) -> tuple[Image.Image, PixelMap]:
-        "Return the input of a map, and the map. `cached` must be False if the row may have other maps too."
-        return _cached(
-            self.crops if cached else None, row, path, lambda: (read_crop(path, to_input, self.size, where), to_input)
-        )
+    def crop(self, row: int, path: str | Path, to_input: PixelMap, where: str = "") -> tuple[Image.Image, PixelMap]:
+        "Return the input of the row's aligned crop, and its map."
+        return _cached(self.crops, row, path, lambda: (read_crop(path, to_input, self.size, where), to_input))
 
 
 def _cached(

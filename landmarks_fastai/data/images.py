@@ -16,7 +16,7 @@ from PIL.ImageFile import ImageFile
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, cut_image, fit_image
 from landmarks_fastai.utils.files import reason
-from landmarks_fastai.utils.hardware import MAX_PIXELS, Machine
+from landmarks_fastai.utils.hardware import max_pixels
 
 SPARE = 2  # decoded sides are at least this many times the input's, like `reducing_gap` of Pillow's thumbnails
 ORIENTATION = 0x0112  # EXIF tag; its values and what they ask of a viewer:
@@ -156,11 +156,6 @@ def is_16_bit(image: Image.Image) -> bool:
         return True
     tiles = (str(tile.args) for tile in getattr(image, "tile", ()))
     return image.mode.startswith("I;16") or any(re.search(r";16[BLN]?(?!\w)", args) for args in tiles)
-
-
-def max_pixels() -> int:
-    "Return the largest number of pixels that an image may have: `Machine.max_pixels`."
-    return int(os.environ.get(MAX_PIXELS) or 1e6 * Machine.max_pixels)
 
 
 @contextmanager

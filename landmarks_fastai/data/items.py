@@ -16,35 +16,16 @@ import pandas as pd
 from landmarks_fastai.data.checks import LEAVES, check_images, write_listing
 from landmarks_fastai.data.labels import Labels, Table, data_folder, open_labels
 from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
-from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.utils.distributed import is_first
-
-
-class CropIndex(int):
-    """An index of an item that is seen through an aligned crop, where a plain index gives the whole image.
-
-    `to_input` is the map of the crop; None takes the one of the item's own points.
-    """
-
-    to_input: PixelMap | None = None
-
-    def __bool__(self) -> bool:
-        return True  # fastai asks for `dataset[index or 0]`, which would make the crop of item 0 the plain item 0
-
-    @classmethod
-    def of(cls, index: int, to_input: PixelMap | None = None) -> "CropIndex":
-        found = cls(index)
-        found.to_input = to_input
-        return found
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    "An image with its points: one row of `images.labels`, seen whole or through an aligned crop."
+    "An image with its points: one row of `images.labels`, seen whole or through the crop that its points are aligned in."
 
     images: "LabelledImages"
     row: int
-    crop: CropIndex | None = None
+    aligned: bool = False
 
     @property
     def path(self) -> Path:
@@ -96,7 +77,7 @@ class LabelledImages:
     def __getitem__(self, i: slice | Sequence | np.ndarray) -> "LabelledImages": ...
     def __getitem__(self, i: int | slice | Sequence | np.ndarray) -> "LabelledImage | LabelledImages":
         if isinstance(i, (int, np.integer)):
-            return LabelledImage(self, int(self.rows[i]), i if isinstance(i, CropIndex) else None)
+            return LabelledImage(self, int(self.rows[i]))
         return LabelledImages(self.labels, self.folder, self.left_out, self.listing, self.rows[i])
 
     @property

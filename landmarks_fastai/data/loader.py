@@ -1,24 +1,26 @@
 """`LandmarkDL`: fastai's `TfmdDL` with an order that depends on (seed, epoch) only, and persistent workers."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from fastai.data.core import TfmdDL
+from fastai.data.load import SkipItemException
 from fastai.data.transforms import Normalize
 from fastai.torch_core import set_seed, to_device
 from fastcore.imports import noop
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from landmarks_fastai import plots
+from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.augment import BatchAugmentation
-from landmarks_fastai.data.items import CropIndex
 from landmarks_fastai.data.transforms import PointsToUnit
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.geometry import PixelMap
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.fastai_internals import without_device, worker_count
+from landmarks_fastai.utils.hardware import max_pixels, set_max_pixels
 from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
 
 
@@ -32,6 +34,7 @@ class BatchMaker(Dataset):
     def __init__(self, dl: "LandmarkDL"):
         self.dl = without_device(dl)
         self.dl.loader = None
+        self.max_pixels = max_pixels()
 
     def __getitem__(self, rows: list[int]) -> tuple[Any, list[int]]:
         """Return the batch of the rows (None if no image can be read), and the rows that are in it.
@@ -40,8 +43,8 @@ class BatchMaker(Dataset):
         only, so that a resumed run continues with the same batches. If a training batch has one image left, it is
         repeated: batch norm needs two.
         """
-        found = [self.dl.do_item(row) for row in rows]
-        items = [item for item in found if item is not None]
+        made = [self.dl.do_item(row, self.dl.is_aligned(k)) for k, row in enumerate(rows)]
+        items = [item for item in made if item is not None]
         for tfm in self.dl.after_item.fs:
             if isinstance(tfm, PointsToUnit):
                 tfm.lost.end_batch(len(rows))
@@ -49,23 +52,25 @@ class BatchMaker(Dataset):
             items = (items * len(rows))[: len(rows)]
         elif len(items) == 1 < len(rows) and self.dl.drop_last:
             items = items * 2
-        seen = [int(row) for row, item in zip(rows, found, strict=True) if item is not None]
+        seen = [int(row) for row, item in zip(rows, made, strict=True) if item is not None]
         return (self.dl.do_batch(items) if items else None), seen
 
 
 def start_worker(number: int) -> None:
-    "Set up a worker as fastai does, and leave signals to the main process."
+    "Set up a worker as fastai does, with the limit of the main process on images, and leave signals to that process."
     leave_signals_to_parent()
     info = get_worker_info()
     assert info is not None
     set_seed(info.seed % 2**32)
-    cast(BatchMaker, info.dataset).dl.wif()
+    maker = cast(BatchMaker, info.dataset)
+    set_max_pixels(maker.max_pixels)
+    maker.dl.wif()
 
 
 class LandmarkDL(TfmdDL):
     """A `TfmdDL` whose order depends on (seed, epoch) only, and whose plots compare predicted and true points.
 
-    `settings` are those of its DataBlock. The next epoch starts at batch `first`: not 0 in a resumed run.
+    `settings` and `facts` are those of its DataBlock. The next epoch starts at batch `first`: not 0 in a resumed run.
 
     `share` is (rank, number of processes). A training batch is this process's part of one that is so many times as large;
     of other rows each is in one process. Copies made by `new` have all rows.
@@ -73,16 +78,25 @@ class LandmarkDL(TfmdDL):
 
     share = (0, 1)
 
-    def __init__(self, dataset: Any, settings: Settings | None = None, epoch: int = 0, **kwargs: Any):
-        self.settings, self.epoch, self.first = settings or Settings(), epoch, 0
+    def __init__(
+        self,
+        dataset: Any,
+        settings: Settings | None = None,
+        facts: DataFacts | None = None,
+        epoch: int = 0,
+        **kwargs: Any,
+    ):
+        self.settings, self.facts = settings or Settings(), facts or DataFacts()
+        self.epoch, self.first = epoch, 0
         self.loader: DataLoader | None = None
-        # row -> map of its aligned crop, or None for the whole image: rows and crops of a second pass
-        self.crops: dict[int, PixelMap | None] | None = None
         self.seen: list[int] = []  # rows of the last pass whose image could be read
+        self.has_crops = alignment_of(self.settings, self.facts) is not None
         super().__init__(dataset, **kwargs)
 
     def new(self, dataset: Any = None, cls: type | None = None, **kwargs: Any) -> "LandmarkDL":
-        return super().new(dataset, cls, **{"settings": self.settings, "epoch": self.epoch} | kwargs)
+        return super().new(
+            dataset, cls, **{"settings": self.settings, "facts": self.facts, "epoch": self.epoch} | kwargs
+        )
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"loader": None}
@@ -94,21 +108,10 @@ class LandmarkDL(TfmdDL):
                 tfm.begin(self.epoch, self.first, self.share)
 
     def get_idxs(self) -> list[int]:
-        """Return the rows of a pass, as `CropIndex` where the aligned crop is read.
-
-        With aligned crops, some images of a training batch are seen whole, to train the first pass too. If `crops` is
-        set, only its rows are returned.
-        """
+        "Return this process's rows of a pass."
         rows, (rank, processes) = cast("list[int]", super().get_idxs()), self.share
         if not self.drop_last:
             rows = rows[rank::processes]
-        if self.crops is not None:
-            return [CropIndex.of(i, self.crops[i]) if self.crops[i] else i for i in rows if i in self.crops]
-        if self.shuffle and self.settings.shape:
-            whole = [
-                k * self.settings.whole_pct % 1 < self.settings.whole_pct for k in range((self.bs or 1) * processes)
-            ]
-            rows = [i if whole[k % len(whole)] else CropIndex.of(i) for k, i in enumerate(rows)]
         if not self.drop_last:
             return rows[self.first * self.bs :]
         starts = range(self.first * self.bs * processes + rank * self.bs, len(rows), self.bs * processes)
@@ -166,11 +169,27 @@ class LandmarkDL(TfmdDL):
         with signals_blocked():  # the workers start here
             return iter(self.loader)
 
-    def do_item(self, row: int | None) -> Any:
+    def is_aligned(self, place: int) -> bool:
+        "Whether the image at this place of a batch is an aligned crop. The whole ones of a training batch train the first pass."
+        if not (self.shuffle and self.has_crops):
+            return False
+        return not (self.share[0] * self.bs + place) * self.settings.whole_pct % 1 < self.settings.whole_pct
+
+    def do_item(self, row: int | None, aligned: bool = False) -> Any:
         "As fastai's; for None, which fastai passes to find the types of an item, the first item that is not skipped."
-        if row is not None:
-            return super().do_item(row)
-        return next(item for k in range(len(self.dataset)) if (item := super(LandmarkDL, self).do_item(k)) is not None)
+        if row is None:
+            return next(item for k in range(len(self.dataset)) if (item := self.do_item(k)) is not None)
+        try:
+            return self.after_item(self.create_item(row, aligned))
+        except SkipItemException:
+            return None
+
+    def create_item(self, row: int, aligned: bool = False) -> Any:
+        "As fastai's; if it is `aligned`, the item's aligned crop passes through the same pipelines."
+        if not aligned:
+            return self.dataset[row]
+        item = replace(self.dataset.items[row], aligned=True)
+        return tuple(tfms(item) for tfms in self.dataset.tls.attrgot("tfms"))
 
     def show_batch(self, b: Any = None, max_n: int = 9, ctxs: Any = None, show: bool = True, **kwargs: Any) -> Any:
         "Plot the inputs of a batch with their true points."

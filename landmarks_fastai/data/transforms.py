@@ -9,7 +9,6 @@ The annotations of `encodes` and `decodes` are no hints: fastai selects the meth
 
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,24 +23,16 @@ from PIL import Image
 from landmarks_fastai.data.align import Alignment
 from landmarks_fastai.data.checks import append_listing
 from landmarks_fastai.data.image_cache import Inputs
-from landmarks_fastai.data.images import read_crop, to_rgb
 from landmarks_fastai.data.items import LabelledImage
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import MissingImage, UserError
-from landmarks_fastai.geometry import IDENTITY, PixelMap, cut_image, fit_image, input_to_unit, unit_to_input
+from landmarks_fastai.geometry import IDENTITY, PixelMap, input_to_unit, unit_to_input
 
 UNMOUNTED = 4  # unreadable images in a row of batches, each with more than half unreadable: the run stops
 
 
 class TensorMap(TensorBase):
     "A `PixelMap` as a tensor of its six numbers, which is collated with its item."
-
-
-@dataclass
-class CroppedImage:
-    "An image to predict, seen through an aligned crop."
-
-    image: "str | Path | Image.Image | np.ndarray"
-    to_input: PixelMap
 
 
 class OpenInput(Transform):
@@ -52,7 +43,7 @@ class OpenInput(Transform):
     opens the first item to find the types, where it can skip nothing.
     """
 
-    input_types = (LabelledImage, CroppedImage, str, Path, Image.Image, np.ndarray)
+    input_types = (LabelledImage, str, Path, Image.Image, np.ndarray)
 
     def __init__(self, inputs: Inputs, alignment: Alignment | None = None):
         super().__init__()
@@ -67,30 +58,16 @@ class OpenInput(Transform):
                 image = Image.new("RGB", (self.inputs.size, self.inputs.size))
                 to_input, error = IDENTITY, (item, e)
         else:
-            image, to_input = self.unlabelled(item)
+            image, to_input = Picture(item, exif=False).whole(self.inputs.fit, self.inputs.size)
         fitted: Any = PILImage.create(image)
         fitted.to_input, fitted.error = to_input, error
         return fitted
 
-    def unlabelled(self, item: Any) -> tuple[Image.Image, PixelMap]:
-        "Return the input and map of a path, a PIL image, an array, or a `CroppedImage` of one of these."
-        item, to_input = (item.image, item.to_input) if isinstance(item, CroppedImage) else (item, None)
-        if isinstance(item, (str, Path)):
-            return (read_crop(item, to_input, self.inputs.size), to_input) if to_input else self.inputs.read(item)
-        image = to_rgb(item if isinstance(item, Image.Image) else Image.fromarray(item))
-        if to_input:
-            return cut_image(image, to_input, self.inputs.size), to_input
-        return fit_image(image, self.inputs.fit, self.inputs.size)
-
     def labelled(self, item: LabelledImage) -> tuple[Image.Image, PixelMap]:
-        "Return the item's input and map: of the aligned crop if the item has one, else of the whole image."
-        if item.crop is not None:
-            to_input, of_labels = item.crop.to_input, item.crop.to_input is None
-            if of_labels:
-                assert self.alignment is not None
-                to_input = self.alignment.maps(item.points[None])[0]
-            if to_input:  # None: the labelled points have no plausible shape
-                return self.inputs.crop(item.row, item.path, to_input, item.where, cached=of_labels)
+        "Return the item's input and map: of the aligned crop if the item is `aligned`, else of the whole image."
+        if item.aligned and self.alignment:
+            if to_input := self.alignment.maps(item.points[None])[0]:  # None: the points have no plausible shape
+                return self.inputs.crop(item.row, item.path, to_input, item.where)
         return self.inputs(item.row, item.path, item.where)
 
 
@@ -123,7 +100,9 @@ class LostImages:
         lost, self.batch = self.batch, []
         self.in_a_row = self.in_a_row + len(lost) if 2 * len(lost) > size else 0
         if self.in_a_row >= UNMOUNTED:
-            raise UserError(f"{lost[0][1]}; so are {len(lost)} of a batch of {size}: is the folder still there?")
+            raise UserError(
+                f"{lost[0][1]}; {len(lost)} of {size} images of the batch are missing: is the folder still there?"
+            )
         for item, why in lost:
             if item.row not in self.told:
                 self.told.add(item.row)

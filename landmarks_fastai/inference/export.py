@@ -1,12 +1,13 @@
 """A checkpoint as one ONNX file: uint8 pixels in, points in unit coordinates out.
 
-Normalisation is inside, and the flip test if it is wanted. The pixels are made outside, by the code that training used.
+Normalisation is inside. The pixels are made outside, by the code that training used; so are the second pass and the flip test.
 """
 
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -19,12 +20,12 @@ from torch import nn
 import landmarks_fastai
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.inference.onnx_network import METADATA, OnnxNetwork, metadata_text, sealed
-from landmarks_fastai.inference.torch_network import TorchNetwork
+from landmarks_fastai.inference.onnx_network import FORMAT, METADATA, OnnxNetwork
+from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.models.networks import PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.runs.run import plain_name
-from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.files import atomic_path, reason
 
 TOLERANCE = 0.01  # largest distance of a point from the checkpoint's, in pixels of the input
@@ -41,74 +42,50 @@ class ExportedNetwork(nn.Module):
     def __init__(
         self,
         model: nn.Module,  # images (batch, 3, size, size), normalised -> points, or (points, spread)
-        settings: Settings,
-        flip_test: bool = False,
+        facts: DataFacts,
     ):
         super().__init__()
-        self.model, self.flip_test = model, flip_test
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
+        self.model = model
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
-        self.register_buffer("flip_indices", torch.tensor(settings.flip_indices, dtype=torch.int64))
-        self.register_buffer("mirror", torch.tensor([-1.0, 1.0]))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """uint8 (batch, size, size, 3) RGB -> points (batch, n_points, 2) in unit coordinates.
 
         With a spread it is (points, spread (batch, n_points)), both in unit coordinates.
         """
-        images = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
-        if not self.flip_test:
-            return self.model(images)
-        found = self.model(torch.cat([images, images.flip(-1)]))
-        points, *spread = found if isinstance(found, tuple) else (found,)
-        first, second = points.unflatten(0, (2, -1)).unbind()
-        points = (first + second[:, self.flip_indices] * self.mirror) / 2
-        if not spread:
-            return points
-        first, second = spread[0].unflatten(0, (2, -1)).unbind()
-        return points, (first + second[:, self.flip_indices]) / 2
+        return self.model(pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift)
 
 
-def export_checkpoint(checkpoint: Checkpoint, path: Path, flip_test: bool = False) -> None:
+def export_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint as one ONNX file, if its points are the checkpoint's on a few images.
 
-    Raises `UserError` if the network cannot be exported or its points differ, if the file cannot be written, and for a
-    flip test without flip indices.
+    Raises `UserError` if the network cannot be exported or its points differ, and if the file cannot be written.
     """
-    settings = checkpoint.settings
-    if flip_test and not settings.flip_indices:
-        raise UserError(
-            "--tta: the checkpoint has no flip map (none was found, or --mirror none): export without --tta"
-        )
     check_packages()
-    model = checkpoint.model()
-    network = ExportedNetwork(PointsAndSpread(model) if settings.confidence else model, settings, flip_test)
-    with written_model(_onnx_model(network.eval(), settings), path, metadata_of(checkpoint, flip_test)) as written:
-        _compare(written, checkpoint, path)
-
-
-def metadata_of(checkpoint: Checkpoint, flip_test: bool) -> dict[str, Any]:
-    "The metadata of a checkpoint's export, of JSON types."
-    return {
-        "version": landmarks_fastai.__version__,
-        "name": plain_name(checkpoint.name),
-        "score": checkpoint.score,
-        "flip_test": flip_test,
-        "settings": checkpoint.settings.to_dict(),
-    }
-
-
-@contextmanager
-def written_model(model: Any, path: Path, metadata: dict[str, Any]) -> Iterator[OnnxNetwork]:
-    "Yield the network of an `onnx.ModelProto`, which gets its final name when the block ends without an error."
+    settings, network = checkpoint.settings, checkpoint.model()
+    network = ExportedNetwork(PointsAndSpread(network) if settings.confidence else network, checkpoint.facts)
+    model = _onnx_model(network.eval(), settings)
     del model.metadata_props[:]
-    model.metadata_props.add(key=METADATA, value=metadata_text(metadata))
+    model.metadata_props.add(key=METADATA, value=json.dumps(metadata_of(checkpoint)))
     if model.ByteSize() > MAX_BYTES:
         raise UserError(f"{path} would have {model.ByteSize() / 1e9:.1f} GB: one ONNX file has 2 GB at the most")
     with atomic_path(path) as temporary:
-        temporary.write_bytes(sealed(model.SerializeToString()))
-        yield OnnxNetwork(temporary)
+        temporary.write_bytes(model.SerializeToString())
+        _compare(OnnxNetwork(temporary), checkpoint, path)
+
+
+def metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    "The metadata of a checkpoint's export, of JSON types."
+    return {
+        "format": FORMAT,
+        "version": landmarks_fastai.__version__,
+        "name": plain_name(checkpoint.name),
+        "score": checkpoint.score,
+        "settings": checkpoint.settings.to_dict(),
+        "facts": checkpoint.facts.to_dict(),
+    }
 
 
 def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
@@ -139,7 +116,7 @@ def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
 def _compare(network: OnnxNetwork, checkpoint: Checkpoint, path: Path) -> None:
     "Raise `UserError` unless an exported network gives the points and spreads of the checkpoint, in batches of two sizes."
     pixels, size = sample_inputs(network.settings, max(BATCHES)), network.settings.size
-    expected = TorchNetwork(checkpoint)(pixels, network.flip_test_inside)
+    expected = open_checkpoint(checkpoint)(pixels)
     for n in BATCHES:
         try:
             found = network(pixels[:n])
@@ -161,7 +138,7 @@ def sample_inputs(settings: Settings, n: int) -> np.ndarray:
     found = [np.random.default_rng(0).integers(0, 256, (n, settings.size, settings.size, 3), dtype=np.uint8)]
     for path in islice(_image_files(Path(settings.data)), n):
         with suppress(UserError):
-            found.append(np.asarray(read_input(path, **settings.of(INPUT))[0])[None])
+            found.append(np.asarray(read_input(path, **settings.of("input"))[0])[None])
     return np.concatenate(found[::-1])[:n]
 
 
@@ -184,9 +161,9 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def check_packages(names: Sequence[str] = ("onnx", "onnxscript", "onnxruntime")) -> None:
+def check_packages() -> None:
     "Raise `UserError` if a package of the extra `export` is not installed."
-    for name in names:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(name)
         except ModuleNotFoundError:

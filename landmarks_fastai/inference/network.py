@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 
 MAX_STREAMS = 4  # batches that are in memory at a time
 
@@ -23,14 +23,10 @@ class Network(Protocol):
 
     name: str  # of the run that trained it
     settings: Settings
+    facts: DataFacts
 
-    @property
-    def digest(self) -> str:
-        "SHA-256 of the weights, and of what else the points depend on."
-        ...
-
-    def __call__(self, pixels: np.ndarray, flip_test: bool = False) -> UnitPoints:
-        "Predict the points of inputs, uint8 (batch, size, size, 3) RGB. The flip test needs `settings.flip_indices`."
+    def __call__(self, pixels: np.ndarray) -> UnitPoints:
+        "Predict the points of inputs, uint8 (batch, size, size, 3) RGB."
         ...
 
     def streams(self) -> AbstractContextManager[tuple[int, Callable[[], None]]]:

@@ -1,7 +1,8 @@
 """Pictures -> points in their pixels: files, folders, PIL images, arrays and streams of frames.
 
-This is a loop of its own: a Learner needs training data, and `get_preds` returns all predictions at once, which is too
-much memory for 100,000 images of 971 points. It needs neither torch nor fastai if the network is an ONNX file.
+Every prediction in this program is made here: both passes, the flip test and the mean of several networks, for the network
+of a Learner, a checkpoint, or an ONNX file. `get_preds` of a Learner returns all predictions at once, which is too much
+memory for 100,000 images of 971 points. The module needs neither torch nor fastai if the network is an ONNX file.
 """
 
 import math
@@ -16,11 +17,12 @@ import numpy as np
 from PIL import Image
 
 from landmarks_fastai.data.align import alignment_of
+from landmarks_fastai.data.flip import average_flipped
+from landmarks_fastai.data.pictures import Picture, Source, as_box, find_pictures, is_video
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import Box, PixelMap, box_map, unit_to_input
 from landmarks_fastai.inference.detector import SIDE
-from landmarks_fastai.inference.network import Network
-from landmarks_fastai.inference.pictures import Picture, Source, as_box, find_pictures, is_video
+from landmarks_fastai.inference.network import Network, UnitPoints
 from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import threaded_map
@@ -38,6 +40,7 @@ class Prediction:
     box: Box | None = None  # that was detected or given
     score: float | None = None  # of the detector, 0 to 1
     track: int | None = None  # number of the object in a video
+    aligned: bool = True  # False: the first pass made no plausible shape, and its points are used
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.points, dtype, copy=copy)
@@ -59,6 +62,17 @@ class PictureResult:
     def source(self) -> str:
         "The path of the picture; empty if it was none."
         return self.picture.name
+
+    @property
+    def unaligned(self) -> int:
+        "How many objects have the points of the first pass, because these made no plausible shape."
+        return sum(not prediction.aligned for prediction in self.objects)
+
+
+class _Job(NamedTuple):
+    picture: Picture
+    boxes: Sequence[Box] | None = None  # of its objects; None: find them, or take the whole picture
+    crops: "list[PixelMap | None] | None" = None  # of its objects, for the last pass; None: make the first pass too
 
 
 class Predictor:
@@ -87,12 +101,7 @@ class Predictor:
         self.batch_size, self.flip_test, self.detector = batch_size, flip_test, detector
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: 1 or more expected")
-        if flip_test is False and (inside := [n.name for n in self.networks if getattr(n, "flip_test_inside", False)]):
-            raise UserError(
-                f"{inside[0]} was exported with the flip test inside: export it without --tta to switch it off"
-            )
-        self.unaligned = 0  # objects whose first pass made no plausible shape
-        counts = {network.settings.n_points: network.name for network in self.networks}
+        counts = {network.facts.n_points: network.name for network in self.networks}
         if len(counts) > 1:
             found = ", ".join(f"{name} {n}" for n, name in counts.items())
             raise UserError(f"these networks predict different numbers of points ({found}): no mean can be taken")
@@ -127,59 +136,60 @@ class Predictor:
         self,
         pictures: "Iterable[Source | Picture]",
         boxes: "Callable[[Picture], Sequence[Box] | None] | None" = None,  # of a picture's objects; None: find them
+        crops: "Iterable[PixelMap | None] | None" = None,  # of whole pictures whose first pass was made; None: no crop
     ) -> Iterator[PictureResult]:
         "Predict pictures one after the other, in constant memory. A picture that cannot be used gives a result with an error."
         if boxes or self.detector:
-            for network in (n for n in self.networks if not n.settings.points_box):
+            for network in (n for n in self.networks if not n.facts.points_box):
                 raise UserError(
                     f"{network.name} was trained by a version that did not store where the points lie in its inputs, so no "
                     "box can be cut for it: run finetune.py once, or predict whole pictures"
                 )
         opened = (p if isinstance(p, Picture) else Picture(p) for p in pictures)
-        chunks = self._chunks((picture, boxes(picture) if boxes else None) for picture in opened)
+        if crops is None:
+            jobs = (_Job(picture, boxes(picture) if boxes else None) for picture in opened)
+        else:
+            jobs = (_Job(picture, None, [crop]) for picture, crop in zip(opened, crops, strict=True))
         with self.networks[0].streams() as (threads, start):
-            for results, unaligned in threaded_map(self._predict, chunks, threads, start):
-                self.unaligned += unaligned
+            for results in threaded_map(self._predict, self._chunks(jobs), threads, start):
                 yield from results
 
-    def _chunks(self, pictures: Iterable[tuple[Picture, Any]]) -> Iterator[list[tuple[Picture, Any]]]:
+    def _chunks(self, jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
         "Group pictures to batches, smaller ones if their pixels are in memory."
         chunk, pixels = [], 0
-        for picture, boxes in pictures:
-            chunk.append((picture, boxes))
-            pixels += 0 if isinstance(picture.source, Path) else math.prod(picture.source.size)
+        for job in jobs:
+            chunk.append(job)
+            pixels += 0 if isinstance(job.picture.source, Path) else math.prod(job.picture.source.size)
             if len(chunk) == self.batch_size or pixels >= LOADED_PIXELS:
                 yield chunk
                 chunk, pixels = [], 0
         if chunk:
             yield chunk
 
-    def _predict(self, chunk: list[tuple[Picture, Sequence[Box] | None]]) -> tuple[list[PictureResult], int]:
-        "Predict a batch of pictures; returns the results, and how many objects have no aligned crop."
-        results = [self._located(*each) for each in chunk]
-        every, unaligned = [], set()
-        for network in self.networks:
-            found, without_crop = self._two_passes(network, results)
-            every.append(found)
-            unaligned |= without_crop
+    def _predict(self, chunk: list[_Job]) -> list[PictureResult]:
+        "Predict a batch of pictures."
+        results = [self._located(job) for job in chunk]
+        crops = None if chunk[0].crops is None else {k: job.crops or [] for k, job in enumerate(chunk)}
+        of_networks = [self._passes(network, results, crops) for network in self.networks]
         for k, result in enumerate(results):
             if result.error:
                 result.objects = []
-                continue
-            for i, each in enumerate(result.objects):
-                of_networks = [found[k][i] for found in every]
-                each.points = np.stack([p.points for p in of_networks]).mean(0)
-                spreads = [p.spread for p in of_networks if p.spread is not None]
-                each.confidence = np.stack(spreads).mean(0) if spreads else None
-        return results, len(unaligned)
+            for i, prediction in enumerate(result.objects):
+                points = [points_of[k][i] for points_of in of_networks]
+                prediction.points = np.stack([p.points for p in points]).mean(0)
+                spreads = [p.spread for p in points if p.spread is not None]
+                prediction.confidence = np.stack(spreads).mean(0) if spreads else None
+        return results
 
-    def _located(self, picture: Picture, boxes: Sequence[Box] | None) -> PictureResult:
+    def _located(self, job: _Job) -> PictureResult:
         "The result of a picture with its objects' boxes; without boxes or a detector the whole picture is one object."
-        result, none = PictureResult(picture), np.empty((0, 2), np.float32)
+        picture, none = job.picture, np.empty((0, 2), np.float32)
+        result = PictureResult(picture)
         try:
-            result.size, result.rotated = picture.size_and_rotated()
-            if boxes is not None:
-                result.objects = [Prediction(none, box=_checked(box, picture)) for box in boxes]
+            if job.crops is None:
+                result.size, result.rotated = picture.size_and_rotated()
+            if job.boxes is not None:
+                result.objects = [Prediction(none, box=_checked(box, picture)) for box in job.boxes]
             elif self.detector:
                 reduced, factor = picture.reduced(SIDE)
                 for box, score in self.detector(reduced):
@@ -191,49 +201,68 @@ class Predictor:
             result.error = e.line
         return result
 
-    def _two_passes(
-        self, network: Network, results: list[PictureResult]
-    ) -> "tuple[dict[int, list[_StoredPoints]], set[tuple[int, int]]]":
-        "Return the points of each result's objects by one network, and which (result, object) have no aligned crop."
-        settings = network.settings
-        first = {
-            k: [box_map(each.box, settings.points_box, settings.size) if each.box else None for each in result.objects]
+    def _passes(
+        self,
+        network: Network,
+        results: list[PictureResult],
+        crops: "dict[int, list[PixelMap | None]] | None",  # result -> for each object; None: make the first pass
+    ) -> "dict[int, list[_StoredPoints]]":
+        "Return the points of each result's objects by one network, and mark the objects that have no aligned crop."
+        settings, facts = network.settings, network.facts
+        if crops is not None:
+            return self._one_pass(network, results, crops)
+        whole = {
+            k: [box_map(p.box, facts.points_box, settings.size) if p.box else None for p in result.objects]
             for k, result in enumerate(results)
         }
-        found, unaligned = self._one_pass(network, results, first), set()
-        if alignment := alignment_of(settings):
-            crops = {k: alignment.maps(np.stack([p.points for p in points])) for k, points in found.items() if points}
-            unaligned = {(k, i) for k, maps in crops.items() for i, m in enumerate(maps) if m is None}
-            second = self._one_pass(network, results, {k: [m for m in maps if m] for k, maps in crops.items()})
-            for k, points in second.items():
-                refined = iter(points)
-                found[k] = [next(refined) if m else p for m, p in zip(crops[k], found[k], strict=True)]
-        return found, unaligned
+        points_of = self._one_pass(network, results, whole)
+        alignment = alignment_of(settings, facts)
+        if alignment is None:
+            return points_of
+        crops = {k: alignment.maps(np.stack([p.points for p in points])) for k, points in points_of.items() if points}
+        for k, maps in crops.items():
+            for prediction, crop in zip(results[k].objects, maps, strict=True):
+                prediction.aligned &= crop is not None
+        second = self._one_pass(network, results, {k: [m for m in maps if m] for k, maps in crops.items()})
+        for k, points in second.items():
+            refined = iter(points)
+            points_of[k] = [next(refined) if m else p for m, p in zip(crops[k], points_of[k], strict=True)]
+        return points_of
 
     def _one_pass(
         self,
         network: Network,
         results: list[PictureResult],
-        maps: dict[int, list[PixelMap | None]],  # result -> for each object the map of its input; None: whole picture
+        maps: "dict[int, list[PixelMap | None]]",  # result -> for each object the map of its input; None: whole picture
     ) -> "dict[int, list[_StoredPoints]]":
         "Return the points of each result's objects. A picture that can no longer be read gets an error."
         settings, inputs = network.settings, {}
-        for k, wanted in maps.items():
+        for k, of_objects in maps.items():
             try:
                 if not results[k].error:
-                    inputs[k] = results[k].picture.inputs(wanted, settings.fit, settings.size)
+                    inputs[k] = results[k].picture.inputs(of_objects, settings.fit, settings.size)
             except UserError as e:
                 results[k].error = e.line
         flat = list(chain.from_iterable(inputs.values()))
         points: list[_StoredPoints] = []
         for start in range(0, len(flat), self.batch_size):
             pixels, to_input = zip(*flat[start : start + self.batch_size], strict=True)
-            flip = bool(settings.flip_indices) and self.flip_test is not False
-            unit = network(np.stack(pixels), flip)
-            points += map(_stored, unit.points, unit.spread if unit.spread is not None else [None] * len(pixels),
-                          to_input, [settings.size] * len(pixels))  # fmt: skip
+            unit = self._unit_points(network, np.stack(pixels))
+            spreads = unit.spread if unit.spread is not None else [None] * len(pixels)
+            points += map(_stored, unit.points, spreads, to_input, [settings.size] * len(pixels))
         stored = iter(points)
-        return {k: [next(stored) for _ in each] for k, each in inputs.items()}
+        return {k: [next(stored) for _ in of_objects] for k, of_objects in inputs.items()}
+
+    def _unit_points(self, network: Network, pixels: np.ndarray) -> UnitPoints:
+        "Predict inputs, with the flip test if the network has a flip map."
+        unit, flip_indices = network(pixels), network.facts.flip_indices
+        if not flip_indices or self.flip_test is False:
+            return unit
+        mirrored = network(pixels[:, :, ::-1])
+        spread = None
+        if unit.spread is not None and mirrored.spread is not None:
+            spread = average_flipped(unit.spread, mirrored.spread, flip_indices)
+        return UnitPoints(average_flipped(unit.points, mirrored.points, flip_indices), spread)
 
 
 def _pictures_of(folder: str | Path) -> Iterator[Path]:
@@ -275,11 +304,11 @@ def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Mac
         from landmarks_fastai.inference.onnx_network import OnnxNetwork
 
         path = Path(name)
-        of_run = Path(out, path.stem.removesuffix("_int8"), path.name)  # where the export writes it
+        of_run = Path(out, path.stem, path.name)  # where the export writes it
         is_name = path.name == str(name) and not path.exists()
         return OnnxNetwork(of_run if is_name and of_run.exists() else path)
     try:
-        from landmarks_fastai.inference.torch_network import TorchNetwork
+        from landmarks_fastai.inference.torch_network import open_checkpoint
         from landmarks_fastai.runs.checkpoint import find_checkpoint
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("landmarks_fastai"):
@@ -288,4 +317,4 @@ def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Mac
             f"{name}: a checkpoint needs {e.name}: pip install -r requirements.txt, or export it to ONNX where "
             f"that is installed (python -m landmarks_fastai.export) and give the .onnx file"
         ) from None
-    return TorchNetwork(find_checkpoint(str(name), out), machine)
+    return open_checkpoint(find_checkpoint(str(name), out), machine)

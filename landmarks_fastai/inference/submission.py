@@ -17,8 +17,8 @@ from landmarks_fastai.competition import (
 from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.checks import check_images
 from landmarks_fastai.data.labels import data_folder
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import BadData, UserError
-from landmarks_fastai.inference.pictures import Picture
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.utils.files import atomic_write, check_folder
@@ -38,12 +38,12 @@ def predict_test(
     `BadData` with every bad image.
     """
     images = data_folder(data) / "test" / "images"
-    n_points = predictor.networks[0].settings.n_points
+    n_points = predictor.networks[0].facts.n_points
     test_points = checked_test_points(images, n_points)
     check_folder(images, f"{test_points.csv} names images in it")
     results = predictor.stream(_pictures(test_points, images))
-    write_submission(progress(results, len(test_points)), test_points, n_points, run, rounding)
-    report_unaligned(predictor.unaligned, len(test_points))
+    unaligned = write_submission(progress(results, len(test_points)), test_points, n_points, run, rounding)
+    report_unaligned(unaligned, len(test_points))
     return len(test_points)
 
 
@@ -71,8 +71,12 @@ def write_submission(
     n_points: int,  # of an image
     run: Run,
     rounding: str,
-) -> None:
-    "Write submit.csv, points.npy and points.json, completely or not at all. Raises `UserError` for a result with an error."
+) -> int:
+    """Write submit.csv, points.npy and points.json, completely or not at all; returns how many images had no aligned crop.
+
+    Raises `UserError` for a result with an error.
+    """
+    unaligned = 0
     with (
         atomic_write(run.folder / "points.json") as names,
         atomic_write(run.folder / "points.npy", "wb") as points,
@@ -85,7 +89,9 @@ def write_submission(
         for row, result in enumerate(results):
             if result.error:  # the image has changed since it was checked
                 raise UserError(result.error)
-            found = np.ascontiguousarray(result.objects[0].points)
-            points.write(found.data)
+            unaligned += result.unaligned
+            predicted = np.ascontiguousarray(result.objects[0].points)
+            points.write(predicted.data)
             name, indices = test_points.names[row], test_points.indices[row]
-            submission.write(submission_line(name, round_points(found[indices], rounding)))
+            submission.write(submission_line(name, round_points(predicted[indices], rounding)))
+    return unaligned

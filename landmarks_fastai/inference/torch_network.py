@@ -1,6 +1,5 @@
-"A checkpoint as a `Network`: PyTorch on the CPU or a GPU."
+"A `Network` of PyTorch, on the CPU or a GPU."
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,64 +7,51 @@ import numpy as np
 import torch
 from torch import nn
 
-from landmarks_fastai.data.flip import predict_spread_with_flip, predict_with_flip
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.network import MAX_STREAMS, UnitPoints
 from landmarks_fastai.models.networks import PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.hardware import Machine
-from landmarks_fastai.utils.memory import batch_that_fits, out_of_memory
+from landmarks_fastai.utils.memory import out_of_memory
 
 
 class TorchNetwork:
-    """The network of a checkpoint. Raises `UserError` if the memory is too small for a batch."""
+    """A network of PyTorch, such as that of a Learner; `open_checkpoint` makes one of a checkpoint.
 
-    def __init__(self, checkpoint: Checkpoint, machine: Machine = Machine()):  # noqa: B008
-        self.name, self.settings, self.machine = checkpoint.name, checkpoint.settings, machine
-        model = checkpoint.model()
-        model = fuse_norms(PointsAndSpread(model) if self.settings.confidence else model, self.settings.size)
+    Raises `UserError` if the memory is too small for a batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,  # images (batch, 3, size, size), normalised -> points, or (points, spread); moved to the device
+        settings: Settings,
+        facts: DataFacts,
+        machine: Machine = Machine(),  # noqa: B008
+        name: str = "",
+    ):
+        self.name, self.settings, self.facts, self.machine = name, settings, facts, machine
         # torch's annotation of `to` lacks memory_format
         self.model = model.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
-        if machine.compile:
-            self.model.compile()
-        stats = self.settings.mean, self.settings.std
-        self.mean, self.std = (torch.tensor(v, device=machine.device).view(1, 3, 1, 1) for v in stats)
+        self.mean, self.std = (torch.tensor(v, device=machine.device).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
 
-    @property
-    def digest(self) -> str:  # computed when it is read: one process needs none
-        machine = self.machine
-        of = self.settings.to_dict(), machine.device, machine.precision, machine.tf32
-        digest = hashlib.sha256(repr(of).encode())
-        for name, value in self.model.state_dict().items():  # of which one is the settings
-            if isinstance(value, torch.Tensor):
-                digest.update(name.encode())
-                digest.update(value.cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-    def __call__(self, pixels: np.ndarray, flip_test: bool = False) -> UnitPoints:
+    def __call__(self, pixels: np.ndarray) -> UnitPoints:
+        self.model.eval()
+        batch = torch.from_numpy(np.ascontiguousarray(pixels))
         try:
-            return self._predict(pixels, flip_test)
+            if self.machine.pins:
+                batch = batch.pin_memory()
+            batch = batch.to(self.machine.device, non_blocking=True).permute(0, 3, 1, 2)
+            inputs = (batch.float() / 255 - self.mean) / self.std
+            inputs = inputs.contiguous(memory_format=self.machine.memory_format)
+            with torch.inference_mode(), self.machine.autocast():
+                output = self.model(inputs)
         except Exception as e:
             if not out_of_memory(e):
                 raise
-            fits = batch_that_fits(
-                e, lambda n: self._predict(np.zeros_like(pixels[:1]).repeat(n, 0), flip_test), len(pixels)
-            )
-            way = f"-b {fits} fits (tried here)" if fits else "no smaller one fits"
-            raise UserError(f"-b {len(pixels)}: not enough memory for such a batch: {way}") from None
-
-    def _predict(self, pixels: np.ndarray, flip_test: bool) -> UnitPoints:
-        batch = torch.from_numpy(pixels)
-        if self.machine.pins:
-            batch = batch.pin_memory()
-        batch = batch.to(self.machine.device, non_blocking=True).permute(0, 3, 1, 2)
-        inputs = (batch.float() / 255 - self.mean) / self.std
-        inputs = inputs.contiguous(memory_format=self.machine.memory_format)
-        flip_indices = self.settings.flip_indices if flip_test else ()
-        with torch.inference_mode(), self.machine.autocast():
-            if not self.settings.confidence:
-                return UnitPoints(_array(predict_with_flip(self.model, inputs, flip_indices)), None)
-            return UnitPoints(*map(_array, predict_spread_with_flip(self.model, inputs, flip_indices)))
+            raise UserError(f"-b {len(pixels)}: not enough memory for such a batch: try a smaller -b") from None
+        points, spread = output if isinstance(output, tuple) else (output, None)
+        return UnitPoints(_array(points), None if spread is None else _array(spread))
 
     @contextmanager
     def streams(self) -> Iterator[tuple[int, Callable[[], None]]]:
@@ -85,6 +71,15 @@ class TorchNetwork:
             yield streams, lambda: torch.set_num_threads(threads // streams)
         finally:
             torch.set_num_threads(threads)  # a part of the setting is global to the process
+
+
+def open_checkpoint(checkpoint: Checkpoint, machine: Machine = Machine()) -> TorchNetwork:  # noqa: B008
+    "The network of a checkpoint, with its norms fused, and compiled if the machine says so."
+    model, settings = checkpoint.model(), checkpoint.settings
+    model = fuse_norms(PointsAndSpread(model) if settings.confidence else model, settings.size)
+    if machine.compile:
+        model.compile()
+    return TorchNetwork(model, settings, checkpoint.facts, machine, checkpoint.name)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, cast
 
 from PIL import Image
 
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.overlay import draw_points
-from landmarks_fastai.inference.pictures import Picture
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
 from landmarks_fastai.inference.smoothing import Smoother
 from landmarks_fastai.inference.tracking import Face, track_faces

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.geometry import input_to_unit, unit_to_input
 
 
 def make_head(
@@ -37,26 +36,12 @@ def make_head(
     return nn.Sequential(*layers, nn.Linear(n_in, 2 * n_points))
 
 
-class PixelsToUnit(nn.Module):
-    "Convert the output of a last layer from pixels of the input (--targets pixels) to unit coordinates."
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return input_to_unit(pixels, self.size)
-
-
 def init_head(model: nn.Sequential, shape: npt.ArrayLike | torch.Tensor) -> None:
     """Initialise the last layer at a shape, (n_points, 2) unit coordinates: the bias is the shape, weights are a tenth.
 
     A random initialisation spends the first epochs on finding the mean face.
     """
     shape = torch.as_tensor(shape)
-    for layer in model[1].children():
-        if isinstance(layer, PixelsToUnit):
-            shape = unit_to_input(shape, layer.size)
     last = [layer for layer in model[1].children() if isinstance(layer, nn.Linear)][-1]
     with torch.no_grad():
         last.bias.copy_(shape.reshape(-1))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.models.heads import PixelsToUnit, SpreadHead, make_head
+from landmarks_fastai.models.heads import SpreadHead, make_head
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -26,15 +26,12 @@ def build_model(
     head: str,  # as in `make_head`
     n_points: int,
     size: int,  # of the square input, in pixels
-    targets: str = "unit",  # output of the last layer, unit or pixels; the network's output is in unit coordinates
     confidence: bool = False,  # whether it has a spread
 ) -> "LandmarkNetwork":
     "A network with random weights. Raises `UserError` for an unknown name, or a size that the network cannot take."
     body = make_body(arch, size)
     n_features = feature_count(body, arch, size)
     layers = make_head(head, n_features, n_points)
-    if targets == "pixels":
-        layers.append(PixelsToUnit(size))
     spread = SpreadHead(n_features, n_points) if confidence else None
     return LandmarkNetwork(body, layers.append(nn.Unflatten(1, (n_points, 2))), spread)
 
@@ -90,7 +87,7 @@ class PointsAndSpread(nn.Module):
 
 
 def _without_extras(module, state_dict, prefix, *args):
-    """Accept a state dict without metadata: of a resumed run, or a checkpoint of an earlier version.
+    """Accept a state dict without metadata, as a resumed run has it.
 
     A network without a spread ignores the file's: a later stage learns its own.
     """

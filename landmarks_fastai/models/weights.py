@@ -12,7 +12,7 @@ from torch import nn
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.models.networks import METADATA, SPREAD, find_arch, timm_config, timm_model, torchvision_names
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts
 
 # Tensors of a file that the body may lack: the classifier, by its names in torchvision and timm, the auxiliary
 # classifiers of inception and googlenet, and the counters of batch norms.
@@ -28,7 +28,7 @@ def input_stats(arch: str) -> tuple[tuple, tuple]:
     from torchvision import models
 
     if not _has_imagenet(library, name):
-        return Settings.mean, Settings.std
+        return DataFacts.mean, DataFacts.std
     transforms = models.get_model_weights(name)["IMAGENET1K_V1"].transforms()
     return tuple(transforms.mean), tuple(transforms.std)
 

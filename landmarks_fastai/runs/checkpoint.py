@@ -1,10 +1,9 @@
-"""Checkpoints: one .pth with the network's state dict, whose `_extra_state` holds the settings and scores.
+"""Checkpoints: one .pth with the network's state dict, whose `_extra_state` holds settings, facts and scores.
 
-`learn.load` reads it, `learn.save` writes one. Checkpoints of earlier versions have a .json beside the .pth instead.
+`learn.load` reads it, `learn.save` writes one.
 """
 
 import io
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.models.networks import METADATA, SPREAD, LandmarkNetwork, build_model
 from landmarks_fastai.models.weights import read_state_dict
 from landmarks_fastai.runs.run import Run, find_checkpoint_file, run_name
-from landmarks_fastai.settings import Settings
-from landmarks_fastai.utils.files import atomic_write, reason
+from landmarks_fastai.settings import DataFacts, Settings
+from landmarks_fastai.utils.files import atomic_write
 
-FORMAT = 4  # of the metadata; 3 is a .json beside the .pth; 1 and 2 lack settings and are refused
+FORMAT = 5  # of the metadata
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Checkpoint:
 
     path: Path
     settings: Settings
+    facts: DataFacts
     score: float | None  # on the validation rows; None if `learn.save` wrote the file
     nme: float | None  # normalised by the diagonal of the box of the true points
     epoch: int | None  # of the stage; -1: the loaded model, which no epoch beat
@@ -40,9 +40,9 @@ class Checkpoint:
     def model(self) -> LandmarkNetwork:
         "The network with its weights, in evaluation mode."
         s = self.settings
-        model = build_model(s.arch, s.head, s.n_points, s.size, s.targets, s.confidence)
+        model = build_model(s.arch, s.head, self.facts.n_points, s.size, s.confidence)
         model.load_state_dict(self.tensors(model))
-        model.metadata = checkpoint_metadata(s, self.score, self.nme, self.epoch)
+        model.metadata = checkpoint_metadata(s, self.facts, self.score, self.nme, self.epoch)
         return model.eval()
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ class Checkpoint:
         if wrong:
             raise UserError(
                 f"{self.path} is not the network that its settings name ({self.settings.arch}, head {self.settings.head}, "
-                f"{self.settings.n_points} points): {len(wrong)} tensors differ, the first {wrong[0]}"
+                f"{self.facts.n_points} points): {len(wrong)} tensors differ, the first {wrong[0]}"
             )
         if bad := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
             raise UserError(f"{self.path} holds NaN or infinite weights ({bad[0]}): take an earlier checkpoint")
@@ -65,26 +65,36 @@ class Checkpoint:
 
 
 def checkpoint_metadata(
-    settings: Settings, score: float | None = None, nme: float | None = None, epoch: int | None = None
+    settings: Settings,
+    facts: DataFacts,
+    score: float | None = None,
+    nme: float | None = None,
+    epoch: int | None = None,
 ) -> dict:
     "The metadata of a checkpoint, of JSON types. `learn.save` writes what is in the network's `metadata`."
-    return {"format": FORMAT, "settings": settings.to_dict(), "score": score, "nme_box_diag": nme, "epoch": epoch}
+    stored = {"format": FORMAT, "settings": settings.to_dict(), "facts": facts.to_dict()}
+    return stored | {"score": score, "nme_box_diag": nme, "epoch": epoch}
 
 
 def write_checkpoint(
-    run: Run, model: nn.Module, settings: Settings, score: float | None, nme: float | None, epoch: int | None
+    run: Run,
+    model: nn.Module,
+    settings: Settings,
+    facts: DataFacts,
+    score: float | None,
+    nme: float | None,
+    epoch: int | None,
 ) -> None:
     "Write best.pth, through a temporary file. Raises `UserError` if the disk is full."
-    metadata = checkpoint_metadata(settings, score, nme, epoch)
+    metadata = checkpoint_metadata(settings, facts, score, nme, epoch)
     run.write("best.pth", lambda path: _write(path, model, metadata))
 
 
 def _write(path: Path, model: nn.Module, metadata: dict) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != METADATA}
+    state[METADATA] = metadata
     with atomic_write(path, "wb") as f:
-        torch.save(
-            state | {METADATA: metadata}, zipped := io.BytesIO()
-        )  # in memory: writing to a file, torch hides a full disk
+        torch.save(state, zipped := io.BytesIO())  # in memory: writing to a file, torch hides a full disk
         f.write(zipped.getbuffer())
 
 
@@ -96,32 +106,22 @@ def read_checkpoint_file(path: str | os.PathLike) -> dict:
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     "Read the metadata of a .pth. Raises `UserError` if it has none, or wrong ones."
     path = Path(path)
-    metadata, source = read_checkpoint_file(path).get(METADATA), path
-    if metadata in (None, {}) and path.with_suffix(".json").is_file():
-        source = path.with_suffix(".json")
-        metadata = _read_json(source)
+    metadata = read_checkpoint_file(path).get(METADATA)
     if not isinstance(metadata, dict) or "settings" not in metadata:
         raise UserError(
             f"{path} is not a checkpoint of this program (it has no settings): use it with train.py --weights"
         )
-    if metadata.get("format") != (FORMAT if source == path else 3):
+    if metadata.get("format") != FORMAT:
         version = f"another version of this program (format {metadata.get('format')})"
-        raise UserError(f"{source} was written by {version}: train again")
-    nme = metadata.get("nme_box_diag", metadata.get("nme"))  # its name in earlier versions
-    numbers = [metadata.get("score"), nme, metadata.get("epoch")]
+        raise UserError(f"{path} was written by {version}: train again")
+    numbers = [metadata.get(name) for name in ("score", "nme_box_diag", "epoch")]
     if not all(n is None or (isinstance(n, (int, float)) and abs(n) < 1e18) for n in numbers):  # False for NaN too
-        raise UserError(f"{source}: score, nme_box_diag and epoch must be finite numbers")
+        raise UserError(f"{path}: score, nme_box_diag and epoch must be finite numbers")
     try:
-        return Checkpoint(path, Settings.from_dict(metadata["settings"]), *numbers)
+        settings, facts = Settings.from_dict(metadata["settings"]), DataFacts.from_dict(metadata.get("facts"))
     except UserError as e:
-        raise UserError(f"{source}: {e}") from None
-
-
-def _read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read: {reason(e)}") from None
+        raise UserError(f"{path}: {e}") from None
+    return Checkpoint(path, settings, facts, *numbers)
 
 
 def find_checkpoint(name: str, out: str | os.PathLike) -> Checkpoint:

@@ -7,12 +7,12 @@ from fastai.data.core import DataLoaders
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.block import landmark_dataloaders
-from landmarks_fastai.data.flip import FlipMap, NoFlipMap, write_flip_indices
+from landmarks_fastai.data.flip import write_flip_indices
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.runs.run import LISTING, Run
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
 from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.distributed import rank0_first, this_process
@@ -22,23 +22,20 @@ from landmarks_fastai.utils.hardware import Machine
 def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner of a first stage on the data of the settings; `weights` is imagenet, none, or the path of a file."
     settings = settings.replace(split_seed=settings.seed)
-    listing = run.folder / LISTING
-    dls = rank0_first(lambda: landmark_dataloaders(settings.data, settings, machine=machine, listing=listing))
+    dls = rank0_first(
+        lambda: landmark_dataloaders(settings.data, settings, machine=machine, listing=run.folder / LISTING)
+    )
     report_flip_map(dls, run)
-    report_alignment(dls)
     return rank0_first(lambda: landmark_learner(dls, weights=weights, machine=machine, path=run.out))
 
 
 def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner with the weights of a checkpoint, and the settings of a new stage. Raises `UserError` if they do not fit."
     images = rank0_first(lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=run.folder / LISTING))
-    if (n_points := images.labels.n_points) != settings.n_points:
-        raise UserError(
-            f"{images.labels.csv} has {n_points} points, {checkpoint.path} was trained on {settings.n_points}"
-        )
-    dls = rank0_first(lambda: landmark_dataloaders(images, settings, machine=machine))
-    report_flip_map(dls, run)
-    report_alignment(dls)
+    if (n_points := images.labels.n_points) != (trained_on := checkpoint.facts.n_points):
+        raise UserError(f"{images.labels.csv} has {n_points} points, {checkpoint.path} was trained on {trained_on}")
+    dls = rank0_first(lambda: landmark_dataloaders(images, settings, checkpoint.facts, machine=machine))
+    report_flip_map(dls, run, checkpoint.facts)
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     try:
         checkpoint.tensors(learn.model)  # raises `UserError` for a misfit, which fastai's `load` does not
@@ -53,14 +50,20 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
 
 def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner for a stopped stage; `SaveResumeState` restores its weights when the fit begins."
-    settings, record, (epoch, batch) = run.settings, run.record, state.place
-    assert record is not None
-    before, now = state.metadata["processes"], this_process().count
+    (epoch, batch), before, now = state.place, state.metadata["processes"], this_process().count
     changed = f"; {now} processes, {before} before: a step sees {now} times -b images" if now != before else ""
     print(f"resuming at epoch {epoch}, batch {batch}{changed}")
-    options = {"machine": machine, "listing": run.folder / LISTING, "left_out": np.array(record.left_out, np.int64)}
-    dls = rank0_first(lambda: landmark_dataloaders(settings.data, settings, **options))
-    if dls.items.labels.identity != record.labels:
+    try:
+        settings, facts = Settings.from_dict(run.record.settings), DataFacts.from_dict(run.record.facts)
+    except UserError as e:
+        raise UserError(f"{run.folder / 'run.json'}: {e}; start over with --overwrite") from None
+    listing, left_out = run.folder / LISTING, np.array(run.record.left_out, np.int64)
+    dls = rank0_first(
+        lambda: landmark_dataloaders(
+            settings.data, settings, facts, machine=machine, listing=listing, left_out=left_out
+        )
+    )
+    if dls.items.labels.identity != run.record.labels:
         changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped, or its time has"
         raise UserError(f"{changed}: restore it (cp -p keeps the time), or start over with --overwrite")
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
@@ -68,33 +71,17 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     return learn
 
 
-def report_alignment(dls: DataLoaders) -> None:
-    "Print whether there is a second pass over aligned crops, where that was found out from the data."
-    if dls.align_gain is None:
+def report_flip_map(dls: DataLoaders, run: Run, before: DataFacts | None = None) -> None:
+    "Write mirror.json, and mirror.png if the map is new."
+    facts = dls.facts
+    if not facts.flip_indices:
         return
-    if not dls.align_gain:
-        print("most objects are too small, or of no common shape, for aligned crops: no second pass")
-        return
-    less = f"aligned to their mean shape, the points spread {dls.align_gain:.2g} times less"
-    print(f"{less}: a second pass over aligned crops" if dls.settings.align else f"{less}: no second pass")
+    if before is None or not before.flip_indices:
+        run.write("mirror.png", lambda path: _draw_flip_map(facts, path))
+        print(f"look at the flip map: {run.folder / 'mirror.png'}", flush=True)
+    run.write("mirror.json", lambda path: write_flip_indices(path, facts.flip_indices))
 
 
-def report_flip_map(dls: DataLoaders, run: Run) -> None:
-    "Print how the flip map was learned; write mirror.json, and mirror.png if the map is new."
-    flip_indices, flip_map = dls.settings.flip_indices, dls.flip
-    if isinstance(flip_map, NoFlipMap):
-        print(f"no flip map, images are not mirrored: {flip_map}")
-    if isinstance(flip_map, FlipMap):
-        run.write("mirror.png", lambda path: _draw_flip_map(flip_map, path))
-        on_axis = int((flip_map.flip_indices == np.arange(len(flip_map.flip_indices))).sum())
-        print(
-            f"flip map learned: {(len(flip_map.flip_indices) - on_axis) // 2} pairs, {on_axis} points on the axis, "
-            f"{flip_map.miss:.3f} of the radius off; look at {run.folder / 'mirror.png'}"
-        )
-    if flip_indices:
-        run.write("mirror.json", lambda path: write_flip_indices(path, flip_indices))
-
-
-def _draw_flip_map(flip_map: FlipMap, path: Path) -> None:
-    plots.plot_flip_map(flip_map.shape, flip_map.flip_indices)
+def _draw_flip_map(facts: DataFacts, path: Path) -> None:
+    plots.plot_flip_map(np.array(facts.shape).reshape(-1, 2), np.array(facts.flip_indices))
     plots.save_figure(path)

@@ -9,6 +9,8 @@ fastai's one cycle 0.30 and 0.40 in one epoch, 0.34 and 0.49 in four; one factor
 in four epochs. The regression has a unique solution, and no learning rate.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,18 +18,19 @@ import pandas as pd
 import torch
 from fastai.torch_core import set_seed
 
-from landmarks_fastai.data.align import alignment_of
-from landmarks_fastai.data.flip import predict_spread_with_flip
+from landmarks_fastai.data.block import landmark_block
+from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.data.loader import LandmarkDL
-from landmarks_fastai.geometry import PixelMap
-from landmarks_fastai.metrics import points_in_image
+from landmarks_fastai.inference.predictor import Predictor
+from landmarks_fastai.inference.scoring import predict_rows
+from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.models.heads import SpreadHead
 from landmarks_fastai.models.networks import LandmarkNetwork, PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint, write_checkpoint
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.training.learner import LandmarkLearner
-from landmarks_fastai.training.memory import within_memory
+from landmarks_fastai.training.learner import LandmarkLearner, normalize
 from landmarks_fastai.utils.files import atomic_write
+from landmarks_fastai.utils.memory import within_memory
 
 WITHIN = 0.68  # share of the errors within one spread
 IMAGES = 4000  # at the most, to fit and to calibrate on; each takes memory for the errors of all its points
@@ -47,17 +50,21 @@ class HeldOut(NamedTuple):
 
 def add_confidence(learn: LandmarkLearner, run: Run, best: Checkpoint) -> None:
     "Add a spread to best.pth, write confidence.csv, and print how well the spread holds."
-    model = best.model().to(learn.dls.device)
+    settings, facts, model = best.settings.replace(confidence=True), best.facts, best.model().to(learn.dls.device)
+    # with the checkpoint's input, which a stage that no epoch beat has kept; all rows, of several processes too
+    dls = landmark_block(settings, facts, machine=learn.machine).dataloaders(learn.dls.items.all_rows)
+    normalize(dls, facts.mean, facts.std)
     with within_memory(learn):
-        model.spread = fit_spread(model, learn)
-        found = predict_held_out(PointsAndSpread(model), learn)
-    ratios = found.errors / found.spreads
+        model.spread = fit_spread(model, dls.train)
+        network = TorchNetwork(PointsAndSpread(model), settings, facts, replace(learn.machine, amp="off"))
+        step = -(-len(dls.valid.items) // IMAGES)
+        held_out = predict_held_out(Predictor(network, batch_size=settings.batch_size), dls.valid.items[::step])
+    ratios = held_out.errors / held_out.spreads
     factors = calibration(ratios)
     with torch.no_grad():
         model.spread.landmarks.add_(torch.as_tensor(np.log(factors), device=learn.dls.device))
-    settings = best.settings.replace(confidence=True)
-    write_checkpoint(run, model, settings, best.score, best.nme, best.epoch)
-    report(run, HeldOut(found.errors, found.spreads * factors), cross_fitted(ratios), settings.all_rows)
+    write_checkpoint(run, model, settings, facts, best.score, best.nme, best.epoch)
+    report(run, HeldOut(held_out.errors, held_out.spreads * factors), cross_fitted(ratios), settings.all_rows)
 
 
 def time_needed(learn: LandmarkLearner) -> float:
@@ -67,13 +74,13 @@ def time_needed(learn: LandmarkLearner) -> float:
 
 
 @torch.no_grad()
-def fit_spread(model: LandmarkNetwork, learn: LandmarkLearner) -> SpreadHead:
+def fit_spread(model: LandmarkNetwork, dl: LandmarkDL) -> SpreadHead:
     "Fit a spread to the errors of a network in one pass over the training batches, with their augmentation."
     from sklearn.linear_model import RidgeCV
 
-    set_seed(learn.settings.seed)  # of a user's transforms
-    dl, parts, n_images = _with_all_rows(learn.dls.train), [], 0
-    dl.epoch, dl.first = learn.settings.epochs, 0
+    set_seed(dl.settings.seed)  # of a user's transforms
+    parts, n_images = [], 0
+    dl.epoch, dl.first = dl.settings.epochs, 0
     for batch in dl:
         images, points = (t.as_subclass(torch.Tensor) for t in batch[:2])
         features = model[0](images).float()
@@ -84,43 +91,21 @@ def fit_spread(model: LandmarkNetwork, learn: LandmarkLearner) -> SpreadHead:
     features, errors = map(torch.cat, zip(*parts, strict=True))
     of_landmark = errors.mean(0).clamp(min=1e-6)
     of_image = (errors / of_landmark).mean(1).clamp(min=1e-6)
-    found = RidgeCV(ALPHAS).fit(features.double().numpy(), of_image.log().double().numpy())
+    regression = RidgeCV(ALPHAS).fit(features.double().numpy(), of_image.log().double().numpy())
     spread = SpreadHead(features.shape[1], errors.shape[1])
-    spread.image.weight.copy_(torch.as_tensor(found.coef_)[None])
-    spread.landmarks.copy_(of_landmark.log() + found.intercept_)
-    return spread.to(learn.dls.device)
+    spread.image.weight.copy_(torch.as_tensor(regression.coef_)[None])
+    spread.landmarks.copy_(of_landmark.log() + regression.intercept_)
+    return spread.to(dl.device)
 
 
-@torch.no_grad()
-def predict_held_out(network: PointsAndSpread, learn: LandmarkLearner) -> HeldOut:
-    "Predict the validation images, with the second pass and the flip test where `predict.py` has them."
-    dl, settings, alignment = _with_all_rows(learn.dls.valid), learn.settings, alignment_of(learn.settings)
-    dl.crops = dict.fromkeys(range(0, len(dl.items), -(-len(dl.items) // IMAGES)))
-    try:
-        if alignment:
-            maps = [m for points, *_ in _predicted(network, dl, settings) for m in alignment.maps(points.cpu().numpy())]
-            dl.crops = dict(zip(dl.seen, maps, strict=True))
-        parts = [
-            ((points - truth).norm(dim=-1).float().cpu().numpy(), spread.float().cpu().numpy())
-            for points, truth, spread in _predicted(network, dl, settings)
-        ]
-    finally:
-        dl.crops = None
-    return HeldOut(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-def _with_all_rows(dl: LandmarkDL) -> LandmarkDL:
-    "The loader; of several processes a copy that has the rows of all."
-    return dl.new() if dl.share[1] > 1 else dl
-
-
-def _predicted(network, dl: LandmarkDL, settings):
-    "Predicted points, true points and spreads of each batch, in pixels of the images as stored."
-    for batch in dl:
-        images, truth, maps = (t.as_subclass(torch.Tensor) for t in batch)
-        points, spread = predict_spread_with_flip(network, images, settings.flip_indices)
-        spread = spread * (settings.size / 2) / PixelMap.from_batch(maps).scale
-        yield points_in_image(points, maps, settings.size), points_in_image(truth, maps, settings.size), spread
+def predict_held_out(predictor: Predictor, items: Sequence[LabelledImage]) -> HeldOut:
+    "Predict labelled images, with the second pass and the flip test where `predict.py` has them."
+    errors, spreads = [], []
+    for item, result in predict_rows(predictor, items):
+        (prediction,) = result.objects
+        errors.append(np.linalg.norm(prediction.points - item.points, axis=-1))
+        spreads.append(prediction.confidence)
+    return HeldOut(np.stack(errors), np.stack(spreads))
 
 
 def calibration(
@@ -135,10 +120,10 @@ def calibration(
 
 def cross_fitted(ratios: np.ndarray) -> np.ndarray:
     "Calibrate one half of the images with the factors of the other half, and the other way round."
-    odd, found = np.arange(len(ratios)) % 2 == 1, np.empty_like(ratios)
+    odd, calibrated = np.arange(len(ratios)) % 2 == 1, np.empty_like(ratios)
     for half in (odd, ~odd):
-        found[half] = ratios[half] / calibration(ratios[~half] if not half.all() else ratios)
-    return found
+        calibrated[half] = ratios[half] / calibration(ratios[~half] if not half.all() else ratios)
+    return calibrated
 
 
 def report(run: Run, held_out: HeldOut, ratios: np.ndarray, trained_on: bool) -> None:

@@ -3,9 +3,11 @@
 # pyright: reportAttributeAccessIssue=false
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,21 +21,23 @@ from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.core import TensorPoint
 from fastcore.basics import listify
 from fastcore.foundation import L
+from PIL import Image
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.block import points_and_maps
 from landmarks_fastai.data.items import LabelledImages
-from landmarks_fastai.data.loader import LandmarkDL
-from landmarks_fastai.data.transforms import CroppedImage
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import input_to_unit
-from landmarks_fastai.metrics import stage_metrics
+from landmarks_fastai.inference.predictor import Predictor
+from landmarks_fastai.inference.scoring import plot_rows
+from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.models.heads import init_head
 from landmarks_fastai.models.networks import build_model
 from landmarks_fastai.models.weights import input_stats, load_weights
 from landmarks_fastai.runs.checkpoint import checkpoint_metadata
-from landmarks_fastai.settings import DATA, Settings
+from landmarks_fastai.settings import DataFacts, Settings, names_of
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.components import body_and_head, body_lr, on_machine, optimiser, scheduler
 from landmarks_fastai.training.losses import loss_function
@@ -42,7 +46,6 @@ from landmarks_fastai.utils.hardware import Machine
 
 AnyLearner = TypeVar("AnyLearner", bound=Learner)
 NO_FLIP_MAP = "the landmarks have no flip map: no flip test can be made"
-Rate = float | np.ndarray | slice  # a learning rate of the body, or (2,) those of body and head
 
 
 class LandmarkLearner(ResumableLearner):
@@ -58,11 +61,18 @@ class LandmarkLearner(ResumableLearner):
     """
 
     model: torch.nn.Module
+    maps: torch.Tensor  # (batch, 6) of the current batch: each image's `PixelMap`, taken off the targets by `CarryMaps`
 
     def __init__(
-        self, dls: DataLoaders, model: torch.nn.Module, settings: Settings, machine: Machine, path: str | Path
+        self,
+        dls: DataLoaders,
+        model: torch.nn.Module,
+        settings: Settings,
+        facts: DataFacts,
+        machine: Machine,
+        path: str | Path,
     ):
-        self.settings, self.machine = settings, machine
+        self.settings, self.facts, self.machine = settings, facts, machine
         super().__init__(
             dls,
             model,
@@ -72,49 +82,46 @@ class LandmarkLearner(ResumableLearner):
             wd=settings.wd,
             train_bn=False,
             splitter=body_and_head,
-            cbs=[callbacks.CarryMaps(), callbacks.SeedEveryStep(), *on_machine(machine), *scheduler(settings)],
+            cbs=[
+                callbacks.CarryMaps(),
+                callbacks.SeedEveryStep(),
+                callbacks.Evaluation(),
+                *on_machine(machine),
+                *scheduler(settings),
+            ],
             path=Path(path),
             model_dir=".",
         )
-        self.metrics = [*stage_metrics(settings.size), ValueMetric(partial(body_lr, self), "lr")]
-        self.create_opt()  # `validate` and `show_results` read the learning rate, also before the first fit
+        self.metrics = [*self.columns(), ValueMetric(partial(body_lr, self), "lr")]
+        self.create_opt()  # `validate` reads the learning rate, also before the first fit
         if settings.freeze:
             self.freeze()
             self.add_cb(BnFreeze())  # otherwise the frozen body's running means would change
         if settings.accumulate > 1:
             self.add_cb(GradientAccumulation(settings.accumulate * settings.batch_size))
 
-    def param_group_lrs(self, lr: Rate | None = None) -> np.ndarray:
-        """Return the learning rates of body and head (2,) from the body's; None: the settings'. An array is returned as it is.
+    def columns(self) -> list[ValueMetric]:
+        "The metrics of `Evaluation`: score and NME of both passes where there are two, then the score of the first."
+        evaluation = self.evaluation
+        columns = [
+            ValueMetric(evaluation.score, "score"),
+            ValueMetric(evaluation.nme, "nme_box_diag"),
+        ]
+        if alignment_of(self.settings, self.facts):
+            columns.append(ValueMetric(evaluation.first_pass, "first_pass"))
+        return columns
 
-        The end of a `slice` is the body's: its start, meant for layers that should learn slower than the head, is ignored.
-        """
-        rate: float | np.ndarray | None = lr.stop if isinstance(lr, slice) else lr
-        rate = self.settings.lr if rate is None else rate
-        return rate * np.array([1.0, self.settings.head_lr_mult]) if np.ndim(rate) == 0 else np.asarray(rate)
-
-    def fit(self, n_epoch: int, lr: Rate | None = None, **kwargs: Any) -> None:
-        "As fastai's; a single learning rate is the body's."
-        super().fit(n_epoch, self.param_group_lrs(lr), **kwargs)
-
-    def fit_one_cycle(self, n_epoch: int, lr_max: Rate | None = None, **kwargs: Any) -> None:
-        "As fastai's; a single learning rate is the body's."
-        super().fit_one_cycle(n_epoch, self.param_group_lrs(lr_max), **kwargs)
-
-    def fit_flat_cos(self, n_epoch: int, lr: Rate | None = None, **kwargs: Any) -> None:
-        "As fastai's; a single learning rate is the body's."
-        super().fit_flat_cos(n_epoch, self.param_group_lrs(lr), **kwargs)
-
-    def fit_sgdr(self, n_cycles: int, cycle_len: int, lr_max: Rate | None = None, **kwargs: Any) -> None:
-        "As fastai's; a single learning rate is the body's."
-        super().fit_sgdr(n_cycles, cycle_len, self.param_group_lrs(lr_max), **kwargs)
-
-    def save(self, file: str | Path, **kwargs: Any) -> Path:
-        "As fastai's; the optimiser's numbers are saved as Python's own: numpy's would need a pickle that may run code."
-        for group in cast(Any, self.opt).opt.param_groups if self.opt else []:
-            group["lr"] = float(group["lr"])
-            group |= {k: tuple(map(float, v)) for k, v in group.items() if k == "betas"}
-        return super().save(file, **kwargs)
+    def predictor(
+        self,
+        network: torch.nn.Module | None = None,  # None: the Learner's
+        flip_test: bool | None = None,  # None: if there is a flip map
+    ) -> Predictor:
+        "A `Predictor` that predicts as predict.py does with a checkpoint of the network. Raises `UserError` without a flip map."
+        if flip_test and not self.facts.flip_indices:
+            raise UserError(NO_FLIP_MAP)
+        machine = replace(self.machine, amp="off")  # half precision changes a score by 0.2%
+        live = TorchNetwork(network or self.model, self.settings, self.facts, machine, "the Learner")
+        return Predictor(live, machine=machine, batch_size=self.settings.batch_size, flip_test=flip_test)
 
     def lr_find(
         self,
@@ -131,9 +138,8 @@ class LandmarkLearner(ResumableLearner):
         2,175 photographs at 64 px, where `Minimum` suggests 0.005 and the best of a sweep is 0.002.
         """
         funcs = listify(suggest_funcs)
-        found = super().lr_find(
-            self.param_group_lrs(start_lr), self.param_group_lrs(end_lr), show_plot=False, suggest_funcs=funcs, **kwargs
-        )
+        found = super().lr_find(start_lr, end_lr, show_plot=False, suggest_funcs=funcs, **kwargs)
+        # fastai records the rate of the last parameter group, the head's
         self.recorder.lrs = [lr / self.settings.head_lr_mult for lr in self.recorder.lrs]
         found = type(found)(*(lr / self.settings.head_lr_mult for lr in found))
         if show_plot:
@@ -146,45 +152,33 @@ class LandmarkLearner(ResumableLearner):
         fastai's `tta` averages predictions of randomly warped images, which is meaningless for points. Raises `UserError`
         if the landmarks have no flip map.
         """
-        if not self.settings.flip_indices:
+        if not self.facts.flip_indices:
             raise UserError(NO_FLIP_MAP)
-        return self.get_preds(ds_idx, dl, cbs=callbacks.FlipTest(self.settings.flip_indices), **kwargs)
+        return self.get_preds(ds_idx, dl, cbs=callbacks.FlipTest(self.facts.flip_indices), **kwargs)
 
     def predict_points(self, images: Any, flip_test: bool | None = None) -> np.ndarray:
-        """Predict points (images, n_points, 2), float32, in pixels of the images as stored; in two passes if `align` is on.
+        """Predict points (images, n_points, 2), float32, in pixels of the images as stored; in two passes if there are two.
 
-        `images` is a path, a PIL image, an array (h, w, 3) uint8, or a list of those. `flip_test` None: if there is a flip
+        `images` is a path, a PIL image, an array (h, w, 3) uint8, or several of those. `flip_test` None: if there is a flip
         map. Raises `UserError` for a file that is not an image, and for `flip_test=True` without a flip map.
         """
-        images = images if isinstance(images, list) else [images]
-        points = self._points(images, flip_test)
-        if alignment := alignment_of(self.settings):
-            crops = [CroppedImage(i, m) if m else i for i, m in zip(images, alignment.maps(points), strict=True)]
-            points = self._points(crops, flip_test)
-        return points
-
-    def _points(self, images: list, flip_test: bool | None) -> np.ndarray:
-        flip = bool(self.settings.flip_indices) if flip_test is None else flip_test
-        if flip and not self.settings.flip_indices:
-            raise UserError(NO_FLIP_MAP)
-        collect = callbacks.CollectPoints(self.settings.size)
-        cbs = [collect, callbacks.FlipTest(self.settings.flip_indices)] if flip else [collect]
-        self.get_preds(dl=self.dls.test_dl(images, num_workers=0), with_preds=False, cbs=cbs)
-        return np.concatenate(collect.points)
+        images = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else list(images)
+        points = []
+        for result in self.predictor(flip_test=flip_test).stream(Picture(image, exif=False) for image in images):
+            if result.error:
+                raise UserError(result.error)
+            points.append(result.objects[0].points)
+        return np.stack(points) if points else np.empty((0, self.facts.n_points, 2), np.float32)
 
     def show_results(
         self, ds_idx: int = 1, dl: Any = None, max_n: int = 9, shuffle: bool = True, **kwargs: Any
     ) -> None:
-        "As fastai's; if `align` is on, it plots the second pass, on the aligned crops."
-        alignment = alignment_of(self.settings)
-        if alignment:
-            dl = cast(LandmarkDL, (self.dls[ds_idx] if dl is None else dl).new(shuffle=False, drop_last=False))
-            rows = dl.get_idxs()
-            dl.crops = dict.fromkeys((dl.shuffle_fn(rows) if shuffle else rows)[:max_n])
-            collect = callbacks.CollectPoints(self.settings.size)
-            self.get_preds(dl=dl, with_preds=False, reorder=False, cbs=collect)
-            dl.crops = dict(zip(dl.seen, alignment.maps(np.concatenate(collect.points)), strict=True))
-        super().show_results(ds_idx, dl, max_n, shuffle, **kwargs)
+        "Plot images with their true points and those of `predict_points`, without the flip test unless `tta` is set."
+        dl = self.dls[ds_idx] if dl is None else dl
+        rows = list(range(len(dl.items)))
+        rows = (dl.shuffle_fn(rows) if shuffle else rows)[:max_n]
+        flip_test = self.settings.tta and bool(self.facts.flip_indices)
+        plot_rows(self.predictor(flip_test=flip_test), [dl.items[row] for row in rows])
 
 
 @fastai_plot_top_losses.dispatch
@@ -199,7 +193,7 @@ def plot_top_losses(
 
 def landmark_learner(
     dls: DataLoaders,  # of `landmark_dataloaders`, or of a block of `landmark_block`
-    arch: str | None = None,  # any torchvision or timm name; None: the settings'
+    arch: str | Callable | None = None,  # a torchvision or timm name, or a function of that name; None: the settings'
     weights: str | None = "imagenet",  # none, or a .safetensors or .pth file; None: the weights are loaded later
     *,
     machine: Machine = Machine(),  # noqa: B008
@@ -214,25 +208,27 @@ def landmark_learner(
     >>> learn = landmark_learner(dls, "resnext50_32x4d")
     >>> learn.fit(10, 3e-4)
     """
-    if fixed := sorted(changes.keys() & set(DATA)):
+    if fixed := sorted(changes.keys() & set(names_of("data", "split", "input"))):
         raise UserError(f"{', '.join(fixed)}: decided by the DataLoaders, change it there")
-    settings = dls.settings.replace(n_points=get_c(dls) // 2, **changes | ({"arch": arch} if arch else {}))
+    if callable(arch):
+        arch = ("timm:" if arch.__module__.startswith("timm.") else "") + arch.__name__
+    settings = dls.settings.replace(**changes | ({"arch": arch} if arch else {}))
     if settings.accumulate > len(dls.train):
         raise UserError(
             f"--accumulate {settings.accumulate}: an epoch has {len(dls.train)} batches, and needs a step at least: lower it"
         )
     mean, std = input_stats(settings.arch)
-    settings = settings.replace(mean=mean, std=std)
+    facts = dls.facts.replace(n_points=get_c(dls) // 2, mean=mean, std=std)
     normalize(dls, mean, std)
     set_seed(settings.seed, reproducible=machine.device == "cpu")
-    model = build_model(settings.arch, settings.head, settings.n_points, settings.size, settings.targets)
+    model = build_model(settings.arch, settings.head, facts.n_points, settings.size)
     check_batch(model, settings)
     if weights is not None:
         load_weights(model, settings.arch, weights, settings.size)
         if settings.init_head == "mean":
             init_head(model, mean_shape(dls.train.items, settings))
-    model.metadata = checkpoint_metadata(settings.replace(confidence=False))  # it has no spread: a stage's end adds one
-    return LandmarkLearner(dls, model, settings, machine, path)
+    model.metadata = checkpoint_metadata(settings.replace(confidence=False), facts)  # the end of a stage adds a spread
+    return LandmarkLearner(dls, model, settings, facts, machine, path)
 
 
 def normalize(dls: DataLoaders, mean: tuple, std: tuple) -> None:

@@ -9,26 +9,31 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
+from functools import partial
 
 import numpy as np
 from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.learner import ValueMetric
 
 from landmarks_fastai import plots
+from landmarks_fastai.data.align import report_unaligned
+from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.inference.predictor import Predictor
+from landmarks_fastai.inference.scoring import plot_rows, score_rows
+from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from landmarks_fastai.runs.run import Run, typed_as
-from landmarks_fastai.settings import ALIGN, INPUT, Settings
+from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 from landmarks_fastai.training.confidence import REGRESSION, add_confidence, time_needed
-from landmarks_fastai.training.learner import LandmarkLearner, load_best
-from landmarks_fastai.training.memory import within_memory
-from landmarks_fastai.training.scoring import validation_scores, with_input_of
+from landmarks_fastai.training.learner import LandmarkLearner
 from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.distributed import barrier, is_first
 from landmarks_fastai.utils.hardware import Machine
+from landmarks_fastai.utils.memory import within_memory
 
 RESULTS_SHOWN = 6  # images in results.png
 BATCH_SHOWN = 8  # images in batch.png
@@ -37,8 +42,8 @@ LOW, FEW_STEPS = 0.25, 10_000  # of `note_low_lr`: share of the default learning
 PICTURES = 5  # seconds for the plots at the end of a stage
 
 
-def find_lr(learn: LandmarkLearner, run: Run) -> None:
-    """Set the learning rate to the suggestion of `lr_find`, print it, and write lr.png.
+def find_lr(learn: LandmarkLearner, run: Run) -> float:
+    """Return the learning rate that `lr_find` suggests, print it, and write lr.png.
 
     Raises `UserError` if the loss diverges within too few steps.
     """
@@ -48,7 +53,7 @@ def find_lr(learn: LandmarkLearner, run: Run) -> None:
         except IndexError:  # fastai drops the first 10 and the last 5 steps
             steps = len(learn.recorder.losses)
             raise UserError(
-                f"--lr find: the loss grew fourfold within {steps} steps, too few to read a rate from: "
+                f"--lr find: the loss grew fourfold within {steps} steps, too few to find a learning rate: "
                 "try a larger -b, or give a rate"
             ) from None
     rate = float(f"{found.minimum:.2g}")
@@ -56,7 +61,7 @@ def find_lr(learn: LandmarkLearner, run: Run) -> None:
         plots.plot_lr_find(np.array(learn.recorder.lrs), np.array(learn.recorder.losses), rate)
         plots.save_figure(run.folder / "lr.png")
     print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
-    learn.settings = learn.settings.replace(lr=rate)
+    return rate
 
 
 def note_low_lr(learn: LandmarkLearner, default: float) -> None:
@@ -75,6 +80,35 @@ def note_low_lr(learn: LandmarkLearner, default: float) -> None:
         )
 
 
+def score_loaded(learn: LandmarkLearner, previous: Checkpoint) -> tuple[float, float]:
+    """Print and return score and NME of a loaded checkpoint on the validation rows, with the checkpoint's input.
+
+    If the Learner has another input, the score with that input is printed too.
+    """
+    scores = score_rows(_predictor(learn, previous, learn.settings.tta), _validation_items(learn))
+    reported = "" if previous.score is None else f"; its stage reported {previous.score:.6g}"
+    report_unaligned(scores.unaligned, scores.images)
+    print(f"loaded: score {scores.score:.6g} on the validation rows{reported}", flush=True)
+    if learn.settings.of("input") != previous.settings.of("input"):
+        flip_test = learn.settings.tta and bool(learn.facts.flip_indices)
+        new = score_rows(learn.predictor(flip_test=flip_test), _validation_items(learn))
+        was, now = (f"{s.size} px, {s.fit}" for s in (previous.settings, learn.settings))
+        print(f"that is at {was}; at {now}, it scores {new.score:.6g}", flush=True)
+    return scores.score, scores.nme
+
+
+def _predictor(learn: LandmarkLearner, checkpoint: Checkpoint, flip_test: bool) -> Predictor:
+    "A `Predictor` of a checkpoint, in float32 as predict.py has it."
+    machine = replace(learn.machine, amp="off", compile=False)
+    network = open_checkpoint(checkpoint, machine)
+    return Predictor(network, machine=machine, batch_size=learn.settings.batch_size, flip_test=flip_test)
+
+
+def _validation_items(learn: LandmarkLearner) -> list[LabelledImage]:
+    "The validation rows of this process."
+    return [learn.dls.valid.items[row] for row in learn.dls.valid.get_idxs()]
+
+
 def fit_stage(
     learn: LandmarkLearner,
     run: Run,
@@ -82,58 +116,58 @@ def fit_stage(
     previous_scores: tuple[float, float] | None = None,  # its score and NME, from `score_loaded`
     started: float | None = None,  # `time.monotonic` at the start of the time limit
     state: State | None = None,  # of the stopped run to resume
+    lr: float | None = None,  # learning rate of the body; None: the settings'
 ) -> Checkpoint:
-    """Fit, load the best epoch and plot it; returns its checkpoint. A run with a record saves its state while it trains.
+    """Fit, plot the results of the best epoch; returns its checkpoint. A run with a record saves its state while it trains.
 
     If no epoch is better than the loaded model, that is saved: a stage never ends with a worse model. Raises `UserError`
     if there is none, and no epoch has a finite score.
     """
-    started, settings = started or time.monotonic(), learn.settings
+    started, settings = started or time.monotonic(), learn.settings.replace(**({"lr": lr} if lr else {}))
     if not state:
         if run.record:  # for --resume
-            images = learn.dls.items
+            images, chosen = learn.dls.items, {"settings": settings.to_dict(), "facts": learn.facts.to_dict()}
             data = {"labels": images.labels.identity, "left_out": images.left_out.tolist()}
-            run.write_record(replace(run.record, settings=settings.to_dict(), loaded=previous_scores, **data))
+            run.write_record(replace(run.record, loaded=previous_scores, **chosen, **data))
         if is_first():
             learn.dls.train.show_batch(max_n=BATCH_SHOWN)
             plots.save_figure(run.folder / "batch.png")
     metrics, stop_on_nan, history = learn.metrics, callbacks.StopOnNaN(), callbacks.History(run)
     bars = callbacks.show_progress(learn)
-    evaluations = add_evaluations(learn, settings)
+    if settings.ema:
+        learn.add_cb(callbacks.Average(settings.ema))
+        learn.metrics = [*learn.metrics, ValueMetric(partial(learn.evaluation.first_pass, 1), "ema")]
     unfinished = settings.replace(confidence=False)  # the spread is fitted to the best epoch at the end
-    save = callbacks.SaveBest(run, unfinished, previous_scores[0] if previous_scores else None, evaluations)
+    save = callbacks.SaveBest(run, unfinished, previous_scores[0] if previous_scores else None)
     cbs = [stop_on_nan, save, history, *bars]
-    if settings.patience or settings.align:
-        learn.metrics = [*learn.metrics, save.column]
     if settings.patience:
-        cbs.append(EarlyStoppingCallback("best", np.less, patience=settings.patience))
+        cbs.append(EarlyStoppingCallback("score", np.less, patience=settings.patience))
     if state and (state.metadata.get("ended") or (state.place[0] >= settings.epochs and not settings.minutes)):
         save.best, save.saved = state.metadata["remembered"]["save_best"].values()
     else:
         saving_state = _saving_state(learn, run, history, started, state)
         with within_memory(learn), saving_state as state_cbs:
-            for evaluation, save_state in product(evaluations, state_cbs):
-                evaluation.after_crops = save_state.stop_validation
-            _fit(learn, [*cbs, *state_cbs], started, state)
-    learn.remove_cbs([callbacks.Average, callbacks.EvaluateModel])
+            _fit(learn, settings, [*cbs, *state_cbs], started, state)
+    learn.remove_cbs([callbacks.Average])
     learn.metrics = metrics
-    _check_saved(learn, run, save.saved, stop_on_nan.step, previous, previous_scores)
-    return _load_and_plot_best(learn, run)
+    _check_saved(learn, run, settings, save.saved, stop_on_nan.step, previous, previous_scores)
+    return _report_best(learn, run)
 
 
-def _load_and_plot_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
-    "Load the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
+def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
+    "Read the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
     barrier()  # the first process has written the checkpoint
-    best, flip_indices, tta = read_checkpoint(run.folder / "best.pth"), learn.settings.flip_indices, learn.settings.tta
-    learn = with_input_of(learn, best)
-    best.tensors(learn.model)  # raises `UserError` if the file was replaced since
-    load_best(learn, best.path)
-    learn.settings = learn.settings.replace(**best.settings.of(ALIGN))
+    best = read_checkpoint(run.folder / "best.pth")
+    flips, tta = bool(best.facts.flip_indices), best.settings.tta
     if is_first():
-        learn.show_results(max_n=RESULTS_SHOWN)
+        valid = learn.dls.valid
+        shown = valid.shuffle_fn(range(len(valid.items)))[:RESULTS_SHOWN]
+        plot_rows(_predictor(learn, best, tta), [valid.items[row] for row in shown])
         plots.save_figure(run.folder / "results.png")
-    if flip_indices and not tta:
-        print(f"with the flip test it scores {validation_scores(learn, flip_indices)[0]:.6g}")
+    if flips and not tta:
+        scores = score_rows(_predictor(learn, best, True), _validation_items(learn))
+        report_unaligned(scores.unaligned, scores.images)
+        print(f"with the flip test it scores {scores.score:.6g}")
     if learn.settings.confidence:
         if is_first():
             add_confidence(learn, run, best)
@@ -145,6 +179,7 @@ def _load_and_plot_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
 def _check_saved(
     learn: LandmarkLearner,
     run: Run,
+    settings: Settings,
     saved: bool,  # whether an epoch was saved
     nan_step: tuple[int, int] | None,  # epoch and step of a loss that was NaN or infinite
     previous: Checkpoint | None,
@@ -157,34 +192,12 @@ def _check_saved(
         if previous is None or previous_scores is None:
             (run.folder / "state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
-        of_input = previous.settings.of((*INPUT, *ALIGN, "points_box"))
-        settings = learn.settings.replace(**of_input, confidence=False)
+        settings = settings.replace(**previous.settings.of("input"), align=previous.settings.align, confidence=False)
         model = previous.model()
         model.spread = None
-        write_checkpoint(run, model, settings, *previous_scores, -1)
+        write_checkpoint(run, model, settings, previous.facts, *previous_scores, -1)
     if where:
         print(f"warning: {where}; the best before it is kept; {try_this}")
-
-
-def add_evaluations(learn: LandmarkLearner, settings: Settings) -> list[callbacks.EvaluateModel]:
-    """Add evaluations with the flip test and of the averaged weights, each with a column; returns those of `SaveBest`.
-
-    With `align` they include one of the network itself, whose first pass is the score column already.
-    """
-    flip_indices = settings.flip_indices if settings.tta else ()
-    evaluations: list[callbacks.EvaluateModel] = []
-    if settings.tta:
-        evaluations.append(callbacks.EvaluateModel("flip_score", settings, None, flip_indices))
-    if settings.ema:
-        average = callbacks.Average(settings.ema)
-        learn.add_cb(average)
-        evaluations.append(callbacks.EvaluateModel("ema", settings, lambda: average.network, flip_indices))
-    learn.add_cbs(evaluations)
-    learn.metrics = [*learn.metrics, *(evaluation.column for evaluation in evaluations)]
-    if settings.align and not settings.tta:
-        evaluations.insert(0, first_pass := callbacks.EvaluateModel("first_pass", settings))
-        learn.add_cb(first_pass)
-    return evaluations
 
 
 @contextmanager
@@ -201,14 +214,18 @@ def _saving_state(
         return
     spent = time.monotonic() - started
     save_state = SaveResumeState(run, history, 60 * learn.machine.save_every, state, spent)
-    with save_state.stopping_on_signals():
-        yield [save_state]
+    learn.evaluation.between = save_state.stop_validation
+    try:
+        with save_state.stopping_on_signals():
+            yield [save_state]
+    finally:
+        del learn.evaluation.between
 
 
-def _fit(learn: LandmarkLearner, cbs: list[Callback], started: float, state: State | None) -> None:
-    settings, epochs = learn.settings, learn.settings.epochs
+def _fit(learn: LandmarkLearner, settings: Settings, cbs: list[Callback], started: float, state: State | None) -> None:
+    epochs = settings.epochs
     if settings.minutes:
-        after = 2.5 if settings.flip_indices and not settings.tta else 0.0
+        after = 2.5 if learn.facts.flip_indices and not settings.tta else 0.0
         deadline = started + 60 * settings.minutes - PICTURES
         if settings.confidence:
             after, deadline = after + time_needed(learn), deadline - REGRESSION

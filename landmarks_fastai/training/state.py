@@ -7,6 +7,7 @@ all else. It needs no random state: order, augmentation and dropout are function
 import json
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from landmarks_fastai.utils.files import atomic_path, reason
 
 # Attributes of callbacks that must survive a restart, by the callback's name in the Learner.
 REMEMBERED = {
-    "plateau_lr": ("best", "wait"),
+    "plateau_lr": ("plateau.best", "plateau.num_bad_epochs"),
     "early_stopping": ("best", "wait"),
     "save_best": ("best", "saved"),
     "gradient_accumulation": ("count",),
@@ -51,7 +52,7 @@ def capture_state(learn: Any) -> State:
         "train_iter": learn.train_iter,
         "smooth_count": smooth.count,
         "remembered": {
-            name: {k: getattr(getattr(learn, name), k) for k in keys}
+            name: {k: attrgetter(k)(getattr(learn, name)) for k in keys}
             for name, keys in REMEMBERED.items()
             if hasattr(learn, name)
         },
@@ -95,7 +96,8 @@ def restore_state(learn: Any, state: State) -> None:
     smooth.val, smooth.count = tensors["smooth"], metadata["smooth_count"]  # on the CPU, as fastai has it
     for name, values in metadata["remembered"].items():
         for k, value in values.items():
-            setattr(getattr(learn, name), k, value)
+            *owner, attribute = f"{name}.{k}".split(".")
+            setattr(attrgetter(".".join(owner))(learn), attribute, value)
     if metadata["scaler"]:
         learn.scaler.load_state_dict(metadata["scaler"])
 

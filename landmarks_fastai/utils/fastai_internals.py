@@ -1,6 +1,6 @@
 """A Learner whose fit can start in the middle of an epoch, and all private names of fastai that this program uses.
 
-Checked with fastai 2.8.12: `Learner._do_fit`, `_with_events`, `_end_cleanup`; `DataLoader.fake_l`, `_device`.
+Checked with fastai 2.8.12: `Learner._do_fit`, `_with_events`; `DataLoader.fake_l`, `_device`.
 `tests/utils/test_fastai_internals.py` fails if a later version changes them.
 """
 
@@ -54,8 +54,3 @@ class ResumableLearner(Learner):
         if first < self.n_iter:
             for i, batch in enumerate(self.dl, first):  # type: ignore[arg-type]
                 self.one_batch(i, batch)
-
-    def release_batch(self) -> None:
-        "Release the last batch, its predictions and its graph, which fastai keeps after an error."
-        self._end_cleanup()
-        self.loss_grad = None

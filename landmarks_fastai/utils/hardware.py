@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 AMP = ("auto", "off", "bf16", "fp16")
-# The environment variable that passes `Machine.max_pixels` to data/images.py: a spawned worker inherits nothing else.
-MAX_PIXELS = "LANDMARKS_MAX_PIXELS"
 # Turing without tensor cores: fp16 convolutions give NaN (pytorch issues 69449, 77955); Ultralytics' check_amp refuses
 # the same cards by name.
 NAN_IN_FP16 = re.compile(r"\bGTX 16[356]0\b|\bT(400|500|550|600|1000|1200|2000)\b", re.IGNORECASE)
@@ -102,7 +100,7 @@ class Machine:
         if self.amp == "fp16" and self.device == "cpu":
             raise UserError("--amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp")
         keep_freed_memory()
-        os.environ[MAX_PIXELS] = str(round(1e6 * self.max_pixels))
+        set_max_pixels(round(1e6 * self.max_pixels))
         process = this_process()
         if self.device == "mps" and process.store:
             raise UserError("--gpu: several processes need CUDA, and an Apple GPU is one: run without torchrun")
@@ -128,6 +126,20 @@ class Machine:
             # All batches but the last have one shape: one search serves a stage. Another run may choose another algorithm,
             # but on a GPU runs with one seed differ by rounding anyway.
             torch.backends.cudnn.benchmark = True
+
+
+_max_pixels = round(1e6 * Machine.max_pixels)
+
+
+def max_pixels() -> int:
+    "The largest number of pixels that an image may have in this process."
+    return _max_pixels
+
+
+def set_max_pixels(pixels: int) -> None:
+    "Set `max_pixels` of this process. A worker sets that of the process that started it."
+    global _max_pixels
+    _max_pixels = pixels
 
 
 def find_gpu() -> str | None:

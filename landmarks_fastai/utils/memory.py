@@ -1,13 +1,14 @@
-"Recognise errors of too little memory, and find a batch size that fits."
+"Errors of too little memory, of the main process, of the GPU and of workers, in one line."
 
 import os
 import shutil
-import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.distributed import this_process
-from landmarks_fastai.utils.hardware import Machine, find_gpu
+from landmarks_fastai.utils.hardware import Machine
 
 # In the text of a RuntimeError: torch's CPU allocator, oneDNN (2), the CUDA driver, cuDNN, cuBLAS, MPS
 NO_MEMORY = (
@@ -16,6 +17,21 @@ NO_MEMORY = (
     "MPS backend out of memory",
 )  # fmt: skip
 MORE_SHM = "use --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
+
+
+@contextmanager
+def within_memory(learn: Any) -> Iterator[None]:  # a `LandmarkLearner`
+    "A context that raises `UserError` if the memory is too small for a batch, or /dev/shm for the workers."
+    settings = learn.settings
+    check_shared_memory(learn.machine, settings.batch_size * (3 * settings.size**2 + 8 * learn.facts.n_points))
+    try:
+        yield
+    except Exception as e:
+        check_worker_died(e)
+        if not out_of_memory(e):
+            raise
+        hint = "try a smaller -b, and --accumulate for the same steps"
+        raise UserError(f"-b {settings.batch_size}: not enough memory for such a batch: {hint}") from None
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -51,23 +67,3 @@ def check_worker_died(error: BaseException | None) -> None:
     if died:
         cause = "a worker was killed from outside, as the system does where memory is short"
         raise UserError(f"{cause}: use fewer --workers, or --workers 0") from None
-
-
-def batch_that_fits(error: Exception, step: Callable[[int], object], n: int) -> int:
-    "Return the first of the batch sizes n/2, n/4, … for which `step` fits in memory, 0 if none does, after `error`."
-    import torch
-
-    while n := n // 2:
-        traceback.clear_frames(error.__traceback__)  # they hold tensors of the failed step
-        if gpu := find_gpu():
-            getattr(torch, gpu).empty_cache()
-        try:
-            step(n)
-            return n
-        except ValueError:  # a batch norm needs more than one image
-            return 0
-        except Exception as e:
-            if not out_of_memory(e):
-                raise
-            error = e
-    return 0

@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from landmarks_fastai.data.align import Alignment, NoShape, procrustes_mean
+from landmarks_fastai.data.align import Alignment, NoShape, alignment_of, procrustes_mean
 from landmarks_fastai.data.block import landmark_dataloaders
-from landmarks_fastai.data.items import CropIndex
+from landmarks_fastai.data.image_cache import Inputs
+from landmarks_fastai.data.transforms import OpenInput
 from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.synthetic.face_template import landmark_layout
-from landmarks_fastai.training.builders import report_alignment
 from tests.conftest import N_POINTS
 
 
@@ -67,10 +67,11 @@ def test_equal_points_have_no_mean_shape():
 
 def test_every_fourth_image_of_a_training_batch_is_whole(drawn):
     dls = landmark_dataloaders(drawn, size=64, batch_size=8, aug=0.0, mirror="none", align=1.05)
-    rows = dls.train.get_idxs()
-    assert [isinstance(row, CropIndex) for row in rows[:8]] == [False, True, True, True] * 2
-    assert sorted(map(int, rows)) == sorted(range(len(dls.train_ds)))
-    assert not any(isinstance(row, CropIndex) for row in dls.valid.get_idxs())
+    rows, (_, _, maps) = dls.train.get_idxs(), dls.train.one_batch()
+    whole = [OpenInput(Inputs("crop", 64)).encodes(dls.train.items[row]).to_input for row in rows[:8]]
+    assert [tuple(m) == pytest.approx(w) for m, w in zip(maps.tolist(), whole, strict=True)] == [True, *[False] * 3] * 2
+    assert sorted(rows) == sorted(range(len(dls.train_ds)))
+    assert not any(dls.valid.is_aligned(place) for place in range(8))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -89,8 +90,8 @@ def test_points_of_a_batch_of_crops_map_back_to_the_labels(drawn, workers):
 
 def test_second_pass_is_on_where_it_narrows_the_spread_of_the_points(drawn, tmp_path):
     dls = landmark_dataloaders(drawn, size=64)
-    assert dls.settings.align == Settings().align > 1 and dls.align_gain > 1.5
-    assert len(dls.settings.shape) == 2 * N_POINTS
+    assert dls.settings.align == Settings().align > 1 and dls.facts.align_gain > 1.5
+    assert len(dls.facts.shape) == 2 * N_POINTS and alignment_of(dls.settings, dls.facts)
     # objects that already lie the same way in every image
     points = np.tile(shapes(1)[0].ravel(), (20, 1)) + np.random.default_rng(0).normal(0, 2, (20, 2 * N_POINTS))
     for i in range(20):
@@ -98,16 +99,16 @@ def test_second_pass_is_on_where_it_narrows_the_spread_of_the_points(drawn, tmp_
     frame = pd.DataFrame(points)
     frame.insert(0, "file_name", [f"{i}.png" for i in range(20)])
     dls = landmark_dataloaders(frame, image_folder=tmp_path, size=64, batch_size=8)
-    assert dls.settings.align == 0 and dls.settings.shape == () and dls.align_gain < 1.5
+    assert 0 < dls.facts.align_gain < 1.5 and alignment_of(dls.settings, dls.facts) is None
 
 
 def test_objects_too_small_for_a_crop_have_no_second_pass(drawn, capsys):
     dls = landmark_dataloaders(drawn, size=4096)
-    assert dls.settings.align == 0 and dls.settings.shape == () and dls.align_gain == 0
-    report_alignment(dls)
+    assert dls.facts.align_gain == 0 and alignment_of(dls.settings, dls.facts) is None
     assert capsys.readouterr().out.endswith("for aligned crops: no second pass\n")
 
 
 def test_two_points_have_no_second_pass(drawn):
     frame = pd.read_csv(drawn / "train/landmarks.csv", sep="\t").iloc[:, :5]
-    assert landmark_dataloaders(frame, image_folder=drawn / "train/images", size=64).settings.align == 0
+    dls = landmark_dataloaders(frame, image_folder=drawn / "train/images", size=64)
+    assert dls.facts.shape == () and alignment_of(dls.settings, dls.facts) is None

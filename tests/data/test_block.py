@@ -14,6 +14,7 @@ from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.settings import FITS, Settings
 from landmarks_fastai.training.learner import mean_shape
+from landmarks_fastai.utils import hardware
 from landmarks_fastai.utils.hardware import Machine
 from tests.conftest import N_POINTS, N_TRAIN
 
@@ -123,6 +124,19 @@ def test_workers_give_the_same_batches_by_either_start_method(drawn, monkeypatch
         torch.multiprocessing.set_start_method(before, force=True)
     for a, b in zip(alone + every(loaders(drawn)[1].valid), together + valid, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_have_the_limit_on_images_of_the_main_process(drawn, monkeypatch, method):
+    _, dls = loaders(drawn, workers=1)
+    monkeypatch.setattr(hardware, "_max_pixels", 1000)
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method(method, force=True)
+    try:
+        with pytest.raises(UserError, match="--max-pixels allows 0.001 million"):
+            list(dls.valid)
+    finally:
+        torch.multiprocessing.set_start_method(before, force=True)
 
 
 def test_exif_rotation_is_not_applied(tmp_path):

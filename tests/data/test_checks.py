@@ -22,6 +22,7 @@ from landmarks_fastai.data.split import split_rows
 from landmarks_fastai.errors import SHOWN, BadData, UserError
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.settings import Settings
+from landmarks_fastai.utils import hardware
 from tests.conftest import N_TRAIN, QUICK, csv_lines, edit_line, every_learner_has
 
 
@@ -282,7 +283,7 @@ def test_accepted_image_is_not_opened_again_until_it_changes(data):
 
 
 def test_too_large_image_is_reported_before_it_is_decoded(run_script, data, monkeypatch):
-    monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")  # the scripts set it: monkeypatch restores it after the test
+    monkeypatch.setattr(hardware, "_max_pixels", 0)  # the scripts set it: monkeypatch restores it after the test
     lines = [zlib.compress(bytes(13301) * 13300, 9)]  # 13,300 squared, grey: a file of 170 kB
     bomb = png(13300, 13300, 8, 0, b"").replace(zlib.compress(b""), b"")
     at = bomb.index(b"IDAT") - 4
@@ -296,7 +297,7 @@ def test_too_large_image_is_reported_before_it_is_decoded(run_script, data, monk
 
 
 def test_max_pixels_limits_training_and_prediction(run_script, data, monkeypatch):
-    monkeypatch.setenv("LANDMARKS_MAX_PIXELS", "")
+    monkeypatch.setattr(hardware, "_max_pixels", 0)
     width, height = Image.open(data / "train" / "images" / names(data)[4]).size
     most = max(w * h for w, h in (Image.open(p).size for p in (data / "train" / "images").iterdir())) / 1e6
     assert run_script(f"train.py {QUICK} --max-pixels {most} -n r -d", data)[::2] == (0, "")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from landmarks_fastai.data import flip
-from landmarks_fastai.data.flip import NoFlipMap, learn_flip_map, predict_with_flip
+from landmarks_fastai.data.flip import NoFlipMap, average_flipped, learn_flip_map
 from landmarks_fastai.synthetic.sample import flip_indices_of_template, render_face
 
 
@@ -105,10 +105,10 @@ class Reader(torch.nn.Module):
 def test_flip_test_averages_image_and_mirror_image():
     images = torch.zeros(2, 3, 4, 5)
     images[0, :, 1, 0], images[1, :, 2, 3] = 1, 2
-    once = predict_with_flip(Reader(), images)
+    once = Reader()(images)
     assert once[:, :, 0].numpy() == pytest.approx(np.array([[-1, -0.9], [0.5, 0.6]]))
     # the mirrored look says the points are at 1 and 1.1; named and placed back: -1.1 and -1
-    twice = predict_with_flip(Reader(), images, (1, 0))
+    twice = average_flipped(once, Reader()(images.flip(-1)), (1, 0))
     assert twice[:, :, 0].numpy() == pytest.approx(np.array([[-1.05, -0.95], [0.45, 0.55]]))
 
 

@@ -328,14 +328,13 @@ def test_networks_of_other_points_are_not_averaged(trained, data, tmp_path):
 def test_boxes_cut_objects_as_training_images_are_cut(trained, files, run_script, tmp_path, monkeypatch):
     "A face in a larger scene, with its box, has the points that it has in its own image."
     predictor = Predictor(trained / "m", flip_test=False)
-    settings = predictor.networks[0].settings
     own = Image.open(files[0]).convert("RGB").resize((96, 96))
     alone = predictor(own).points
     scene = Image.new("RGB", (500, 300), (90, 120, 60))
     scene.paste(own, (40, 30))
     scene.paste(own, (300, 150))
     scene.save(tmp_path / "scene.png")
-    inside = (np.array(settings.points_box) + 1) * 48  # where a training image has its points' box
+    inside = (np.array(predictor.networks[0].facts.points_box) + 1) * 48  # where a training image has its points' box
     boxes = [tuple(inside + [x, y, x, y]) for x, y in [(40, 30), (300, 150)]]
     found = predictor(tmp_path / "scene.png", boxes=boxes)
     assert [f.box for f in found] == [pytest.approx(box) for box in boxes]

@@ -15,7 +15,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.network import UnitPoints
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.video import predict_video
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 
 av = pytest.importorskip("av")
 
@@ -28,9 +28,9 @@ BOX = (-0.5, -0.5, 0.5, 0.5)  # of the points in the stand-in's input, unit coor
 class Brightness:
     "A stand-in for a network: two points at the corners of `BOX`, moved by (brightness - 0.5) / 1000."
 
-    name, settings = "brightness", Settings(n_points=2, size=32, points_box=BOX, fit="squish")
+    name, settings, facts = "brightness", Settings(size=32, fit="squish"), DataFacts(2, points_box=BOX)
 
-    def __call__(self, pixels, flip_test=False):
+    def __call__(self, pixels):
         light = pixels[:, 16:].mean((1, 2, 3)) / 255 - 0.5
         points = np.reshape(BOX, (1, 2, 2)) + light[:, None, None] / 1000
         return UnitPoints(points.astype(np.float32), None)

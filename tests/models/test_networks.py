@@ -10,7 +10,7 @@ from torch import nn
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.models import heads, weights
 from landmarks_fastai.models.heads import make_head
-from landmarks_fastai.models.networks import build_model, find_arch
+from landmarks_fastai.models.networks import build_model, find_arch, in_float32
 from landmarks_fastai.models.weights import input_stats, load_weights
 
 BASELINE_SEARCH = ["alexnet", "resnet18", "resnet34", "resnet50", "densenet121", "densenet161", "resnext50_32x4d"]
@@ -198,3 +198,12 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, arch):
     ):
         load_weights(model, arch, "imagenet", 64)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_the_head_leaves_autocast_on_each_device(device):
+    torch.set_autocast_enabled(device, True)
+    try:
+        assert in_float32(torch.nn.Linear(3, 2), torch.rand(4, 3).bfloat16()).dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled(device, False)

@@ -9,10 +9,10 @@ from PIL import Image
 from landmarks_fastai import landmark_dataloaders, landmark_learner
 from landmarks_fastai.data.align import Alignment, alignment_of
 from landmarks_fastai.inference.predictor import Predictor
-from landmarks_fastai.inference.torch_network import TorchNetwork
+from landmarks_fastai.inference.scoring import score_rows
+from landmarks_fastai.inference.torch_network import TorchNetwork, open_checkpoint
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.training.learner import load_best
-from landmarks_fastai.training.scoring import validation_scores
 from landmarks_fastai.utils.hardware import Machine
 from tests.conftest import N_POINTS, N_TEST, QUICK, train_run
 
@@ -27,15 +27,19 @@ def aligned_run(drawn, tmp_path_factory):
 
 def learner(run, drawn, **machine):
     checkpoint = read_checkpoint(run / "best.pth")
-    dls = landmark_dataloaders(drawn, checkpoint.settings, machine=Machine(workers=0, **machine))
+    dls = landmark_dataloaders(drawn, checkpoint.settings, checkpoint.facts, machine=Machine(workers=0, **machine))
     return load_best(landmark_learner(dls, weights=None, path=run), checkpoint.path), checkpoint
 
 
 def test_the_reported_score_is_that_of_both_passes(aligned_run, drawn):
     learn, checkpoint = learner(aligned_run, drawn)
     history = pd.read_csv(aligned_run / "history.csv")
-    assert checkpoint.score == pytest.approx(history.best.min())
-    assert validation_scores(learn)[0] == pytest.approx(checkpoint.score, rel=1e-5)
+    best = history.loc[history.score.idxmin()]
+    assert (checkpoint.score, checkpoint.nme) == pytest.approx((best.score, best.nme_box_diag))
+    assert min(best.first_pass, best.ema) > checkpoint.score  # of one pass
+    scores = score_rows(learn.predictor(flip_test=False), list(learn.dls.valid.items))
+    assert scores[:2] == pytest.approx((checkpoint.score, checkpoint.nme), rel=1e-5)
+    assert learn.validate()[1:3] == pytest.approx((checkpoint.score, checkpoint.nme), rel=1e-5)
     images = [item.path for item in learn.dls.valid.items]
     truth = np.stack([item.points for item in learn.dls.valid.items])
     points = learn.predict_points(images, flip_test=False)
@@ -46,14 +50,15 @@ def test_the_second_pass_sees_the_crops_of_the_first(aligned_run, drawn):
     "Both passes worked out by hand, with one image at a time."
     learn, checkpoint = learner(aligned_run, drawn)
     path = learn.dls.valid.items[0].path
-    first = learn._points([path], False)
-    (crop,) = alignment_of(checkpoint.settings).maps(first)
+    settings, facts = checkpoint.settings, checkpoint.facts
+    whole = Predictor(TorchNetwork(learn.model, settings.replace(align=0.0), facts), flip_test=False)
+    (crop,) = alignment_of(settings, facts).maps(whole(path).points[None])
     from landmarks_fastai.geometry import cut_image, unit_to_input
 
     pixels = (
         torch.from_numpy(np.array(cut_image(Image.open(path).convert("RGB"), crop, 32))).permute(2, 0, 1)[None] / 255
     )
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (checkpoint.settings.mean, checkpoint.settings.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
     with torch.no_grad():
         unit = learn.model.eval()((pixels - mean) / std)
     expected = crop.to_image(unit_to_input(unit[0].double().numpy(), 32))
@@ -75,15 +80,14 @@ def test_a_first_pass_without_a_plausible_shape_stands(aligned_run, drawn, monke
     _, checkpoint = learner(aligned_run, drawn)
     files = sorted((drawn / "test/images").iterdir())
     monkeypatch.setattr(Alignment, "maps", lambda self, points: [None] * len(points))
-    predictor = Predictor(TorchNetwork(checkpoint), flip_test=False)
-    points = np.stack([each.points for each in predictor(files)])
-    assert predictor.unaligned == N_TEST
-    once = read_checkpoint(checkpoint.path)
-    object.__setattr__(once, "settings", once.settings.replace(align=0.0, shape=()))
-    expected = np.stack([each.points for each in Predictor(TorchNetwork(once), flip_test=False)(files)])
-    assert points == pytest.approx(expected, abs=1e-4)
-    twice = Predictor([TorchNetwork(checkpoint), TorchNetwork(checkpoint)], flip_test=False)
-    assert len(twice(files)) == twice.unaligned == N_TEST  # an object counts once
+    network = open_checkpoint(checkpoint)
+    results = list(Predictor(network, flip_test=False).stream(files))
+    assert [result.unaligned for result in results] == [1] * N_TEST
+    once = TorchNetwork(network.model, network.settings.replace(align=0.0), network.facts)
+    expected = np.stack([prediction.points for prediction in Predictor(once, flip_test=False)(files)])
+    assert np.stack([result.objects[0].points for result in results]) == pytest.approx(expected, abs=1e-4)
+    twice = Predictor([network, network], flip_test=False).stream(files)
+    assert [result.unaligned for result in twice] == [1] * N_TEST  # an object counts once
 
 
 def test_a_later_stage_begins_the_second_pass_and_another_ends_it(run_script, drawn):

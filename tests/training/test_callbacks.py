@@ -1,32 +1,45 @@
 "Learning rates in the optimiser, compared with PyTorch's schedulers on the same scores."
 
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.tracker import ReduceLROnPlateau
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, ValueMetric
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from landmarks_fastai.inference.scoring import Scores
 from landmarks_fastai.settings import OPTIMISERS, Settings
 from landmarks_fastai.training.callbacks.schedules import PlateauLR, StepLR, StopOnNaN
 from landmarks_fastai.training.components import body_and_head, optimiser
 
 
+class Evaluation(Callback):
+    "In place of the one that scores points: `scores` runs through a list, one an epoch."
+
+    order = 46
+
+    def __init__(self, scores):
+        self.left = iter(scores)
+
+    def after_validate(self):
+        self.scores = Scores(next(self.left), 0.0, 1, 0)
+
+
 def learner(scores, opt="adamw", lr=3e-4):
-    "A Learner on a tiny network whose metric `score` runs through `scores`, one an epoch."
+    "A Learner on a tiny network whose score runs through `scores`, one an epoch."
     torch.manual_seed(0)
     data = TensorDataset(torch.rand(4, 3), torch.rand(4, 2))
     dls = DataLoaders(DataLoader(data, 2), DataLoader(data, 2))
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(4, 2)))
-    left = iter(scores)
-    opt_func = optimiser(Settings(opt=opt, wd=0.05))
-    metrics = ValueMetric(lambda: next(left), "score")
+    opt_func, evaluation = optimiser(Settings(opt=opt, wd=0.05, head_lr_mult=1.0)), Evaluation(scores)
+    metrics = ValueMetric(lambda: evaluation.scores.score, "score")
     learn = Learner(dls, model, nn.MSELoss(), opt_func=opt_func, lr=lr, metrics=metrics, splitter=body_and_head)
+    learn.add_cb(evaluation)
     learn.logger = lambda *a: None
     learn.remove_cbs([c for c in learn.cbs if type(c).__name__ == "ProgressCallback"])
     return learn
@@ -36,8 +49,6 @@ def rates(scores, callback, opt="adamw"):
     "The rate in the optimiser's own groups after every epoch."
     seen = []
     learn = learner(scores, opt)
-    watch = SimpleNamespace()
-    from fastai.callback.core import Callback
 
     class Watch(Callback):
         order = 99
@@ -45,8 +56,7 @@ def rates(scores, callback, opt="adamw"):
         def after_epoch(self):
             seen.append([g["lr"] for g in self.opt.opt.param_groups])
 
-    watch = Watch()
-    learn.fit(len(scores), lr=3e-4, cbs=[callback, watch])
+    learn.fit(len(scores), lr=3e-4, cbs=[callback, Watch()])
     assert all(len(set(groups)) == 1 for groups in seen)
     return [groups[0] for groups in seen]
 

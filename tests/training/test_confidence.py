@@ -8,18 +8,19 @@ import pytest
 import torch
 from torch.fx import symbolic_trace
 
-from landmarks_fastai import landmark_dataloaders, landmark_learner
-from landmarks_fastai.data.flip import predict_spread_with_flip, predict_with_flip
+from landmarks_fastai.data.flip import average_flipped
 from landmarks_fastai.data.image_cache import Inputs
+from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import unit_to_input
+from landmarks_fastai.inference.predictor import Predictor
+from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.models.networks import METADATA, PointsAndSpread, build_model
 from landmarks_fastai.runs.checkpoint import read_checkpoint
-from landmarks_fastai.settings import INPUT, Settings
+from landmarks_fastai.settings import Settings
 from landmarks_fastai.synthetic.sample import make_sample
 from landmarks_fastai.training import stage
 from landmarks_fastai.training.confidence import predict_held_out
-from landmarks_fastai.utils.hardware import Machine
 from tests.conftest import ARCH, N_POINTS, QUICK, train_run
 from tests.training.test_resume import check_equal
 
@@ -54,14 +55,11 @@ def test_points_and_score_are_those_of_a_stage_without_it(confident_run, drawn, 
 
 def test_two_thirds_of_the_points_of_other_faces_lie_within_the_spread(confident_run, network, tmp_path):
     other = make_sample(tmp_path / "other", 40, 1, N_POINTS, seed=8, n_asked=7, processes=1)
-    settings = read_checkpoint(confident_run / "best.pth").settings.replace(valid_pct=0.8)
-    machine = Machine(workers=0)
-    dls = landmark_dataloaders(other, settings, machine=machine)
-    found = predict_held_out(PointsAndSpread(network), landmark_learner(dls, weights=None, machine=machine))
-    assert found.errors.shape == found.spreads.shape == (32, N_POINTS)
-    within = [(found.errors <= n * found.spreads).mean() for n in (1, 2)]
+    held_out = predict_held_out(Predictor(confident_run / "best.pth"), labelled_images(other)[8:])
+    assert held_out.errors.shape == held_out.spreads.shape == (32, N_POINTS)
+    within = [(held_out.errors <= n * held_out.spreads).mean() for n in (1, 2)]
     assert 0.55 < within[0] < 0.8 and 0.9 < within[1], within
-    ranks = pd.Series(found.errors.ravel()).rank().corr(pd.Series(found.spreads.ravel()).rank())
+    ranks = pd.Series(held_out.errors.ravel()).rank().corr(pd.Series(held_out.spreads.ravel()).rank())
     assert ranks > 0.2, ranks
 
 
@@ -71,19 +69,20 @@ def test_the_table_is_in_pixels_of_the_stored_image(confident_run, network, draw
     assert list(table.columns) == ["landmark", "mean_error", "median_spread", "within_1", "within_2"]
     assert table.landmark.tolist() == list(range(N_POINTS))
     assert (table.within_1 <= table.within_2).all() and table.within_1.mean() == pytest.approx(0.68, abs=0.08)
-    settings = read_checkpoint(confident_run / "best.pth").settings.replace(align=0.0, shape=())
-    machine = Machine(workers=0)
-    learn = landmark_learner(landmark_dataloaders(drawn, settings, machine=machine), weights=None, machine=machine)
-    found = predict_held_out(PointsAndSpread(network), learn)
-    item = learn.dls.valid.items[1]
-    fitted, to_input = Inputs(**settings.of(INPUT)).read(item.path)
+    checkpoint = read_checkpoint(confident_run / "best.pth")
+    settings, facts, both = checkpoint.settings.replace(align=0.0), checkpoint.facts, PointsAndSpread(network)
+    item = labelled_images(drawn)[1]
+    held_out = predict_held_out(Predictor(TorchNetwork(both, settings, facts)), [item])
+    fitted, to_input = Inputs(**settings.of("input")).read(item.path)
     pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None] / 255
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.mean, settings.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
     with torch.no_grad():
-        unit, spread = predict_spread_with_flip(PointsAndSpread(network), (pixels - mean) / std, settings.flip_indices)
+        inputs = (pixels - mean) / std
+        both_ways = zip(both(inputs), both(inputs.flip(-1)), strict=True)
+        unit, spread = (average_flipped(*pair, facts.flip_indices) for pair in both_ways)
     points = to_input.to_image(unit_to_input(unit[0].double().numpy(), settings.size))
-    assert found.errors[1] == pytest.approx(np.linalg.norm(points - item.points, axis=1), rel=1e-3)
-    assert found.spreads[1] == pytest.approx(spread[0].numpy() * settings.size / 2 / to_input.scale, rel=1e-3)
+    assert held_out.errors[0] == pytest.approx(np.linalg.norm(points - item.points, axis=1), rel=1e-3)
+    assert held_out.spreads[0] == pytest.approx(spread[0].numpy() * settings.size / 2 / to_input.scale, rel=1e-3)
 
 
 def test_both_outputs_in_one_pass_traceable_and_exportable(network):
@@ -97,13 +96,12 @@ def test_both_outputs_in_one_pass_traceable_and_exportable(network):
 
 
 def test_the_flip_test_averages_the_spreads_under_the_flip_indices(network, confident_run):
-    both, flip_indices = PointsAndSpread(network), read_checkpoint(confident_run / "best.pth").settings.flip_indices
+    both, flip_indices = PointsAndSpread(network), read_checkpoint(confident_run / "best.pth").facts.flip_indices
     with torch.no_grad():
-        points, spread = predict_spread_with_flip(both, IMAGES, flip_indices)
-        assert torch.equal(points, predict_with_flip(network, IMAGES, flip_indices))
-        mirrored = both(IMAGES.flip(-1))[1]
-        expected = (both(IMAGES)[1] + torch.stack([mirrored[:, k] for k in flip_indices], 1)) / 2
-    assert torch.allclose(spread, expected)
+        spread, mirrored = both(IMAGES)[1], both(IMAGES.flip(-1))[1]
+    expected = (spread + torch.stack([mirrored[:, k] for k in flip_indices], 1)) / 2
+    assert torch.allclose(average_flipped(spread, mirrored, flip_indices), expected)
+    assert np.allclose(average_flipped(spread.numpy(), mirrored.numpy(), flip_indices), expected)
 
 
 def test_later_stages_fit_it_again_or_end_it(confident_run, run_script, drawn, tmp_path):
@@ -144,13 +142,8 @@ def test_a_stage_that_is_stopped_before_the_spread_has_a_checkpoint_and_resumes(
     assert Path("runs/whole/confidence.csv").read_text() == Path("runs/parts/confidence.csv").read_text()
 
 
-def test_checkpoints_without_the_setting_are_read(confident_run, tmp_path):
+def test_a_checkpoint_that_lacks_its_spread_is_refused(confident_run, tmp_path):
     state = torch.load(confident_run / "best.pth", weights_only=True)
-    del state[METADATA]["settings"]["confidence"]
-    torch.save({k: t for k, t in state.items() if not k.startswith("spread")}, tmp_path / "old.pth")
-    old = read_checkpoint(tmp_path / "old.pth")
-    assert old.settings.confidence is False and old.model().spread is None
-    state[METADATA]["settings"]["confidence"] = True
     torch.save({k: t for k, t in state.items() if not k.startswith("spread")}, tmp_path / "lacks.pth")
     with pytest.raises(UserError, match="2 tensors differ, the first spread.image.weight"):
         read_checkpoint(tmp_path / "lacks.pth").model()

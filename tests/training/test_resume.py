@@ -20,7 +20,7 @@ from landmarks_fastai import plots
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.training.callbacks import EvaluateModel
+from landmarks_fastai.training.callbacks import evaluation
 from landmarks_fastai.training.state import State, write_state
 from tests.cli.test_scripts import check_refused, first_image
 from tests.conftest import QUICK, ROOT, every_learner_has
@@ -339,16 +339,14 @@ run_main(main)
 def test_signal_in_the_second_pass_of_a_validation_stops_it_at_its_next_batch(run_script, drawn, monkeypatch):
     flags = f"{SHORT} --align 1.05"
     assert run_script(f"train.py {flags} -n uninterrupted -d", drawn)[0] == 0
-    second_pass, batches = EvaluateModel.second_pass, []
+    score_rows, batches = evaluation.score_rows, []
 
-    def signalled(self):
+    def signalled(predictor, items, crops, metrics, between):
         signal.raise_signal(signal.SIGTERM)
-        after_crops = self.after_crops
-        self.after_crops = lambda: (batches.append(1), after_crops())
-        return second_pass(self)
+        return score_rows(predictor, items, crops, metrics, lambda: (batches.append(1), between()))
 
     with monkeypatch.context() as patch:
-        patch.setattr(EvaluateModel, "second_pass", signalled)
+        patch.setattr(evaluation, "score_rows", signalled)
         code, _, err = run_script(f"train.py {flags} -n parts -d", drawn)
     assert code == 143 and "the state is saved" in err and len(batches) == 1
     assert "resuming at epoch 0, batch 8" in run_script("train.py --resume -n parts")[1]
@@ -363,7 +361,7 @@ def test_stage_that_ended_early_trains_no_more_after_a_stop_behind_it(run_script
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "load_best", stopped)
+        patch.setattr(stage, "_report_best", stopped)
         code, _, err = run_script(f"train.py {QUICK} {flags} -n r -d", drawn)
     assert code == 130 and "the state is saved" in err
     before = history(RUNS, "r")

@@ -85,8 +85,7 @@ def test_time_limit_ends_the_run_in_time(run_script, drawn, sched, monkeypatch):
     assert 0.2 * 60 < clock.now - start < 0.4 * 60
     table = history("q")
     assert len(table) >= 2 and table.notna().all().all()
-    kept = table[["score", "ema"]].min(axis=1)
-    assert best("q").score == pytest.approx(kept.min(), rel=1e-5)
+    assert best("q").score == pytest.approx(table.score.min(), rel=1e-5)
     if sched == "onecycle":
         assert table.lr.iloc[-1] < 0.1 * table.lr.max()  # the cycle came to its end
 
@@ -103,24 +102,29 @@ def test_patience_stops_early(run_script, drawn):
     code, out, _ = run_script("finetune.py --freeze -e 9 -lr 1e-12 --patience 2 --workers 0 -n p2 -pm p")
     table = history("p2")
     assert code == 0 and "early stopping" in out and len(table) < 9
-    assert (
-        table.best.tolist() == table[["score", "ema"]].min(axis=1).tolist()
-    )  # what is kept counts, not the score alone
-    assert len(table) == table.best.idxmin() + 1 + 2
+    assert len(table) == table.score.idxmin() + 1 + 2
 
 
-def test_plateau_follows_best_only_where_a_second_pass_has_it(run_script, drawn):
-    "`--patience` shows the column `best` too; the published entry's schedule follows the score."
-    monitored = []
+def test_plateau_is_that_of_the_published_entry(drawn, tmp_path, monkeypatch):
+    "By the root of 0.1 after two epochs without a better score, whatever the metrics of the Learner are."
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, align=0.0, machine=Machine(workers=0))
+    learn = landmark_learner(dls, ARCH, "none", lr=1e-3, path=tmp_path)
+    learn.metrics, rates = [], []
+    scores = iter([5.0, 4.0, 4.0 * (1 - 1e-5), 4.1, 3.0, 3.1, 3.2])
 
-    class Note(Callback):
-        def before_train(self):  # once: an epoch of one fit
-            monitored.append(self.learn.plateau_lr.monitor)
+    class Scored(Callback):
+        order = learn.evaluation.order + 1
 
-    with every_learner_has(Note()):
-        for flags in ("--patience 5", "--align 1.05"):
-            assert run_script(f"train.py {QUICK} {flags} --overwrite -n m -d", drawn)[0] == 0
-    assert monitored == ["score", "best"]
+        def after_validate(self):
+            self.learn.evaluation.scores = self.learn.evaluation.scores._replace(score=next(scores))
+
+        def before_train(self):
+            rates.append(self.opt.hypers[0]["lr"])
+
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(7, cbs=Scored())
+    rates.append(learn.opt.hypers[0]["lr"])
+    assert rates == pytest.approx([1e-3] * 4 + [1e-3 * 0.31622] * 3 + [1e-3 * 0.31622**2])
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch():

@@ -83,13 +83,6 @@ def test_with_events_runs_after_epoch_of_a_cancelled_epoch(learn):
     assert watch.events == [("before_epoch", 0), ("after_cancel_epoch", 0), ("after_epoch", 0)]
 
 
-def test_release_batch_drops_the_last_batch(learn):
-    learn.fit(1)
-    learn.xb, learn.pred, learn.loss_grad = (torch.zeros(1),), torch.zeros(1), torch.zeros(1)
-    learn.release_batch()
-    assert learn.xb == (None,) and learn.pred is None and learn.loss_grad is None
-
-
 def test_worker_count_and_copy_without_device():
     dl = FastaiLoader([1.0, 2.0], bs=1, num_workers=3, device="cpu")
     assert worker_count(dl) == 3
@@ -106,7 +99,6 @@ def test_private_names_of_fastai_are_unchanged():
         f"fastai {fastai.__version__} runs its epochs otherwise than {READ_IN}: read Learner._do_fit again"
     )
     assert list(inspect.signature(Learner._with_events).parameters) == ["self", "f", "event_type", "ex", "final"]
-    assert not inspect.signature(Learner._end_cleanup).parameters.keys() - {"self"}
 
 
 def test_smoothed_loss_stays_on_the_cpu(drawn, tmp_path):

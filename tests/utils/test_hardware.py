@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from landmarks_fastai.cli.options import prepared_machine
+from landmarks_fastai.cli.train import train_parser
 from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.data.loader import BatchMaker
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.training.callbacks.precision import Amp
 from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.utils import hardware
+from landmarks_fastai.utils.distributed import Process
 from landmarks_fastai.utils.hardware import Machine, keep_freed_memory
 from landmarks_fastai.utils.parallel import threaded_map
 from tests.conftest import QUICK
+from tests.training.test_resume import SHORT
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -137,6 +142,7 @@ def test_machine_flags_do_not_change_predictions(run_script, drawn, tmp_path):
     assert "amp" not in torch.load(runs / "n/best.pth", weights_only=True)[METADATA]["settings"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
 def test_compiled_networks_train_and_predict_the_same(run_script, drawn, tmp_path):
     "Weights keep their names, so a compiled stage's checkpoint is anybody's; points equal to 0.01 px."
@@ -230,3 +236,60 @@ def test_number_of_workers_by_cores(monkeypatch):
         monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
         assert (Machine().decoders, Machine("cuda").decoders) == (cpu, cuda)
         assert Machine(cache=True).decoders == 0 and Machine(workers=3).decoders == 3
+
+
+def on_gpu(*flags):
+    return prepared_machine(vars(train_parser().parse_args(["--gpu", *flags])))
+
+
+@pytest.fixture
+def apple(monkeypatch):
+    "A torch that says that it has MPS, and no CUDA. Nothing can be made on its device."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+
+
+def test_gpu_takes_mps_where_cuda_is_absent(apple, monkeypatch, capsys):
+    monkeypatch.setattr(hardware, "available_cores", lambda: 4)
+    machine = on_gpu()
+    assert (machine.device, machine.precision, machine.pins, machine.decoders) == ("mps", "off", False, 4)
+    assert on_gpu("--amp", "fp16").precision == "fp16" and not torch.backends.cudnn.benchmark
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hardware.find_gpu() == "cuda"
+
+
+def test_several_processes_are_refused_on_mps(apple, monkeypatch):
+    monkeypatch.setattr(hardware, "this_process", lambda: Process(count=2, local_count=2, store=object()))
+    with pytest.raises(UserError, match="need CUDA"):
+        on_gpu()
+
+
+def test_without_gpu_a_mac_trains_on_the_cpu(apple, run_script, drawn):
+    "fastai's default device is MPS there; on this torch any tensor on it would be an error."
+    from fastai.torch_core import default_device
+
+    assert default_device().type == "mps"
+    assert run_script(f"train.py {SHORT} -e 1 -n r -d", drawn)[::2] == (0, "")
+    assert run_script("predict.py -pm r")[::2] == (0, "")
+
+
+def test_one_thread_predicts_on_mps(quick_run):
+    from landmarks_fastai.inference.torch_network import TorchNetwork
+    from landmarks_fastai.runs.checkpoint import read_checkpoint
+
+    network = TorchNetwork(read_checkpoint(quick_run / "best.pth"))
+    for device, threads in (("cuda", 3), ("mps", 1)):
+        network.machine = Machine(device, workers=3)
+        with network.streams() as (n, _):
+            assert n == threads
+
+
+def test_workers_make_batches_without_a_device(drawn):
+    "Nothing in them opens a CUDA context."
+    dl = landmark_dataloaders(drawn, size=32, batch_size=8, machine=Machine(workers=1)).train
+    dl.device = torch.device("cuda")
+    twin = BatchMaker(dl).dl
+    assert (twin.device, twin.after_batch) == (None, None) and dl.device.type == "cuda"
+    batch, rows = BatchMaker(dl)[[0, 1]]
+    assert {t.device.type for t in batch} == {"cpu"} and rows == [0, 1]

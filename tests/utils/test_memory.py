@@ -41,19 +41,14 @@ def small_memory(monkeypatch):
         monkeypatch.setattr(module, "build_model", built)
 
 
-def test_out_of_memory_error_names_a_batch_size_that_fits(run_script, drawn, tmp_path, small_memory):
+def test_a_batch_that_does_not_fit_is_one_line(run_script, drawn, tmp_path, small_memory):
+    line = "not enough memory for such a batch: try a smaller -b"
     result = run_script(f"train.py {SHORT} -b 16 --accumulate 2 -n r -d", drawn)
-    check_refused(
-        result, "-b 16: not enough memory", "-b 4 fits (tried here); with --accumulate 8 it makes the same steps"
-    )
+    check_refused(result, f"-b 16: {line}, and --accumulate for the same steps")
     assert not list((tmp_path / "here" / "runs").iterdir())
-    result = run_script(f"train.py {SHORT} -b 14 -n r -d", drawn)
-    check_refused(result, "-b 3 fits (tried here); with --accumulate 5 it makes steps of 15 images instead of 14")
     assert run_script(f"train.py {SHORT} -b 4 --accumulate 8 -n r -d", drawn)[0] == 0
-    check_refused(run_script("predict.py --workers 0 -b 6 -pm r"), "-b 6: not enough memory", "-b 3 fits")
-    check_refused(
-        run_script("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), "-b 8: not enough memory", "-b 4 fits"
-    )
+    check_refused(run_script("predict.py --workers 0 -b 6 -pm r"), f"-b 6: {line}\n")
+    check_refused(run_script("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), f"-b 8: {line}, and")
     assert not list((tmp_path / "here" / "runs").glob("s"))
 
 

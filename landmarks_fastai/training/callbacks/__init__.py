@@ -1,10 +1,9 @@
 "One concern of the training loop a module, as fastai's callbacks."
 
-from landmarks_fastai.training.callbacks.batches import CarryMaps, SeedEveryStep  # noqa: F401
+from landmarks_fastai.training.callbacks.batches import CarryMaps, FlipTest, SeedEveryStep  # noqa: F401
 from landmarks_fastai.training.callbacks.distributed import DistributedTraining  # noqa: F401
-from landmarks_fastai.training.callbacks.evaluation import Average, EvaluateModel, SaveBest  # noqa: F401
+from landmarks_fastai.training.callbacks.evaluation import Average, Evaluation, SaveBest  # noqa: F401
 from landmarks_fastai.training.callbacks.precision import Amp, Compile, ReleaseMemory  # noqa: F401
-from landmarks_fastai.training.callbacks.prediction import CollectPoints, FlipTest  # noqa: F401
 from landmarks_fastai.training.callbacks.progress import (  # noqa: F401
     History,
     PlainLines,

@@ -1,10 +1,14 @@
-"Callbacks for each batch: separate the maps from the points, seed the random numbers."
+"Callbacks for each batch: separate the maps from the points, seed the random numbers, make the flip test."
 # fastai sets attributes when it runs, `learn` among them
 # pyright: reportAttributeAccessIssue=false
+
+from collections.abc import Sequence
 
 import numpy as np
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
+
+from landmarks_fastai.data.flip import average_flipped
 
 
 class CarryMaps(Callback):
@@ -41,3 +45,14 @@ class SeedEveryStep(Callback):
     def after_train(self):
         if not hasattr(self.learn, "lr_finder"):
             self.trained = self.earlier + self.epoch + 1
+
+
+class FlipTest(Callback):
+    "Replace each prediction by the mean of the image's and its mirror image's."
+
+    def __init__(self, flip_indices: Sequence[int]):
+        self.flip_indices = flip_indices
+
+    def after_pred(self):
+        (images,) = self.xb
+        self.learn.pred = average_flipped(self.pred, self.learn.model(images.flip(-1)), self.flip_indices)

@@ -9,7 +9,6 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from landmarks_fastai.metrics import sum_over_processes
-from landmarks_fastai.training.callbacks.evaluation import EvaluateModel
 from landmarks_fastai.utils.distributed import all_reduce, this_process
 
 
@@ -20,7 +19,7 @@ class DistributedTraining(Callback):
     evaluations, in which processes may have different numbers of batches, do not wait for each other.
     """
 
-    order = 10  # after ChannelsLast and Compile; before `EvaluateModel` and the Recorder
+    order = 10  # after ChannelsLast and Compile; before `Evaluation` and the Recorder
 
     wrapped: DistributedDataParallel | None = None
 
@@ -56,6 +55,5 @@ class DistributedTraining(Callback):
 
     def after_validate(self):
         if self.is_shared():
-            evaluations = [cb.metrics for cb in self.learn.cbs if isinstance(cb, EvaluateModel)]
-            metrics = chain([self.recorder.loss], self.learn.metrics, *evaluations)
+            metrics = [self.recorder.loss, *self.learn.metrics]
             sum_over_processes(m for m in metrics if hasattr(m, "total") and hasattr(m, "count"))

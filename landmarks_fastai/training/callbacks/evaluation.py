@@ -2,20 +2,23 @@
 # fastai sets attributes when it runs, `learn` among them
 # pyright: reportAttributeAccessIssue=false
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import ValueMetric
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from landmarks_fastai.data.align import alignment_of
-from landmarks_fastai.data.flip import predict_with_flip
+from landmarks_fastai.data.flip import average_flipped
 from landmarks_fastai.data.loader import LandmarkDL
-from landmarks_fastai.metrics import ImageMetric, points_in_image, stage_metrics, sum_over_processes
+from landmarks_fastai.geometry import PixelMap
+from landmarks_fastai.inference.scoring import Scores, score_rows
+from landmarks_fastai.metrics import ImageMetric, default_metrics, points_in_image, sum_over_processes
 from landmarks_fastai.runs.checkpoint import write_checkpoint
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.settings import Settings
@@ -71,112 +74,116 @@ def _tensors(network: nn.Module) -> Iterator[torch.Tensor]:
     return chain(network.parameters(), network.buffers())
 
 
-class EvaluateModel(Callback):
-    """Score a network on the validation batches of the Learner, with the flip test if there are flip indices.
+@dataclass
+class Candidate:
+    "A network that may be the best of an epoch, and its first pass over the validation images."
 
-    With an alignment it also collects the maps of the aligned crops, for `second_pass`.
+    network: nn.Module
+    metrics: list[ImageMetric]  # score, NME, and those of the Learner
+    crops: list[PixelMap | None]  # of the second pass, one an image
+
+    @property
+    def first_pass(self) -> float:
+        "The score of the first pass; infinite where it is not a number."
+        score = self.metrics[0].value
+        return math.inf if score is None or math.isnan(score) else score
+
+
+class Evaluation(Callback):
+    """Score a validation as predict.py would score: both passes where there are two, with the flip test if `tta` is set.
+
+    The first passes, of the network and of the running average if there is one (`Average`), are made on the batches of the
+    Learner. The better one makes the second pass; `scores` are its scores, and `network` is the network.
     """
 
-    order = 46  # before the Recorder reads the column
+    order = 46  # before the Recorder reads the columns
 
-    def __init__(
-        self,
-        name: str,  # of its column
-        settings: Settings,
-        network: Callable[[], nn.Module] | None = None,  # the network to score; None: the Learner's
-        flip_indices: Sequence[int] = (),  # for the flip test; empty: none
-    ):
-        self.settings, self.network, self.flip_indices = settings, network, flip_indices
-        self.metrics, self.alignment = stage_metrics(settings.size), alignment_of(settings)
-        self.column = ValueMetric(lambda: self.score, name)
-        self.after_crops: Callable[[], None] = lambda: None  # called after each batch of `second_pass`
+    scores: Scores | None = None  # of the last validation
+    between: Callable[[], None] = staticmethod(lambda: None)  # called after every few images of the second pass
 
     def before_validate(self):
-        self.scored: nn.Module = self.network() if self.network else self.model
-        self.scored_dl: LandmarkDL = self.dl
-        for metric in self.metrics:
+        self.candidates: list[Candidate] = []
+        if hasattr(self.learn, "gather_preds"):  # a prediction; fastai's trackers recognise it likewise
+            return
+        networks = [self.model, *([self.learn.average.network] if hasattr(self.learn, "average") else [])]
+        self.extra = [metric for metric in self.learn.metrics if isinstance(metric, ImageMetric)]
+        self.candidates = [
+            Candidate(network.eval(), [*default_metrics(), *map(copy.copy, self.extra)], []) for network in networks
+        ]
+        for metric in chain(*(candidate.metrics for candidate in self.candidates)):
             metric.reset()
-        self.scored.eval()
-        self.crops = []
+        self.alignment = alignment_of(self.learn.settings, self.learn.facts)
+        self.flip_indices = self.learn.facts.flip_indices if self.learn.settings.tta else ()
 
     def after_batch(self):
-        if self.training:
+        if self.training or not self.candidates or not self.yb:
             return
-        (images,) = self.xb
-        first = self.pred if self.network is None else None
-        unit = predict_with_flip(self.scored, images, self.flip_indices, first)
-        for metric in self.metrics:
-            metric.add(unit, self.yb[0], self.learn.maps)
-        if self.alignment:
-            points = points_in_image(unit, self.learn.maps, self.settings.size)
-            self.crops += self.alignment.maps(points.cpu().numpy())
+        maps, size = self.learn.maps, self.learn.settings.size
+        truth = points_in_image(self.yb[0], maps, size)
+        for k, candidate in enumerate(self.candidates):
+            unit = candidate.network(*self.xb) if k else self.pred
+            if self.flip_indices:
+                unit = average_flipped(unit, candidate.network(self.xb[0].flip(-1)), self.flip_indices)
+            points = points_in_image(unit, maps, size)
+            for metric in candidate.metrics:
+                metric.add(points, truth)
+            if self.alignment:
+                candidate.crops += self.alignment.maps(points.cpu().numpy())
 
-    @torch.no_grad()
-    def second_pass(self) -> tuple[float, float]:
-        "Return score and NME of a second pass, over the aligned crops of the last validation."
-        dl, metrics = self.scored_dl, stage_metrics(self.settings.size)
-        dl.crops = dict(zip(dl.seen, self.crops, strict=True))
-        try:
-            for images, points, maps in dl:
-                unit = predict_with_flip(self.scored, images.as_subclass(torch.Tensor), self.flip_indices)
-                for metric in metrics:
-                    metric.add(unit, points, maps)
-                self.after_crops()
-        finally:
-            dl.crops = None
-        if dl.share[1] > 1:
-            sum_over_processes(metrics)
-        return _score_and_nme(metrics)
+    def after_validate(self):
+        if not self.candidates or not self.candidates[0].metrics[0].count:  # no labels, or cancelled as by `lr_find`
+            return
+        if getattr(self.dl, "share", (0, 1))[1] > 1:
+            sum_over_processes(chain(*(candidate.metrics for candidate in self.candidates)))
+        best = min(self.candidates, key=lambda candidate: candidate.first_pass)
+        self.network, metrics = best.network, best.metrics
+        if self.alignment and isinstance(self.dl, LandmarkDL):
+            metrics = [*map(copy.copy, metrics)]
+            for metric in metrics:
+                metric.reset()
+            items = [self.dl.items[row] for row in self.dl.seen]
+            predictor = self.learn.predictor(best.network, flip_test=bool(self.flip_indices))
+            self.scores = score_rows(predictor, items, best.crops, metrics[2:], self.between)
+        else:
+            score, nme = (metric.value for metric in metrics[:2])
+            self.scores = Scores(score, nme, metrics[0].count, 0)
+        for metric, scored in zip(self.extra, metrics[2:], strict=True):
+            metric.total, metric.count = scored.total, scored.count
 
-    @property
-    def first_pass(self) -> tuple[float, float]:
-        "Score and NME of the last validation."
-        return _score_and_nme(self.metrics)
-
-    @property
     def score(self) -> float | None:
         "The score of the last validation; None before the first."
-        return self.metrics[0].value
+        return self.scores.score if self.scores else None
 
+    def nme(self) -> float | None:
+        "The NME of the last validation, normalised by the diagonal of the points' box; None before the first."
+        return self.scores.nme if self.scores else None
 
-def _score_and_nme(metrics: list[ImageMetric]) -> tuple[float, float]:
-    score, nme = (metric.value for metric in metrics)
-    assert score is not None and nme is not None  # a pass without images raises in `LandmarkDL`
-    return score, nme
+    def first_pass(self, k: int = 0) -> float | None:
+        "The score of the first pass of the network, or with k=1 of its running average; None before a validation."
+        candidates = getattr(self, "candidates", [])
+        return candidates[k].metrics[0].value if k < len(candidates) else None
 
 
 class SaveBest(Callback):
-    """Write the run's checkpoint when an evaluation has a better score than the best so far.
+    """Write the run's checkpoint when an epoch has a better score than the best so far.
 
     fastai's `SaveModelCallback` reads its file back as a pickle; here the stage loads the best, tensors only.
     """
 
-    order = 47  # after `EvaluateModel`, before the Recorder reads the column
+    order = 47  # after `Evaluation`
 
     def __init__(
         self,
         run: Run,
         settings: Settings,
         best: float | None = None,  # score to beat: the loaded model's
-        evaluations: list[EvaluateModel] | None = None,  # the best of them counts, or the Learner's metrics
     ):
-        self.save_to, self.settings, self.evaluations = run, settings, evaluations or []
+        self.save_to, self.settings = run, settings
         self.best, self.saved = math.inf if best is None else best, False
-        self.column = ValueMetric(lambda: self.epoch_best[0], "best")  # the best score of the epoch
-
-    def after_validate(self):
-        candidates: list[tuple[float, float, nn.Module, EvaluateModel | None]]
-        candidates = [(*e.first_pass, e.scored, e) for e in self.evaluations]
-        if not any(e.network is None for e in self.evaluations):
-            values = {m.name: m.value for m in self.learn.metrics if m.name in ("score", "nme_box_diag")}
-            candidates.insert(0, (values["score"], values["nme_box_diag"], self.model, None))
-        score, nme, network, evaluation = min(candidates, key=lambda f: math.inf if math.isnan(f[0]) else f[0])
-        if evaluation and evaluation.alignment:  # a second pass of the network with the best first pass only
-            score, nme = evaluation.second_pass()
-        self.epoch_best = score, nme, network
 
     def after_epoch(self):
-        score, nme, network = self.epoch_best
-        if score < self.best:
-            self.best, self.saved = score, True
-            write_checkpoint(self.save_to, network, self.settings, score, nme, self.epoch)
+        evaluation = self.learn.evaluation
+        if evaluation.scores and evaluation.scores.score < self.best:
+            self.best, self.saved = evaluation.scores.score, True
+            score, nme, *_ = evaluation.scores
+            write_checkpoint(self.save_to, evaluation.network, self.settings, self.learn.facts, score, nme, self.epoch)

@@ -4,48 +4,32 @@
 
 import time
 
-import numpy as np
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
-from fastai.callback.tracker import ReduceLROnPlateau, TerminateOnNaNCallback, TrackerCallback
+from fastai.callback.tracker import TerminateOnNaNCallback, TrackerCallback
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from landmarks_fastai.utils.distributed import broadcast
 
 
-class PlateauLR(ReduceLROnPlateau):
-    """PyTorch's `ReduceLROnPlateau` as a callback, with the published entry's `patience=1, factor=0.31622`.
+class PlateauLR(Callback):
+    """PyTorch's `ReduceLROnPlateau` on the score of `Evaluation`, with the published entry's `patience=1, factor=0.31622`.
 
     fastai's divides by `factor`, reduces one epoch earlier, has no threshold, and edits `opt.hypers`, which are a copy in
     an `OptimWrapper`: there it changes nothing.
     """
 
-    def __init__(
-        self,
-        monitors: tuple[str, ...] = ("score",),  # columns; the first that a fit has is monitored
-        patience: int = 1,  # epochs without a better score before a reduction
-        factor: float = 0.31622,  # of the learning rate: the root of 0.1
-        threshold: float = 1e-4,  # better is below best * (1 - threshold)
-        eps: float = 1e-8,  # smaller changes of the rate are not made
-    ):
-        super().__init__(monitor=monitors[-1], comp=np.less, patience=patience, factor=factor)
-        self.monitors, self.threshold, self.eps = monitors, threshold, eps
+    order = TrackerCallback.order
+
+    def __init__(self, patience: int = 1, factor: float = 0.31622):
+        self.patience, self.factor = patience, factor
 
     def before_fit(self):
-        self.monitor = next((name for name in self.monitors if name in self.recorder.metric_names), self.monitors[-1])
-        super().before_fit()
+        self.plateau = ReduceLROnPlateau(self.opt.opt, factor=self.factor, patience=self.patience)
 
     def after_epoch(self):
-        if self.idx >= len(self.recorder.values[-1]):  # fastai calls this after a `validate` that failed too
-            return
-        value = self.recorder.values[-1][self.idx]
-        if value < self.best * (1 - self.threshold):
-            self.best, self.wait = value, 0
-            return
-        self.wait += 1
-        if self.wait > self.patience:
-            self.wait = 0
-            old = [h["lr"] for h in self.opt.hypers]
-            new = [lr * self.factor for lr in old]
-            self.opt.set_hyper("lr", [n if o - n > self.eps else o for o, n in zip(old, new, strict=True)])
+        scores = self.learn.evaluation.scores
+        if scores and not hasattr(self.learn, "lr_finder"):
+            self.plateau.step(scores.score)
 
 
 class StepLR(Callback):

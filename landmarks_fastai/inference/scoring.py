@@ -1,0 +1,90 @@
+"Predictions of labelled images: their score, and a picture of them."
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from fastcore.basics import chunked
+
+from landmarks_fastai import plots
+from landmarks_fastai.data.align import alignment_of
+from landmarks_fastai.data.items import LabelledImage
+from landmarks_fastai.data.pictures import Picture
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import PixelMap
+from landmarks_fastai.inference.predictor import PictureResult, Predictor
+from landmarks_fastai.metrics import ImageMetric, default_metrics, sum_over_processes
+from landmarks_fastai.utils.distributed import all_reduce
+
+ADDED = 64  # images whose points are given to the metrics together
+
+
+def predict_rows(
+    predictor: Predictor,
+    items: Sequence[LabelledImage],
+    crops: Iterable[PixelMap | None] | None = None,  # of the last pass, if the first was made; None for whole images
+) -> Iterator[tuple[LabelledImage, PictureResult]]:
+    "Yield labelled images with their predictions, pixels of the images as stored; an image that cannot be read costs a warning."
+    pictures = (Picture(item.path, exif=False, where=item.where) for item in items)
+    for item, result in zip(items, predictor.stream(pictures, crops=crops), strict=True):
+        if result.error:
+            print(f"warning: {result.error}: it is not scored", file=sys.stderr, flush=True)
+        else:
+            yield item, result
+
+
+class Scores(NamedTuple):
+    "What the predictions of labelled images are worth, in pixels of the images as stored."
+
+    score: float  # the competition's: mean squared error over all coordinates, not rounded
+    nme: float  # normalised by the diagonal of the points' box
+    images: int
+    unaligned: int  # images whose first pass made no plausible shape
+
+
+def score_rows(
+    predictor: Predictor,
+    items: Sequence[LabelledImage],  # of this process; all processes must call this function, and get the same result
+    crops: Iterable[PixelMap | None] | None = None,  # as in `predict_rows`
+    metrics: Sequence[ImageMetric] = (),  # that the points are added to
+    between: Callable[[], None] = lambda: None,  # called after every few images
+) -> Scores:
+    "Score predictions of labelled images. Raises `UserError` if no image can be read."
+    metrics, unaligned = [*default_metrics(), *metrics], 0
+    for batch in chunked(predict_rows(predictor, items, crops), ADDED):
+        pred = np.stack([result.objects[0].points for _, result in batch])
+        truth = np.stack([item.points for item, _ in batch])
+        for metric in metrics:
+            metric.add(torch.from_numpy(pred).double(), torch.from_numpy(truth).double())
+        unaligned += sum(result.unaligned for _, result in batch)
+        between()
+    sum_over_processes(metrics)
+    score, nme, *_ = metrics
+    if score.value is None or nme.value is None:
+        raise UserError(f"no image of {len(items)} validation rows can be read: is the folder still there?")
+    return Scores(score.value, nme.value, score.count, int(all_reduce([unaligned])))
+
+
+def plot_rows(
+    predictor: Predictor,
+    items: Iterable[Any],  # labelled images, or paths, PIL images and arrays, which have no true points
+    crops: bool = True,  # whether they are seen in their aligned crops, if the network has those
+) -> None:
+    """Plot the input of each image with the predicted points and, where it is labelled, the true ones and its score."""
+    network, panels = predictor.networks[0], []
+    alignment, size = alignment_of(network.settings, network.facts), network.settings.size
+    for item in items:
+        labelled = isinstance(item, LabelledImage)
+        picture = Picture(item.path, exif=False, where=item.where) if labelled else Picture(item, exif=False)
+        (result,) = predictor.stream([picture])
+        if result.error:
+            raise UserError(result.error)
+        points = result.objects[0].points
+        crop = alignment.maps(points[None])[0] if alignment and crops else None
+        ((pixels, to_input),) = picture.inputs([crop], network.settings.fit, size)
+        truth = item.points if labelled else None
+        title = f"score {np.square(points - truth).mean():.4g}" if truth is not None else ""
+        panels.append((pixels, None if truth is None else to_input.to_input(truth), to_input.to_input(points), title))
+    plots.plot_predictions(panels)

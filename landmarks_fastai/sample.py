@@ -1,9 +1,0 @@
-"The old name of the command `python -m landmarks_fastai.synthetic`."
-
-import sys
-
-from landmarks_fastai.cli.app import run_main
-from landmarks_fastai.synthetic.sample import main
-
-if __name__ == "__main__":
-    run_main(lambda: sys.exit(main()))
