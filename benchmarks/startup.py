@@ -74,7 +74,7 @@ def child(way: str, csv: str):
     sys.path.insert(0, str(ROOT))
     import numpy  # noqa: F401
 
-    if way == "pandas":
+    if way in ("pandas", "first"):
         import pandas  # noqa: F401
     if way in ("first", "later"):
         from landmarks_fastai.data import labels  # noqa: F401

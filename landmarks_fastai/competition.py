@@ -7,24 +7,24 @@ import argparse
 import re
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from landmarks_fastai.data.labels import Table, file_identity, read_labels
+from landmarks_fastai.data.labels import Labels, read_labels
 from landmarks_fastai.errors import UserError
 
 INDEX_LIST = re.compile(r"\[\s*-?\d{1,18}(?:\s*,\s*-?\d{1,18})*(?:\s*,)?\s*\]")  # no ambiguity: linear time
 
 
-class TestPoints(Table):
-    "The rows of a `test_points.csv`: each has the indices of the points to submit, int (rows, points to submit)."
+class TestPoints(Labels):
+    "The rows of a `test_points.csv`: each has the indices of the points to submit, int64 (rows, points to submit)."
 
     __test__ = False  # pytest takes the name for a test class
 
-    def __init__(self, csv: Path, names: list[str], indices: np.ndarray, lines: np.ndarray):
-        super().__init__(csv, file_identity(csv), names, lines)
+    def __init__(self, csv: Path, names: list[str], lines: np.ndarray, indices: np.ndarray):
+        super().__init__(csv, names, lines, np.zeros((len(names), 0, 2), np.float32))
         self.indices = indices
 
     def check_range(self, n_points: int) -> None:
@@ -32,7 +32,7 @@ class TestPoints(Table):
         wrong = np.argwhere((self.indices < 0) | (self.indices >= n_points))
         if wrong.size:
             row, k = wrong[0]
-            index = f"{self.csv} line {self.lines[row]}: point index {self.indices[row, k]}"
+            index = f"{self.place(row)}: point index {self.indices[row, k]}"
             raise UserError(f"{index} asked for, the network predicts {n_points} points (0 to {n_points - 1})")
 
 
@@ -54,23 +54,17 @@ def read_test_points(csv: str | Path) -> TestPoints:
         if not name or "\t" not in text:
             raise UserError(f"{where}: a file name, a TAB and a list of point indices expected")
         if not INDEX_LIST.fullmatch(field):
-            raise UserError(f"{where}: {field[:40]!r} is no list of point indices like [742, 385]")
-        found = [int(index) for index in re.findall(r"-?\d+", field)]
-        n_submitted = n_submitted or len(found)
-        if len(found) != n_submitted:
-            raise UserError(f"{where}: {len(found)} indices found, {n_submitted} as in the rows before expected")
+            raise UserError(f"{where}: {field[:40]!r} is not a list of point indices like [742, 385]")
+        row = [int(index) for index in re.findall(r"-?\d+", field)]
+        n_submitted = n_submitted or len(row)
+        if len(row) != n_submitted:
+            raise UserError(f"{where}: {len(row)} indices found, {n_submitted} as in the rows before expected")
         names.append(name)
         lines.append(number)
-        indices.extend(found)
+        indices.extend(row)
     if not names:
         raise UserError(f"{csv} has no rows: a header line and one line per image are needed")
-    return TestPoints(csv, names, _shrink(indices).reshape(-1, n_submitted), _shrink(lines))
-
-
-def _shrink(numbers: Sequence[int]) -> np.ndarray:
-    "Convert integers to the smallest signed type that holds them."
-    values = np.asarray(numbers)
-    return values.astype(np.min_scalar_type(min(values.min(), -1 - values.max())))
+    return TestPoints(csv, names, np.array(lines), np.array(indices).reshape(-1, n_submitted))
 
 
 def _read_lines(csv: Path) -> Iterator[tuple[int, str]]:
@@ -108,25 +102,22 @@ def submission_line(name: str, points: np.ndarray) -> str:
 def read_submission(csv: str | Path) -> tuple[list[str], np.ndarray]:
     "Read file names and points, float64 (rows, points, 2), pixels as stored. Raises `UserError` with a bad line's number."
     csv = Path(csv)
-    names, rows, n_fields = [], [], 0
-    for number, text in _read_lines(csv):
-        if number == 1:
-            n_fields = text.count(",") + 1
-            continue
-        if not n_fields:  # a blank first line: the header is unknown
-            break
-        name, *fields = text.rsplit(",", n_fields - 1)
+    lines = list(_read_lines(csv))
+    n_values = lines[0][1].count(",") if lines else 0
+    if len(lines) < 2 or lines[0][0] > 1 or n_values % 2 or not n_values:  # a blank first line: the header is unknown
+        raise UserError(f"{csv} is not a submission: a header file_name,Point_M0_X,… and one line per image expected")
+    names, points = [], []
+    for number, text in lines[1:]:
+        name, *fields = text.rsplit(",", n_values)
         try:
             values = np.array(fields, np.float64)
         except ValueError:
             raise UserError(f"{csv} line {number}: a field is not a number") from None
-        if len(values) != n_fields - 1 or not np.isfinite(values).all():
-            raise UserError(f"{csv} line {number}: a file name and {n_fields - 1} finite numbers expected")
+        if len(values) != n_values or not np.isfinite(values).all():
+            raise UserError(f"{csv} line {number}: a file name and {n_values} finite numbers expected")
         names.append(name)
-        rows.append(values)
-    if not names or n_fields % 2 == 0 or n_fields < 3:
-        raise UserError(f"{csv} is no submission: a header file_name,Point_M0_X,… and one line per image expected")
-    return names, np.stack(rows).reshape(len(rows), -1, 2)
+        points.append(values)
+    return names, np.reshape(points, (len(names), -1, 2))
 
 
 def score(submission: str | Path, test_points: str | Path, truth: str | Path) -> float:
@@ -140,13 +131,13 @@ def score(submission: str | Path, test_points: str | Path, truth: str | Path) ->
     if names != wanted.names:
         differ = (k for k, (a, b) in enumerate(zip(names, wanted.names, strict=False)) if a != b)
         row = 1 + next(differ, min(len(names), len(wanted)))
-        found = f"{len(names)} rows for {len(wanted)}, the first that differs is row {row}"
-        raise UserError(f"{submission} does not match {test_points}: {found}")
+        difference = f"{len(names)} rows for {len(wanted)}, the first that differs is row {row}"
+        raise UserError(f"{submission} does not match {test_points}: {difference}")
     if points.shape[1] != wanted.indices.shape[1]:
         raise UserError(f"{submission}: {points.shape[1]} points a row found, {wanted.indices.shape[1]} expected")
     labels = read_labels(truth)
     wanted.check_range(labels.n_points)
-    rows = {name: i for i, (_, name) in enumerate(labels.lines_and_names())}
+    rows = {labels.name(row): row for row in range(len(labels))}
     if missing := [name for name in names if name not in rows]:
         raise UserError(f"{truth}: no row for {missing[0]} ({len(missing)} images are missing in all)")
     true = np.stack([labels.points(rows[name])[i] for name, i in zip(names, wanted.indices, strict=True)])

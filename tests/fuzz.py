@@ -7,7 +7,6 @@ to libFuzzer. See README.md beside this file.
 import os
 import sys
 import tempfile
-from concurrent import futures
 from pathlib import Path
 
 import atheris
@@ -32,18 +31,6 @@ SEEDS = {
 }
 
 
-class AtOnce(futures.Executor):
-    "Threads would cost more than the work, and their coverage comes too late."
-
-    def __init__(self, *args):
-        pass
-
-    def submit(self, do, *args):
-        done = futures.Future()
-        done.set_result(do(*args))
-        return done
-
-
 def lines_of(data: bytes) -> int:
     return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").count(b"\n") + 1
 
@@ -54,7 +41,7 @@ def check_labels(csv: Path, data: bytes):
     for lines, names, values, faults in landmarks_csv.read_rows(csv):
         assert len(lines) == len(names) == len(values) and values.shape[1] >= 1 and values.shape[2:] == (2,)
         assert lines[0] > last and (np.diff(lines) > 0).all()
-        assert (abs(values.astype(np.float64)) <= landmarks_csv.LIMIT).all()
+        assert values.dtype == np.float32 and (abs(values) <= landmarks_csv.LIMIT).all()
         last = lines[-1]
         assert set(faults) <= set(range(len(lines)))
         right = np.delete(np.arange(len(lines)), list(faults))
@@ -101,8 +88,7 @@ def search(target: str, work: Path):
     corpus.mkdir()
     for k, seed in enumerate(SEEDS[target]):
         (corpus / str(k)).write_bytes(b"-" + seed)
-    landmarks_csv.ThreadPoolExecutor = AtOnce
-    landmarks_csv.BLOCK = landmarks_csv.PIECE = 48  # so that small files are cut too
+    landmarks_csv.BLOCK = 48  # so that small files are cut too
     atheris.Setup([*sys.argv, str(corpus)], lambda data: feed(target, csv, data))
     atheris.Fuzz()
 

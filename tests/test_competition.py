@@ -46,16 +46,15 @@ def test_bad_row_is_reported_with_its_line(tmp_path, monkeypatch, row):
     assert os.listdir(tmp_path) == ["test_points.csv"]
 
 
-def test_indices_get_the_smallest_integer_type(tmp_path):
-    for index in (-1, 127, 128, -129, 32768, 2**31, 2**32, 10**18 - 1):
-        found = competition.read_test_points(write_test_points(tmp_path, f"a.jpg\t[-1, {index}]")).indices
-        assert found.dtype.kind in "iu" and found.tolist() == [[-1, index]]
-        assert found.itemsize == next(n for n in (1, 2, 4, 8) if -(2 ** (8 * n - 1)) <= index < 2 ** (8 * n - 1))
+def test_indices_beyond_32_bits_are_kept(tmp_path):
+    for index in (-1, 2**31, 2**32, 10**18 - 1):
+        indices = competition.read_test_points(write_test_points(tmp_path, f"a.jpg\t[-1, {index}]")).indices
+        assert indices.dtype == np.int64 and indices.tolist() == [[-1, index]]
 
 
 def test_index_list_is_matched_in_linear_time(tmp_path):
     "In one pass: a search that tries every way to share out a million spaces takes hours."
-    with pytest.raises(UserError, match="line 2: .* is no list"):
+    with pytest.raises(UserError, match="line 2: .* is not a list"):
         competition.read_test_points(write_test_points(tmp_path, "a.jpg\t[1" + " " * 1_000_000 + "x"))
 
 
@@ -158,14 +157,14 @@ def test_score_by_hand(scored, capsys):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("", "no submission"),
-        ("file_name,x,y\n", "no submission"),
-        ("\na.jpg,5,6,1,2\n", "no submission"),  # the first line is blank: which is the header cannot be told
+        ("", "is not a submission"),
+        ("file_name,x,y\n", "is not a submission"),
+        ("\na.jpg,5,6,1,2\n", "is not a submission"),  # the first line is blank: which is the header cannot be told
         ("HEAD\na.jpg,5,6,1,2\n", "1 rows for 2"),
         ("HEAD\nb.jpg,5,6,1,2\na.jpg,5,6,1,2\n", "row 1"),
         ("HEAD\na.jpg,5,6,1,2\nb.jpg,5,6,1\n", "line 3: a file name and 4 finite numbers"),
-        ("file_name,x,y,z\na.jpg,5,6,1\n", "no submission"),
-        ("file_name\na.jpg\n", "no submission"),
+        ("file_name,x,y,z\na.jpg,5,6,1\n", "is not a submission"),
+        ("file_name\na.jpg\n", "is not a submission"),
         ("HEAD\na.jpg,5,6,1,nan\nb.jpg,5,6,1,2\n", "line 2"),
         ("HEAD\na.jpg,5,6,1,x\nb.jpg,5,6,1,2\n", "line 2"),
         ("file_name,x,y\na.jpg,5,6\nb.jpg,5,6\n", "1 points a row found, 2 expected"),

@@ -5,6 +5,7 @@
 
 import builtins
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from landmarks_fastai import competition
 from landmarks_fastai.data import landmarks_csv
-from landmarks_fastai.data.labels import read_labels
+from landmarks_fastai.data.labels import open_labels
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap, fit_image, input_to_unit, pixel_map, unit_to_input
 from landmarks_fastai.settings import FITS
@@ -52,14 +53,11 @@ def read_bytes(data: bytes, reader, name="a.csv"):
 
 
 def label_rows(csv):
-    "(lines, names, points as float32) of a landmarks.csv."
-    labels = read_labels(csv)
-    lines, names = zip(*labels.lines_and_names(), strict=True)
-    points = np.stack([labels.points(i) for i in range(len(labels))])
-    assert [labels.line(i) for i in range(len(labels))] == list(lines)
-    assert [labels.name(i) for i in range(len(labels))] == list(names)
-    assert points.shape == (len(labels), labels.n_points, 2) and points.dtype == np.float32
-    return list(lines), list(names), points
+    "(line, name, points, fault or None) of the rows of a landmarks.csv."
+    labels = open_labels(csv)
+    points = [labels.points(i) for i in range(len(labels))]
+    assert all(p.shape == (labels.n_points, 2) and p.dtype == np.float32 for p in points)
+    return [(labels.line(i), labels.name(i), p.tolist(), labels.faults.get(i)) for i, p in enumerate(points)]
 
 
 @st.composite
@@ -78,7 +76,7 @@ def decimal(draw):
 
 
 PLAIN = integers(forms=("{}",))
-COLUMN = st.text(LETTER, max_size=6).filter(lambda text: not landmarks_csv._is_number(text.encode()))
+COLUMN = st.text(LETTER, max_size=6).filter(lambda text: not re.fullmatch(landmarks_csv.NUMBER, text.encode()))
 
 
 @st.composite
@@ -102,36 +100,22 @@ def tables(draw):
     return data, lines, names, np.array(cells, np.float32).reshape(len(names), n, 2)
 
 
-@st.composite
-def cuts(draw):
-    "How the reader cuts a file: the bytes of a block and of a piece."
-    return draw(st.sampled_from([(1 << 23, 1 << 20), (1 << 23, 1), (40, 1 << 20), (100, 30), (1, 1)]))
+BLOCKS = st.sampled_from([1 << 23, 1, 40, 100])  # bytes that the reader takes at a time
 
 
-def read_cut(data, cut, slow=False):
-    "As `read_bytes`, of a landmarks.csv, cut into blocks and pieces, by the fast parser or the slow one."
+def read_blocks(data, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(landmarks_csv, "BLOCK", cut[0])
-        patch.setattr(landmarks_csv, "PIECE", cut[1])
-        if slow:
-            patch.setattr(landmarks_csv, "_parse_piece", lambda piece, n_values: None)
+        patch.setattr(landmarks_csv, "BLOCK", block)
         return read_bytes(data, label_rows)
 
 
-def same(one, other):
-    "Equal rows, or equal errors."
-    if isinstance(one, str) or isinstance(other, str):
-        return isinstance(one, str) and isinstance(other, str) and one == other
-    return one[:2] == other[:2] and np.array_equal(one[2], other[2])
-
-
 @search
-@given(tables(), cuts(), st.booleans())
-def test_every_table_reads_back_equal(table, cut, slow):
+@given(tables(), BLOCKS)
+def test_every_table_reads_back_equal(table, block):
     data, lines, names, points = table
     assume(points.shape[1] == 1 or (points != points[:, :1]).any((1, 2)).all())  # all points in one place are a fault
-    found = read_cut(data, cut, slow)
-    assert same(found, (lines, names, points))
+    assert read_blocks(data, block) == [*zip(lines, names, points.tolist(), [None] * len(lines), strict=True)]
+    check_both_ways(data, block)
 
 
 PIECES = [
@@ -152,30 +136,35 @@ def mutated(draw, right):
     return data
 
 
-def check_both_ways(data, cut):
-    "Rows or a `UserError`, the same by numpy and by pandas; the rows of a file are no more than its lines."
-    fast, slow = read_cut(data, cut), read_cut(data, cut, slow=True)
-    assert same(fast, slow), (fast, slow)
-    if not isinstance(fast, str):
-        lines, names, points = fast
-        assert all(name and not set(name) & set("\t\n\r\0") for name in names)
-        assert np.isfinite(points).all() and abs(points).max() <= landmarks_csv.LIMIT
-        assert lines == sorted(set(lines)) and 2 <= lines[0] and lines[-1] <= data.count(b"\n") + 1
+def check_both_ways(data, block):
+    "The rows of a file are the same beside a bad row, with which each line is examined; they are no more than its lines."
+    rows, others = read_blocks(data, block), read_blocks(data + b"\nbad", 1 << 23)
+    if isinstance(others, str):
+        assert rows == others
+        return
+    *others, bad = others
+    assert bad[1] == "bad" and "1 fields found" in bad[3]
+    assert rows == others or (not others and "has a header but no rows" in rows)
+    lines = [line for line, *_ in others]
+    assert lines == sorted(set(lines)) and all(2 <= line <= data.count(b"\n") + 1 for line in lines)
+    for _, name, points, fault in others:
+        assert np.isfinite(points).all() and np.abs(points).max() <= landmarks_csv.LIMIT
+        assert fault or (name and not set(name) & set("\t\n\r\0"))
 
 
 @search
-@given(mutated(tables().map(lambda table: table[0])), cuts())
-def test_mutated_table_is_parsed_the_same_by_numpy_and_pandas(data, cut):
-    check_both_ways(data, cut)
+@given(mutated(tables().map(lambda table: table[0])), BLOCKS)
+def test_mutated_table_has_the_same_rows_beside_a_bad_one(data, block):
+    check_both_ways(data, block)
 
 
 @search
-@example(b"\xc3\t1\t2\n\xa9\t1\t2\n", (1 << 23, 1 << 20))  # two halves of a letter, complete in neither name
-@example(b"\xef\xbb\xbfa\t1\t2\n", (1 << 23, 1 << 20))  # a byte order mark that belongs to a name
-@example(b"a\rb\t1\t2\n", (1 << 23, 1 << 20))
-@given(st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=30).map(b"".join), cuts())
-def test_any_bytes_are_parsed_the_same_by_numpy_and_pandas(data, cut):
-    check_both_ways(b"n\tx\ty\n" + data, cut)
+@example(b"\xc3\t1\t2\n\xa9\t1\t2\n", 1 << 23)  # two halves of a letter, complete in neither name
+@example(b"\xef\xbb\xbfa\t1\t2\n", 1 << 23)  # a byte order mark that belongs to a name
+@example(b"a\rb\t1\t2\n", 1 << 23)
+@given(st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=30).map(b"".join), BLOCKS)
+def test_any_bytes_have_the_same_rows_beside_a_bad_one(data, block):
+    check_both_ways(b"n\tx\ty\n" + data, block)
     read_bytes(data, label_rows)
 
 

@@ -113,7 +113,7 @@ def landmark_dataloaders(
 
 def cached_inputs(images: LabelledImages, settings: Settings, facts: DataFacts) -> Inputs:
     "The network inputs of the rows, with a cache of the whole images, and one of the aligned crops if there are any."
-    folder, rows, key = images.folder, len(images.labels), {"labels": images.labels.key}
+    folder, rows, key = images.folder, len(images.labels), {"labels": images.labels.identity}
     whole = open_cache(folder, rows, settings.fit, settings.size, key)
     crops = None
     if alignment_of(settings, facts):

@@ -11,9 +11,8 @@ import json
 import os
 import re
 import stat
-import zlib
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -21,29 +20,18 @@ import numpy as np
 from PIL.ImageFile import ImageFile
 
 from landmarks_fastai.data.images import check_mode, exif_turn, is_16_bit, open_undecoded
-from landmarks_fastai.data.labels import Table
+from landmarks_fastai.data.labels import Labels
 from landmarks_fastai.errors import Problem, UserError
 from landmarks_fastai.utils.files import atomic_write, cache_places, check_folder
 from landmarks_fastai.utils.hardware import max_pixels
 from landmarks_fastai.utils.parallel import bar
 
-FORMAT = 1  # of the file of stamps
-BLOCK = 256  # rows between two steps of the progress bar
+FORMAT = 2  # of the file of stamps
 FAR = 1.0  # image sides: a point farther outside is a mistake; a face at the edge has points 0.5 outside
-MAX_TEXTS = 1000  # error texts kept of damaged images
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # images of other formats are decoded
 PLAIN_NAME = re.compile(r"[^/\\:]+")  # a file in the folder itself, on every system
 COLUMNS = ["line", "file_name", "problem"]
-ReadPoints = Callable[[int, int], np.ndarray]  # (start, stop) -> points (rows, n_points, 2)
 
-LEAVES, MISSING, NOT_A_FILE, NO_ACCESS, DAMAGED = range(1, 6)
-TEXTS = {
-    LEAVES: "file name {name!r} leaves the image folder {folder}, by its path or a link: it was not opened; remove the line",
-    MISSING: "image {name} not found in {folder}: add it or remove the line",
-    NOT_A_FILE: "image {path} is a folder or no plain file: replace it or remove the line",
-    NO_ACCESS: "image {path} cannot be accessed: fix its permissions, or remove the line",
-    DAMAGED: "image {path} cannot be used: replace it or remove the line",
-}
 NOTES = {  # unusual property of an image -> what is done with it
     "animated or of several pages": "the first frame is used",
     "CMYK": "converted to RGB",
@@ -55,89 +43,69 @@ NOTES = {  # unusual property of an image -> what is done with it
 }
 
 
-class ImageFaults:
-    "The rows of a table whose images cannot be used."
+def check_images(labels: Labels, folder: Path) -> dict[int, str]:
+    """Return what is wrong with the images of the rows, by row; print one line for each kind of unusual image.
 
-    def __init__(self, table: Table, folder: Path, faults: np.ndarray):
-        self.table, self.folder, self.faults = table, folder, faults
-        self.details: dict[int, str] = {}
-
-    @property
-    def rows(self) -> np.ndarray:
-        return np.flatnonzero(self.faults)
-
-    def add_damaged(self, row: int, text: str) -> None:
-        self.faults[row] = DAMAGED
-        if len(self.details) < MAX_TEXTS:
-            self.details[row] = text
-
-    def problem(self, row: int) -> Problem:
-        name = self.table.name(row)
-        text = TEXTS[self.faults[row]].format(name=name, folder=self.folder, path=self.folder / name)
-        return self.table.problem(row, self.details.get(row, text))
-
-
-def check_images(
-    table: Table,
-    folder: Path,  # that the images must be in; it may be a link itself
-    read_points: ReadPoints | None = None,
-    skip: list[int] | tuple[int, ...] = (),  # rows that are bad already
-) -> ImageFaults:
-    """Find the rows whose images cannot be used; print one line for each kind of unusual image.
-
-    Points are pixels of the image as stored. Raises `UserError` if the folder cannot be read.
+    Rows with a fault in their text are left out. `folder`, which the images must be in, may be a link itself. Raises
+    `UserError` if it cannot be read.
     """
-    check_folder(folder, f"{table.csv.name} names images in it")
-    stamps, faults = _stat_images(table, folder)
-    if len(skip):
-        stamps[skip], faults[skip] = -1, 0
-    stored = _read_stamps(table)
-    changed = stamps[:, 0] >= 0
-    if stored is not None:
-        changed &= (stamps != stored).any(1)
-    found, notes = ImageFaults(table, folder, faults), {}
-    blocks = np.unique(np.flatnonzero(changed) // BLOCK)
-    for block in bar(blocks, len(blocks), "checking images") if len(blocks) else ():
-        rows = block * BLOCK + np.flatnonzero(changed[block * BLOCK : (block + 1) * BLOCK])
-        _check_block(found, rows, read_points, notes)
+    check_folder(folder, f"{labels.csv.name} names images in it")
+    stamps, faults = _stat_images(labels, folder)
+    stored = _read_stamps(labels)
+    changed = (stamps[:, 0] >= 0) & (True if stored is None else (stamps != stored).any(1))
+    rows, notes = np.flatnonzero(changed).tolist(), {}
+    for row in bar(rows, len(rows), "checking images") if rows else ():
+        try:
+            for kind in _check_image(labels, folder, row):
+                notes.setdefault(kind, []).append(row)
+        except UserError as e:
+            faults[row] = e.line
     if stored is None:
-        _print_repeated(table)
-    for kind in sorted(notes, key=list(NOTES).index):
-        count, row = notes[kind]
+        _print_repeated(labels)
+    for kind in [kind for kind in NOTES if kind in notes]:
+        (row, *_), count = notes[kind], len(notes[kind])
         images = "1 image is" if count == 1 else f"{count} images are"
-        print(f"note: {images} {kind}, {NOTES[kind]}; the first: {table.csv} line {table.line(row)}, {table.name(row)}")
-    stamps[faults > 0] = -1  # opened again at each start: the cause may go without a change of the file's time
+        print(f"note: {images} {kind}, {NOTES[kind]}; the first: {labels.place(row)}, {labels.name(row)}")
+    stamps[list(faults)] = -1  # opened again at each start: the cause may go without a change of the file's time
     if stored is None or (stamps != stored).any():
-        _write_stamps(table, stamps)
-    return found
+        _write_stamps(labels, stamps)
+    return faults
 
 
-def _stat_images(table: Table, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    "Return size and time of each row's image, int64 (rows, 2), -1 if there is none, and the faults, uint8 (rows,)."
-    stamps, faults, prefix = array("q"), bytearray(), os.path.join(folder, "")
-    for _, name in table.lines_and_names():
-        fault, found = _stat_image(prefix, name)
-        faults.append(fault)
-        stamps.extend((found.st_size, found.st_mtime_ns) if found else (-1, -1))
-    return np.array(stamps).reshape(-1, 2), np.frombuffer(faults, np.uint8).copy()
+def _stat_images(labels: Labels, folder: Path) -> tuple[np.ndarray, dict[int, str]]:
+    "Return size and time of each row's image, int64 (rows, 2), -1 if there is none, and the faults."
+    stamps, faults, prefix = array("q"), {}, os.path.join(folder, "")
+    for row in range(len(labels)):
+        stamp = (-1, -1)
+        if row not in labels.faults:
+            try:
+                stamp = _stat_image(folder, prefix, labels.name(row))
+            except UserError as e:
+                faults[row] = str(e)
+        stamps.extend(stamp)
+    return np.array(stamps).reshape(-1, 2), faults
 
 
-def _stat_image(prefix: str, name: str) -> tuple[int, os.stat_result | None]:
+def _stat_image(folder: Path, prefix: str, name: str) -> tuple[int, int]:
+    "Return size and time of an image file; `prefix` is the folder as text. Raises `UserError` if it cannot be used."
     try:
         plain = PLAIN_NAME.fullmatch(name) and name not in (".", "..")
-        found = os.stat(prefix + name, follow_symlinks=False) if plain else None
-        if not found or stat.S_ISLNK(found.st_mode):
-            if _leaves(Path(prefix), name):
-                return LEAVES, None
-            found = os.stat(prefix + name)
-    except (FileNotFoundError, NotADirectoryError):
-        return MISSING, None
+        status = os.stat(prefix + name, follow_symlinks=False) if plain else None
+        if not status or stat.S_ISLNK(status.st_mode):
+            if leaves_folder(folder, name):
+                refused = "by its path or a link: it was not opened; remove the line"
+                raise UserError(f"file name {name!r} leaves the image folder {folder}, {refused}")
+            status = os.stat(prefix + name)
     except (OSError, ValueError) as e:
-        return (MISSING if getattr(e, "errno", 0) == errno.ENAMETOOLONG else NO_ACCESS), None
-    return (0, found) if stat.S_ISREG(found.st_mode) else (NOT_A_FILE, None)
+        if getattr(e, "errno", 0) in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise UserError(f"image {name} not found in {folder}: add it or remove the line") from None
+        raise UserError(f"image {folder / name} cannot be accessed: fix its permissions, or remove the line") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"image {folder / name} is a folder or not a plain file: replace it or remove the line")
+    return status.st_size, status.st_mtime_ns
 
 
-def _leaves(folder: Path, name: str) -> bool:
+def leaves_folder(folder: Path, name: str) -> bool:
     "Return whether a file name leads out of the folder: by `..`, a root, a drive, or a link inside the folder."
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
     if windows.drive or windows.root or posix.is_absolute() or ".." in windows.parts or "\0" in name:
@@ -148,31 +116,20 @@ def _leaves(folder: Path, name: str) -> bool:
         return True
 
 
-def _check_block(found: ImageFaults, rows: np.ndarray, read_points: ReadPoints | None, notes: dict) -> None:
-    "Open the images of `rows`, compare their sizes with the points; add to `found`, and (count, first row) to `notes`."
-    sizes = {}
-    for row in rows.tolist():
-        try:
-            sizes[row], kinds = inspect_image(os.path.join(found.folder, found.table.name(row)))
-        except UserError as e:
-            found.add_damaged(row, e.line)
-            continue
-        for kind in kinds:
-            count, first = notes.get(kind, (0, row))
-            notes[kind] = count + 1, first
-    if read_points is None or not sizes:
-        return
-    rows, sides = np.array(list(sizes)), np.array(list(sizes.values()))
-    points = read_points(rows[0], rows[-1] + 1)[rows - rows[0]]
-    outside = (points.min(1) < -FAR * sides) | (points.max(1) > (1 + FAR) * sides)
-    for i in np.flatnonzero(outside.any(1)).tolist():
-        k = int(((points[i] < -FAR * sides[i]) | (points[i] > (1 + FAR) * sides[i])).any(1).argmax())
-        (x, y), (width, height) = points[i, k], sides[i]
-        found.add_damaged(
-            int(rows[i]),
+def _check_image(labels: Labels, folder: Path, row: int) -> list[str]:
+    "Return the `NOTES` that apply to a row's image. Raises `UserError` if it is damaged, or a point is far outside."
+    path = folder / labels.name(row)
+    size, kinds = inspect_image(path)
+    points, sides = labels.points(row), np.array(size)
+    outside = np.flatnonzero(((points < -FAR * sides) | (points > (1 + FAR) * sides)).any(1))
+    if len(outside):
+        k, (width, height) = outside[0], size
+        x, y = points[k]
+        raise UserError(
             f"point {k} ({x:g}, {y:g}) lies more than an image's side outside the {width} x {height} image "
-            f"{found.folder / found.table.name(rows[i])}: fix or remove the line",
+            f"{path}: fix or remove the line"
         )
+    return kinds
 
 
 def inspect_image(path: str | Path) -> tuple[tuple[int, int], list[str]]:
@@ -211,12 +168,12 @@ def _is_animated(image: ImageFile) -> bool:
     return True
 
 
-def _print_repeated(table: Table) -> None:
+def _print_repeated(labels: Labels) -> None:
     "Print how many rows name an image that an earlier row names."
-    hashes = np.array([hash(name) for _, name in table.lines_and_names()])
-    repeated = np.setdiff1d(np.arange(len(table)), np.unique(hashes, return_index=True)[1])
+    first_rows = np.unique([hash(labels.name(row)) for row in range(len(labels))], return_index=True)[1]
+    repeated = np.setdiff1d(np.arange(len(labels)), first_rows)
     if len(repeated):
-        first = f"{table.csv} line {table.line(repeated[0])}, {table.name(repeated[0])}"
+        first = f"{labels.place(repeated[0])}, {labels.name(repeated[0])}"
         print(f"note: images named in more than one row: {len(repeated)}; the first: {first}")
 
 
@@ -237,30 +194,27 @@ def append_listing(path: str | Path, problem: Problem) -> bool:
     return True
 
 
-def _stamp_files(table: Table) -> tuple[list[Path], dict]:
-    "Return the possible files for the stamps of a table, and the key that must be in it."
-    files = cache_places(table.csv.with_name(f"{table.csv.name}-images")) if table.csv.is_file() else []
-    return files, {"check": FORMAT, "rows": len(table), "pixels": max_pixels()} | table.key
+def _stamp_files(labels: Labels) -> tuple[list[Path], str]:
+    "Return the possible files for the stamps of a CSV's images, none for a DataFrame, and the key that must be in them."
+    files = cache_places(labels.csv.with_name(f"{labels.csv.name}-images")) if labels.csv.is_file() else []
+    return files, json.dumps([FORMAT, max_pixels(), labels.identity])
 
 
-def _read_stamps(table: Table) -> np.ndarray | None:
-    "Read (size, time) of the images that an earlier check of this table accepted; -1 for the others."
-    files, key = _stamp_files(table)
+def _read_stamps(labels: Labels) -> np.ndarray | None:
+    "Read (size, time) of the images that an earlier check of these rows accepted; -1 for the others."
+    files, key = _stamp_files(labels)
     for file in files:
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            head, _, data = file.read_bytes().partition(b"\n")
-            header = json.loads(head)
-            if header["key"] == key and header["crc"] == zlib.crc32(data):
-                return np.frombuffer(data, np.int64).reshape(len(table), 2)
+        with suppress(Exception), np.load(file) as stored:  # missing, or damaged, which raises many kinds of error
+            if stored["key"] == key:
+                return stored["stamps"]
     return None
 
 
-def _write_stamps(table: Table, stamps: np.ndarray) -> None:
-    files, key = _stamp_files(table)
-    data = stamps.tobytes()
+def _write_stamps(labels: Labels, stamps: np.ndarray) -> None:
+    files, key = _stamp_files(labels)
     for file in files:
         with suppress(OSError):  # a read-only or full folder: without the file the next start checks again
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file, "wb") as f:
-                f.write(json.dumps({"key": key, "crc": zlib.crc32(data)}).encode() + b"\n" + data)
+                np.savez(f, key=key, stamps=stamps)
             return

@@ -3,12 +3,10 @@
 import json
 import os
 import shutil
-import struct
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -16,24 +14,18 @@ from PIL import Image
 from landmarks_fastai.data.images import read_crop, read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap
-from landmarks_fastai.utils.files import atomic_write, cache_places, read_at, write_at
-
-FORMAT = 4  # of the cache file
-HEADER = 4096  # bytes
-PLACE = struct.Struct("<q")  # offset of a row's record in the file; 0: none
-FACTS = struct.Struct("<I6dqq")  # of a record: checksum, map, size and time of the image file
+from landmarks_fastai.utils.files import atomic_path, cache_places
 
 
 class InputCache:
-    """A file of fitted images, one record for each row, written when a row is first read.
+    """A `.npy` file of fitted images, one record for each row, written when a row is first read.
 
-    A record has a checksum, and the size and time of its image file: a missing or incomplete record, or one of an image
-    that has changed, is written again. Records are appended in the order in which they are created; a table after the
-    header has their offsets. With fixed offsets NTFS would allocate the whole file at the first write. It is pickled
-    without the open file.
+    A record has a checksum, and the size and time of its image file: a missing or incomplete record, one of an image that
+    has changed, or of another `key`, is written again. The file is sparse: it takes the space of the records written.
+
+    It is read and written by its path, not mapped: what is mapped counts as memory of the process, here all 19 GB of the
+    competition's images in each, and a write into a mapped file ends the process if the disk is full.
     """
-
-    file: IO[bytes]  # not set in an exported Learner on another machine, which predicts files and reads no rows
 
     def __init__(
         self,
@@ -42,65 +34,51 @@ class InputCache:
         size: int,  # of the network's input
         key: dict,  # of what the records depend on besides their image files
     ):
-        self.path, self.rows, self.size, self.key = Path(path), rows, size, key
-        self.record = FACTS.size + size * size * 3
-        self._open()
-
-    def _open(self) -> None:
-        head = json.dumps({"format": FORMAT, "size": self.size, "rows": self.rows} | self.key).encode()
-        head = head.ljust(HEADER, b"\0")
-        with suppress(OSError):
-            self.file = open(self.path, "r+b", buffering=0)
-            if read_at(self.file, HEADER, 0) == head:
-                return
-            self.file.close()
-        with atomic_write(self.path, "wb") as f:
-            f.write(head + bytes(PLACE.size * self.rows))
-        self.file = open(self.path, "r+b", buffering=0)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "file"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        if self.path.parent.is_dir():
-            self._open()
+        self.path, self.key = Path(path), zlib.crc32(json.dumps(key).encode())
+        facts = [("checksum", "u4"), ("map", "f8", 6), ("stamp", "i8", 2)]
+        self.record = np.dtype([*facts, ("pixels", "u1", (size, size, 3))])
+        self.start = 0
+        with suppress(OSError, ValueError, EOFError):  # missing, damaged, or closed to this user
+            records = np.load(self.path, mmap_mode="r")
+            if records.dtype == self.record and records.shape == (rows,):
+                self.start = records.offset
+            del records  # Windows replaces no mapped file
+        if not self.start:
+            with atomic_path(self.path) as temporary:
+                self.start = np.lib.format.open_memmap(temporary, "w+", self.record, (rows,)).offset
+        self.bytes = self.start + rows * self.record.itemsize
 
     @property
     def missing_bytes(self) -> int:
         "Bytes by which the file may still grow."
-        places = np.frombuffer(read_at(self.file, PLACE.size * self.rows, HEADER), np.int64)
-        return int((places == 0).sum()) * self.record
+        stat = os.stat(self.path)
+        return max(0, self.bytes - getattr(stat, "st_blocks", stat.st_size // 512) * 512)
 
-    def get(self, row: int, path: str | Path) -> tuple[Image.Image, PixelMap] | None:
-        "Return the row's input and map; None if there is no valid record or the image file has changed."
-        (place,) = PLACE.unpack(read_at(self.file, PLACE.size, HEADER + PLACE.size * row))
-        data = read_at(self.file, self.record, place) if place else b""
-        if len(data) < self.record:
+    def get(self, row: int, stamp: tuple[int, int]) -> tuple[Image.Image, PixelMap] | None:
+        "Return the row's input and map; None if there is no valid record of an image file with that `stamp`."
+        data = b""
+        with suppress(OSError), open(self.path, "rb", buffering=0) as f:
+            f.seek(self.start + row * self.record.itemsize)
+            data = f.read(self.record.itemsize)
+        if len(data) < self.record.itemsize:
             return None
-        crc, *to_input, length, time = FACTS.unpack_from(data)
-        if zlib.crc32(memoryview(data)[4:]) != crc or (length, time) != _stamp(path):
+        record = np.frombuffer(data, self.record)[0]
+        if record["checksum"] != zlib.crc32(memoryview(data)[4:], self.key) or tuple(record["stamp"]) != stamp:
             return None
-        side = (self.size, self.size)
-        pixels = memoryview(data)[FACTS.size :]
-        # Pillow takes any buffer; its annotation lacks memoryview
-        image = Image.frombuffer("RGB", side, pixels, "raw", "RGB", 0, 1)  # pyright: ignore[reportArgumentType]
-        return image, PixelMap(*to_input)
+        return Image.fromarray(record["pixels"]), PixelMap(*record["map"].tolist())
 
     def put(self, row: int, stamp: tuple[int, int], image: Image.Image, to_input: PixelMap) -> None:
-        "Write a row's record; nothing is written if the disk is full."
-        data = bytearray(FACTS.pack(0, *to_input, *stamp) + image.tobytes())
-        struct.pack_into("<I", data, 0, zlib.crc32(memoryview(data)[4:]))
-        with (
-            suppress(OSError),
-            open(self.path, "ab", buffering=0) as end,
-        ):  # not `self.file`: forked workers share its position
-            same = os.path.samestat(os.fstat(end.fileno()), os.fstat(self.file.fileno()))  # the file was not replaced
-            if same and end.write(data) == len(data):
-                write_at(self.file, PLACE.pack(end.tell() - len(data)), HEADER + PLACE.size * row)
+        "Write a row's record; nothing is written if the disk is full, or the file was replaced by one of another shape."
+        record = np.array((0, to_input, stamp, np.asarray(image)), self.record)
+        record["checksum"] = zlib.crc32(record.tobytes()[4:], self.key)
+        with suppress(OSError), open(self.path, "r+b", buffering=0) as f:
+            if os.fstat(f.fileno()).st_size == self.bytes:
+                f.seek(self.start + row * self.record.itemsize)
+                f.write(record.tobytes())
 
 
-def _stamp(path: str | Path) -> tuple[int, int]:
+def image_stamp(path: str | Path) -> tuple[int, int]:
+    "Return size and time of a file, -1 if there is none."
     try:
         stat = os.stat(path)
     except OSError:
@@ -154,11 +132,11 @@ class Inputs:
 def _cached(
     cache: InputCache | None, row: int, path: str | Path, read: Callable[[], tuple[Image.Image, PixelMap]]
 ) -> tuple[Image.Image, PixelMap]:
-    cached = cache and cache.get(row, path)
-    if cached:
-        return cached
-    stamp = _stamp(path)  # before reading: if the file changes meanwhile, the record does not match it
-    found = read()
-    if cache:
-        cache.put(row, stamp, *found)
-    return found
+    if cache is None:
+        return read()
+    stamp = image_stamp(path)  # before reading: if the file changes meanwhile, the record does not match it
+    cached = cache.get(row, stamp)
+    if cached is None:
+        cached = read()
+        cache.put(row, stamp, *cached)
+    return cached

@@ -3,9 +3,8 @@
 All rows are checked before training. Bad rows stop the program with a list of all of them, or are skipped.
 """
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -13,8 +12,8 @@ from typing import overload
 import numpy as np
 import pandas as pd
 
-from landmarks_fastai.data.checks import LEAVES, check_images, write_listing
-from landmarks_fastai.data.labels import Labels, Table, data_folder, open_labels
+from landmarks_fastai.data.checks import check_images, leaves_folder, write_listing
+from landmarks_fastai.data.labels import Labels, data_folder, frame_labels, open_labels
 from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
 from landmarks_fastai.utils.distributed import is_first
 
@@ -39,7 +38,7 @@ class LabelledImage:
     @property
     def where(self) -> str:
         "The first words of an error message about the image: file and line."
-        return f"{self.images.labels.csv} line {self.images.labels.line(self.row)}: "
+        return f"{self.images.labels.place(self.row)}: "
 
     def problem(self, text: str) -> Problem:
         return self.images.labels.problem(self.row, text.removeprefix(self.where))
@@ -54,7 +53,7 @@ class LabelledImages:
 
     def __init__(
         self,
-        labels: "Labels | FrameLabels",
+        labels: Labels,
         folder: Path,  # of the images
         left_out: np.ndarray | None = None,  # rows that are neither trained on nor validated on
         listing: Path | None = None,  # file that lists the rows that are left out
@@ -91,38 +90,6 @@ class LabelledImages:
         return (self[i] for i in range(0, len(self), step))
 
 
-class FrameLabels(Table):
-    """The rows of a DataFrame of file names and coordinates, with the methods of `Labels`.
-
-    Raises `UserError` for a wrong number of columns, no rows, or a coordinate that is not a number.
-    """
-
-    def __init__(self, frame: pd.DataFrame):
-        if frame.shape[1] < 3 or frame.shape[1] % 2 == 0 or not len(frame):
-            found = f"{len(frame)} rows and {frame.shape[1]} columns"
-            raise UserError(f"the DataFrame has {found}: a column of file names, then x0, y0, x1, y1, … expected")
-        try:
-            values = frame.iloc[:, 1:].to_numpy(np.float32)
-        except (ValueError, TypeError) as e:
-            raise UserError(f"the DataFrame holds a coordinate that is not a number ({e})") from None
-        names: list[str] = frame.iloc[:, 0].astype(str).tolist()
-        key = {"rows": len(names), "digest": hashlib.sha256("\n".join(names).encode()).hexdigest()}
-        super().__init__(Path("DataFrame"), key, names, np.arange(len(names)))  # no file: image checks are not stored
-        self.values = values.reshape(len(frame), -1, 2)
-        self.n_points: int = self.values.shape[1]
-        self.identity = {"rows": len(names), "points": self.n_points, "digest": key["digest"]}
-
-    def points(self, row: int) -> np.ndarray:
-        return self.values[row]
-
-    def read_points(self, start: int, stop: int) -> np.ndarray:
-        return self.values[start:stop]
-
-    def faults(self) -> dict[int, str]:
-        rows = np.flatnonzero(~np.isfinite(self.values).all((1, 2)))
-        return dict.fromkeys(rows.tolist(), "a coordinate is NaN or infinite: fix or delete this row")
-
-
 def labelled_images(
     source: str | Path | pd.DataFrame | LabelledImages,
     image_folder: str | Path | None = None,  # of a DataFrame's file names
@@ -138,35 +105,28 @@ def labelled_images(
     if isinstance(source, LabelledImages):
         return source
     if isinstance(source, pd.DataFrame):
-        labels, folder = FrameLabels(source), Path(image_folder or ".")
+        labels, folder = frame_labels(source), Path(image_folder or ".")
     else:
         train = data_folder(source) / "train"
         if not os.path.isfile(train / "landmarks.csv"):  # False, not an error, for a folder without permission
             raise UserError(f"{train / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/")
         labels, folder = open_labels(train / "landmarks.csv"), train / "images"
-    faults = labels.faults()
-    found = check_images(labels, folder, labels.read_points, list(faults))
+    image_faults = check_images(labels, folder)
     if left_out is not None:
-        if leaving := [r for r in found.rows.tolist() if found.faults[r] == LEAVES and r not in left_out]:
-            raise BadData(map(found.problem, leaving), len(leaving))
+        new = np.setdiff1d(list(image_faults), left_out).tolist()
+        if leaving := [row for row in new if leaves_folder(folder, labels.name(row))]:
+            raise BadData((labels.problem(row, image_faults[row]) for row in leaving), len(leaving))
         return LabelledImages(labels, folder, left_out, listing)
-    rows = np.union1d(found.rows, list(faults)).astype(np.int64)
-    problems = (labels.problem(r, faults[r]) if r in faults else found.problem(r) for r in rows.tolist())
-    _report_bad_rows(len(rows), problems, len(labels), on_bad, listing)
-    return LabelledImages(labels, folder, rows, listing)
-
-
-def _report_bad_rows(n_bad: int, problems: Iterable[Problem], n_rows: int, on_bad: str, listing: Path | None) -> None:
-    "Raise `BadData`, or list the bad rows and print how many are left out."
-    stop = n_bad > 0 and (on_bad == "stop" or n_bad == n_rows)
-    if not is_first():
-        pass  # the first process writes the list
-    elif listing and n_bad > (SHOWN if stop else 0):
-        problems = list(problems)
-        write_listing(listing, problems)
-    elif listing:
-        Path(listing).unlink(missing_ok=True)  # from an earlier start
-    if stop:
-        raise BadData(problems, n_bad, "--on-bad skip" if n_bad < n_rows else "", listing)
-    if n_bad:
-        print(f"{n_bad} of {n_rows} rows are bad and left out" + (f": {listing}" if listing else ""))
+    faults = dict(sorted((labels.faults | image_faults).items()))
+    problems = [labels.problem(row, text) for row, text in faults.items()]
+    stop = on_bad == "stop" or len(faults) == len(labels)
+    if listing and is_first():  # the first process writes the list
+        if len(faults) > (SHOWN if stop else 0):
+            write_listing(listing, problems)
+        else:
+            Path(listing).unlink(missing_ok=True)  # from an earlier start
+    if faults and stop:
+        raise BadData(problems, len(faults), "--on-bad skip" if len(faults) < len(labels) else "", listing)
+    if faults:
+        print(f"{len(faults)} of {len(labels)} rows are bad and left out" + (f": {listing}" if listing else ""))
+    return LabelledImages(labels, folder, np.array(list(faults), np.int64), listing)

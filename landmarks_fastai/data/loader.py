@@ -27,7 +27,7 @@ from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_bloc
 class BatchMaker(Dataset):
     """Make the batches of lists of rows, in this process or in a worker, with a loader that has no device.
 
-    A spawned worker (Windows, macOS) gets it pickled. fastai pickles the loader itself, whose `device` makes each worker
+    A spawned worker (Windows) gets it pickled. fastai pickles the loader itself, whose `device` makes each worker
     open a CUDA context: 410 MB of a 4 GB GPU.
     """
 

@@ -54,15 +54,14 @@ def checked_test_points(images: Path, n_points: int) -> TestPoints:
         raise UserError(f"{csv} not found: it says which points of which images to submit")
     test_points = read_test_points(csv)
     test_points.check_range(n_points)
-    found = check_images(test_points, images)
-    if len(found.rows):
-        raise BadData(map(found.problem, found.rows.tolist()), len(found.rows))
+    if faults := check_images(test_points, images):
+        raise BadData((test_points.problem(row, faults[row]) for row in sorted(faults)), len(faults))
     return test_points
 
 
 def _pictures(test_points: TestPoints, images: Path) -> Iterator[Picture]:
-    for row, name in enumerate(test_points.names):
-        yield Picture(images / name, exif=False, where=f"{test_points.csv} line {test_points.line(row)}: ")
+    for row in range(len(test_points)):
+        yield Picture(images / test_points.name(row), exif=False, where=f"{test_points.place(row)}: ")
 
 
 def write_submission(

@@ -64,8 +64,8 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
         )
     )
     if dls.items.labels.identity != run.record.labels:
-        changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped, or its time has"
-        raise UserError(f"{changed}: restore it (cp -p keeps the time), or start over with --overwrite")
+        changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped"
+        raise UserError(f"{changed}: restore it, or start over with --overwrite")
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     learn.begin = state.place
     return learn

@@ -29,7 +29,7 @@ from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 from landmarks_fastai.training.confidence import REGRESSION, add_confidence, time_needed
-from landmarks_fastai.training.learner import LandmarkLearner
+from landmarks_fastai.training.learner import LandmarkLearner, load_best
 from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.distributed import barrier, is_first
 from landmarks_fastai.utils.hardware import Machine
@@ -118,7 +118,7 @@ def fit_stage(
     state: State | None = None,  # of the stopped run to resume
     lr: float | None = None,  # learning rate of the body; None: the settings'
 ) -> Checkpoint:
-    """Fit, plot the results of the best epoch; returns its checkpoint. A run with a record saves its state while it trains.
+    """Fit, load the best epoch and plot it; returns its checkpoint. A run with a record saves its state while it trains.
 
     If no epoch is better than the loaded model, that is saved: a stage never ends with a worse model. Raises `UserError`
     if there is none, and no epoch has a finite score.
@@ -155,9 +155,11 @@ def fit_stage(
 
 
 def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
-    "Read the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
+    "Load the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
     barrier()  # the first process has written the checkpoint
     best = read_checkpoint(run.folder / "best.pth")
+    if best.settings.of("input") == learn.settings.of("input"):
+        load_best(learn, best.path)
     flips, tta = bool(best.facts.flip_indices), best.settings.tta
     if is_first():
         valid = learn.dls.valid
@@ -195,7 +197,8 @@ def _check_saved(
         settings = settings.replace(**previous.settings.of("input"), align=previous.settings.align, confidence=False)
         model = previous.model()
         model.spread = None
-        write_checkpoint(run, model, settings, previous.facts, *previous_scores, -1)
+        facts = previous.facts.replace(flip_indices=learn.facts.flip_indices)  # none with --mirror none
+        write_checkpoint(run, model, settings, facts, *previous_scores, -1)
     if where:
         print(f"warning: {where}; the best before it is kept; {try_this}")
 

@@ -100,25 +100,6 @@ def check_folder(folder: Path, hint: str) -> Path:
         raise UserError(f"{folder} cannot be read ({reason(e)}); {hint}") from None
 
 
-def read_at(f: IO[bytes], length: int, place: int) -> bytes:
-    "Read bytes at a position of an unbuffered file. Forked workers share the file's position, so it is not used."
-    if hasattr(os, "pread"):
-        return os.pread(f.fileno(), length, place)
-    f.seek(place)  # on Windows workers are spawned, each with a file of its own
-    return f.read(length)
-
-
-def write_at(f: IO[bytes], data: bytes | memoryview, place: int) -> None:
-    "Write all of `data` at a position of an unbuffered file, like `read_at`."
-    if not hasattr(os, "pwrite"):
-        f.seek(place)
-        f.write(data)
-        return
-    while data:
-        done = os.pwrite(f.fileno(), data, place)
-        data, place = data[done:], place + done
-
-
 def cache_places(path: Path) -> list[Path]:
     "Return the possible cache files of `path`: one beside it; one in the user's cache folder, named by a hash of the path."
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")

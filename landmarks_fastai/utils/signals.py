@@ -38,9 +38,6 @@ class SignalFlag:
         if self.number is not None and not this_process().store:  # Ctrl-C comes from the terminal and from torchrun
             raise Stopped(code=128 + number)
         self.number = number
-        # On macOS the signal may have ended the data loader's workers too: torch would raise in the middle of a step.
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def agree(self) -> bool:
         "Return whether any process has a signal; a signal that arrives meanwhile counts the next time."

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from landmarks_fastai.data import image_cache, images
-from landmarks_fastai.data.image_cache import InputCache, Inputs, open_cache
+from landmarks_fastai.data.image_cache import Inputs, image_stamp, open_cache
 from landmarks_fastai.data.images import read_input
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import pixel_map
@@ -82,6 +82,10 @@ def cached(tmp_path, key=None, n=6):
     return folder, Inputs("crop", 32, open_cache(folder, n, "crop", 32, key or {"labels": 1}))
 
 
+def record(cache, row, path):
+    return cache.get(row, image_stamp(path))
+
+
 def same(a, b):
     return np.array_equal(np.asarray(a[0]), np.asarray(b[0])) and a[1] == b[1]
 
@@ -105,34 +109,40 @@ def test_changed_image_damaged_record_or_other_key_is_decoded_again(tmp_path):
     (folder / "0.jpg").write_bytes((folder / "5.jpg").read_bytes())
     assert np.array_equal(np.asarray(inputs(0, folder / "0.jpg")[0]), np.asarray(old[5][0]))
     cache = inputs.cache.path
-    with open(cache, "r+b") as f:
-        f.seek(
-            image_cache.HEADER + 6 * image_cache.PLACE.size + inputs.cache.record + 500
-        )  # in the second record's pixels
-        f.write(b"torn")
-    assert same(inputs(1, folder / "1.jpg"), old[1])
-    before = cache.stat().st_ino
-    assert cached(tmp_path)[1].cache.path.stat().st_ino == before
+    for field, damage in [("pixels", 7), ("map", 0.5), ("stamp", 9), ("checksum", 1)]:
+        np.load(cache, mmap_mode="r+")[field][1] = damage
+        assert record(inputs.cache, 1, folder / "1.jpg") is None
+        assert same(inputs(1, folder / "1.jpg"), old[1]) and same(record(inputs.cache, 1, folder / "1.jpg"), old[1])
     other = cached(tmp_path, {"labels": 2})[1]
-    assert cache.stat().st_ino != before and other.cache.get(1, folder / "1.jpg") is None
-    assert same(inputs(2, folder / "2.jpg"), old[2])  # who has the old file open keeps it
-    cache.write_bytes(b"short")
-    assert same(cached(tmp_path)[1](3, folder / "3.jpg"), old[3])
+    assert record(other.cache, 1, folder / "1.jpg") is None
+    assert same(inputs(1, folder / "1.jpg"), old[1])  # another program with the first key still reads its records
+    for content in (b"short", b"", bytes(9999), cache.read_bytes()[:-1]):
+        cache.write_bytes(content)
+        assert same(inputs(3, folder / "3.jpg"), old[3])  # of who opened the file before
+        assert same(cached(tmp_path)[1](3, folder / "3.jpg"), old[3])
 
 
-def test_cache_grows_with_its_records_and_a_full_one_needs_no_space(tmp_path, monkeypatch):
-    "By what was written alone: Windows allocates a length at once, and has no `st_blocks`."
+def test_cache_of_another_shape_replaces_the_file_and_is_not_written_to(tmp_path):
     folder, inputs = cached(tmp_path)
+    larger = open_cache(folder, 7, "crop", 32, {"labels": 1})
+    content = larger.path.read_bytes()
+    inputs(2, folder / "2.jpg")
+    assert larger.path.read_bytes() == content and record(inputs.cache, 2, folder / "2.jpg") is None
+
+
+@pytest.mark.skipif(not hasattr(os.stat("."), "st_blocks"), reason="the system does not tell what a file takes")
+def test_cache_takes_the_space_of_its_records_and_a_full_one_needs_no_space(tmp_path, monkeypatch):
+    folder, inputs = cached(tmp_path, n=40)
     cache = inputs.cache
-    empty = image_cache.HEADER + 6 * image_cache.PLACE.size
-    assert cache.path.stat().st_size == empty and cache.missing_bytes == 6 * cache.record
-    inputs(4, folder / "4.jpg")  # not at its place, five records behind the start: NTFS would make room for all six
-    assert cache.path.stat().st_size == empty + cache.record and cache.missing_bytes == 5 * cache.record
-    assert cache.get(1, folder / "1.jpg") is None and cache.get(5, folder / "5.jpg") is None
-    for i in range(6):
+    needed, one = cache.missing_bytes, cache.record.itemsize
+    assert 36 * one < needed <= 40 * one + 4096 and cache.path.stat().st_size == cache.bytes
+    inputs(20, folder / "20.jpg")  # in the middle
+    assert needed - 2 * 4096 <= cache.missing_bytes < needed
+    assert record(cache, 1, folder / "1.jpg") is None and record(cache, 39, folder / "39.jpg") is None
+    for i in range(40):
         inputs(i, folder / f"{i}.jpg")
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
-    assert cached(tmp_path)[1].cache.missing_bytes == 0
+    assert cached(tmp_path, n=40)[1].cache.missing_bytes == 0
 
 
 def test_deleted_image_is_reported_although_it_is_cached(tmp_path):
@@ -155,18 +165,17 @@ def test_concurrent_writers_leave_a_valid_cache(tmp_path):
     started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [process.wait() for process in started] == [0] * 4
     plain, cache = Inputs("crop", 32), cached(tmp_path, n=40)[1].cache
-    kept = [cache.get(i, folder / f"{i}.jpg") for i in range(40)]
+    kept = [record(cache, i, folder / f"{i}.jpg") for i in range(40)]
     assert all(k is None or same(k, plain(i, folder / f"{i}.jpg")) for i, k in enumerate(kept))
     assert sum(k is not None for k in kept) >= 1 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_full_disk_is_reported_before_training_and_ignored_later(tmp_path, monkeypatch, run_script, drawn):
     folder, inputs = cached(tmp_path)
-    real = InputCache.put
-    monkeypatch.setattr(
-        image_cache, "write_at", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
-    assert inputs(0, folder / "0.jpg")[0].size == (32, 32) and inputs.cache.get(0, folder / "0.jpg") is None
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full_disk)
+        assert inputs(0, folder / "0.jpg")[0].size == (32, 32)
+    assert record(inputs.cache, 0, folder / "0.jpg") is None
     one = inputs.cache.missing_bytes
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2 * one - 1}))
     crops = open_cache(folder, 6, "align1.3", 32, {"labels": 1})
@@ -174,10 +183,15 @@ def test_full_disk_is_reported_before_training_and_ignored_later(tmp_path, monke
         UserError, match="--cache: .*-32-pad.cache and .*-32-align1.3.cache may grow by"
     ):  # both have to fit
         open_cache(folder, 6, "pad", 32, {"labels": 1}, crops)
-    assert InputCache.put is real
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     code, out, err = run_script(f"train.py {QUICK} --cache -n r -d", drawn)
     assert code == 1 and err.count("\n") == 1 and "--cache" in err and "make room" in err
+
+
+def full_disk(path, mode="r", *args, real=open, **kwargs):
+    if "+" in mode:
+        raise OSError(28, "No space left on device")
+    return real(path, mode, *args, **kwargs)
 
 
 def test_training_from_the_cache_gives_identical_weights(run_script, drawn, tmp_path):

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from landmarks_fastai.data import labels, landmarks_csv
-from landmarks_fastai.data.labels import read_labels
+from landmarks_fastai.data.labels import frame_labels, open_labels, read_labels
 from landmarks_fastai.errors import UserError
 from tests.conftest import ROOT
 
@@ -51,41 +52,37 @@ def test_last_line_without_newline_is_read(tmp_path):
     assert read_labels(csv).name(1) == "b.jpg"
 
 
-def test_late_decimals_keep_all_rows_exact(tmp_path, monkeypatch):
-    "The first rows go to int16; when decimals come, in a later block, what is written becomes float32."
-    monkeypatch.setattr(landmarks_csv, "BLOCK", 64)
-    text = [f"{i}.jpg\t{i}\t-{i}\t3\t4\t5\t6" for i in range(300)] + ["x.jpg\t0.25\t2\t3\t4\t5\t-6.5"]
-    labels = read_labels(write(tmp_path / "l.csv", *text))
-    assert [labels.points(i)[0].tolist() for i in range(300)] == [[i, -i] for i in range(300)]
-    assert labels.points(300).tolist() == [[0.25, 2], [3, 4], [5, -6.5]]
-    assert [labels.name(i) for i in (0, 299, 300)] == ["0.jpg", "299.jpg", "x.jpg"]
-
-
-def test_integers_are_read_for_any_block_and_piece_size(tmp_path, monkeypatch):
-    "Of one to five digits, negative, in blocks that hold a blank line, a sign or a decimal, and in those that do not."
+@pytest.mark.parametrize("block", [1 << 23, 3000, 64])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_numbers_are_read_for_any_block_size(tmp_path, monkeypatch, block, end):
+    "Of one to five digits, negative, in blocks that hold a blank line, a sign or decimals, and in those that do not."
+    monkeypatch.setattr(landmarks_csv, "BLOCK", block)
     rng = np.random.default_rng(0)
-    points = (rng.integers(-32767, 32768, (400, 6)) / 10.0 ** rng.integers(0, 5, (400, 6))).astype(int)
+    points = (rng.integers(-32767, 32768, (400, 6)) / 10.0 ** rng.integers(0, 5, (400, 6))).astype(int).astype(float)
     points[7] = [0, -0, 32767, -32767, 9, -9]
-    text = [f"{'я' * (i % 5)}{i}.jpg\t" + "\t".join(map(str, p)) for i, p in enumerate(points)]
+    text = [f"{'я' * (i % 5)}{i}.jpg\t" + "\t".join(f"{v:g}" for v in p) for i, p in enumerate(points)]
     text[100] = text[100].replace("\t", "\t+", 1).replace("+-", "-")
-    text[200] = text[200].split("\t", 1)[0] + "\t007\t 2\t3.0\t4\t5\t6"
-    points[200] = [7, 2, 3, 4, 5, 6]
-    for block, piece, end in [(1 << 23, 1 << 20, "\n"), (3000, 500, "\n"), (900, 900, "\r\n"), (3000, 1, "\n")]:
-        monkeypatch.setattr(landmarks_csv, "BLOCK", block)
-        monkeypatch.setattr(landmarks_csv, "PIECE", piece)
-        csv = write(tmp_path / f"{block}-{piece}.csv", *text[:50], "", *text[50:], end=end)
-        labels = read_labels(csv)
-        assert np.array_equal([labels.points(i).reshape(-1) for i in range(400)], points)
-        assert [labels.name(i) for i in range(400)] == [t.split("\t")[0] for t in text]
-        assert [labels.line(i) for i in (0, 49, 50, 399)] == [2, 51, 53, 402]
+    text[200] = text[200].split("\t", 1)[0] + "\t007\t 2\t3.0\t4e0\t5\t6"
+    text[399] = text[399].split("\t", 1)[0] + "\t0.25\t2\t3\t4\t5\t-6.5"
+    points[200], points[399] = [7, 2, 3, 4, 5, 6], [0.25, 2, 3, 4, 5, -6.5]
+    labels = read_labels(write(tmp_path / "l.csv", *text[:50], "", *text[50:], end=end))
+    assert np.array_equal([labels.points(i).reshape(-1) for i in range(400)], points)
+    assert [labels.name(i) for i in range(400)] == [t.split("\t")[0] for t in text]
+    assert [labels.line(i) for i in (0, 49, 50, 399)] == [2, 51, 53, 402]
 
 
-def test_integer_rows_do_not_import_pandas(csv):
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai.data.labels import read_labels;"
-        f"print(len(read_labels({str(csv)!r})), 'pandas' in sys.modules)"
+def run(code, csv):
+    "What a process of its own prints."
+    start = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); csv = {str(csv)!r}; from landmarks_fastai.data import labels;"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "3 False\n"
+    return subprocess.Popen([sys.executable, "-c", start + code], stdout=subprocess.PIPE, text=True)
+
+
+def test_later_start_does_not_import_pandas(csv):
+    read_labels(csv)
+    code = "print(len(labels.read_labels(csv)), 'pandas' in sys.modules)"
+    assert run(code, csv).communicate()[0] == "3 False\n"
 
 
 BAD = {
@@ -194,11 +191,63 @@ def test_cache_is_reused_until_the_csv_changes(csv):
     assert read_labels(csv).points(1)[0, 0] == -9
 
 
+def contents(labels):
+    rows = range(len(labels))
+    return [(labels.line(i), labels.name(i), labels.points(i).tolist(), labels.faults.get(i)) for i in rows]
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"\0" * 5000, lambda b: b[:100]])
 def test_damaged_label_cache_is_replaced(csv, damage):
-    read_labels(csv)
+    right = contents(read_labels(csv))
     cache_of(csv).write_bytes(damage(cache_of(csv).read_bytes()))
-    assert read_labels(csv).points(0).tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert contents(read_labels(csv)) == right
+
+
+def test_flipped_bits_of_a_label_cache_are_never_read(csv):
+    with open(csv, "a") as f:
+        f.write("bad.jpg\t1\n")
+    right = contents(open_labels(csv))
+    content = cache_of(csv).read_bytes()
+    for k in [*range(4 * 24), *range(4 * 24, len(content), 11)]:  # the points are first
+        cache_of(csv).write_bytes(content[:k] + bytes([content[k] ^ 1 << k % 8]) + content[k + 1 :])
+        assert contents(open_labels(csv)) == right
+        assert k >= 4 * 24 or cache_of(csv).read_bytes()[: 4 * 24] == content[: 4 * 24]  # it was made again
+
+
+def damage_in_place(path):
+    with open(path, "r+b") as f:
+        f.seek(28)
+        f.write(b"\1")
+
+
+def test_cache_that_is_damaged_or_replaced_while_it_is_open(csv):
+    first, second = read_labels(csv), read_labels(csv)
+    right, inode = contents(first), cache_of(csv).stat().st_ino
+    damage_in_place(cache_of(csv))
+    assert contents(first) == right and cache_of(csv).stat().st_ino != inode
+    inode = cache_of(csv).stat().st_ino
+    assert contents(second) == right and cache_of(csv).stat().st_ino == inode  # what `first` has made
+    third = read_labels(csv)
+    damage_in_place(cache_of(csv))
+    write(csv, ROW.format("x"), ROW.format("y"), ROW.format("z"))
+    read_labels(csv)
+    with pytest.raises(UserError, match="has changed since it was opened"):
+        contents(third)
+
+
+def test_identity_is_that_of_the_content(csv, tmp_path):
+    first = read_labels(csv).identity
+    os.utime(csv, (1, 1))
+    other = tmp_path / "elsewhere.csv"
+    other.write_bytes(csv.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_labels(csv).identity == read_labels(other).identity == first
+    assert first["rows"] == 3 and first["points"] == 3
+    for old, new in [("b.jpg\t-7", "b.jpg\t-8"), ("b.jpg", "d.jpg"), (ROW.format("c") + "\n", "")]:
+        other.write_text(csv.read_text().replace(old, new))
+        assert read_labels(other).identity != first
+    frame = pd.DataFrame([["a.jpg", 1.0, 2.0], ["b.jpg", 3.0, 4.0]])
+    changed = frame.replace(4.0, 5.0)
+    assert frame_labels(frame).identity == frame_labels(frame.copy()).identity != frame_labels(changed).identity
 
 
 def test_truncated_or_replaced_csv_is_read_again(csv):
@@ -246,11 +295,8 @@ def test_concurrent_first_reads_all_succeed(tmp_path):
     "Eight at one time, none finding a cache: each gets the rows, and one whole cache and nothing else is left."
     text = [f"{i}.jpg\t" + "\t".join(str(v) for v in range(i, i + 400)) for i in range(3000)]
     csv = write(tmp_path / "l.csv", *text, header="file_name\t" + "\t".join(f"c{k}" for k in range(400)))
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai.data.labels import read_labels;"
-        f"r = read_labels({str(csv)!r}); print(len(r), int(sum(r.points(i).sum() for i in range(len(r)))))"
-    )
-    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    code = "r = labels.read_labels(csv); print(len(r), int(sum(r.points(i).sum() for i in range(len(r)))))"
+    started = [run(code, csv) for _ in range(8)]
     said = {process.communicate()[0] for process in started}
     assert said == {f"3000 {sum(400 * i + 400 * 399 // 2 for i in range(3000))}\n"}
     assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]
@@ -278,7 +324,15 @@ def _refuse_in(folder, real):
 def test_labels_pickle_as_a_file_name(csv):
     labels = read_labels(csv)
     text = pickle.dumps(labels)
-    assert len(text) < 2000 and pickle.loads(text).points(1).tolist() == labels.points(1).tolist()
+    assert len(text) < 2000 and contents(pickle.loads(text)) == contents(labels)
+    cache_of(csv).unlink()
+    os.utime(csv, (1, 1))
+    assert contents(pickle.loads(text)) == contents(labels)
+    frame = frame_labels(pd.DataFrame([["a.jpg", 1.0, 2.0], ["b.jpg", 3.0, np.nan]]))
+    assert repr(contents(pickle.loads(pickle.dumps(frame)))) == repr(contents(frame))
+    csv.write_text(csv.read_text().replace("b.jpg", "c.jpg"))
+    with pytest.raises(UserError, match="has changed since it was opened: start again"):
+        pickle.loads(text)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
@@ -293,9 +347,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         sizes.append(csv.stat().st_size)
         # VmHWM: unlike getrusage's figure it begins anew with the process, not with its parent's
         code = (
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from landmarks_fastai.data import labels, landmarks_csv;"
-            f"landmarks_csv.BLOCK = 1 << 20; labels.read_labels({str(csv)!r});"
+            "from landmarks_fastai.data import landmarks_csv; landmarks_csv.BLOCK = 1 << 20; labels.read_labels(csv);"
             "print(*[l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l])"
         )
-        peaks.append(1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
+        peaks.append(1024 * int(run(code, csv).communicate()[0]))
     assert sizes[1] - sizes[0] > 40e6 and peaks[1] - peaks[0] < 10e6

@@ -58,10 +58,9 @@ def test_three_stages_and_a_submission(run_script, drawn, tmp_path):
         "wd",
         "sched",
         "batch_size",
-        "mean",
-        "n_points",
     )
     assert all(getattr(second.settings, k) == getattr(first.settings, k) for k in kept)
+    assert second.facts == first.facts
 
     code, out, err = run_script("finetune.py -e 1 --workers 0 -pm", runs / "r_e_2+1/best.pth")
     assert code == 0 and "run r_e_2+1+1, from " in out and "run r_e_2+1+1:" in out
@@ -134,7 +133,7 @@ def test_the_checkpoint_is_tensors_and_their_meaning(quick_run):
     state = torch.load(quick_run / "best.pth", weights_only=True)
     metadata = state.pop(METADATA)
     assert metadata == json.loads(json.dumps(metadata)) and all(isinstance(t, torch.Tensor) for t in state.values())
-    assert metadata["settings"]["n_points"] == N_POINTS and metadata["settings"]["size"] == 32
+    assert metadata["facts"]["n_points"] == N_POINTS and metadata["settings"]["size"] == 32
     files = [
         "batch.png",
         "best.pth",
