@@ -265,7 +265,7 @@ CASES = {
     "an output folder that is a file": (
         bare, TRAIN.replace("OUT", "OUT/m/best.pth"), ["best.pth cannot be written to", "--out"],
     ),
-    "a name with a folder": (bare, TRAIN.replace("-n r", "-n a/b"), ["-n 'a/b' is no plain file name"]),
+    "a name with a folder": (bare, TRAIN.replace("-n r", "-n a/b"), ["-n 'a/b' is not a plain file name"]),
     "a name that is taken": (bare, TRAIN.replace("-n r", "-n m"), ["-n m: ", "already has a run of that name"]),
     "fewer rows than a batch": (lambda d, o: no_more_than(5, d, o), TRAIN, ["4 training rows make no batch of 8: use -b 4"]),
     "one row": (lambda d, o: no_more_than(1, d, o), TRAIN, ["1 rows leave none to train on"]),

@@ -30,7 +30,7 @@ def finetune_parser() -> options.Parser:
     training = parser.add_settings("training", [*options.TRAINING, "data", "on_bad", "freeze", "all_rows"], defaults)
     parser.add_settings("augmentation and evaluation", [*names_of("input"), *options.IMAGES], defaults)
     options.add_name(training)
-    parser.add_settings("must agree with the checkpoint", ["arch", "head", *names_of("split")], defaults)
+    parser.add_settings("must agree with the checkpoint", names_of("network", "split"), defaults)
     parser.add_machine()
     return parser
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.runs.run import MACHINE, SETTINGS, flags_of
+from landmarks_fastai.runs.run import MACHINE, flags_of
 from landmarks_fastai.settings import OUT, Settings
 from landmarks_fastai.utils.distributed import is_first, prints_line
 from landmarks_fastai.utils.hardware import AMP, Machine, find_gpu, why_no_gpu
@@ -135,7 +135,7 @@ def typed_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 def chosen_settings(flags: dict[str, Any]) -> dict[str, Any]:
     "The settings among the flags."
-    return {k: v for k, v in flags.items() if k in SETTINGS and v is not None and (k, v) != ("lr", "find")}
+    return {k: v for k, v in flags.items() if k in Settings.names() and v is not None and (k, v) != ("lr", "find")}
 
 
 def check_fixed(flags: dict[str, Any], checkpoint: Settings, names: Iterable[str]) -> None:

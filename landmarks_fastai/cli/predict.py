@@ -49,7 +49,7 @@ def predict_parser() -> options.Parser:
     parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, help=about)
     about = "flip test: average the points of image and mirror image (default: on with flip indices)"
     parser.add_argument("--tta", action=argparse.BooleanOptionalAction, dest="flip_test", help=about)
-    parser.add_settings("must agree with the checkpoint", ["arch", "head", *names_of("input")], defaults)
+    parser.add_settings("must agree with the checkpoint", names_of("network", "input"), defaults)
     parser.add_machine(training=False)
     return parser
 
@@ -72,7 +72,7 @@ def check_combinations(parser: options.Parser, args: argparse.Namespace) -> None
         parser.error("--detect finds boxes and --boxes has them: use one")
 
 
-def check_checkpoint(args: argparse.Namespace, network: "Network") -> None:
+def check_network(args: argparse.Namespace, network: "Network") -> None:
     "Raise `UserError` for flags that contradict the checkpoint."
     options.check_fixed(vars(args), network.settings, names_of("network", "input"))
     if args.flip_test and not network.facts.flip_indices:
@@ -95,7 +95,7 @@ def main() -> None:
             print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
-        check_checkpoint(args, network)
+        check_network(args, network)
     detector = None
     if args.detect:
         from landmarks_fastai.inference.detector import FaceDetector

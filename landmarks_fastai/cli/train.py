@@ -47,11 +47,12 @@ def _weights(text: str) -> str:
 
 def first_settings(flags: dict[str, Any]) -> Settings:
     "The settings of a first stage. Without a folder of data it trains on drawn faces."
-    recipe, settings = RECIPES[flags.get("recipe", "best")], {}
-    if "data" not in flags:
-        settings = {k: v for k, v in DRAWN.items() if not recipe or k in ("arch", "size", "valid_pct")}
-    settings |= recipe | options.chosen_settings(flags)
-    return Settings(**{"wd": WEIGHT_DECAY[settings.get("opt", Settings.opt)]} | settings)
+    recipe, drawn = RECIPES[flags.get("recipe", "best")], {} if "data" in flags else DRAWN
+    if recipe:
+        drawn = {k: v for k, v in drawn.items() if k in ("arch", "size", "valid_pct")}
+    settings: dict[str, Any] = drawn | recipe | options.chosen_settings(flags)
+    settings.setdefault("wd", WEIGHT_DECAY[settings.get("opt", Settings.opt)])
+    return Settings(**settings)
 
 
 def draw_faces(settings: Settings, out: str | os.PathLike, weights: str) -> Settings:

@@ -58,7 +58,7 @@ def claimed_run(
             run.write_record(record)
             broadcast(run)
             yield run
-        run.write_record(replace(run.record or record, ended=True))
+        run.write_record(replace(run.record, ended=True))
         (run.folder / "state.safetensors").unlink(missing_ok=True)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.settings import OUT, DataFacts, Settings
+from landmarks_fastai.settings import OUT, Settings
 from landmarks_fastai.utils.distributed import is_first, this_process
 from landmarks_fastai.utils.files import reason, rename, write_text
 from landmarks_fastai.utils.hardware import Machine
@@ -34,7 +34,6 @@ PREDICTIONS = {
 # The folder of a run has one of them at least.
 RUN_FILES = {*SAVED, LISTING, *PREDICTIONS.values(), "run.json", "submit.csv"}
 
-SETTINGS = set(Settings.names())
 MACHINE = {"gpu", *(f.name for f in dataclasses.fields(Machine))} - {"device"}  # flags that another start may change
 FLAGS = {  # of settings whose flag is not --the-name
     "batch_size": ("-b", "--batch-size"),
@@ -98,7 +97,8 @@ class Run:
     "The folder `out`/NAME with the files of one stage. The run that it overwrites is `out`/.NAME.old until it ends."
 
     def __init__(self, out: str | os.PathLike, name: str, record: Record | None = None):
-        self.out, self.name, self.record = Path(out), name, record
+        self.out, self.name = Path(out), name
+        self.record: Any = record  # None: of a stage that is not resumed
         self.folder, self.old = self.out / name, self.out / f".{name}.old"
         self.overwrites = False  # whether an older run comes back if this one fails now
 
@@ -119,26 +119,9 @@ class Run:
         return any((self.folder / name).exists() for name in SAVED)
 
     @property
-    def settings(self) -> Settings:
-        "Settings of the stage to resume. Raises `UserError` if run.json has none, or wrong ones."
-        try:
-            return Settings.from_dict(self.record.settings if self.record else None)
-        except UserError as e:
-            raise UserError(f"{self.folder / 'run.json'}: {e}; start over with --overwrite") from None
-
-    @property
-    def facts(self) -> DataFacts:
-        "What the stage to resume has learned from its data. Raises like `settings`."
-        try:
-            return DataFacts.from_dict(self.record.facts if self.record else None)
-        except UserError as e:
-            raise UserError(f"{self.folder / 'run.json'}: {e}; start over with --overwrite") from None
-
-    @property
     def resume_command(self) -> str:
         "The command that resumes the run, for the current folder."
-        script = self.record.script if self.record else "train.py"
-        return f"{typed_as(script)} --resume -n {shlex.quote(self.name)}{self.out_flag}"
+        return f"{typed_as(self.record.script)} --resume -n {shlex.quote(self.name)}{self.out_flag}"
 
     @property
     def out_flag(self) -> str:
@@ -174,7 +157,7 @@ def read_record(run: Run) -> Record | None:
     path = run.folder / "run.json"
     try:
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
-        if unknown := record.flags.keys() - SETTINGS - MACHINE - {"pretrained_model", "recipe", "weights"}:
+        if unknown := record.flags.keys() - MACHINE - {*Settings.names(), "pretrained_model", "recipe", "weights"}:
             raise ValueError(f"unknown flags: {', '.join(unknown)}")
     except FileNotFoundError:
         return None

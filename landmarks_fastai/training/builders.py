@@ -22,8 +22,9 @@ from landmarks_fastai.utils.hardware import Machine
 def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner of a first stage on the data of the settings; `weights` is imagenet, none, or the path of a file."
     settings = settings.replace(split_seed=settings.seed)
-    listing = run.folder / LISTING
-    dls = rank0_first(lambda: landmark_dataloaders(settings.data, settings, machine=machine, listing=listing))
+    dls = rank0_first(
+        lambda: landmark_dataloaders(settings.data, settings, machine=machine, listing=run.folder / LISTING)
+    )
     report_flip_map(dls, run)
     return rank0_first(lambda: landmark_learner(dls, weights=weights, machine=machine, path=run.out))
 
@@ -49,14 +50,20 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
 
 def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner for a stopped stage; `SaveResumeState` restores its weights when the fit begins."
-    settings, record, (epoch, batch) = run.settings, run.record, state.place
-    assert record is not None
-    before, now = state.metadata["processes"], this_process().count
+    (epoch, batch), before, now = state.place, state.metadata["processes"], this_process().count
     changed = f"; {now} processes, {before} before: a step sees {now} times -b images" if now != before else ""
     print(f"resuming at epoch {epoch}, batch {batch}{changed}")
-    options = {"machine": machine, "listing": run.folder / LISTING, "left_out": np.array(record.left_out, np.int64)}
-    dls = rank0_first(lambda: landmark_dataloaders(settings.data, settings, run.facts, **options))
-    if dls.items.labels.identity != record.labels:
+    try:
+        settings, facts = Settings.from_dict(run.record.settings), DataFacts.from_dict(run.record.facts)
+    except UserError as e:
+        raise UserError(f"{run.folder / 'run.json'}: {e}; start over with --overwrite") from None
+    listing, left_out = run.folder / LISTING, np.array(run.record.left_out, np.int64)
+    dls = rank0_first(
+        lambda: landmark_dataloaders(
+            settings.data, settings, facts, machine=machine, listing=listing, left_out=left_out
+        )
+    )
+    if dls.items.labels.identity != run.record.labels:
         changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped"
         raise UserError(f"{changed}: restore it, or start over with --overwrite")
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
@@ -66,13 +73,13 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
 
 def report_flip_map(dls: DataLoaders, run: Run, before: DataFacts | None = None) -> None:
     "Write mirror.json, and mirror.png if the map is new."
-    flip_indices = dls.facts.flip_indices
-    if not flip_indices:
+    facts = dls.facts
+    if not facts.flip_indices:
         return
     if before is None or not before.flip_indices:
-        run.write("mirror.png", lambda path: _draw_flip_map(dls.facts, path))
+        run.write("mirror.png", lambda path: _draw_flip_map(facts, path))
         print(f"look at the flip map: {run.folder / 'mirror.png'}", flush=True)
-    run.write("mirror.json", lambda path: write_flip_indices(path, flip_indices))
+    run.write("mirror.json", lambda path: write_flip_indices(path, facts.flip_indices))
 
 
 def _draw_flip_map(facts: DataFacts, path: Path) -> None:

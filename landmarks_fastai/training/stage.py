@@ -126,13 +126,9 @@ def fit_stage(
     started, settings = started or time.monotonic(), learn.settings.replace(**({"lr": lr} if lr else {}))
     if not state:
         if run.record:  # for --resume
-            images = learn.dls.items
-            data = {
-                "labels": images.labels.identity,
-                "left_out": images.left_out.tolist(),
-                "facts": learn.facts.to_dict(),
-            }
-            run.write_record(replace(run.record, settings=settings.to_dict(), loaded=previous_scores, **data))
+            images, chosen = learn.dls.items, {"settings": settings.to_dict(), "facts": learn.facts.to_dict()}
+            data = {"labels": images.labels.identity, "left_out": images.left_out.tolist()}
+            run.write_record(replace(run.record, loaded=previous_scores, **chosen, **data))
         if is_first():
             learn.dls.train.show_batch(max_n=BATCH_SHOWN)
             plots.save_figure(run.folder / "batch.png")

@@ -68,7 +68,7 @@ SLOW, KILLED = "print(os.getpid(), flush=True); time.sleep(60)", "os.kill(os.get
 @posix
 def test_a_worker_in_a_slow_read_ends_with_a_killed_main_process(drawn):
     process = python(READING.format(action=SLOW, data=str(drawn)))
-    worker = int(process.stdout.readline())
+    worker = int(next(line for line in process.stdout if line.strip().isdigit()))
     try:
         process.kill()
         process.wait()

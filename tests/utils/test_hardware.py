@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from landmarks_fastai.cli import arguments, resolve
+from landmarks_fastai.cli.options import prepared_machine
+from landmarks_fastai.cli.train import train_parser
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.loader import BatchMaker
 from landmarks_fastai.errors import UserError
@@ -238,7 +239,7 @@ def test_number_of_workers_by_cores(monkeypatch):
 
 
 def on_gpu(*flags):
-    return resolve.machine(arguments.train_arguments(["--gpu", *flags]))
+    return prepared_machine(vars(train_parser().parse_args(["--gpu", *flags])))
 
 
 @pytest.fixture
