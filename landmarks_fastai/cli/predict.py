@@ -13,6 +13,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import PREDICTIONS
 from landmarks_fastai.settings import ROUNDINGS, names_of
 from landmarks_fastai.utils.distributed import this_process
+from landmarks_fastai.utils.parallel import bar
 from landmarks_fastai.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
@@ -113,7 +114,6 @@ def main() -> None:
 def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> None:
     "Predict the competition's test images."
     from landmarks_fastai.inference.submission import predict_test
-    from landmarks_fastai.utils.parallel import bar
 
     data, rounding = args.data or predictor.networks[0].settings.data, args.rounding or ROUNDINGS[0]
     n = predict_test(predictor, data, run, rounding, bar)
@@ -190,7 +190,6 @@ def results_of(
                 yield result
             continue
         from landmarks_fastai.inference.video import predict_video
-        from landmarks_fastai.utils.parallel import bar
 
         for path in group:
             # clip.mp4 stays clip.mp4, clip.mov becomes clip.mov.mp4

@@ -14,7 +14,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs import run as runs
 from landmarks_fastai.runs.run import Record, Run, flags_of, is_plain_name, read_record, stopped_runs
 from landmarks_fastai.utils.distributed import broadcast, is_first, process_ended
-from landmarks_fastai.utils.files import reason
+from landmarks_fastai.utils.files import reason, rename
 from landmarks_fastai.utils.signals import UNREAD, Stopped
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system without locks
@@ -52,7 +52,7 @@ def claimed_run(
         with _ending(run):
             if overwrite and run.folder.exists():
                 run.overwrites = True
-                os.replace(run.folder, run.old)
+                rename(run.folder, run.old)
             elif not run.saved:
                 run.discard("run.json")
             run.write_record(record)
@@ -114,7 +114,7 @@ def process_lock(path: Path) -> Iterator[bool]:
 
 def _checked_record(run: Run, record: Record, overwrite: bool, resume: bool) -> Record:
     "The record to start a run with, or to resume it. Raises `UserError` for a name that is taken, and like `_resumed`."
-    previous = None if overwrite else read_record(run)
+    run.record = previous = None if overwrite else read_record(run)
     unfinished = previous is not None and not previous.ended
     if resume and previous:
         record = _resumed(run, previous, record)
@@ -124,7 +124,7 @@ def _checked_record(run: Run, record: Record, overwrite: bool, resume: bool) -> 
     elif not (overwrite or _is_free(run) or (unfinished and not run.saved)):
         hint = "choose another, or --overwrite to replace it"
         if unfinished:
-            hint = f"resume it with {Run(run.out, run.name, previous).resume_command}; or {hint}"
+            hint = f"resume it with {run.resume_command}; or {hint}"
         raise UserError(f"-n {run.name}: {run.out} already has a run of that name: {hint}")
     if record.checkpoint and run.folder.resolve() in Path(record.checkpoint).resolve().parents:
         raise UserError(f"-n {run.name} is the run that -pm loads: choose another name")
@@ -133,7 +133,6 @@ def _checked_record(run: Run, record: Record, overwrite: bool, resume: bool) -> 
 
 def _resumed(run: Run, previous: Record, record: Record) -> Record:
     "The record of the start, with flags of the machine from this one. Exits with 0 if the run is finished."
-    run.record = previous
     if previous.script != record.script:
         raise UserError(f"-n {run.name} was started by {previous.script}: {run.resume_command}")
     if previous.ended:
@@ -141,10 +140,11 @@ def _resumed(run: Run, previous: Record, record: Record) -> Record:
         (run.folder / "state.safetensors").unlink(missing_ok=True)
         broadcast(None)
         sys.exit(0)
-    for name in record.flags.keys() - runs.MACHINE:
-        typed, default = record.flags[name], (previous.settings or {}).get(name)
+    for name, typed in record.flags.items():
+        default = (previous.settings or {}).get(name)
         was = previous.flags.get(name, default)
-        if typed not in (was, default) and os.path.realpath(str(typed)) != os.path.realpath(str(was)):
+        same = typed in (was, default) or os.path.realpath(str(typed)) == os.path.realpath(str(was))
+        if not same and name not in runs.MACHINE:
             flag = flags_of(name)[0]
             raise UserError(
                 f"{flag} {typed}: --resume continues with the flags that the run was started with "

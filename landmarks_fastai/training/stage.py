@@ -125,10 +125,8 @@ def fit_stage(
     """
     started, settings = started or time.monotonic(), learn.settings.replace(**({"lr": lr} if lr else {}))
     if not state:
-        if run.record:  # for --resume
-            images, chosen = learn.dls.items, {"settings": settings.to_dict(), "facts": learn.facts.to_dict()}
-            data = {"labels": images.labels.identity, "left_out": images.left_out.tolist()}
-            run.write_record(replace(run.record, loaded=previous_scores, **chosen, **data))
+        if run.record:
+            _write_record(learn, run, settings, previous_scores)
         if is_first():
             learn.dls.train.show_batch(max_n=BATCH_SHOWN)
             plots.save_figure(run.folder / "batch.png")
@@ -152,6 +150,13 @@ def fit_stage(
     learn.metrics = metrics
     _check_saved(learn, run, settings, save.saved, stop_on_nan.step, previous, previous_scores)
     return _report_best(learn, run)
+
+
+def _write_record(learn: LandmarkLearner, run: Run, settings: Settings, loaded: tuple[float, float] | None) -> None:
+    "Add to run.json what --resume needs."
+    images, chosen = learn.dls.items, {"settings": settings.to_dict(), "facts": learn.facts.to_dict()}
+    data = {"labels": images.labels.identity, "left_out": images.left_out.tolist()}
+    run.write_record(replace(run.record, loaded=loaded, **chosen, **data))
 
 
 def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
