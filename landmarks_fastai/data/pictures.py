@@ -105,26 +105,49 @@ def _as_rgb(source: Any) -> Image.Image:
     raise UserError(f"a picture is a path, a PIL image or a uint8 array (h, w, 3); {found} found")
 
 
-def find_pictures(paths: Iterable[str]) -> Iterator[Path]:
+def find_pictures(
+    paths: Iterable[str],
+    videos: bool = True,  # whether videos are pictures too
+) -> Iterator[Path]:
     """Return the files that paths mean: files, folders with all below them, patterns, and `-` for a list on stdin.
 
-    In folders and patterns, files whose suffix is neither that of a picture nor of a video are left out; a file named
+    In folders and patterns, files whose suffix is not that of a picture or video are left out, and hidden ones; a file named
     by itself never is. Raises `UserError`, before the first is predicted, for a path that does not exist, and for a folder
     or pattern without pictures; a line of stdin that does not exist is yielded as it is.
     """
-    return chain.from_iterable([_lines_of_stdin() if path == "-" else _files_of(path) for path in paths])
+    return chain.from_iterable([_lines_of_stdin() if path == "-" else _files_of(path, videos) for path in paths])
 
 
-def _files_of(path: str) -> Iterable[Path]:
-    if os.path.isdir(path):
-        if not any(map(_is_media, _files_below(path))):
-            raise UserError(f"{path} holds no picture that Pillow reads, and no video")
-        return _below(path)
-    if os.path.lexists(path):
-        return [Path(path)]
-    if glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
-        return _matched(path, matches)
-    raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
+def _files_of(path: str, videos: bool = True) -> Iterator[Path]:
+    "Return the files that a path means. Of a folder, print how many are left out. Raises like `find_pictures`."
+    is_folder = os.path.isdir(path)
+    if not is_folder and os.path.lexists(path):
+        return iter([Path(path)])
+    matches = [path] if is_folder else sorted(glob.glob(path, recursive=True))
+    if not matches:
+        raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
+    files = chain.from_iterable(_files_below(match) if os.path.isdir(match) else [match] for match in matches)
+    files = list(dict.fromkeys(files))  # `**` matches a folder, its subfolders and their files
+    pictures = [file for file in files if _is_picture(file) or (videos and is_video(file))]
+    if not pictures:
+        kinds = "picture that Pillow reads" + (", and no video" if videos else "")
+        raise UserError(one_line(f"{path} {'holds' if is_folder else 'matches'} no {kinds}"))
+    if is_folder and len(pictures) < len(files):
+        left_out = f"{len(files) - len(pictures)} of its {len(files)} files are left out"
+        kinds = "pictures or videos" if videos else "pictures"
+        print(f"note: {path}: {left_out}: their names are not those of {kinds}", file=sys.stderr, flush=True)
+    return map(Path, pictures)
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    "Yield all files of a folder and its subfolders, sorted, but hidden ones. Raises `UserError` for one that cannot be read."
+
+    def refuse(error: OSError):
+        raise UserError(f"{error.filename} cannot be read ({reason(error)})")
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _lines_of_stdin() -> Iterator[Path]:
@@ -140,14 +163,13 @@ def _lines_of_stdin() -> Iterator[Path]:
         raise UserError("stdin is empty: - reads a list of paths from it, one a line")
 
 
-def _matched(pattern: str, matches: Sequence[str]) -> list[Path]:
-    "Return the pictures and videos that a pattern matches, and those below folders that it matches, each once."
-    below = (file for match in matches if os.path.isdir(match) for file in _files_below(match) if _is_media(file))
-    files = (Path(match) for match in matches if not os.path.isdir(match) and _is_media(Path(match)))
-    found = dict.fromkeys(chain(files, below))  # `**` matches a folder, its subfolders and their files
-    if not found:
-        raise UserError(one_line(f"{pattern} matches no picture that Pillow reads, and no video"))
-    return sorted(found)
+def _is_picture(path: str) -> bool:
+    return Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in Image.OPEN  # others are only written
+
+
+def is_video(path: str | Path) -> bool:
+    "Return whether the suffix is that of a video."
+    return os.path.splitext(path)[1].lower() in VIDEOS
 
 
 def read_boxes(path: str | Path) -> dict[str, list[Box]]:
@@ -184,41 +206,3 @@ def as_box(edges: Sequence[float]) -> Box:
     if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
         raise ValueError
     return left, top, right, bottom
-
-
-def _below(folder: str) -> Iterator[Path]:
-    """Yield the pictures and videos of a folder and its subfolders, sorted; hidden ones are left out.
-
-    Prints how many other files there are. Raises `UserError` for a folder that cannot be read.
-    """
-    found, others = 0, 0
-    for path in _files_below(folder):
-        if _is_media(path):
-            found += 1
-            yield path
-        else:
-            others += 1
-    if others:
-        files = f"{others} of its {found + others} files are left out"
-        print(f"note: {folder}: {files}: their names are not those of pictures or videos", file=sys.stderr, flush=True)
-
-
-def _files_below(folder: str) -> Iterator[Path]:
-    "Yield all files of a folder and its subfolders, sorted, but hidden ones. Raises `UserError` for one that cannot be read."
-
-    def refuse(error: OSError):
-        raise UserError(f"{error.filename} cannot be read ({reason(error)})")
-
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in sorted(files) if not name.startswith("."))
-
-
-def _is_media(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    return is_video(path) or Image.registered_extensions().get(suffix) in Image.OPEN  # others are only written
-
-
-def is_video(path: Path) -> bool:
-    "Return whether the suffix is that of a video."
-    return path.suffix.lower() in VIDEOS
