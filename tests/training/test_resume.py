@@ -16,7 +16,7 @@ import torch
 from fastai.callback.core import Callback
 from safetensors import safe_open
 
-from landmarks_fastai import plots
+from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.run import Run
@@ -304,7 +304,7 @@ def test_signal_whose_exception_a_library_drops_stops_the_stage_at_its_first_bat
     run_script, drawn, monkeypatch, number, code
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(plots, "plot_batch", lambda *args: lose_signal(number))
+        patch.setattr(LandmarkDL, "show_batch", lambda *args, **kwargs: lose_signal(number))
         stopped, _, err = run_script(f"train.py {QUICK} -e 3 -n r -d", drawn)
     assert stopped == code and "the state is saved" in err and err.endswith(STOPPED.format("train.py", "r"))
     assert "epoch 0, batch 1" in run_script("train.py --resume -n r")[1]
