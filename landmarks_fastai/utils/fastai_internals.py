@@ -1,15 +1,16 @@
 """A Learner whose fit can start in the middle of an epoch, and all private names of fastai that this program uses.
 
-Checked with fastai 2.8.12: `Learner._do_fit`, `_with_events`; `DataLoader.fake_l`, `_device`.
+Checked with fastai 2.8.12: `Learner._do_fit`, `_with_events`, `validation_context`; `DataLoader.fake_l`, `_device`.
 `tests/utils/test_fastai_internals.py` fails if a later version changes them.
 """
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastai.callback.core import CancelEpochException  # type: ignore[attr-defined] (fastai creates it at run time)
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastcore.xtras import ContextManagers
 
 Loader = TypeVar("Loader", bound=DataLoader)
 
@@ -26,6 +27,17 @@ def without_device(dl: Loader) -> Loader:
     return twin
 
 
+class _AllOrNone(ContextManagers):
+    "fastcore's, which does not leave the contexts that it has entered when a later one raises."
+
+    def __enter__(self) -> None:
+        try:
+            super().__enter__()
+        except BaseException:
+            self.stack.close()
+            raise
+
+
 class ResumableLearner(Learner):
     """A Learner whose next fit starts at `begin`.
 
@@ -38,6 +50,10 @@ class ResumableLearner(Learner):
     def first_batch(self) -> int:
         "The training batch at which the current epoch starts."
         return self.begin[1] if self.epoch == self.begin[0] else 0
+
+    def validation_context(self, cbs: Any = None, inner: bool = False) -> ContextManagers:
+        "As fastai's, whose lock stays held if a callback fails before the first batch: every later call would hang."
+        return _AllOrNone(super().validation_context(cbs, inner).default)
 
     def _do_fit(self) -> None:
         model = self.model

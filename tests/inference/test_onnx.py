@@ -256,7 +256,7 @@ def test_names_of_exports_and_of_other_files(out, run_script, drawn, tmp_path):
         open_network("elsewhere/m.onnx", out)
     shutil.copy(out / "m" / "best.pth", tmp_path / "model.pt")
     code, _, err = run_script(f"predict.py -pm {tmp_path / 'model.pt'} x.jpg")
-    assert code == 1 and "is no checkpoint: a checkpoint's file name ends in .pth" in err
+    assert code == 1 and "is not a checkpoint: a checkpoint's file name ends in .pth" in err
 
 
 def test_export_makes_the_folder(out, run_script):
