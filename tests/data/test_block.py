@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from landmarks_fastai.data.block import landmark_dataloaders
-from landmarks_fastai.data.images import open_image
 from landmarks_fastai.data.items import labelled_images
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.data.split import split_rows
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import unit_to_input
@@ -144,14 +144,14 @@ def test_exif_rotation_is_not_applied(tmp_path):
     exif = picture.getexif()
     exif[0x0112] = 6  # "turn by 90 degrees"
     picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (60, 30)
+    assert Picture(tmp_path / "turned.jpg", exif=False).image().size == (60, 30)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
 def test_other_modes_become_rgb(tmp_path, mode):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     Image.new(mode, (20, 10)).save(path)
-    assert open_image(path).mode == "RGB"
+    assert Picture(path, exif=False).image().mode == "RGB"
 
 
 def test_bad_images_are_named(drawn, tmp_path):
@@ -163,7 +163,7 @@ def test_bad_images_are_named(drawn, tmp_path):
     ]:
         (tmp_path / "bad.jpg").write_bytes(content)
         with pytest.raises(UserError, match=f"x.csv line 7: image .*bad.jpg .*{message}"):
-            open_image(tmp_path / "bad.jpg", "x.csv line 7: ")
+            Picture(tmp_path / "bad.jpg", where="x.csv line 7: ").image()
 
 
 def test_too_few_rows(drawn):
