@@ -92,7 +92,8 @@ def read_state_dict(
 ) -> dict:
     """The state dict of a .safetensors or .pth file: tensors, and plain values of `get_extra_state`.
 
-    It may be under the key `model`, as fastai's `save` writes it, or `state_dict`. Nothing else is unpickled. Raises `UserError` for a file with anything else.
+    It may be under the key `model`, as fastai's `save` writes it, or `state_dict`. Nothing else is unpickled. Raises
+    `UserError` for a file with anything else.
     """
     path = Path(path)
     if not path.is_file():
