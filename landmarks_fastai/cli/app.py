@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils import distributed
 from landmarks_fastai.utils.files import reason
+from landmarks_fastai.utils.parallel import THREADS
 from landmarks_fastai.utils.signals import UNREAD, ignore_signals, stop_on_signal
 
 if TYPE_CHECKING:
@@ -63,15 +65,22 @@ def _run(main):
             print()  # below the progress bar
         if distributed.prints_line(first_prints=True):
             print(f"stopped: {text}" if text else "stopped", file=sys.stderr, flush=True)
+        if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
+            os._exit(code)  # Python's own end would wait for a thread in a read that hangs
         sys.exit(code)
     except OSError as e:
-        if e.errno != errno.ENOSPC or e.filename:
+        if e.filename:
+            _fail(f"{e.filename} cannot be used ({reason(e)}): check its place, its permissions and the free space")
+        if e.errno != errno.ENOSPC:
             raise
         _discard_output()
         _fail(f"the output cannot be written ({e.strerror}): make room where it goes")
 
 
 def _prepare_process():
+    os.environ["MPLBACKEND"] = (
+        "agg"  # scripts only write files; a notebook's kernel exports a backend that may be absent
+    )
     # warnings of torch and fastai about their own code are nothing that a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", category=DeprecationWarning)

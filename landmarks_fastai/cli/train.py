@@ -42,7 +42,7 @@ def train_parser() -> options.Parser:
 
 
 def _weights(text: str) -> str:
-    return text if text in ("imagenet", "none") else os.path.abspath(text)
+    return text if text in ("", "imagenet", "none") else os.path.abspath(text)
 
 
 def first_settings(flags: dict[str, Any]) -> Settings:

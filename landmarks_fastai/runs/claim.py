@@ -14,7 +14,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs import run as runs
 from landmarks_fastai.runs.run import Record, Run, flags_of, is_plain_name, read_record, stopped_runs
 from landmarks_fastai.utils.distributed import broadcast, is_first, process_ended
-from landmarks_fastai.utils.files import reason, rename
+from landmarks_fastai.utils.files import reason, remove_temporary_files, rename
 from landmarks_fastai.utils.signals import UNREAD, Stopped
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system without locks
@@ -144,14 +144,15 @@ def _resumed(run: Run, previous: Record, record: Record) -> Record:
         default = (previous.settings or {}).get(name)
         was = previous.flags.get(name, default)
         same = typed in (was, default) or os.path.realpath(str(typed)) == os.path.realpath(str(was))
-        if not same and name not in runs.MACHINE:
+        if not same and name not in {*runs.MACHINE, "data", "pretrained_model"}:  # the same content may be elsewhere
             flag = flags_of(name)[0]
             raise UserError(
                 f"{flag} {typed}: --resume continues with the flags that the run was started with "
                 f"({flag} was {'not given' if was is None else was}): run without {flag}, or start over with --overwrite"
             )
-    if run.saved and previous.digest != _digest(previous.checkpoint):
-        changed = f"{previous.checkpoint} has changed since {run.name} was started from it"
+    checkpoint = record.checkpoint or previous.checkpoint
+    if run.saved and previous.digest != _digest(checkpoint):
+        changed = f"{checkpoint} is not the checkpoint that {run.name} was started from"
         raise UserError(f"{changed}: restore it, or start over with --overwrite")
     return replace(previous if run.saved else record, flags=previous.flags | record.flags)
 
@@ -174,7 +175,7 @@ def _digest(path: str) -> str:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
-        raise UserError(f"{path} cannot be read: {reason(e)}") from None
+        raise UserError(f"{path} cannot be read ({reason(e)}): if it is elsewhere now, say so with -pm") from None
 
 
 @contextmanager
@@ -208,7 +209,9 @@ def claim_output(out: str | os.PathLike, name: str) -> Run:
     "A run to write predictions into; earlier predictions of the same checkpoint are replaced."
     _make_folder(out)
     run = Run(out, name)
-    _check_folder(run)
+    remove_temporary_files(run.folder)  # of a prediction that was killed
+    if not {path.name for path in run.folder.glob("*")} <= {runs.OVERLAY}:  # all that a stopped one may have left
+        _check_folder(run)
     return run
 
 

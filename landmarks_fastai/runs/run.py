@@ -20,12 +20,13 @@ from typing import Any
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import OUT, Settings
 from landmarks_fastai.utils.distributed import is_first, this_process
-from landmarks_fastai.utils.files import reason, rename, write_text
+from landmarks_fastai.utils.files import reason, remove_temporary_files, rename, write_text
 from landmarks_fastai.utils.hardware import Machine
 
 MAX_NAME = 200  # bytes of a run's name: with suffixes it must fit into a file system's 255
 SAVED = ("best.pth", "state.safetensors")  # a run without either has saved nothing
 LISTING = "bad.csv"
+OVERLAY = "overlay"  # folder of the copies with points
 # Format -> the file of a prediction's points; a folder for pts.
 PREDICTIONS = {
     "csv": "predictions.csv", "json": "predictions.json", "coco": "predictions.coco.json", "pts": "predictions",
@@ -137,9 +138,7 @@ class Run:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 rename(self.old, self.folder)
             shutil.rmtree(self.old, ignore_errors=True)
-        for path in self.folder.glob("*.tmp"):
-            if re.fullmatch(r"\w+\.\w+\.\d+\.tmp", path.name):
-                path.unlink(missing_ok=True)
+        remove_temporary_files(self.folder)
 
     def discard(self, *kept: str) -> None:
         "Remove the files of the run except `kept`, and the folder if it is empty then."

@@ -57,6 +57,7 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
         settings, facts = Settings.from_dict(run.record.settings), DataFacts.from_dict(run.record.facts)
     except UserError as e:
         raise UserError(f"{run.folder / 'run.json'}: {e}; start over with --overwrite") from None
+    settings = settings.replace(data=run.record.flags.get("data", settings.data))  # it may have been moved
     listing, left_out = run.folder / LISTING, np.array(run.record.left_out, np.int64)
     dls = rank0_first(
         lambda: landmark_dataloaders(

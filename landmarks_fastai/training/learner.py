@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from fastai.callback.training import BnFreeze, GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
 from fastai.interpret import plot_top_losses as fastai_plot_top_losses
-from fastai.learner import Learner, ValueMetric
+from fastai.learner import ValueMetric, join_path_file
 from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.core import TensorPoint
 from fastcore.basics import listify
@@ -34,9 +35,9 @@ from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import plot_rows
 from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.models.heads import init_head
-from landmarks_fastai.models.networks import build_model
+from landmarks_fastai.models.networks import METADATA, build_model
 from landmarks_fastai.models.weights import input_stats, load_weights
-from landmarks_fastai.runs.checkpoint import checkpoint_metadata
+from landmarks_fastai.runs.checkpoint import checkpoint_metadata, read_checkpoint, read_checkpoint_file
 from landmarks_fastai.settings import DataFacts, Settings, names_of
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.components import body_and_head, body_lr, on_machine, optimiser, scheduler
@@ -44,7 +45,7 @@ from landmarks_fastai.training.losses import loss_function
 from landmarks_fastai.utils.fastai_internals import ResumableLearner
 from landmarks_fastai.utils.hardware import Machine
 
-AnyLearner = TypeVar("AnyLearner", bound=Learner)
+AnyLearner = TypeVar("AnyLearner", bound="LandmarkLearner")
 NO_FLIP_MAP = "the landmarks have no flip map: no flip test can be made"
 
 
@@ -61,7 +62,9 @@ class LandmarkLearner(ResumableLearner):
     """
 
     model: torch.nn.Module
-    maps: torch.Tensor  # (batch, 6) of the current batch: each image's `PixelMap`, taken off the targets by `CarryMaps`
+    maps: (
+        torch.Tensor | None
+    )  # (batch, 6) of the current batch: each image's `PixelMap`, taken off the targets by `CarryMaps`
 
     def __init__(
         self,
@@ -122,6 +125,24 @@ class LandmarkLearner(ResumableLearner):
         machine = replace(self.machine, amp="off")  # half precision changes a score by 0.2%
         live = TorchNetwork(network or self.model, self.settings, self.facts, machine, "the Learner")
         return Predictor(live, machine=machine, batch_size=self.settings.batch_size, flip_test=flip_test)
+
+    def load(self, file: str | Path, *args: Any, check: bool = True, **kwargs: Any) -> "LandmarkLearner":
+        """As fastai's; raises `UserError` for a checkpoint of another input, normalisation, mean shape or flip map.
+
+        fastai would load its weights, and `save` would store them with this Learner's settings. `check=False` leaves it out.
+        """
+        path = join_path_file(file, self.path / self.model_dir, ext=".pth")
+        if check and os.path.exists(path) and read_checkpoint_file(path).get(METADATA):
+            checkpoint = read_checkpoint(path)
+            values = {**checkpoint.settings.of("input", "network"), **checkpoint.facts.to_dict()}
+            own = {**self.settings.of("input", "network"), **self.facts.to_dict()}
+            differ = [name for name in values if name not in ("align_gain", "points_box") and values[name] != own[name]]
+            if differ:
+                raise UserError(
+                    f"{path} has another {', '.join(differ)} than this Learner: create its DataLoaders with the settings "
+                    "and facts of read_checkpoint(path), or load the weights alone with check=False"
+                )
+        return super().load(file, *args, **kwargs)
 
     def lr_find(
         self,
@@ -267,5 +288,5 @@ def check_batch(model: torch.nn.Module, settings: Settings) -> None:
 
 def load_best(learn: AnyLearner, path: str | Path) -> AnyLearner:
     "Load a .pth with `learn.load`, which adds the suffix itself and reads tensors only; returns the Learner."
-    learn.load(Path(path).resolve().with_suffix(""), with_opt=False)
+    learn.load(Path(path).resolve().with_suffix(""), with_opt=False, check=False)
     return learn

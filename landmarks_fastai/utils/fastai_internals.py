@@ -1,11 +1,13 @@
 """A Learner whose fit can start in the middle of an epoch, and all private names of fastai that this program uses.
 
-Checked with fastai 2.8.12: `Learner._do_fit`, `_with_events`; `DataLoader.fake_l`, `_device`.
+Checked with fastai 2.8.12: `Learner._do_fit`, `_with_events`, `validation_context`; `DataLoader.fake_l`, `_device`.
 `tests/utils/test_fastai_internals.py` fails if a later version changes them.
 """
 
 import copy
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 from fastai.callback.core import CancelEpochException  # type: ignore[attr-defined] (fastai creates it at run time)
 from fastai.data.load import DataLoader
@@ -38,6 +40,17 @@ class ResumableLearner(Learner):
     def first_batch(self) -> int:
         "The training batch at which the current epoch starts."
         return self.begin[1] if self.epoch == self.begin[0] else 0
+
+    @contextmanager
+    def validation_context(self, cbs: Any = None, inner: bool = False) -> Iterator[None]:
+        """As fastai's, whose lock stays held if a callback fails before the first batch: every later call would hang.
+
+        fastcore's `ContextManagers` leaves nothing that it has entered when one of them raises on entering.
+        """
+        with ExitStack() as stack:
+            for context in super().validation_context(cbs, inner).default:
+                stack.enter_context(context)
+            yield
 
     def _do_fit(self) -> None:
         model = self.model

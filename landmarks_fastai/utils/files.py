@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,25 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
     with atomic_path(path) as temporary, open(temporary, mode, **text) as f:
         yield f
+
+
+def remove_temporary_files(folder: Path) -> None:
+    "Remove the files that `atomic_path` has left in a folder and below, of processes of this machine that were killed."
+    for path in folder.rglob("*.tmp"):
+        if name := re.fullmatch(r".+\.(\d+)\.tmp", path.name):
+            with suppress(OSError):  # on Windows: of a running process
+                if ON_WINDOWS or not _is_running(int(name[1])):
+                    path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from landmarks_fastai.utils.signals import stop_on_signal
 
+THREADS = "landmarks_fastai"  # beginning of the names of the threads
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -42,13 +43,17 @@ def threaded_map(
 ) -> Iterator[R]:
     "Yield `func(item)` in order, computed by threads. At most two items a thread, and one, are in memory."
     waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads, initializer=start) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(func, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool, ended = ThreadPoolExecutor(threads, THREADS, start), False
+    try:
+        for item in items:
+            waiting.append(pool.submit(func, item))
+            if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
+        ended = True
+    except GeneratorExit:
+        ended = True
+        raise
+    finally:  # a read that hangs must not hold an error, or a signal
+        pool.shutdown(wait=ended, cancel_futures=True)

@@ -9,16 +9,22 @@ from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 
 from landmarks_fastai.data.flip import average_flipped
+from landmarks_fastai.data.transforms import TensorMap
 
 
 class CarryMaps(Callback):
-    "Move the images' maps from the targets of a batch to `learn.maps`: the loss gets points only, metrics need both."
+    """Move the images' maps from the targets of a batch to `learn.maps`: the loss gets points only, metrics need both.
+
+    Without labels there are maps only, and in a batch that `summary` or `Interpretation` makes there is nothing.
+    """
 
     order = -5  # before CastToTensor and all else that reads yb
 
     def before_batch(self):
-        *points, self.learn.maps = self.yb  # without labels there are maps only
-        self.learn.yb = tuple(points)
+        self.learn.maps = None
+        if self.yb and isinstance(self.yb[-1], TensorMap):
+            *points, self.learn.maps = self.yb
+            self.learn.yb = tuple(points)
 
 
 class SeedEveryStep(Callback):

@@ -116,7 +116,7 @@ class Evaluation(Callback):
         self.flip_indices = self.learn.facts.flip_indices if self.learn.settings.tta else ()
 
     def after_batch(self):
-        if self.training or not self.candidates or not self.yb:
+        if self.training or not self.candidates or not self.yb or self.learn.maps is None:
             return
         maps, size = self.learn.maps, self.learn.settings.size
         truth = points_in_image(self.yb[0], maps, size)
