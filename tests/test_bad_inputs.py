@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from landmarks_fastai.models.networks import METADATA
-from tests.conftest import ARCH, N_POINTS, QUICK, csv_lines, edit_line
-from tests.data.test_checks import png
+from tests.helpers import ARCH, N_POINTS, QUICK, csv_lines, edit_line, png
 
 TRAIN = f"train.py {QUICK} -n r --out OUT -d DATA"
 FINETUNE = "finetune.py --workers 0 -e 1 -n r --out OUT -d DATA -pm m"

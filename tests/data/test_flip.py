@@ -9,6 +9,7 @@ import torch
 from landmarks_fastai.data import flip
 from landmarks_fastai.data.flip import NoFlipMap, average_flipped, learn_flip_map
 from landmarks_fastai.synthetic.sample import flip_indices_of_template, render_face
+from tests.helpers import N_POINTS, QUICK
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,6 @@ def test_flip_test_averages_image_and_mirror_image():
 
 
 def test_a_run_leaves_its_map_and_a_later_stage_keeps_it(run_script, data, tmp_path):
-    from tests.conftest import N_POINTS, QUICK
 
     assert run_script(f"train.py {QUICK} -n m -d", data)[0] == 0
     runs = tmp_path / "here" / "runs"
@@ -128,7 +128,6 @@ def test_a_run_leaves_its_map_and_a_later_stage_keeps_it(run_script, data, tmp_p
 
 
 def test_landmarks_without_symmetry_train_without_mirroring(run_script, data, tmp_path):
-    from tests.conftest import QUICK
 
     csv = data / "train" / "landmarks.csv"
     lines = csv.read_text(encoding="utf-8").splitlines()

@@ -17,7 +17,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import pixel_map
 from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.settings import FITS
-from tests.conftest import QUICK, ROOT
+from tests.helpers import QUICK, ROOT
 
 
 def save_dot(path, width, height, x, y, sigma=24.0):

@@ -13,7 +13,7 @@ import pytest
 from landmarks_fastai.data import labels, landmarks_csv
 from landmarks_fastai.data.labels import frame_labels, open_labels, read_labels
 from landmarks_fastai.errors import UserError
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 HEADER = "file_name\t" + "\t".join(f"Point_M{k}_{a}" for k in range(3) for a in "XY")
 ROW = "{}.jpg\t1\t2\t3\t4\t5\t6"

@@ -17,7 +17,7 @@ from landmarks_fastai.inference import onnx_network
 from landmarks_fastai.inference.onnx_network import OnnxNetwork
 from landmarks_fastai.inference.predictor import open_network
 from landmarks_fastai.runs.checkpoint import read_checkpoint
-from tests.conftest import N_POINTS, QUICK, ROOT, train_run
+from tests.helpers import N_POINTS, QUICK, ROOT, train_run
 
 SIZE = 32
 

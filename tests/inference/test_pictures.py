@@ -17,7 +17,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.overlay import draw_points
 from landmarks_fastai.inference.predictor import Prediction
 from landmarks_fastai.runs.run import PREDICTIONS
-from tests.conftest import N_POINTS, QUICK, train_run
+from tests.helpers import N_POINTS, QUICK, train_run
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from landmarks_fastai.competition import read_submission, read_test_points, score
 from landmarks_fastai.inference.torch_network import fuse_norms
 from landmarks_fastai.models.networks import METADATA
-from tests.conftest import ARCH, N_POINTS, ROOT, edit_line
+from tests.helpers import ARCH, N_POINTS, ROOT, edit_line
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,18 @@ from fastai.callback.core import Callback
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.claim import process_lock
 from landmarks_fastai.runs.run import Run
-from tests.cli.test_scripts import check_refused
-from tests.conftest import ARCH, ROOT, every_learner_has
-from tests.training.test_resume import RUNS, SHORT, CtrlC, check_equal, snapshot, stopping_at
+from tests.helpers import (
+    ARCH,
+    CtrlC,
+    ROOT,
+    RUNS,
+    SHORT,
+    check_equal,
+    check_refused,
+    every_learner_has,
+    snapshot,
+    stopping_at,
+)
 
 
 def test_name_of_a_stopped_run_is_refused_without_resume_or_overwrite(run_script, drawn):

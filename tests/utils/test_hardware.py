@@ -21,8 +21,7 @@ from landmarks_fastai.utils import hardware
 from landmarks_fastai.utils.distributed import Process
 from landmarks_fastai.utils.hardware import Machine, keep_freed_memory
 from landmarks_fastai.utils.parallel import threaded_map
-from tests.conftest import QUICK
-from tests.training.test_resume import SHORT
+from tests.helpers import QUICK, SHORT
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 

@@ -10,9 +10,7 @@ import torch
 from fastai.callback.core import Callback
 
 from landmarks_fastai.utils.memory import out_of_memory
-from tests.cli.test_scripts import check_refused
-from tests.conftest import QUICK, ROOT, every_learner_has
-from tests.training.test_resume import SHORT, check_equal
+from tests.helpers import QUICK, ROOT, SHORT, check_equal, check_refused, every_learner_has
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are set as Linux has them")
 
