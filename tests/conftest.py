@@ -50,8 +50,8 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture
 def data(drawn, tmp_path):
-    "A copy of the drawn set that a test may break."
-    return Path(shutil.copytree(drawn, tmp_path / "data"))
+    "A copy of the drawn set that a test may break, without the caches of other tests."
+    return Path(shutil.copytree(drawn, tmp_path / "data", ignore=shutil.ignore_patterns("*.cache")))
 
 
 @pytest.fixture
