@@ -11,11 +11,11 @@ os.environ["MPLBACKEND"] = "Agg"  # before anything draws
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the processes of `-n auto` share the cores
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are beside the package, not modules of it
 
-import pytest  # noqa: E402
+import pytest
 
 pytest.register_assert_rewrite("tests.helpers")
 
-from tests.helpers import N_POINTS, N_TEST, N_TRAIN, QUICK, small_learner  # noqa: E402
+from tests.helpers import N_POINTS, N_TEST, N_TRAIN, QUICK, untrained  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -92,19 +92,13 @@ def run_script(tmp_path, monkeypatch, capfd):
 @pytest.fixture(scope="session")
 def untrained_run(drawn, tmp_path_factory):
     "The folder of a run `m` with the checkpoint of a network that nobody has trained, for tests of predictions."
-    from landmarks_fastai.runs.checkpoint import write_checkpoint
-    from landmarks_fastai.runs.run import Run
-
-    run = Run(tmp_path_factory.mktemp("untrained"), "m")
-    learn = small_learner(drawn, init_head="random")
-    write_checkpoint(run, learn.model, learn.settings, learn.facts, 99.0, 0.5, 0)
-    return run.folder
+    return untrained(drawn, tmp_path_factory.mktemp("untrained"))
 
 
 @pytest.fixture
 def out(untrained_run, tmp_path):
     "An output folder with a copy of that run."
-    return shutil.copytree(untrained_run.parent, tmp_path / "out")
+    return Path(shutil.copytree(untrained_run.parent, tmp_path / "out"))
 
 
 @pytest.fixture(scope="session")

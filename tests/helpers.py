@@ -23,7 +23,8 @@ from fastai.callback.core import Callback
 
 from landmarks_fastai import landmark_dataloaders, landmark_learner
 from landmarks_fastai.models.networks import METADATA
-from landmarks_fastai.runs.checkpoint import read_checkpoint
+from landmarks_fastai.runs.checkpoint import read_checkpoint, write_checkpoint
+from landmarks_fastai.runs.run import Run
 from landmarks_fastai.utils.hardware import Machine
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +150,13 @@ def small_learner(data, path=".", machine=Machine(workers=0), lr=None, sched="no
     rate = {} if lr is None else {"lr": lr}
     learn = landmark_learner(dls, ARCH, "none", sched=sched, init_head=init_head, machine=machine, path=path, **rate)
     return silent(learn)
+
+
+def untrained(data, out, name="m", **changes):
+    "The folder of a run in an output folder, with the checkpoint of a network that nobody has trained."
+    learn, run = small_learner(data, init_head="random", **changes), Run(out, name)
+    write_checkpoint(run, learn.model, learn.settings, learn.facts, 99.0, 0.5, 0)
+    return run.folder
 
 
 def silent(learn):
