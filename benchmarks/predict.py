@@ -34,7 +34,7 @@ def loop(args, folder: Path, files: list[Path]):
     import numpy as np
     import torch
 
-    from landmarks_fastai.data.images import open_image
+    from landmarks_fastai.data.pictures import Picture
     from landmarks_fastai.geometry import fit_image, unit_to_input
     from landmarks_fastai.runs.checkpoint import read_checkpoint
 
@@ -48,7 +48,7 @@ def loop(args, folder: Path, files: list[Path]):
             return len(files)
 
         def __getitem__(self, row):
-            fitted, to_input = fit_image(open_image(files[row]), checkpoint.settings.fit, args.size)
+            fitted, to_input = fit_image(Picture(files[row], exif=False).image(), checkpoint.settings.fit, args.size)
             pixels = torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy()).float() / 255
             return (pixels - mean) / std, torch.tensor(to_input, dtype=torch.float64)
 

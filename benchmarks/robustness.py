@@ -56,9 +56,8 @@ DAMAGES: dict[str, Callable | None] = {
 
 
 def damaged(items: list, damage: Callable | None) -> list[Image.Image]:
-    from landmarks_fastai.data.images import open_image
 
-    images = [open_image(item.path) for item in items]
+    images = [item.picture.image() for item in items]
     if damage is None:
         return images
     return [damage(image, item.points, np.random.default_rng([0, item.row]))

@@ -20,12 +20,11 @@ SIDE, LOOSE = 1000, 0.2
 
 def scene_of(items, rng):
     "A scene with up to four photographs, and their points in it."
-    from landmarks_fastai.data.images import open_image
 
     noise = rng.integers(0, 255, (8, 8, 3), np.uint8)
     scene, points = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC), []
     for k, item in enumerate(items):
-        image = open_image(item.path)
+        image = item.picture.image()
         assert max(image.size) <= SIDE // 2, f"{item.path} is larger than a quarter of the scene"
         x = SIDE // 2 * (k % 2) + int(rng.integers(0, SIDE // 2 - image.width + 1))
         y = SIDE // 2 * (k // 2) + int(rng.integers(0, SIDE // 2 - image.height + 1))

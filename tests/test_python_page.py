@@ -225,7 +225,7 @@ def test_the_largest_losses_are_those_of_the_worst_images(learn, data, tmp_path)
     assert found.losses.shape == (8,) and int(found.top_losses(1)[1][0]) == 3
     assert float(found.losses.mean()) == pytest.approx(shifted.validate()[0], rel=1e-4)
     found.plot_top_losses(2)
-    assert plt.gcf().axes[0].get_title() == f"loss {float(found.losses.max()):.4g}"
+    assert plt.gcf().axes[1].get_title() == f"loss {float(found.losses.max()):.4g}"
 
 
 def test_an_exported_learner_predicts_where_there_is_no_data(learn, data, drawn, tmp_path):

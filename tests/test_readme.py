@@ -58,10 +58,6 @@ def helps(capsys):
     return capsys.readouterr().out
 
 
-def test_readme_is_short():
-    assert len(TEXT.split()) <= 800
-
-
 def test_the_pages_name_most_flags():
     assert len(set().union(*map(flags_named, [TEXT, *DOCS.values()]))) > 25
 

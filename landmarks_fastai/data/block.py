@@ -22,11 +22,10 @@ from landmarks_fastai.data.augment import Augment, BatchAugmentation
 from landmarks_fastai.data.degrade import Degrade
 from landmarks_fastai.data.flip import ROWS, NoFlipMap, learn_flip_map
 from landmarks_fastai.data.image_cache import Inputs, open_cache
-from landmarks_fastai.data.images import image_size
 from landmarks_fastai.data.items import LabelledImages, labelled_images
 from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.data.split import RowSplitter
-from landmarks_fastai.data.transforms import OpenInput, PointsToUnit, StoredPoints
+from landmarks_fastai.data.transforms import OpenInput, PILInput, PointsToUnit, StoredPoints
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
 from landmarks_fastai.settings import DataFacts, Settings
@@ -57,7 +56,7 @@ def landmark_block(
     if settings.degrade:
         augment.append(Degrade(settings.degrade, settings.seed))
     block = DataBlock(
-        blocks=[ImageBlock, PointBlock],
+        blocks=[ImageBlock(PILInput), PointBlock],
         dl_type=LandmarkDL,  # pyright: ignore[reportArgumentType] (fastai annotates an instance, and takes a class)
         get_items=partial(labelled_images, on_bad=settings.on_bad),
         get_x=OpenInput(inputs or Inputs(settings.fit, settings.size), alignment_of(settings, facts)),
@@ -66,7 +65,7 @@ def landmark_block(
     )
     # PointScaler divides by the size alone, which takes a pixel's centre for its edge: half an input pixel off
     block.default_item_tfms = L(t for t in block.default_item_tfms if not isinstance(t, PointScaler))
-    block.default_item_tfms += [PointsToUnit(settings.size, settings.on_bad)]
+    block.default_item_tfms += [PointsToUnit(settings.size)]
     block.default_batch_tfms += augment
     block.dls_kwargs = {
         "settings": settings,
@@ -191,7 +190,8 @@ def points_and_maps(images: LabelledImages, settings: Settings) -> Iterator[tupl
     """
     for item in images.sample(ROWS):
         with suppress(UserError if settings.on_bad == "skip" else MissingImage):
-            yield item.points, pixel_map(*image_size(item.path, item.where), settings.fit, settings.size)
+            size, _ = item.picture.size_and_rotated()
+            yield item.points, pixel_map(*size, settings.fit, settings.size)
 
 
 def points_box(sampled: Sequence[tuple[np.ndarray, PixelMap]], size: int) -> tuple[float, ...]:

@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from landmarks_fastai.data.images import read_crop, read_input
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.utils.files import atomic_path, cache_places
@@ -54,7 +52,7 @@ class InputCache:
         stat = os.stat(self.path)
         return max(0, self.bytes - getattr(stat, "st_blocks", stat.st_size // 512) * 512)
 
-    def get(self, row: int, stamp: tuple[int, int]) -> tuple[Image.Image, PixelMap] | None:
+    def get(self, row: int, stamp: tuple[int, int]) -> tuple[np.ndarray, PixelMap] | None:
         "Return the row's input and map; None if there is no valid record of an image file with that `stamp`."
         data = b""
         with suppress(OSError), open(self.path, "rb", buffering=0) as f:
@@ -65,11 +63,11 @@ class InputCache:
         record = np.frombuffer(data, self.record)[0]
         if record["checksum"] != zlib.crc32(memoryview(data)[4:], self.key) or tuple(record["stamp"]) != stamp:
             return None
-        return Image.fromarray(record["pixels"]), PixelMap(*record["map"].tolist())
+        return record["pixels"], PixelMap(*record["map"].tolist())
 
-    def put(self, row: int, stamp: tuple[int, int], image: Image.Image, to_input: PixelMap) -> None:
+    def put(self, row: int, stamp: tuple[int, int], pixels: np.ndarray, to_input: PixelMap) -> None:
         "Write a row's record; nothing is written if the disk is full, or the file was replaced by one of another shape."
-        record = np.array((0, to_input, stamp, np.asarray(image)), self.record)
+        record = np.array((0, to_input, stamp, pixels), self.record)
         record["checksum"] = zlib.crc32(record.tobytes()[4:], self.key)
         with suppress(OSError), open(self.path, "r+b", buffering=0) as f:
             if os.fstat(f.fileno()).st_size == self.bytes:
@@ -116,27 +114,19 @@ class Inputs:
     def __init__(self, fit: str, size: int, cache: InputCache | None = None, crops: InputCache | None = None):
         self.fit, self.size, self.cache, self.crops = fit, size, cache, crops
 
-    def __call__(self, row: int, path: str | Path, where: str = "") -> tuple[Image.Image, PixelMap]:
-        "Return the row's input, (size, size) RGB, and its map from pixels of the image as stored."
-        return _cached(self.cache, row, path, lambda: self.read(path, where))
-
-    def read(self, path: str | Path, where: str = "") -> tuple[Image.Image, PixelMap]:
-        "Return the input and the map of any image file."
-        return read_input(path, self.fit, self.size, where)
-
-    def crop(self, row: int, path: str | Path, to_input: PixelMap, where: str = "") -> tuple[Image.Image, PixelMap]:
-        "Return the input of the row's aligned crop, and its map."
-        return _cached(self.crops, row, path, lambda: (read_crop(path, to_input, self.size, where), to_input))
-
-
-def _cached(
-    cache: InputCache | None, row: int, path: str | Path, read: Callable[[], tuple[Image.Image, PixelMap]]
-) -> tuple[Image.Image, PixelMap]:
-    if cache is None:
-        return read()
-    stamp = image_stamp(path)  # before reading: if the file changes meanwhile, the record does not match it
-    cached = cache.get(row, stamp)
-    if cached is None:
-        cached = read()
-        cache.put(row, stamp, *cached)
-    return cached
+    def __call__(
+        self,
+        row: int,
+        path: str | Path,
+        where: str = "",  # first words of an error message: file and line
+        crop: PixelMap | None = None,  # to the row's aligned crop; None: the whole image
+    ) -> tuple[np.ndarray, PixelMap]:
+        "Return the row's input, uint8 (size, size, 3) RGB, and its map from pixels of the image as stored."
+        cache = self.crops if crop else self.cache
+        stamp = image_stamp(path)  # before reading: if the file changes meanwhile, the record does not match it
+        cached = cache.get(row, stamp) if cache else None
+        if cached is None:
+            (cached,) = Picture(path, exif=False, where=where).inputs([crop], self.fit, self.size)
+            if cache:
+                cache.put(row, stamp, *cached)
+        return cached

@@ -1,11 +1,11 @@
-"Open an image file, decode it no larger than needed, and fit it to the network's input."
+"Open an image file with Pillow, and convert an image of any mode to RGB."
 
 import os
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,11 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from landmarks_fastai.errors import MissingImage, UserError
-from landmarks_fastai.geometry import PixelMap, cut_image, fit_image
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.hardware import max_pixels
 
-SPARE = 2  # decoded sides are at least this many times the input's, like `reducing_gap` of Pillow's thumbnails
 ORIENTATION = 0x0112  # EXIF tag; its values and what they ask of a viewer:
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,15 +33,6 @@ EIGHT_BITS = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "C
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def open_image(path: str | Path, where: str = "", exif: bool = False) -> Image.Image:
-    """Open an image as RGB. EXIF rotation is applied with `exif` only: landmarks are pixels of the image as stored.
-
-    Raises `UserError`, which begins with `where`, for a file that is missing, damaged or cut short.
-    """
-    with open_undecoded(path, where) as image:
-        return _decoded(image, image.size, exif)
-
-
 def exif_turn(image: Image.Image) -> Image.Transpose | None:
     "Return what EXIF asks viewers to do with an opened image; None if it is stored as it is shown."
     with suppress(*REFUSALS):
@@ -52,76 +41,6 @@ def exif_turn(image: Image.Image) -> Image.Transpose | None:
         if "exif" in image.info or image.format == "TIFF":
             return TURNS.get(image.getexif().get(ORIENTATION, 1))
     return None
-
-
-def image_size(path: str | Path, where: str = "") -> tuple[int, int]:
-    "Read the width and height of the image as stored from the file's header. Raises like `open_image`."
-    with open_undecoded(path, where) as image:
-        return image.size
-
-
-def shown_size(path: str | Path, where: str = "") -> tuple[tuple[int, int], bool]:
-    "Read the width and height of the image as shown, and whether EXIF asks viewers to turn it. Raises like `open_image`."
-    with open_undecoded(path, where) as image:
-        turn = exif_turn(image)
-        return (image.height, image.width) if turn in SIDEWAYS else image.size, turn is not None
-
-
-def read_input(
-    path: str | Path, fit: str, size: int, where: str = "", exif: bool = False
-) -> tuple[Image.Image, PixelMap]:
-    """Read an image as the network's input of `size` x `size` pixels, with the map from pixels of the image as stored.
-
-    With `exif`, of the image as shown: EXIF rotation is applied. Raises like `open_image`. A JPEG much larger than the
-    input is decoded at 1/2, 1/4 or 1/8 of its sides.
-    """
-    with open_undecoded(path, where) as image:
-        width, height = image.size
-        least = (SPARE * size, SPARE * size)
-        if fit != "squish":
-            scale = SPARE * size / (min if fit == "crop" else max)(width, height)
-            least = (max(1, int(width * scale)), max(1, int(height * scale)))
-        decoded = _decoded(image, least, exif)
-        return fit_image(decoded, fit, size, round(max(width, height) / max(decoded.size)))
-
-
-def read_crop(path: str | Path, to_input: PixelMap, size: int, where: str = "") -> Image.Image:
-    "Read the network's input that a map describes. Raises like `open_image`."
-    return read_crops(path, [to_input], size, where)[0]
-
-
-def read_crops(
-    path: str | Path, maps: Sequence[PixelMap], size: int, where: str = "", exif: bool = False
-) -> list[Image.Image]:
-    """Read the network's inputs that maps describe; the image is decoded once, a JPEG no larger than the crops need.
-
-    With `exif` the maps are of the image as shown. Raises like `open_image`.
-    """
-    with open_undecoded(path, where) as image:
-        long, scale = max(image.size), SPARE * max(to_input.scale for to_input in maps)
-        least = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-        decoded = _decoded(image, least, exif)
-        return [cut_image(decoded, to_input, size, round(long / max(decoded.size))) for to_input in maps]
-
-
-def read_reduced(path: str | Path, side: int, where: str = "", exif: bool = False) -> tuple[Image.Image, float]:
-    """Read an image whose long side is at most `side` pixels, and how many times smaller than the file's it is.
-
-    With `exif` it is the image as shown. Raises like `open_image`.
-    """
-    with open_undecoded(path, where) as image:
-        long = max(image.size)
-        decoded = _decoded(image, (min(SPARE * side, image.width), min(SPARE * side, image.height)), exif)
-        decoded.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=None)
-        return decoded, long / max(decoded.size)
-
-
-def _decoded(image: ImageFile, least: tuple[int, int], exif: bool) -> Image.Image:
-    "Decode an opened image as RGB; a JPEG at a half, a quarter or an eighth of its sides, if it has `least` pixels then."
-    turn = exif_turn(image) if exif else None
-    image.draft(None, least)  # type: ignore[arg-type] (None keeps the mode)
-    decoded = to_rgb(image)
-    return decoded if turn is None else decoded.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -160,7 +79,10 @@ def is_16_bit(image: Image.Image) -> bool:
 
 @contextmanager
 def open_undecoded(path: str | Path, where: str = "") -> Iterator[ImageFile]:
-    "Open a file with Pillow, without decoding it. Pillow's errors, then and in the block, become `UserError`s."
+    """Open a file with Pillow, without decoding it. Pillow's errors, then and in the block, become `UserError`s.
+
+    These say what is wrong: the file is missing, damaged, cut short or too large. They begin with `where`.
+    """
     Image.MAX_IMAGE_PIXELS = max_pixels() / 2  # type: ignore[assignment] (Pillow refuses twice as many, which may be odd)
     try:
         with Image.open(path) as image:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from landmarks_fastai.data.checks import check_images, leaves_folder, write_listing
 from landmarks_fastai.data.labels import Labels, data_folder, frame_labels, open_labels
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
 from landmarks_fastai.utils.distributed import is_first
 
@@ -29,6 +30,10 @@ class LabelledImage:
     @property
     def path(self) -> Path:
         return self.images.folder / self.images.labels.name(self.row)
+
+    @property
+    def picture(self) -> Picture:
+        return Picture(self.path, exif=False, where=self.where)
 
     @property
     def points(self) -> np.ndarray:

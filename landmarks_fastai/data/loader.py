@@ -1,6 +1,8 @@
 """`LandmarkDL`: fastai's `TfmdDL` with an order that depends on (seed, epoch) only, and persistent workers."""
 
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -8,20 +10,58 @@ import numpy as np
 import torch
 from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
-from fastai.data.transforms import Normalize
 from fastai.torch_core import set_seed, to_device
 from fastcore.imports import noop
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from landmarks_fastai import plots
 from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.augment import BatchAugmentation
-from landmarks_fastai.data.transforms import PointsToUnit
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.data.checks import append_listing
+from landmarks_fastai.data.items import LabelledImage
+from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.fastai_internals import without_device, worker_count
 from landmarks_fastai.utils.hardware import max_pixels, set_max_pixels
 from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_blocked
+
+UNMOUNTED = 4  # unreadable images in a row of batches, each with more than half unreadable: the run stops
+
+
+class LostImages:
+    "The images that became unreadable during training: a warning is printed once for each, and it is added to the listing."
+
+    def __init__(self):
+        self.batch: list[tuple[LabelledImage, str]] = []
+        self.in_a_row = 0
+        self.told: set[int] = set()  # rows that a warning was printed for
+
+    def add(self, item: LabelledImage, why: str) -> None:
+        "Add an image of the current batch."
+        self.batch.append((item, why))
+
+    def end_batch(self, size: int) -> None:
+        """Print the warnings of a batch of `size` images.
+
+        Raises `UserError` if consecutive batches lose most of their images: then the folder is gone, not an image.
+        """
+        lost, self.batch = self.batch, []
+        self.in_a_row = self.in_a_row + len(lost) if 2 * len(lost) > size else 0
+        if self.in_a_row >= UNMOUNTED:
+            raise UserError(
+                f"{lost[0][1]}; {len(lost)} of {size} images of the batch are missing: is the folder still there?"
+            )
+        for item, why in lost:
+            if item.row not in self.told:
+                self.told.add(item.row)
+                self.tell(item, why)
+
+    def tell(self, item: LabelledImage, why: str) -> None:
+        "Add an image to the listing, and print a warning unless another worker did."
+        if listing := item.images.listing:
+            with suppress(OSError):  # a full disk must not stop the run here
+                if not append_listing(listing, item.problem(why)):
+                    return
+        print(f"warning: {why}: the run goes on without it", file=sys.stderr, flush=True)
 
 
 class BatchMaker(Dataset):
@@ -45,9 +85,7 @@ class BatchMaker(Dataset):
         """
         made = [self.dl.do_item(row, self.dl.is_aligned(k)) for k, row in enumerate(rows)]
         items = [item for item in made if item is not None]
-        for tfm in self.dl.after_item.fs:
-            if isinstance(tfm, PointsToUnit):
-                tfm.lost.end_batch(len(rows))
+        self.dl.lost.end_batch(len(rows))
         if self.dl.drop_last and self.dl.share[1] > 1:  # all processes count the same number of images
             items = (items * len(rows))[: len(rows)]
         elif len(items) == 1 < len(rows) and self.dl.drop_last:
@@ -68,7 +106,7 @@ def start_worker(number: int) -> None:
 
 
 class LandmarkDL(TfmdDL):
-    """A `TfmdDL` whose order depends on (seed, epoch) only, and whose plots compare predicted and true points.
+    """A `TfmdDL` whose order depends on (seed, epoch) only.
 
     `settings` and `facts` are those of its DataBlock. The next epoch starts at batch `first`: not 0 in a resumed run.
 
@@ -89,6 +127,7 @@ class LandmarkDL(TfmdDL):
         self.settings, self.facts = settings or Settings(), facts or DataFacts()
         self.epoch, self.first = epoch, 0
         self.loader: DataLoader | None = None
+        self.lost = LostImages()
         self.seen: list[int] = []  # rows of the last pass whose image could be read
         self.has_crops = alignment_of(self.settings, self.facts) is not None
         super().__init__(dataset, **kwargs)
@@ -176,12 +215,22 @@ class LandmarkDL(TfmdDL):
         return not (self.share[0] * self.bs + place) * self.settings.whole_pct % 1 < self.settings.whole_pct
 
     def do_item(self, row: int | None, aligned: bool = False) -> Any:
-        "As fastai's; for None, which fastai passes to find the types of an item, the first item that is not skipped."
+        """As fastai's; for None, which fastai passes to find the types of an item, the first item that is not skipped.
+
+        A labelled image that cannot be used is skipped and added to `lost`, if it is missing or `on_bad` is "skip".
+        """
         if row is None:
             return next(item for k in range(len(self.dataset)) if (item := self.do_item(k)) is not None)
         try:
             return self.after_item(self.create_item(row, aligned))
         except SkipItemException:
+            return None
+        except UserError as e:
+            item = self.dataset.items[row]
+            skipped = self.settings.on_bad == "skip" or isinstance(e, MissingImage)
+            if not (skipped and isinstance(item, LabelledImage)):
+                raise
+            self.lost.add(item, e.line)
             return None
 
     def create_item(self, row: int, aligned: bool = False) -> Any:
@@ -190,22 +239,3 @@ class LandmarkDL(TfmdDL):
             return self.dataset[row]
         item = replace(self.dataset.items[row], aligned=True)
         return tuple(tfms(item) for tfms in self.dataset.tls.attrgot("tfms"))
-
-    def show_batch(self, b: Any = None, max_n: int = 9, ctxs: Any = None, show: bool = True, **kwargs: Any) -> Any:
-        "Plot the inputs of a batch with their true points."
-        if not show:
-            return super().show_batch(b, max_n, ctxs, show, **kwargs)
-        batch: Any = self.one_batch() if b is None else b
-        plots.plot_batch(batch, self.picture, max_n)
-
-    def show_results(self, b: Any, out: Any, max_n: int = 9, ctxs: Any = None, show: bool = True, **kwargs: Any) -> Any:
-        "Plot the inputs of a batch with true and predicted points; the title is the score of the image."
-        if not show:
-            return super().show_results(b, out, max_n, ctxs, show, **kwargs)
-        plots.plot_batch(b, self.picture, max_n, out)
-
-    def picture(self, images: torch.Tensor) -> np.ndarray:
-        "Convert images of a batch (batch, 3, h, w) to pixels (batch, h, w, 3) in 0..1, for plots."
-        for normalize in (f for f in self.after_batch.fs if isinstance(f, Normalize)):
-            images = images * normalize.std + normalize.mean
-        return images.as_subclass(torch.Tensor).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,73 +14,82 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from landmarks_fastai.data.images import (
-    image_size,
-    open_image,
-    read_crops,
-    read_input,
-    read_reduced,
-    shown_size,
-    to_rgb,
-)
+from landmarks_fastai.data.images import SIDEWAYS, exif_turn, open_undecoded, to_rgb
 from landmarks_fastai.errors import UserError, one_line
-from landmarks_fastai.geometry import Box, PixelMap, cut_image, fit_image
+from landmarks_fastai.geometry import Box, PixelMap, cut_image, fit_image, pixel_map
 from landmarks_fastai.utils.files import reason
 
 Source = str | Path | Image.Image | np.ndarray
+SPARE = 2  # decoded sides are at least this many times the input's, like `reducing_gap` of Pillow's thumbnails
 VIDEOS = {".mp4", ".mov", ".webm", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg"}
 
 
 class Picture:
-    """One picture. Its pixels are those that a viewer shows: with `exif`, the EXIF rotation of a file is applied.
+    """One picture. With `exif` its pixels are those that a viewer shows: the EXIF rotation of a file is applied.
 
-    A file is opened again for each pass, at no more than the resolution that the pass needs, so that a list of large
-    photographs takes no more memory than one. Raises `UserError` for a source of another kind.
+    Without it they are those of the image as stored, in which landmarks are labelled. A file is opened again for each pass,
+    at no more than the resolution that the pass needs, so that a list of large photographs takes no more memory than one.
+    Raises `UserError` for a source of another kind; the methods for a file that is missing, damaged or cut short.
     """
 
-    def __init__(self, source: Source, exif: bool = True, where: str = ""):
-        self.exif, self.where = exif, where
-        self.name = str(source) if isinstance(source, (str, Path)) else ""
-        self.source = Path(source) if isinstance(source, (str, Path)) else _as_rgb(source)
+    def __init__(
+        self,
+        source: Source,
+        exif: bool = True,
+        where: str = "",  # first words of an error message: file and line
+    ):
+        is_path = isinstance(source, (str, Path))
+        self.name = str(source) if is_path else ""
+        self.source = Path(source) if is_path else _as_rgb(source)
+        self.exif, self.where = exif and is_path, where
 
     def size_and_rotated(self) -> tuple[tuple[int, int], bool]:
         "Return width and height, and whether the picture is shown otherwise than the file stores it."
-        if isinstance(self.source, Path):
-            return shown_size(self.source, self.where) if self.exif else (image_size(self.source, self.where), False)
-        return self.source.size, False
-
-    def whole(self, fit: str, size: int) -> tuple[np.ndarray, PixelMap]:
-        "Return the whole picture as the network's input, uint8 (size, size, 3), and its map."
-        if isinstance(self.source, Path):
-            fitted, to_input = read_input(self.source, fit, size, self.where, self.exif)
-        else:
-            fitted, to_input = fit_image(self.source, fit, size)
-        return np.asarray(fitted), to_input
-
-    def crops(self, maps: Sequence[PixelMap], size: int) -> list[np.ndarray]:
-        "Return the network's inputs that maps describe, uint8 (size, size, 3) each."
-        if not maps:
-            return []
-        if isinstance(self.source, Path):
-            return [np.asarray(crop) for crop in read_crops(self.source, maps, size, self.where, self.exif)]
-        return [np.asarray(cut_image(self.source, to_input, size)) for to_input in maps]
+        with self._opened() as image:
+            turn = exif_turn(image) if self.exif else None
+            return (image.height, image.width) if turn in SIDEWAYS else image.size, turn is not None
 
     def inputs(self, maps: Sequence[PixelMap | None], fit: str, size: int) -> list[tuple[np.ndarray, PixelMap]]:
-        "Return the input of each map, with the map: the whole picture for None."
-        crops = iter(self.crops([m for m in maps if m], size))
-        return [(next(crops), m) if m else self.whole(fit, size) for m in maps]
+        """Return the network's input of each map, uint8 (size, size, 3) RGB, with the map: the whole picture for None.
 
-    def reduced(self, side: int) -> tuple[Image.Image, float]:
-        "Return the picture with a long side of at most `side` pixels, and how many times smaller it is."
-        if isinstance(self.source, Path):
-            return read_reduced(self.source, side, self.where, self.exif)
-        image = self.source.copy()
-        image.thumbnail((side, side), Image.Resampling.BILINEAR)
-        return image, max(self.source.size) / max(image.size)
+        The picture is decoded once.
+        """
+        with self._opened() as image:
+            scale = max((m or pixel_map(*image.size, fit, size)).scale for m in maps)
+            decoded, reduced = self._decoded(image, SPARE * scale)
+            inputs = (
+                (cut_image(decoded, m, size, reduced), m) if m else fit_image(decoded, fit, size, reduced) for m in maps
+            )
+            return [(np.asarray(pixels), to_input) for pixels, to_input in inputs]
+
+    def reduced(self, side: int) -> tuple[Image.Image, int]:
+        "Return the picture, RGB, with a long side of at least `side` pixels, and how many times smaller it is."
+        with self._opened() as image:
+            return self._decoded(image, SPARE * side / max(image.size))
 
     def image(self) -> Image.Image:
         "Return all pixels, RGB."
-        return open_image(self.source, self.where, self.exif) if isinstance(self.source, Path) else self.source
+        with self._opened() as image:
+            return self._decoded(image, 1)[0]
+
+    def _opened(self) -> AbstractContextManager[Image.Image]:
+        if isinstance(self.source, Path):
+            return open_undecoded(self.source, self.where)
+        return nullcontext(self.source)
+
+    def _decoded(self, image: Image.Image, scale: float) -> tuple[Image.Image, int]:
+        """Decode an opened image as RGB; also return how many times smaller than the file it is.
+
+        A JPEG is decoded at a half, a quarter or an eighth of its sides, if they are at least `scale` of the file's then.
+        """
+        if image is self.source:
+            return image, 1
+        long, turn = max(image.size), exif_turn(image) if self.exif else None
+        least = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+        image.draft(None, least)  # type: ignore[arg-type] (None keeps the mode)
+        decoded = to_rgb(image)
+        reduced = round(long / max(decoded.size))
+        return (decoded if turn is None else decoded.transpose(turn)), reduced
 
 
 def _as_rgb(source: Any) -> Image.Image:
@@ -95,26 +105,49 @@ def _as_rgb(source: Any) -> Image.Image:
     raise UserError(f"a picture is a path, a PIL image or a uint8 array (h, w, 3); {found} found")
 
 
-def find_pictures(paths: Iterable[str]) -> Iterator[Path]:
+def find_pictures(
+    paths: Iterable[str],
+    videos: bool = True,  # whether videos are pictures too
+) -> Iterator[Path]:
     """Return the files that paths mean: files, folders with all below them, patterns, and `-` for a list on stdin.
 
-    In folders and patterns, files whose suffix is neither that of a picture nor of a video are left out; a file named
+    In folders and patterns, files whose suffix is not that of a picture or video are left out, and hidden ones; a file named
     by itself never is. Raises `UserError`, before the first is predicted, for a path that does not exist, and for a folder
     or pattern without pictures; a line of stdin that does not exist is yielded as it is.
     """
-    return chain.from_iterable([_lines_of_stdin() if path == "-" else _files_of(path) for path in paths])
+    return chain.from_iterable([_lines_of_stdin() if path == "-" else _files_of(path, videos) for path in paths])
 
 
-def _files_of(path: str) -> Iterable[Path]:
-    if os.path.isdir(path):
-        if not any(map(_is_media, _files_below(path))):
-            raise UserError(f"{path} holds no picture that Pillow reads, and no video")
-        return _below(path)
-    if os.path.lexists(path):
-        return [Path(path)]
-    if glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
-        return _matched(path, matches)
-    raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
+def _files_of(path: str, videos: bool = True) -> Iterator[Path]:
+    "Return the files that a path means. Of a folder, print how many are left out. Raises like `find_pictures`."
+    is_folder = os.path.isdir(path)
+    if not is_folder and os.path.lexists(path):
+        return iter([Path(path)])
+    matches = [path] if is_folder else sorted(glob.glob(path, recursive=True))
+    if not matches:
+        raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
+    files = chain.from_iterable(_files_below(match) if os.path.isdir(match) else [match] for match in matches)
+    files = list(dict.fromkeys(files))  # `**` matches a folder, its subfolders and their files
+    pictures = [file for file in files if _is_picture(file) or (videos and is_video(file))]
+    if not pictures:
+        kinds = "picture that Pillow reads" + (", and no video" if videos else "")
+        raise UserError(one_line(f"{path} {'holds' if is_folder else 'matches'} no {kinds}"))
+    if is_folder and len(pictures) < len(files):
+        left_out = f"{len(files) - len(pictures)} of its {len(files)} files are left out"
+        kinds = "pictures or videos" if videos else "pictures"
+        print(f"note: {path}: {left_out}: their names are not those of {kinds}", file=sys.stderr, flush=True)
+    return map(Path, pictures)
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    "Yield all files of a folder and its subfolders, sorted, but hidden ones. Raises `UserError` for one that cannot be read."
+
+    def refuse(error: OSError):
+        raise UserError(f"{error.filename} cannot be read ({reason(error)})")
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _lines_of_stdin() -> Iterator[Path]:
@@ -130,14 +163,13 @@ def _lines_of_stdin() -> Iterator[Path]:
         raise UserError("stdin is empty: - reads a list of paths from it, one a line")
 
 
-def _matched(pattern: str, matches: Sequence[str]) -> list[Path]:
-    "Return the pictures and videos that a pattern matches, and those below folders that it matches, each once."
-    below = (file for match in matches if os.path.isdir(match) for file in _files_below(match) if _is_media(file))
-    files = (Path(match) for match in matches if not os.path.isdir(match) and _is_media(Path(match)))
-    found = dict.fromkeys(chain(files, below))  # `**` matches a folder, its subfolders and their files
-    if not found:
-        raise UserError(one_line(f"{pattern} matches no picture that Pillow reads, and no video"))
-    return sorted(found)
+def _is_picture(path: str) -> bool:
+    return Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in Image.OPEN  # others are only written
+
+
+def is_video(path: str | Path) -> bool:
+    "Return whether the suffix is that of a video."
+    return os.path.splitext(path)[1].lower() in VIDEOS
 
 
 def read_boxes(path: str | Path) -> dict[str, list[Box]]:
@@ -174,41 +206,3 @@ def as_box(edges: Sequence[float]) -> Box:
     if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
         raise ValueError
     return left, top, right, bottom
-
-
-def _below(folder: str) -> Iterator[Path]:
-    """Yield the pictures and videos of a folder and its subfolders, sorted; hidden ones are left out.
-
-    Prints how many other files there are. Raises `UserError` for a folder that cannot be read.
-    """
-    found, others = 0, 0
-    for path in _files_below(folder):
-        if _is_media(path):
-            found += 1
-            yield path
-        else:
-            others += 1
-    if others:
-        files = f"{others} of its {found + others} files are left out"
-        print(f"note: {folder}: {files}: their names are not those of pictures or videos", file=sys.stderr, flush=True)
-
-
-def _files_below(folder: str) -> Iterator[Path]:
-    "Yield all files of a folder and its subfolders, sorted, but hidden ones. Raises `UserError` for one that cannot be read."
-
-    def refuse(error: OSError):
-        raise UserError(f"{error.filename} cannot be read ({reason(error)})")
-
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in sorted(files) if not name.startswith("."))
-
-
-def _is_media(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    return is_video(path) or Image.registered_extensions().get(suffix) in Image.OPEN  # others are only written
-
-
-def is_video(path: Path) -> bool:
-    "Return whether the suffix is that of a video."
-    return path.suffix.lower() in VIDEOS

@@ -9,16 +9,17 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.flip import average_flipped
-from landmarks_fastai.data.pictures import Picture, Source, as_box, find_pictures, is_video
+from landmarks_fastai.data.pictures import Picture, Source, as_box, find_pictures
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import Box, PixelMap, box_map, unit_to_input
 from landmarks_fastai.inference.detector import SIDE
@@ -27,6 +28,8 @@ from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import threaded_map
 
+Boxes = Callable[[Picture], Sequence[Box] | None]  # of a picture's objects; None: find them, or take the whole picture
+Job = tuple[Picture, PixelMap | None]  # a picture, and a crop if the first pass was made
 LOADED_PIXELS = 8_000_000  # of decoded pictures in one batch: four frames of 1920 x 1080
 
 
@@ -69,10 +72,15 @@ class PictureResult:
         return sum(not prediction.aligned for prediction in self.objects)
 
 
-class _Job(NamedTuple):
-    picture: Picture
-    boxes: Sequence[Box] | None = None  # of its objects; None: find them, or take the whole picture
-    crops: "list[PixelMap | None] | None" = None  # of its objects, for the last pass; None: make the first pass too
+@dataclass
+class _Object:
+    "An object while it is predicted: what each network has made of it in its last pass, as in `Prediction`."
+
+    result: PictureResult
+    prediction: Prediction
+    to_input: PixelMap | None  # of the next pass; None: the whole picture
+    points: dict[int, np.ndarray] = field(default_factory=dict)  # number of the network -> points
+    spreads: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 class Predictor:
@@ -114,7 +122,7 @@ class Predictor:
         out. Raises `UserError` for a picture that cannot be used.
         """
         if isinstance(source, (str, Path)) and os.path.isdir(source):
-            pictures: Iterable[Source] = _pictures_of(source)
+            pictures: Iterable[Source] = find_pictures([str(source)], videos=False)
         elif isinstance(source, (str, Path, Image.Image, np.ndarray)):
             return next(self._points([source], boxes))
         else:
@@ -135,61 +143,59 @@ class Predictor:
     def stream(
         self,
         pictures: "Iterable[Source | Picture]",
-        boxes: "Callable[[Picture], Sequence[Box] | None] | None" = None,  # of a picture's objects; None: find them
+        boxes: Boxes | None = None,  # of a picture's objects; it may be called in threads
         crops: "Iterable[PixelMap | None] | None" = None,  # of whole pictures whose first pass was made; None: no crop
     ) -> Iterator[PictureResult]:
         "Predict pictures one after the other, in constant memory. A picture that cannot be used gives a result with an error."
         if boxes or self.detector:
             for network in (n for n in self.networks if not n.facts.points_box):
                 raise UserError(
-                    f"{network.name} was trained by a version that did not store where the points lie in its inputs, so no "
-                    "box can be cut for it: run finetune.py once, or predict whole pictures"
+                    f"{network.name}: its points have no extent, so no box can be cut: predict whole pictures"
                 )
         opened = (p if isinstance(p, Picture) else Picture(p) for p in pictures)
-        if crops is None:
-            jobs = (_Job(picture, boxes(picture) if boxes else None) for picture in opened)
-        else:
-            jobs = (_Job(picture, None, [crop]) for picture, crop in zip(opened, crops, strict=True))
+        jobs = ((p, None) for p in opened) if crops is None else zip(opened, crops, strict=True)
+        predict = partial(self._predict, boxes=boxes, first_pass=crops is None)
         with self.networks[0].streams() as (threads, start):
-            for results in threaded_map(self._predict, self._chunks(jobs), threads, start):
+            for results in threaded_map(predict, self._chunks(jobs), threads, start):
                 yield from results
 
-    def _chunks(self, jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
+    def _chunks(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
         "Group pictures to batches, smaller ones if their pixels are in memory."
         chunk, pixels = [], 0
-        for job in jobs:
-            chunk.append(job)
-            pixels += 0 if isinstance(job.picture.source, Path) else math.prod(job.picture.source.size)
+        for picture, crop in jobs:
+            chunk.append((picture, crop))
+            pixels += 0 if isinstance(picture.source, Path) else math.prod(picture.source.size)
             if len(chunk) == self.batch_size or pixels >= LOADED_PIXELS:
                 yield chunk
                 chunk, pixels = [], 0
         if chunk:
             yield chunk
 
-    def _predict(self, chunk: list[_Job]) -> list[PictureResult]:
-        "Predict a batch of pictures."
-        results = [self._located(job) for job in chunk]
-        crops = None if chunk[0].crops is None else {k: job.crops or [] for k, job in enumerate(chunk)}
-        of_networks = [self._passes(network, results, crops) for network in self.networks]
-        for k, result in enumerate(results):
-            if result.error:
-                result.objects = []
-            for i, prediction in enumerate(result.objects):
-                points = [points_of[k][i] for points_of in of_networks]
-                prediction.points = np.stack([p.points for p in points]).mean(0)
-                spreads = [p.spread for p in points if p.spread is not None]
-                prediction.confidence = np.stack(spreads).mean(0) if spreads else None
+    def _predict(self, chunk: list[Job], boxes: Boxes | None, first_pass: bool) -> list[PictureResult]:
+        "Predict a batch of pictures. Without the `first_pass` each is one object, seen through its crop."
+        results, objects = [], []
+        for picture, crop in chunk:
+            results.append(self._located(picture, boxes))
+            objects += [_Object(results[-1], prediction, crop) for prediction in results[-1].objects]
+        for n in range(len(self.networks)):
+            self._passes(n, objects, first_pass)
+        for obj in objects:
+            if obj.result.error:
+                obj.result.objects = []
+                continue
+            obj.prediction.points = np.mean(list(obj.points.values()), 0)
+            if obj.spreads:
+                obj.prediction.confidence = np.mean(list(obj.spreads.values()), 0)
         return results
 
-    def _located(self, job: _Job) -> PictureResult:
+    def _located(self, picture: Picture, boxes: Boxes | None) -> PictureResult:
         "The result of a picture with its objects' boxes; without boxes or a detector the whole picture is one object."
-        picture, none = job.picture, np.empty((0, 2), np.float32)
-        result = PictureResult(picture)
+        result, none = PictureResult(picture), np.empty((0, 2), np.float32)
         try:
-            if job.crops is None:
-                result.size, result.rotated = picture.size_and_rotated()
-            if job.boxes is not None:
-                result.objects = [Prediction(none, box=_checked(box, picture)) for box in job.boxes]
+            result.size, result.rotated = picture.size_and_rotated()
+            given = boxes(picture) if boxes else None
+            if given is not None:
+                result.objects = [Prediction(none, box=_checked(box, picture)) for box in given]
             elif self.detector:
                 reduced, factor = picture.reduced(SIDE)
                 for box, score in self.detector(reduced):
@@ -201,57 +207,46 @@ class Predictor:
             result.error = e.line
         return result
 
-    def _passes(
-        self,
-        network: Network,
-        results: list[PictureResult],
-        crops: "dict[int, list[PixelMap | None]] | None",  # result -> for each object; None: make the first pass
-    ) -> "dict[int, list[_StoredPoints]]":
-        "Return the points of each result's objects by one network, and mark the objects that have no aligned crop."
-        settings, facts = network.settings, network.facts
-        if crops is not None:
-            return self._one_pass(network, results, crops)
-        whole = {
-            k: [box_map(p.box, facts.points_box, settings.size) if p.box else None for p in result.objects]
-            for k, result in enumerate(results)
-        }
-        points_of = self._one_pass(network, results, whole)
-        alignment = alignment_of(settings, facts)
-        if alignment is None:
-            return points_of
-        crops = {k: alignment.maps(np.stack([p.points for p in points])) for k, points in points_of.items() if points}
-        for k, maps in crops.items():
-            for prediction, crop in zip(results[k].objects, maps, strict=True):
-                prediction.aligned &= crop is not None
-        second = self._one_pass(network, results, {k: [m for m in maps if m] for k, maps in crops.items()})
-        for k, points in second.items():
-            refined = iter(points)
-            points_of[k] = [next(refined) if m else p for m, p in zip(crops[k], points_of[k], strict=True)]
-        return points_of
+    def _passes(self, n: int, objects: list[_Object], first_pass: bool) -> None:
+        "Predict objects by the n-th network, and mark those that have no aligned crop."
+        settings, facts = self.networks[n].settings, self.networks[n].facts
+        if first_pass:
+            for obj in objects:
+                box = obj.prediction.box
+                obj.to_input = box_map(box, facts.points_box, settings.size) if box else None
+            self._one_pass(n, objects)
+            alignment = alignment_of(settings, facts)
+            objects = [obj for obj in objects if not obj.result.error]
+            if alignment is None or not objects:
+                return
+            crops = alignment.maps(np.stack([obj.points[n] for obj in objects]))
+            for obj, crop in zip(objects, crops, strict=True):
+                obj.to_input = crop
+                obj.prediction.aligned &= crop is not None
+            objects = [obj for obj in objects if obj.to_input]
+        self._one_pass(n, objects)
 
-    def _one_pass(
-        self,
-        network: Network,
-        results: list[PictureResult],
-        maps: "dict[int, list[PixelMap | None]]",  # result -> for each object the map of its input; None: whole picture
-    ) -> "dict[int, list[_StoredPoints]]":
-        "Return the points of each result's objects. A picture that can no longer be read gets an error."
-        settings, inputs = network.settings, {}
-        for k, of_objects in maps.items():
+    def _one_pass(self, n: int, objects: list[_Object]) -> None:
+        "Predict objects as their maps show them. A picture that can no longer be read gets an error."
+        network, inputs = self.networks[n], []
+        fit, size = network.settings.fit, network.settings.size
+        for _, group in groupby(objects, lambda obj: id(obj.result)):
+            group = list(group)
+            result = group[0].result
             try:
-                if not results[k].error:
-                    inputs[k] = results[k].picture.inputs(of_objects, settings.fit, settings.size)
+                if not result.error:
+                    of_picture = result.picture.inputs([obj.to_input for obj in group], fit, size)
+                    inputs += zip(group, of_picture, strict=True)
             except UserError as e:
-                results[k].error = e.line
-        flat = list(chain.from_iterable(inputs.values()))
-        points: list[_StoredPoints] = []
-        for start in range(0, len(flat), self.batch_size):
-            pixels, to_input = zip(*flat[start : start + self.batch_size], strict=True)
-            unit = self._unit_points(network, np.stack(pixels))
-            spreads = unit.spread if unit.spread is not None else [None] * len(pixels)
-            points += map(_stored, unit.points, spreads, to_input, [settings.size] * len(pixels))
-        stored = iter(points)
-        return {k: [next(stored) for _ in of_objects] for k, of_objects in inputs.items()}
+                result.error = e.line
+        for start in range(0, len(inputs), self.batch_size):
+            batch = inputs[start : start + self.batch_size]
+            unit = self._unit_points(network, np.stack([pixels for _, (pixels, _) in batch]))
+            for k, (obj, (_, to_input)) in enumerate(batch):
+                points = unit_to_input(unit.points[k].astype(np.float64), size)
+                obj.points[n] = to_input.to_image(points).astype(np.float32)
+                if unit.spread is not None:
+                    obj.spreads[n] = unit.spread[k] * (size / 2 / to_input.scale)
 
     def _unit_points(self, network: Network, pixels: np.ndarray) -> UnitPoints:
         "Predict inputs, with the flip test if the network has a flip map."
@@ -263,27 +258,6 @@ class Predictor:
         if unit.spread is not None and mirrored.spread is not None:
             spread = average_flipped(unit.spread, mirrored.spread, flip_indices)
         return UnitPoints(average_flipped(unit.points, mirrored.points, flip_indices), spread)
-
-
-def _pictures_of(folder: str | Path) -> Iterator[Path]:
-    "Yield the pictures of a folder. Raises `UserError` if there is none."
-    found = False
-    for path in find_pictures([str(folder)]):
-        if not is_video(path):
-            found = True
-            yield path
-    if not found:
-        raise UserError(f"{folder} holds videos only: use predict_video, landmarks_fastai/inference/video.py")
-
-
-class _StoredPoints(NamedTuple):
-    points: np.ndarray  # float32 (n_points, 2), pixels of the picture
-    spread: np.ndarray | None  # (n_points,), likewise
-
-
-def _stored(unit: np.ndarray, spread: np.ndarray | None, to_input: PixelMap, size: int) -> _StoredPoints:
-    points = to_input.to_image(unit_to_input(unit.astype(np.float64), size)).astype(np.float32)
-    return _StoredPoints(points, None if spread is None else spread * (size / 2 / to_input.scale))
 
 
 def _checked(box: Sequence[float], picture: Picture) -> Box:

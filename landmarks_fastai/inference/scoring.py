@@ -27,7 +27,7 @@ def predict_rows(
     crops: Iterable[PixelMap | None] | None = None,  # of the last pass, if the first was made; None for whole images
 ) -> Iterator[tuple[LabelledImage, PictureResult]]:
     "Yield labelled images with their predictions, pixels of the images as stored; an image that cannot be read costs a warning."
-    pictures = (Picture(item.path, exif=False, where=item.where) for item in items)
+    pictures = (item.picture for item in items)
     for item, result in zip(items, predictor.stream(pictures, crops=crops), strict=True):
         if result.error:
             print(f"warning: {result.error}: it is not scored", file=sys.stderr, flush=True)
@@ -78,7 +78,7 @@ def plot_rows(
     alignment, size = alignment_of(network.settings, network.facts), network.settings.size
     for item in items:
         labelled = isinstance(item, LabelledImage)
-        picture = Picture(item.path, exif=False, where=item.where) if labelled else Picture(item, exif=False)
+        picture = item.picture if labelled else Picture(item, exif=False)
         (result,) = predictor.stream([picture])
         if result.error:
             raise UserError(result.error)

@@ -206,10 +206,12 @@ class LandmarkLearner(ResumableLearner):
 def plot_top_losses(
     x: TensorImage, y: TensorPoint, samples: Any, outs: Any, raws: Any, losses: torch.Tensor, **kwargs: Any
 ) -> None:
-    "The plot of `Interpretation.plot_top_losses`: true and predicted points on each input, the loss as its title."
-    images = [image.permute(1, 2, 0).numpy().astype(np.uint8) for image, *_ in samples]
-    pairs = [(points, predicted) for (_, points, *_), (predicted, *_) in zip(samples, outs, strict=True)]
-    plots.plot_losses(images, pairs, losses.tolist())
+    "The plot of `Interpretation.plot_top_losses`: the true points of each input beside the predicted ones, titled by the loss."
+    panels = []
+    for (image, truth, *_), (predicted, *_), loss in zip(samples, outs, losses.tolist(), strict=True):
+        pixels = image.permute(1, 2, 0).numpy().astype(np.uint8)
+        panels.append((pixels, truth.numpy(), predicted.numpy(), f"loss {loss:.4g}"))
+    plots.plot_predictions(panels)
 
 
 def landmark_learner(

@@ -36,7 +36,7 @@ from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.memory import within_memory
 
 RESULTS_SHOWN = 6  # images in results.png
-BATCH_SHOWN = 8  # images in batch.png
+BATCH_SHOWN = 9  # images in batch.png
 FOREVER = 10_000  # epochs of a stage with a time limit
 LOW, FEW_STEPS = 0.25, 10_000  # of `note_low_lr`: share of the default learning rate, number of steps
 PICTURES = 5  # seconds for the plots at the end of a stage
@@ -128,7 +128,7 @@ def fit_stage(
         if run.record:
             _write_record(learn, run, settings, previous_scores)
         if is_first():
-            learn.dls.train.show_batch(max_n=BATCH_SHOWN)
+            learn.dls.train.show_batch(max_n=BATCH_SHOWN, figsize=(12, 12))
             plots.save_figure(run.folder / "batch.png")
     metrics, stop_on_nan, history = learn.metrics, callbacks.StopOnNaN(), callbacks.History(run)
     bars = callbacks.show_progress(learn)

@@ -5,13 +5,12 @@ Checked with fastai 2.8.12: `Learner._do_fit`, `_with_events`, `validation_conte
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from fastai.callback.core import CancelEpochException  # type: ignore[attr-defined] (fastai creates it at run time)
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastcore.xtras import ContextManagers
 
 Loader = TypeVar("Loader", bound=DataLoader)
 
@@ -28,6 +27,17 @@ def without_device(dl: Loader) -> Loader:
     return twin
 
 
+class _AllOrNone(ContextManagers):
+    "fastcore's, which does not leave the contexts that it has entered when a later one raises."
+
+    def __enter__(self) -> None:
+        try:
+            super().__enter__()
+        except BaseException:
+            self.stack.close()
+            raise
+
+
 class ResumableLearner(Learner):
     """A Learner whose next fit starts at `begin`.
 
@@ -41,16 +51,9 @@ class ResumableLearner(Learner):
         "The training batch at which the current epoch starts."
         return self.begin[1] if self.epoch == self.begin[0] else 0
 
-    @contextmanager
-    def validation_context(self, cbs: Any = None, inner: bool = False) -> Iterator[None]:
-        """As fastai's, whose lock stays held if a callback fails before the first batch: every later call would hang.
-
-        fastcore's `ContextManagers` leaves nothing that it has entered when one of them raises on entering.
-        """
-        with ExitStack() as stack:
-            for context in super().validation_context(cbs, inner).default:
-                stack.enter_context(context)
-            yield
+    def validation_context(self, cbs: Any = None, inner: bool = False) -> ContextManagers:
+        "As fastai's, whose lock stays held if a callback fails before the first batch: every later call would hang."
+        return _AllOrNone(super().validation_context(cbs, inner).default)
 
     def _do_fit(self) -> None:
         model = self.model

@@ -14,9 +14,9 @@ from PIL import Image
 from landmarks_fastai import competition
 from landmarks_fastai.data import checks
 from landmarks_fastai.data.block import landmark_dataloaders
-from landmarks_fastai.data.images import open_image, read_input
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.data.labels import open_labels, read_labels
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.data.split import split_rows
 from landmarks_fastai.errors import SHOWN, BadData, UserError
 from landmarks_fastai.settings import Settings
@@ -39,7 +39,7 @@ from tests.helpers import (
 
 
 def rgb(path):
-    return np.asarray(open_image(path)).tolist()
+    return np.asarray(Picture(path, exif=False).image()).tolist()
 
 
 def save(path, image, **kwargs):
@@ -69,7 +69,7 @@ def test_transparent_pixels_become_black(tmp_path):
     seen = [[[200, 100, 50], [0, 0, 0], [100, 50, 25]]]
     assert rgb(save(tmp_path / "a.png", pixels)) == seen
     assert rgb(save(tmp_path / "a.webp", pixels, lossless=True, exact=True)) == seen
-    assert np.asarray(read_input(tmp_path / "a.png", "squish", 8)[0])[0, 3].max() < 60
+    assert Picture(tmp_path / "a.png").inputs([None], "squish", 8)[0][0][0, 3].max() < 60
     grey = np.array([[[90, 255], [250, 0]]], np.uint8)
     assert rgb(save(tmp_path / "b.png", Image.fromarray(grey, "LA"))) == [[[90] * 3, [0] * 3]]
     palette = Image.new("P", (2, 1))
@@ -104,7 +104,7 @@ def test_exif_rotation_is_reported_and_not_applied(tmp_path, kind):
     exif = Image.Exif()
     exif[0x0112] = 6
     save(tmp_path / f"a.{kind}", pixels, exif=exif)
-    opened = np.asarray(open_image(tmp_path / f"a.{kind}"))
+    opened = np.asarray(Picture(tmp_path / f"a.{kind}", exif=False).image())
     assert opened.shape == (16, 32, 3) and opened[:6, :6].min() > 200 and opened[10:].max() < 50
     assert checks.inspect_image(tmp_path / f"a.{kind}") == ((32, 16), ["with EXIF rotation"])
 

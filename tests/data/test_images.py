@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from landmarks_fastai.data import image_cache, images
+from landmarks_fastai.data import image_cache, pictures
 from landmarks_fastai.data.image_cache import Inputs, image_stamp, open_cache
-from landmarks_fastai.data.images import read_input
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import pixel_map
 from landmarks_fastai.settings import FITS
@@ -28,8 +28,8 @@ def save_dot(path, width, height, x, y, sigma=24.0):
 def test_reduced_jpeg_shows_a_dot_where_its_point_is_mapped(tmp_path, fit, width, height):
     point = np.array([0.52 * width, 0.47 * height])
     path = save_dot(tmp_path / "x.jpg", width, height, *point)
-    fitted, to_input = read_input(path, fit, 64)
-    grey = np.asarray(fitted).astype(float).mean(2)
+    ((fitted, to_input),) = Picture(path, exif=False).inputs([None], fit, 64)
+    grey = fitted.astype(float).mean(2)
     grey[grey < 3] = 0  # JPEG's dust in the black
     v, u = np.mgrid[:64, :64]
     centre = np.array([(u * grey).sum(), (v * grey).sum()]) / grey.sum()
@@ -42,7 +42,7 @@ def test_reduced_jpeg_shows_a_dot_where_its_point_is_mapped(tmp_path, fit, width
 def test_a_reduced_strip_is_mapped_by_its_long_side(tmp_path, fit):
     "A side of 9 pixels has 2 at an eighth, which is not 4.5 times fewer."
     Image.new("RGB", (9, 4000)).save(tmp_path / "x.jpg")
-    _, to_input = read_input(tmp_path / "x.jpg", fit, 128)
+    ((_, to_input),) = Picture(tmp_path / "x.jpg", exif=False).inputs([None], fit, 128)
     bottom, stored = np.array([4.0, 3999.0]), pixel_map(9, 4000, fit, 128)
     scale = max(abs(stored.a), abs(stored.e))
     assert to_input.to_input(bottom) == pytest.approx(stored.to_input(bottom), abs=8 * scale)
@@ -54,13 +54,14 @@ def test_large_jpeg_is_decoded_reduced_and_looks_the_same(tmp_path, monkeypatch)
     soft.save(tmp_path / "x.jpg", quality=95)
     soft.save(tmp_path / "x.png")
     decoded = []
-    real = images.fit_image
-    monkeypatch.setattr(images, "fit_image", lambda image, *more: decoded.append(image.size) or real(image, *more))
-    small, _ = read_input(tmp_path / "x.jpg", "crop", 128)
-    whole, _ = read_input(tmp_path / "x.png", "crop", 128)
+    real = pictures.fit_image
+    monkeypatch.setattr(pictures, "fit_image", lambda image, *more: decoded.append(image.size) or real(image, *more))
+    ((small, _),), ((whole, _),) = (
+        Picture(tmp_path / f"x.{kind}").inputs([None], "crop", 128) for kind in ("jpg", "png")
+    )
     assert decoded == [(400, 300), (1600, 1200)]  # no fewer than twice the input's side
-    assert abs(np.asarray(small).astype(int) - np.asarray(whole)).mean() < 2
-    read_input(tmp_path / "x.jpg", "pad", 700)
+    assert abs(small.astype(int) - whole).mean() < 2
+    Picture(tmp_path / "x.jpg").inputs([None], "pad", 700)
     assert decoded[-1] == (1600, 1200)
 
 
@@ -91,9 +92,7 @@ def test_cached_inputs_equal_decoded_ones_bit_for_bit(tmp_path, monkeypatch):
     plain = Inputs("crop", 32)
     first = [inputs(i, folder / f"{i}.jpg") for i in range(6)]
     assert all(same(first[i], plain(i, folder / f"{i}.jpg")) for i in range(6))
-    monkeypatch.setattr(
-        image_cache, "read_input", None
-    )  # nothing is decoded any more: not here, not in another process
+    monkeypatch.setattr(image_cache, "Picture", None)  # nothing is decoded any more: not here, not in another process
     assert all(same(first[i], inputs(i, folder / f"{i}.jpg")) for i in range(6))
     again = pickle.loads(pickle.dumps(cached(tmp_path)[1]))
     assert all(same(first[i], again(i, folder / f"{i}.jpg")) for i in range(6))
@@ -169,7 +168,7 @@ def test_full_disk_is_reported_before_training_and_ignored_later(tmp_path, monke
     folder, inputs = cached(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", full_disk)
-        assert inputs(0, folder / "0.jpg")[0].size == (32, 32)
+        assert inputs(0, folder / "0.jpg")[0].shape == (32, 32, 3)
     assert record(inputs.cache, 0, folder / "0.jpg") is None
     one = inputs.cache.missing_bytes
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2 * one - 1}))

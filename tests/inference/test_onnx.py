@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from landmarks_fastai.data.images import read_input
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference import onnx_network
 from landmarks_fastai.inference.onnx_network import OnnxNetwork
@@ -50,7 +50,7 @@ def out(quick_run, tmp_path_factory):
 def inputs(drawn):
     "uint8 (5, size, size, 3): images of the test side."
     files = sorted((drawn / "test" / "images").iterdir())[:5]
-    return np.stack([np.asarray(read_input(path, "crop", SIZE)[0]) for path in files])
+    return np.stack([Picture(path, exif=False).inputs([None], "crop", SIZE)[0][0] for path in files])
 
 
 def checkpoint_points(out, inputs):
@@ -256,7 +256,7 @@ def test_names_of_exports_and_of_other_files(out, run_script, drawn, tmp_path):
         open_network("elsewhere/m.onnx", out)
     shutil.copy(out / "m" / "best.pth", tmp_path / "model.pt")
     code, _, err = run_script(f"predict.py -pm {tmp_path / 'model.pt'} x.jpg")
-    assert code == 1 and "is no checkpoint: a checkpoint's file name ends in .pth" in err
+    assert code == 1 and "is not a checkpoint: a checkpoint's file name ends in .pth" in err
 
 
 def test_export_makes_the_folder(out, run_script):

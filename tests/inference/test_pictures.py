@@ -218,7 +218,7 @@ def test_boxes_of_several_pictures_are_refused_and_videos_of_a_folder_left_out(t
     assert len(list(predictor(tmp_path))) == 1
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "clip.mp4").write_bytes(b"")
-    with pytest.raises(UserError, match="holds videos only"):
+    with pytest.raises(UserError, match="holds no picture that Pillow reads$"):
         list(predictor(tmp_path / "videos"))
     for several in (files, tmp_path, iter(files)):
         with pytest.raises(UserError, match="boxes are those of one picture"):

@@ -28,7 +28,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 def learner(drawn, **changes):
     machine = Machine(workers=0, **changes)
-    dls = landmark_dataloaders(drawn, size=32, batch_size=8, aug=0.0, machine=machine)
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, aug=0.0, align=0.0, machine=machine)
     learn = landmark_learner(dls, "resnet18", "none", init_head="random", machine=machine, path=drawn)
     learn.logger = lambda values: None
     return learn
@@ -216,13 +216,13 @@ def test_threaded_map_passes_errors_on_and_can_be_closed():
 
 
 def test_predictions_share_the_threads_and_give_them_back(quick_run):
-    from landmarks_fastai.inference.torch_network import TorchNetwork
+    from landmarks_fastai.inference.torch_network import open_checkpoint
     from landmarks_fastai.runs.checkpoint import read_checkpoint
 
     before = torch.get_num_threads()
     torch.set_num_threads(6)
     try:
-        with TorchNetwork(read_checkpoint(quick_run / "best.pth")).streams() as (threads, start):
+        with open_checkpoint(read_checkpoint(quick_run / "best.pth")).streams() as (threads, start):
             start()
             assert (threads, torch.get_num_threads()) == (4, 1)
         assert torch.get_num_threads() == 6
@@ -274,10 +274,10 @@ def test_without_gpu_a_mac_trains_on_the_cpu(apple, run_script, drawn):
 
 
 def test_one_thread_predicts_on_mps(quick_run):
-    from landmarks_fastai.inference.torch_network import TorchNetwork
+    from landmarks_fastai.inference.torch_network import open_checkpoint
     from landmarks_fastai.runs.checkpoint import read_checkpoint
 
-    network = TorchNetwork(read_checkpoint(quick_run / "best.pth"))
+    network = open_checkpoint(read_checkpoint(quick_run / "best.pth"))
     for device, threads in (("cuda", 3), ("mps", 1)):
         network.machine = Machine(device, workers=3)
         with network.streams() as (n, _):

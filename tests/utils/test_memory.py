@@ -46,7 +46,7 @@ def test_a_batch_that_does_not_fit_is_one_line(run_script, drawn, tmp_path, smal
     assert not list((tmp_path / "here" / "runs").iterdir())
     assert run_script(f"train.py {SHORT} -b 4 --accumulate 8 -n r -d", drawn)[0] == 0
     check_refused(run_script("predict.py --workers 0 -b 6 -pm r"), f"-b 6: {line}\n")
-    check_refused(run_script("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), f"-b 8: {line}, and")
+    check_refused(run_script("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), f"-b 8: {line}\n")
     assert not list((tmp_path / "here" / "runs").glob("s"))
 
 

@@ -24,11 +24,14 @@ class PlateauLR(Callback):
         self.patience, self.factor = patience, factor
 
     def before_fit(self):
-        self.plateau = ReduceLROnPlateau(self.opt.opt, factor=self.factor, patience=self.patience)
+        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(
+            self.learn, "gather_preds"
+        )  # as fastai's trackers
+        if self.run and self.opt:  # an exported Learner has none
+            self.plateau = ReduceLROnPlateau(self.opt.opt, factor=self.factor, patience=self.patience)
 
     def after_epoch(self):
-        scores = self.learn.evaluation.scores
-        if scores and not hasattr(self.learn, "lr_finder"):
+        if scores := self.learn.evaluation.scores:
             self.plateau.step(scores.score)
 
 
