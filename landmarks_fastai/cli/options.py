@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, epilog=epilog, formatter_class=text, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        "As argparse's; an empty text is an error: it comes from a variable that is not set."
+        "As argparse's; an empty text is an error (but for -d, the current folder): it comes from a variable that is not set."
         parsed, rest = super().parse_known_args(args, namespace)
         for name, value in vars(parsed).items():
             if value == "" or (isinstance(value, list) and "" in value):
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             f = FIELDS[name]
             default = (defaults or {}).get(name) or ("off" if f.default is False else f.default)
-            kind = {"lr": learning_rate, "align": margin, "data": data_folder}.get(name, type(f.default))
+            kind = {"lr": learning_rate, "align": margin, "data": os.path.abspath}.get(name, type(f.default))
             if name in ("tta", "confidence"):  # a later stage may switch off what the checkpoint has
                 kwargs: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             elif kind is bool:
@@ -103,11 +103,6 @@ def add_name(group: Any) -> None:
     group.add_argument("--overwrite", action="store_true", help=about)
     about = "resume the stopped run -n, with the flags that it was started with"
     group.add_argument("--resume", action="store_true", help=about)
-
-
-def data_folder(text: str) -> str:
-    "The absolute path of a folder."
-    return os.path.abspath(text) if text else text
 
 
 def learning_rate(text: str) -> float | str:

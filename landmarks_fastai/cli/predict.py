@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from landmarks_fastai.cli import app, options
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.runs.run import PREDICTIONS
+from landmarks_fastai.runs.run import OVERLAY, PREDICTIONS, run_folders
 from landmarks_fastai.settings import ROUNDINGS, names_of
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.parallel import bar
@@ -94,6 +94,10 @@ def main() -> None:
     if machine.device != "cpu":
         for name in (name for name in args.pretrained_model if name.lower().endswith(".onnx")):
             print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
+    if any(name.lower().endswith(".onnx") for name in args.pretrained_model) and (args.amp != "off" or args.compile):
+        raise UserError(
+            "--amp and --compile are for checkpoints: ONNX Runtime computes as the file says; run without them"
+        )
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
         check_network(args, network)
@@ -133,14 +137,18 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
     if args.draw_confidence and not confidence:
         raise UserError("--confidence: the checkpoint has no spread: train or finetune with --confidence")
     n_pictures = n_frames = n_objects = n_bad = n_rotated = n_unaligned = 0
-    boxes = read_boxes(args.boxes) if args.boxes else None
-    results = results_of(find_pictures(args.paths), boxes, args, predictor, run)
+    boxes, used = read_boxes(args.boxes) if args.boxes else None, set[str]()
+    paths = find_pictures(args.paths, left_out=[run.folder, *run_folders(args.out)])
+    results = results_of(paths, boxes, args, predictor, run)
     with open_writer(args.format or "csv", run.folder, predictor.networks[0].facts.n_points, confidence) as (
         write,
         path,
     ):
         for result in results:
             write(result)
+            used |= {result.source, Path(result.source).name}
+            if any(p.box and not _overlaps(p.box, result.size) for p in result.objects):
+                print(f"note: {result.source}: a box lies outside of the picture", file=sys.stderr, flush=True)
             of_video = result.frame is not None
             if result.error:
                 print(f"error: {result.error}", file=sys.stderr, flush=True)
@@ -154,13 +162,23 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
             n_bad += bool(result.error)
             n_rotated += result.rotated
     report_unaligned(n_unaligned, n_objects)
+    if boxes and (unused := boxes.keys() - used):
+        print(
+            f"note: {args.boxes}: {len(unused)} file names are not among the pictures, as {min(unused)}",
+            file=sys.stderr,
+        )
     counts = f"{n_pictures} pictures" + (f", {n_frames} frames of videos" if n_frames else "")
     counts += f", {n_objects} objects" if args.detect or args.boxes else ""
-    print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / 'overlay'}" if args.overlay else ""))
+    print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / OVERLAY}" if args.overlay else ""))
     if n_rotated:
         print(f"the EXIF rotation of {n_rotated} pictures was applied: their points are of the picture as it is shown")
     if n_bad:
         raise UserError(f"{n_bad} of the files could not be used, or not to their end: see above")
+
+
+def _overlaps(box: "Box", size: tuple[int, int]) -> bool:
+    left, top, right, bottom = box
+    return right > 0 and bottom > 0 and left < size[0] and top < size[1]
 
 
 def results_of(
@@ -176,7 +194,9 @@ def results_of(
     """
     from landmarks_fastai.data.pictures import Picture, is_video
     from landmarks_fastai.inference.predictor import PictureResult
-    from landmarks_fastai.inference.writers import output_path
+    from landmarks_fastai.inference.writers import OutputNames
+
+    copies = OutputNames(run.folder / OVERLAY)
 
     def boxes_of(picture: "Picture") -> "Sequence[Box]":
         return boxes.get(picture.name) or boxes.get(Path(picture.name).name, []) if boxes else []
@@ -186,7 +206,8 @@ def results_of(
             for result in predictor.stream(group, boxes_of if boxes else None):
                 stop_on_signal.check()
                 if args.overlay and result.objects:
-                    write_overlay(result, run.folder / "overlay", args.draw_confidence)
+                    copy = copies(result.source, Path(result.source).suffix + ".jpg")
+                    write_overlay(result, copy, args.draw_confidence)
                 yield result
             continue
         from landmarks_fastai.inference.video import predict_video
@@ -194,7 +215,7 @@ def results_of(
         for path in group:
             # clip.mp4 stays clip.mp4, clip.mov becomes clip.mov.mp4
             suffix = path.suffix.removesuffix(".mp4") + ".mp4"
-            copy = output_path(run.folder / "overlay", str(path), suffix) if args.overlay else None
+            copy = copies(str(path), suffix) if args.overlay else None
             try:
                 if boxes:
                     raise UserError(f"{path}: --boxes is for pictures; --detect finds the faces of a video")
@@ -205,14 +226,12 @@ def results_of(
                 yield PictureResult(Picture(path), error=e.line)
 
 
-def write_overlay(result: "PictureResult", folder: Path, confidence: bool) -> None:
-    "Write a copy of the picture with its points, with the picture's path below the folder. Raises `UserError`."
+def write_overlay(result: "PictureResult", path: Path, confidence: bool) -> None:
+    "Write a copy of the picture with its points. Raises `UserError`."
     from landmarks_fastai.inference.overlay import draw_points
-    from landmarks_fastai.inference.writers import output_path
     from landmarks_fastai.utils.files import atomic_write
 
     drawn = draw_points(result.picture.image(), result.objects, confidence)
-    path = output_path(folder, result.source, Path(result.source).suffix + ".jpg")
     with atomic_write(path, "wb") as file:
         drawn.save(file, "JPEG", quality=92)
 

@@ -32,6 +32,8 @@ from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.hardware import Machine
 
+MAX_OUTSIDE = 0.01  # share of the points outside of the input without a note; faces at an image's edge have some
+
 
 def landmark_block(
     settings: Settings | None = None,  # None: the defaults
@@ -56,7 +58,7 @@ def landmark_block(
     if settings.degrade:
         augment.append(Degrade(settings.degrade, settings.seed))
     block = DataBlock(
-        blocks=[ImageBlock(PILInput), PointBlock],
+        blocks=[ImageBlock(PILInput), PointBlock],  # pyright: ignore[reportArgumentType] (it annotates an instance)
         dl_type=LandmarkDL,  # pyright: ignore[reportArgumentType] (fastai annotates an instance, and takes a class)
         get_items=partial(labelled_images, on_bad=settings.on_bad),
         get_x=OpenInput(inputs or Inputs(settings.fit, settings.size), alignment_of(settings, facts)),
@@ -145,7 +147,17 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
             print(f"no flip map, images are not mirrored: {e}")
     sampled = list(points_and_maps(images, settings))
     facts = facts.replace(points_box=points_box(sampled, settings.size))
+    note_points_outside(sampled, settings)
     return learn_alignment(facts, settings, sampled, mean)
+
+
+def note_points_outside(sampled: Sequence[tuple[np.ndarray, PixelMap]], settings: Settings) -> None:
+    "Print a note if the input shows too few of the points, as the middle square of a wide image may."
+    outside = [abs(input_to_unit(m.to_input(points), settings.size)).max(-1) > 1 for points, m in sampled]
+    share = float(np.mean(outside)) if outside else 0.0
+    if share > MAX_OUTSIDE:
+        hint = "--fit crop cuts the middle square: try --fit pad" if settings.fit == "crop" else "are the labels right?"
+        print(f"note: {share:.1%} of the points lie outside of what the network sees; {hint}", flush=True)
 
 
 def learn_alignment(

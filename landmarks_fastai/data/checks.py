@@ -35,7 +35,7 @@ COLUMNS = ["line", "file_name", "problem"]
 NOTES = {  # unusual property of an image -> what is done with it
     "animated or of several pages": "the first frame is used",
     "CMYK": "converted to RGB",
-    "16-bit": "converted to 8-bit RGB",
+    "16-bit": "converted to 8-bit RGB: grey by the bits that it uses (8 to 16), colours by their upper 8",
     "grey": "converted to RGB",
     "palette-based": "converted to RGB",
     "with transparency": "converted to RGB, transparent pixels black",

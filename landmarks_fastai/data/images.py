@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import struct
 import warnings
 import zlib
@@ -46,14 +47,18 @@ def exif_turn(image: Image.Image) -> Image.Transpose | None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an opened image to 8-bit RGB. Raises `ValueError` for modes that have no defined conversion.
 
-    Transparent pixels become black, 16 bits lose their lower 8, an animation gives its first frame.
+    Transparent pixels become black, 16 bits of grey become the upper 8 of those that the image uses, an animation gives its
+    first frame.
     """
     check_mode(image)
     if is_16_bit(image) and image.mode[0] == "I":
         grey = np.asarray(image)
-        high_byte = (grey >> 8).astype(np.uint8)
-        high_byte[grey == image.info.get("transparency", -1)] = 0
-        return Image.fromarray(high_byte).convert("RGB")
+        bits = next(
+            n for n in (8, 10, 12, 14, 16) if grey.max() < 1 << n
+        )  # cameras write 10 or 12 bits into such files
+        byte = (grey >> bits - 8).astype(np.uint8)
+        byte[grey == image.info.get("transparency", -1)] = 0
+        return Image.fromarray(byte).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     if is_16_bit(image) and isinstance(image.info.get("transparency"), tuple):
@@ -85,6 +90,8 @@ def open_undecoded(path: str | Path, where: str = "") -> Iterator[ImageFile]:
     """
     Image.MAX_IMAGE_PIXELS = max_pixels() / 2  # type: ignore[assignment] (Pillow refuses twice as many, which may be odd)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO may never have anything to read
+            raise UserError(f"{where}image {path} is a folder or not a plain file: replace it")
         with Image.open(path) as image:
             if image.format == "TIFF" and exif_turn(image) is not None:  # the only format that Pillow rotates by itself
                 image.info["rotated"] = image.getexif()[ORIENTATION]

@@ -2,10 +2,9 @@
 
 import csv
 import glob
-import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -21,6 +20,8 @@ from landmarks_fastai.utils.files import reason
 
 Source = str | Path | Image.Image | np.ndarray
 SPARE = 2  # decoded sides are at least this many times the input's, like `reducing_gap` of Pillow's thumbnails
+MAX_BOXES = 10_000_000  # lines of a CSV: a file that never ends must not be read for ever
+MAX_EDGE = 1e6  # pixels: beyond it, a box or its area leaves the range of float32
 VIDEOS = {".mp4", ".mov", ".webm", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg"}
 
 
@@ -86,6 +87,11 @@ class Picture:
             return image, 1
         long, turn = max(image.size), exif_turn(image) if self.exif else None
         least = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+        if turn is not None:  # an incomplete last pixel would come to lie at the left or at the top
+            sides = [
+                tuple(side // n for side in image.size) for n in (8, 4, 2) if not any(side % n for side in image.size)
+            ]
+            least = next((s for s in sides if s[0] >= least[0] and s[1] >= least[1]), image.size)
         image.draft(None, least)  # type: ignore[arg-type] (None keeps the mode)
         decoded = to_rgb(image)
         reduced = round(long / max(decoded.size))
@@ -98,16 +104,20 @@ def _as_rgb(source: Any) -> Image.Image:
             return to_rgb(source)
         except ValueError as e:
             raise UserError(f"the picture cannot be used: {e}") from None
-    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.size:
-        if source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3):
-            return Image.fromarray(source).convert("RGB")
-    found = f"{source.dtype} array {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
-    raise UserError(f"a picture is a path, a PIL image or a uint8 array (h, w, 3); {found} found")
+    if isinstance(source, np.ndarray) and source.size and (source.ndim == 2 or source.shape[2:] in ((3,), (4,))):
+        if source.dtype.kind == "f" and source.min() >= 0 and source.max() <= 1:
+            source = np.rint(255 * source).astype(np.uint8)
+        if source.dtype == np.uint8:
+            return to_rgb(Image.fromarray(source))
+    kind = f"{source.dtype} array {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
+    arrays = "an array (h, w), (h, w, 3) or (h, w, 4), uint8 or of floats from 0 to 1"
+    raise UserError(f"a picture is a path, a PIL image or {arrays}; {kind} found")
 
 
 def find_pictures(
     paths: Iterable[str],
     videos: bool = True,  # whether videos are pictures too
+    left_out: Collection[Path] = (),  # folders whose files are left out: what this program has written, or will write
 ) -> Iterator[Path]:
     """Return the files that paths mean: files, folders with all below them, patterns, and `-` for a list on stdin.
 
@@ -115,19 +125,26 @@ def find_pictures(
     by itself never is. Raises `UserError`, before the first is predicted, for a path that does not exist, and for a folder
     or pattern without pictures; a line of stdin that does not exist is yielded as it is.
     """
-    return chain.from_iterable([_lines_of_stdin() if path == "-" else _files_of(path, videos) for path in paths])
+    folders = {folder.resolve() for folder in left_out}
+    return chain.from_iterable(
+        [_lines_of_stdin(folders) if path == "-" else _files_of(path, videos, folders) for path in paths]
+    )
 
 
-def _files_of(path: str, videos: bool = True) -> Iterator[Path]:
+def _files_of(path: str, videos: bool = True, left_out: Collection[Path] = ()) -> Iterator[Path]:
     "Return the files that a path means. Of a folder, print how many are left out. Raises like `find_pictures`."
     is_folder = os.path.isdir(path)
     if not is_folder and os.path.lexists(path):
         return iter([Path(path)])
-    matches = [path] if is_folder else sorted(glob.glob(path, recursive=True))
+    matches = [path] if is_folder else sorted(glob.glob(_pattern(path), recursive=True))
     if not matches:
         raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
     files = chain.from_iterable(_files_below(match) if os.path.isdir(match) else [match] for match in matches)
     files = list(dict.fromkeys(files))  # `**` matches a folder, its subfolders and their files
+    written = {folder for folder in map(os.path.dirname, files) if _lies_in(folder, left_out)} if left_out else set()
+    if written:
+        n, files = len(files), [file for file in files if os.path.dirname(file) not in written]
+        print(f"note: {path}: {n - len(files)} files that this program wrote are left out", file=sys.stderr, flush=True)
     pictures = [file for file in files if _is_picture(file) or (videos and is_video(file))]
     if not pictures:
         kinds = "picture that Pillow reads" + (", and no video" if videos else "")
@@ -137,6 +154,18 @@ def _files_of(path: str, videos: bool = True) -> Iterator[Path]:
         kinds = "pictures or videos" if videos else "pictures"
         print(f"note: {path}: {left_out}: their names are not those of {kinds}", file=sys.stderr, flush=True)
     return map(Path, pictures)
+
+
+def _pattern(path: str) -> str:
+    "Return a pattern whose folders that exist are names, not patterns: `set [1]/*.jpg`."
+    parts = Path(path).parts
+    n = next(k for k in range(len(parts), -1, -1) if k == 0 or os.path.lexists(os.path.join(*parts[:k])))
+    return os.path.join(*map(glob.escape, parts[:n]), *parts[n:])
+
+
+def _lies_in(folder: str, folders: Collection[Path]) -> bool:
+    path = Path(folder).resolve()
+    return any(parent in folders for parent in (path, *path.parents))
 
 
 def _files_below(folder: str) -> Iterator[str]:
@@ -150,13 +179,13 @@ def _files_below(folder: str) -> Iterator[str]:
         yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _lines_of_stdin() -> Iterator[Path]:
+def _lines_of_stdin(left_out: Collection[Path]) -> Iterator[Path]:
     empty = True
     for line in (line.rstrip("\r\n") for line in sys.stdin):
         if line:
             empty = False
             try:
-                yield from _files_of(line)
+                yield from _files_of(line, left_out=left_out)
             except UserError:
                 yield Path(line)  # its result is an error; those before it are kept
     if empty:
@@ -164,7 +193,8 @@ def _lines_of_stdin() -> Iterator[Path]:
 
 
 def _is_picture(path: str) -> bool:
-    return Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in Image.OPEN  # others are only written
+    kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    return kind in Image.OPEN or kind == "MPO"  # which the JPEG plugin opens; others are only written
 
 
 def is_video(path: str | Path) -> bool:
@@ -178,18 +208,26 @@ def read_boxes(path: str | Path) -> dict[str, list[Box]]:
     Returns the boxes of each file name. Raises `UserError` with the line of a bad row.
     """
     boxes: dict[str, list[Box]] = {}
+    header = True
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for number, row in enumerate(csv.reader(file), 1):
                 if not row:
                     continue
+                if number > MAX_BOXES:
+                    raise UserError(f"{path} has more than {MAX_BOXES} lines: divide it")
+                is_first, header = header, False
                 try:
                     box = as_box([float(cell) for cell in row[1:]])
-                    if number == 1:
-                        raise UserError(f"{path} line 1 is a box: add a header line, file_name,left,top,right,bottom")
+                    if is_first:
+                        raise UserError(
+                            f"{path} line {number} is a box: add a header line, file_name,left,top,right,bottom"
+                        )
                 except ValueError:
-                    if number == 1:
+                    if is_first and "\0" not in "".join(row):
                         continue
+                    if "\0" in "".join(row):
+                        raise UserError(f"{path} line {number}: not UTF-8 text: save the file as UTF-8") from None
                     wanted = "file_name,left,top,right,bottom with left < right and top < bottom expected"
                     raise UserError(one_line(f"{path} line {number}: {','.join(row)[:60]!r}: {wanted}")) from None
                 boxes.setdefault(str(Path(row[0])), []).append(box)  # as a picture's name: ./a.jpg is a.jpg
@@ -201,8 +239,11 @@ def read_boxes(path: str | Path) -> dict[str, list[Box]]:
 
 
 def as_box(edges: Sequence[float]) -> Box:
-    "Return left, top, right, bottom as a box. Raises `ValueError` unless they are four finite numbers with something inside."
+    """Return left, top, right, bottom as a box, pixel edges.
+
+    Raises `ValueError` unless they are four numbers of at most `MAX_EDGE`, with a thousandth of a pixel inside at least.
+    """
     left, top, right, bottom = map(float, edges)
-    if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
+    if not all(abs(edge) <= MAX_EDGE for edge in (left, top, right, bottom)) or min(right - left, bottom - top) < 1e-3:
         raise ValueError
     return left, top, right, bottom

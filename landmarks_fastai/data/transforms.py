@@ -8,6 +8,7 @@ The annotations of `encodes` and `decodes` are not hints: fastai selects the met
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from landmarks_fastai.data.align import Alignment
 from landmarks_fastai.data.image_cache import Inputs
 from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.data.pictures import Picture
-from landmarks_fastai.geometry import PixelMap, input_to_unit, unit_to_input
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import IDENTITY, PixelMap, input_to_unit, unit_to_input
 
 
 class PILInput(PILImage):
-    "The input of a network."
+    "The input of a network; blank if there is an `error`."
 
-    to_input: PixelMap  # from pixels of the image as stored
+    to_input: PixelMap = IDENTITY  # from pixels of the image as stored
+    error: UserError | None = None  # why the image could not be read
 
 
 class ShownPoints(TensorPoint):
@@ -42,7 +45,8 @@ class TensorMap(TensorBase):
 class OpenInput(Transform):
     """The `get_x`: an item -> the network's input, of the item's aligned crop if it is `aligned`, else of the whole image.
 
-    An item is a `LabelledImage`, or in a prediction a path, a PIL image or an array (h, w, 3) uint8.
+    An item is a `LabelledImage`, or in a prediction a path, a PIL image or an array (h, w, 3) uint8. The error of an image
+    that cannot be used is raised by `PointsToUnit`: fastai opens the first item to find the types, where it can skip nothing.
     """
 
     input_types = (LabelledImage, str, Path, Image.Image, np.ndarray)
@@ -52,16 +56,24 @@ class OpenInput(Transform):
         self.inputs, self.alignment = inputs, alignment
 
     def encodes(self, item):
-        if isinstance(item, LabelledImage):
-            crop = None
-            if item.aligned and self.alignment:
-                (crop,) = self.alignment.maps(item.points[None])  # None: the points have no plausible shape
-            pixels, to_input = self.inputs(item.row, item.path, item.where, crop)
-        else:
-            ((pixels, to_input),) = Picture(item, exif=False).inputs([None], self.inputs.fit, self.inputs.size)
+        try:
+            pixels, to_input = self.read(item)
+        except UserError as e:
+            image = PILInput.create(Image.new("RGB", (self.inputs.size, self.inputs.size)))
+            image.error = e
+            return image
         image = PILInput.create(pixels)
         image.to_input = to_input
         return image
+
+    def read(self, item: Any) -> tuple[np.ndarray, PixelMap]:
+        "Return an item's input, uint8 (size, size, 3) RGB, and its map. Raises `UserError`."
+        if not isinstance(item, LabelledImage):
+            return Picture(item, exif=False).inputs([None], self.inputs.fit, self.inputs.size)[0]
+        crop = None
+        if item.aligned and self.alignment:
+            (crop,) = self.alignment.maps(item.points[None])  # None: the points have no plausible shape
+        return self.inputs(item.row, item.path, item.where, crop)
 
 
 class StoredPoints(Transform):
@@ -91,6 +103,8 @@ class PointsToUnit(ItemTransform):
 
     def encodes(self, item):
         image, *points = item
+        if image.error:
+            raise image.error
         to_input = image.to_input
         points = [p.numpy() for p in points]  # on so few numbers numpy takes half of the time of torch
         points = [TensorPoint(torch.from_numpy(input_to_unit(to_input.to_input(p), self.size))) for p in points]

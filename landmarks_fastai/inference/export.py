@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import landmarks_fastai
-from landmarks_fastai.data.images import read_input
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.onnx_network import FORMAT, METADATA, OnnxNetwork
 from landmarks_fastai.inference.torch_network import open_checkpoint
@@ -138,7 +138,8 @@ def sample_inputs(settings: Settings, n: int) -> np.ndarray:
     found = [np.random.default_rng(0).integers(0, 256, (n, settings.size, settings.size, 3), dtype=np.uint8)]
     for path in islice(_image_files(Path(settings.data)), n):
         with suppress(UserError):
-            found.append(np.asarray(read_input(path, **settings.of("input"))[0])[None])
+            ((pixels, _),) = Picture(path, exif=False).inputs([None], settings.fit, settings.size)
+            found.append(pixels[None])
     return np.concatenate(found[::-1])[:n]
 
 

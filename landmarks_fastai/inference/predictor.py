@@ -109,6 +109,8 @@ class Predictor:
         self.batch_size, self.flip_test, self.detector = batch_size, flip_test, detector
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: 1 or more expected")
+        if flip_test and (without := [n.name for n in self.networks if not n.facts.flip_indices]):
+            raise UserError(f"{without[0]} has no flip map: no flip test can be made")
         counts = {network.facts.n_points: network.name for network in self.networks}
         if len(counts) > 1:
             found = ", ".join(f"{name} {n}" for n, name in counts.items())

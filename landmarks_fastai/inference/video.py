@@ -67,6 +67,8 @@ class Video:
                 time = max(time + 1, frame.pts) if frame.pts is not None else time + step if self.frames else 0
                 self.frames += 1
                 image = frame.to_image()
+                if (aspect := self.stream.sample_aspect_ratio or 1) != 1:  # players make the pixels square
+                    image = image.resize((max(1, round(image.width * aspect)), image.height), Image.Resampling.BILINEAR)
                 yield Frame(image.transpose(TURNS[frame.rotation]) if frame.rotation in TURNS else image, time)
 
     def _packets(self) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,16 +113,13 @@ def _pts(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write
     "A text file an object, as those of 300-W; spreads are the third number of a line. Earlier files are deleted."
     for earlier in path.rglob("*.pts"):
         earlier.unlink()
-    written = set[Path]()
+    names = OutputNames(path)
 
     def write(result: PictureResult) -> None:
         frame = "" if result.frame is None else f"_{result.frame:06}"
         for k, each in enumerate(result.objects):
             number = f"_{_number(each, k)}" if len(result.objects) > 1 or each.track is not None else ""
-            file_name = output_path(path, result.source, f"{frame}{number}.pts")
-            if file_name in written:  # a.jpg and a.png
-                file_name = file_name.with_name(Path(result.source).name + f"{frame}{number}.pts")
-            written.add(file_name)
+            file_name = names(result.source, f"{frame}{number}.pts")
             rows = [each.points + 1] + ([each.confidence] if each.confidence is not None else [])
             lines = (" ".join(f"{v:.{DIGITS}f}" for v in row) for row in np.column_stack(rows))
             with atomic_write(file_name) as file:
@@ -184,16 +182,29 @@ def _list(files: ExitStack, file: IO[str]) -> Callable[[Any], None]:
     return add
 
 
-def output_path(folder: Path, source: str, suffix: str) -> Path:
-    """Return the path in `folder` of a file made of a picture: the picture's path below it, without drive and root.
+class OutputNames:
+    """The files of a folder that are made of pictures and videos, each with a name of its own.
 
-    `..` becomes `__`, or `a.jpg` and `../a.jpg` would have one file. Its folder is created.
+    A file has the picture's path below the folder, without drive and root; `..` becomes `__`. Where another picture has that
+    name already, it is the picture's whole name, or has a number: a.pts, a.png.pts, a_2.pts.
     """
-    path = Path(source or "picture")
-    parts = ["__" if part == ".." else part for part in path.parts if part != path.anchor]
-    made = folder.joinpath(*parts[:-1], path.stem + suffix)
-    made.parent.mkdir(parents=True, exist_ok=True)
-    return made
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.sources: dict[Path, str] = {}  # of each file
+
+    def __call__(self, source: str, suffix: str) -> Path:
+        "Return the path of the file with this suffix of a picture. Its folder is created."
+        path = Path(source or "picture")
+        folder = self.folder.joinpath(
+            *("__" if part == ".." else part for part in path.parts[:-1] if part != path.anchor)
+        )
+        for name in chain((path.stem, path.name), (f"{path.stem}_{k}" for k in count(2))):
+            made = folder / (name + suffix)
+            if self.sources.setdefault(made, source) == source:
+                folder.mkdir(parents=True, exist_ok=True)
+                return made
+        raise AssertionError
 
 
 def _number(each: Prediction, k: int) -> int:

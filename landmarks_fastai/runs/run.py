@@ -177,6 +177,12 @@ def stopped_runs(out: str | os.PathLike) -> str:
     return ", ".join(names) or "none"
 
 
+def run_folders(out: str | os.PathLike) -> list[Path]:
+    "Folders of runs in the output folder: what is in them was written by this program."
+    folders = (path for path in Path(out).glob("*") if path.is_dir())
+    return [path for path in folders if {file.name for file in path.glob("*")} & {*RUN_FILES, OVERLAY}]
+
+
 def run_name(checkpoint: str | os.PathLike) -> str:
     "The name of the run that a checkpoint file belongs to."
     path = Path(os.path.abspath(checkpoint))

@@ -79,7 +79,10 @@ def test_repair_after_a_kill_during_overwrite_leaves_one_complete_run(tmp_path, 
     old, new = {"best.pth": b"old", "run.json": b"{}"}, {"best.pth": b"new", "run.json": b"{}"}
     folders = {
         "old moved away": {run.old: old},
-        "before it saved": {run.old: old, run.folder: {"run.json": b"{}", "bad.csv": b"1", "batch.png.99999999.tmp": b""}},
+        "before it saved": {
+            run.old: old,
+            run.folder: {"run.json": b"{}", "bad.csv": b"1", "batch.png.99999999.tmp": b""},
+        },
         "saved": {run.old: old, run.folder: new | {"state.safetensors.99999999.tmp": b""}},
         "old half removed": {run.old: {"run.json": b"{}"}, run.folder: new},
     }[moment]
