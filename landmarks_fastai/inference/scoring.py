@@ -70,22 +70,20 @@ def score_rows(
 
 def plot_rows(
     predictor: Predictor,
-    items: Iterable[Any],  # labelled images, or paths, PIL images and arrays, which have no true points
-    crops: bool = True,  # whether they are seen in their aligned crops, if the network has those
+    items: Sequence[Any],  # labelled images, or paths, PIL images and arrays, which have no true points
 ) -> None:
-    """Plot the input of each image with the predicted points and, where it is labelled, the true ones and its score."""
+    """Plot the network's last input of each image with the predicted points and, if it is labelled, the true ones and its score."""
     network, panels = predictor.networks[0], []
     alignment, size = alignment_of(network.settings, network.facts), network.settings.size
-    for item in items:
-        labelled = isinstance(item, LabelledImage)
-        picture = item.picture if labelled else Picture(item, exif=False)
-        (result,) = predictor.stream([picture])
-        if result.error:
-            raise UserError(result.error)
+    pictures = (item.picture if isinstance(item, LabelledImage) else Picture(item, exif=False) for item in items)
+    for item, result in zip(items, predictor.stream(pictures), strict=True):
+        if result.error:  # the image has vanished, and the validation has printed a warning
+            continue
         points = result.objects[0].points
-        crop = alignment.maps(points[None])[0] if alignment and crops else None
-        ((pixels, to_input),) = picture.inputs([crop], network.settings.fit, size)
-        truth = item.points if labelled else None
-        title = f"score {np.square(points - truth).mean():.4g}" if truth is not None else ""
-        panels.append((pixels, None if truth is None else to_input.to_input(truth), to_input.to_input(points), title))
+        crop = alignment.maps(points[None])[0] if alignment else None
+        ((pixels, to_input),) = result.picture.inputs([crop], network.settings.fit, size)
+        truth, title = None, ""
+        if isinstance(item, LabelledImage):
+            truth, title = to_input.to_input(item.points), f"score {np.square(points - item.points).mean():.4g}"
+        panels.append((pixels, truth, to_input.to_input(points), title))
     plots.plot_predictions(panels)

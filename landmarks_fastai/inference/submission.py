@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,12 @@ from landmarks_fastai.competition import (
 )
 from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.checks import check_images
+from landmarks_fastai.data.items import LabelledImages
 from landmarks_fastai.data.labels import data_folder
-from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import BadData, UserError
-from landmarks_fastai.inference.predictor import PictureResult, Predictor
+from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.utils.files import atomic_write, check_folder
+from landmarks_fastai.utils.files import atomic_write
 
 
 def predict_test(
@@ -40,9 +40,25 @@ def predict_test(
     images = data_folder(data) / "test" / "images"
     n_points = predictor.networks[0].facts.n_points
     test_points = checked_test_points(images, n_points)
-    check_folder(images, f"{test_points.csv} names images in it")
-    results = predictor.stream(_pictures(test_points, images))
-    unaligned = write_submission(progress(results, len(test_points)), test_points, n_points, run, rounding)
+    pictures = (item.picture for item in LabelledImages(test_points, images))
+    unaligned = 0
+    with (
+        atomic_write(run.folder / "points.json") as names,
+        atomic_write(run.folder / "points.npy", "wb") as points,
+        atomic_write(run.folder / "submit.csv") as submission,
+    ):
+        json.dump(test_points.names, names, ensure_ascii=False, indent=0)
+        head = {"descr": "<f4", "fortran_order": False, "shape": (len(test_points), n_points, 2)}
+        np.lib.format.write_array_header_1_0(points, head)
+        submission.write(submission_header(test_points.indices.shape[1]))
+        for row, result in enumerate(progress(predictor.stream(pictures), len(test_points))):
+            if result.error:  # the image has changed since it was checked
+                raise UserError(result.error)
+            unaligned += result.unaligned
+            predicted = np.ascontiguousarray(result.objects[0].points)
+            points.write(predicted.data)
+            asked = round_points(predicted[test_points.indices[row]], rounding)
+            submission.write(submission_line(test_points.name(row), asked))
     report_unaligned(unaligned, len(test_points))
     return len(test_points)
 
@@ -57,40 +73,3 @@ def checked_test_points(images: Path, n_points: int) -> TestPoints:
     if faults := check_images(test_points, images):
         raise BadData((test_points.problem(row, faults[row]) for row in sorted(faults)), len(faults))
     return test_points
-
-
-def _pictures(test_points: TestPoints, images: Path) -> Iterator[Picture]:
-    for row in range(len(test_points)):
-        yield Picture(images / test_points.name(row), exif=False, where=f"{test_points.place(row)}: ")
-
-
-def write_submission(
-    results: Iterable[PictureResult],  # of the rows of `test_points`, in order
-    test_points: TestPoints,
-    n_points: int,  # of an image
-    run: Run,
-    rounding: str,
-) -> int:
-    """Write submit.csv, points.npy and points.json, completely or not at all; returns how many images had no aligned crop.
-
-    Raises `UserError` for a result with an error.
-    """
-    unaligned = 0
-    with (
-        atomic_write(run.folder / "points.json") as names,
-        atomic_write(run.folder / "points.npy", "wb") as points,
-        atomic_write(run.folder / "submit.csv") as submission,
-    ):
-        json.dump(test_points.names, names, ensure_ascii=False, indent=0)
-        head = {"descr": "<f4", "fortran_order": False, "shape": (len(test_points), n_points, 2)}
-        np.lib.format.write_array_header_1_0(points, head)
-        submission.write(submission_header(test_points.indices.shape[1]))
-        for row, result in enumerate(results):
-            if result.error:  # the image has changed since it was checked
-                raise UserError(result.error)
-            unaligned += result.unaligned
-            predicted = np.ascontiguousarray(result.objects[0].points)
-            points.write(predicted.data)
-            name, indices = test_points.names[row], test_points.indices[row]
-            submission.write(submission_line(name, round_points(predicted[indices], rounding)))
-    return unaligned

@@ -105,8 +105,8 @@ def _predictor(learn: LandmarkLearner, checkpoint: Checkpoint, flip_test: bool) 
 
 
 def _validation_items(learn: LandmarkLearner) -> list[LabelledImage]:
-    "The validation rows of this process."
-    return [learn.dls.valid.items[row] for row in learn.dls.valid.get_idxs()]
+    "The validation rows of this process, without those whose image the last epoch could not read."
+    return [learn.dls.valid.items[row] for row in learn.dls.valid.seen or learn.dls.valid.get_idxs()]
 
 
 def fit_stage(
