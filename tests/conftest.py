@@ -96,7 +96,7 @@ def untrained_run(drawn, tmp_path_factory):
 
 
 @pytest.fixture
-def out(untrained_run, tmp_path):
+def runs(untrained_run, tmp_path):
     "An output folder with a copy of that run."
     return Path(shutil.copytree(untrained_run.parent, tmp_path / "out"))
 

@@ -155,6 +155,7 @@ def small_learner(data, path=".", machine=Machine(workers=0), lr=None, sched="no
 def untrained(data, out, name="m", **changes):
     "The folder of a run in an output folder, with the checkpoint of a network that nobody has trained."
     learn, run = small_learner(data, init_head="random", **changes), Run(out, name)
+    run.folder.mkdir(parents=True)
     write_checkpoint(run, learn.model, learn.settings, learn.facts, 99.0, 0.5, 0)
     return run.folder
 

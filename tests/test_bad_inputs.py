@@ -301,12 +301,12 @@ def _as(content, kind):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_bad_input_is_reported_in_one_line(run_script, data, out, tmp_path, kind):
+def test_bad_input_is_reported_in_one_line(run_script, data, runs, tmp_path, kind):
     harm, line, parts = CASES[kind]
-    harm(data, out)
-    before = snapshot(data) | snapshot(out)
-    check_refused(run_script(line.replace("OUT", str(out)).replace("DATA", str(data))), *parts)
-    assert snapshot(data) | snapshot(out) == before
+    harm(data, runs)
+    before = snapshot(data) | snapshot(runs)
+    check_refused(run_script(line.replace("OUT", str(runs)).replace("DATA", str(data))), *parts)
+    assert snapshot(data) | snapshot(runs) == before
     assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "here").rglob("*"))
 
 
@@ -314,8 +314,8 @@ def test_bad_input_is_reported_in_one_line(run_script, data, out, tmp_path, kind
     "line",
     [
         "train.py --on-bad ignore", "train.py --workers -1", "train.py --opt lion", "train.py -b many", "train.py --amp fp8",
-        "train.py --size", "train.py --no-such-flag", "train.py stray", "train.py --lr fast", "predict.py",
-        "finetune.py --round up",
+        "train.py --size", "train.py --no-such-flag", "train.py stray", "train.py --lr fast", "train.py --weights ''",
+        "predict.py", "predict.py -pm ''", "finetune.py --round up",
     ],
 )  # fmt: skip
 def test_invalid_flags_print_the_usage(run_script, tmp_path, line):

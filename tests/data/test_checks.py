@@ -282,9 +282,9 @@ def test_too_large_image_is_reported_before_it_is_decoded(run_script, data, monk
     assert len(bomb) < 200_000
 
 
-def test_max_pixels_is_a_limit_of_training_and_of_prediction(run_script, data, out, monkeypatch):
+def test_max_pixels_is_a_limit_of_training_and_of_prediction(run_script, data, runs, monkeypatch):
     monkeypatch.setattr(hardware, "_max_pixels", 0)
-    predict = f"predict.py --workers 0 --out {out} -pm m -d {data} --max-pixels"
+    predict = f"predict.py --workers 0 --out {runs} -pm m -d {data} --max-pixels"
     most = max(w * h for w, h in (Image.open(p).size for p in (data / "test" / "images").iterdir())) / 1e6
     assert run_script(predict, most)[::2] == (0, "")
     check_refused(run_script(predict, most - 2e-6), "raise --max-pixels")  # what was accepted is checked anew
