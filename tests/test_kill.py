@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.helpers import QUICK, ROOT, check_equal
 
+from tests.helpers import QUICK, ROOT, check_equal
 
 pytestmark = pytest.mark.slow
 

@@ -90,14 +90,14 @@ def main() -> None:
     from landmarks_fastai.inference.predictor import Predictor, open_network
     from landmarks_fastai.runs.claim import claim_output
 
-    machine = options.prepared_machine(vars(args))
-    if machine.device != "cpu":
-        for name in (name for name in args.pretrained_model if name.lower().endswith(".onnx")):
-            print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     if any(name.lower().endswith(".onnx") for name in args.pretrained_model) and (args.amp != "off" or args.compile):
         raise UserError(
             "--amp and --compile are for checkpoints: ONNX Runtime computes as the file says; run without them"
         )
+    machine = options.prepared_machine(vars(args))
+    if machine.device != "cpu":
+        for name in (name for name in args.pretrained_model if name.lower().endswith(".onnx")):
+            print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
         check_network(args, network)

@@ -171,22 +171,26 @@ class LandmarkDL(TfmdDL):
         "As fastai's, which starts new workers for every pass: on two cores 2 s if they are forked, 10 s if they are spawned."
         self.randomize()
         self.before_iter()
-        rows, self.seen = list(self.chunkify(self.get_idxs())), []
-        for batch, seen in self.made(rows):
+        self.seen, all_lost = [], False
+        for batch, seen in self.made(self.chunkify(self.get_idxs())):
+            all_lost = not self.seen and batch is None
             if batch is None:
                 if self.drop_last and self.share[1] > 1:  # the others wait for this process's step
                     raise UserError(f"{self.items.labels.csv}: no image of a batch of {self.bs} can be read")
                 continue
             self.seen += seen
             yield self.after_batch(to_device(tuple(batch), self.device))
-        if rows and not self.seen:
+        if all_lost:
             raise UserError(
                 f"{self.items.labels.csv}: no image of {len(self.items)} rows can be read: is the folder still there?"
             )
         self.after_iter()
 
-    def made(self, rows: list[list[int]]) -> Iterator:
-        "Make the batches of the rows, in workers that are kept for the next pass, or in this process."
+    def made(self, rows: Iterable[list[int]]) -> Iterator:
+        """Make the batches of the rows, in workers that are kept for the next pass, or in this process.
+
+        Of `show_batch(unique=True)` the rows never end.
+        """
         if not worker_count(self):
             return map(BatchMaker(self).__getitem__, rows)
         tfms = [*self.after_item.fs, *self.before_batch.fs]

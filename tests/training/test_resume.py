@@ -22,7 +22,7 @@ from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.callbacks import evaluation
 from landmarks_fastai.training.state import State, write_state
-from tests.helpers import QUICK, ROOT, check_refused, edit_line, every_learner_has, row_image
+from tests.helpers import QUICK, ROOT, check_refused, edit_line, every_learner_has
 
 RUNS = Path("runs")  # of `run_script`, in the current folder
 SHORT = f"{QUICK} -e 3 -b 4"  # an epoch: 8 batches of training, 2 of validation
