@@ -62,9 +62,8 @@ class LandmarkLearner(ResumableLearner):
     """
 
     model: torch.nn.Module
-    maps: (
-        torch.Tensor | None
-    )  # (batch, 6) of the current batch: each image's `PixelMap`, taken off the targets by `CarryMaps`
+    # (batch, 6) of the current batch: each image's `PixelMap`, taken off the targets by `CarryMaps`
+    maps: torch.Tensor | None
 
     def __init__(
         self,
