@@ -5,11 +5,9 @@ Normalisation is inside. The pixels are made outside, by the code that training 
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import torch
 from torch import nn
 
 import landmarks_fastai
-from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.onnx_network import FORMAT, METADATA, OnnxNetwork
 from landmarks_fastai.inference.torch_network import open_checkpoint
@@ -59,7 +56,7 @@ class ExportedNetwork(nn.Module):
 
 
 def export_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint as one ONNX file, if its points are the checkpoint's on a few images.
+    """Write a checkpoint as one ONNX file, if its points are the checkpoint's on images of noise.
 
     Raises `UserError` if the network cannot be exported or its points differ, and if the file cannot be written.
     """
@@ -115,7 +112,8 @@ def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
 
 def _compare(network: OnnxNetwork, checkpoint: Checkpoint, path: Path) -> None:
     "Raise `UserError` unless an exported network gives the points and spreads of the checkpoint, in batches of two sizes."
-    pixels, size = sample_inputs(network.settings, max(BATCHES)), network.settings.size
+    size = network.settings.size
+    pixels = np.random.default_rng(0).integers(0, 256, (max(BATCHES), size, size, 3), dtype=np.uint8)
     expected = open_checkpoint(checkpoint)(pixels)
     for n in BATCHES:
         try:
@@ -131,22 +129,6 @@ def _compare(network: OnnxNetwork, checkpoint: Checkpoint, path: Path) -> None:
             raise UserError(
                 f"{path} was not written: in a batch of {n} its points are up to {far:.3g} px of the input off the checkpoint's"
             )
-
-
-def sample_inputs(settings: Settings, n: int) -> np.ndarray:
-    "uint8 (n, size, size, 3): images of the checkpoint's data folder; noise where there are none."
-    found = [np.random.default_rng(0).integers(0, 256, (n, settings.size, settings.size, 3), dtype=np.uint8)]
-    for path in islice(_image_files(Path(settings.data)), n):
-        with suppress(UserError):
-            ((pixels, _),) = Picture(path, exif=False).inputs([None], settings.fit, settings.size)
-            found.append(pixels[None])
-    return np.concatenate(found[::-1])[:n]
-
-
-def _image_files(data: Path) -> Iterator[Path]:
-    for side in ("train", "test"):
-        with suppress(OSError), os.scandir(data / side / "images") as entries:
-            yield from (Path(entry.path) for entry in entries if entry.is_file())
 
 
 @contextmanager

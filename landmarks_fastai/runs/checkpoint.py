@@ -100,7 +100,7 @@ def _write(path: Path, model: nn.Module, metadata: dict) -> None:
 
 def read_checkpoint_file(path: str | os.PathLike) -> dict:
     "The state dict of a .pth, plain or as `learn.save` writes it. Raises `UserError` for anything else."
-    return read_state_dict(path, wrapper="model", mmap=True)
+    return read_state_dict(path, mmap=True)
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
