@@ -150,13 +150,11 @@ def check_equal(a, b, runs=RUNS):
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def small_learner(data, path=".", machine=Machine(workers=0), lr=None, sched="none", init_head="mean", **changes):  # noqa: B008
-    "A Learner of a small network on a folder of data, which prints nothing; `changes` are settings of the DataLoaders."
-    settings = {"size": 32, "batch_size": 8, "align": 0.0} | changes
+def small_learner(data, path=".", machine=Machine(workers=0), **changes):  # noqa: B008
+    "A Learner of a small network on a folder of data, which prints nothing; `changes` are settings."
+    settings = {"arch": ARCH, "size": 32, "batch_size": 8, "align": 0.0, "sched": "none"} | changes
     dls = landmark_dataloaders(data, machine=machine, **settings)
-    rate = {} if lr is None else {"lr": lr}
-    learn = landmark_learner(dls, ARCH, "none", sched=sched, init_head=init_head, machine=machine, path=path, **rate)
-    return silent(learn)
+    return silent(landmark_learner(dls, weights="none", machine=machine, path=path))
 
 
 def untrained(data, out, name="m", **changes):
