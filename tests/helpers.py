@@ -278,13 +278,14 @@ def finish(process):
     return out
 
 
-def check_stopped(process, *texts, start="error: "):
-    "The processes of a torchrun ended with one line, before its report; torchrun ends with code 1."
+def check_stopped(process, *texts, begins="error: "):
+    "The processes of a torchrun ended with one line, before its report; torchrun ends with code 1. Returns the output."
     out, err = process.communicate(timeout=LIMIT)
     lines = [line for line in err.splitlines() if line.startswith(("error: ", "stopped: ", "warning: "))]
-    assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith(start), out + err
+    assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith(begins), out + err
     assert err.count("Traceback") == 1, err  # torchrun's own
     assert all(text in lines[0] for text in texts), lines[0]
+    return out
 
 
 def pids_of(process):
