@@ -15,7 +15,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.helpers")
 
-from tests.helpers import N_POINTS, N_TEST, N_TRAIN, QUICK, untrained  # noqa: E402
+from tests.helpers import N_POINTS, N_TEST, N_TRAIN, QUICK, SHORT, stopping_at, untrained  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -73,6 +73,7 @@ def run_script(tmp_path, monkeypatch, capfd):
         from landmarks_fastai.cli import app
 
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        monkeypatch.setattr(app, "THREADS", "none")  # with threads left, a stopped script would end this process
         words = shlex.split(line) + [str(m) for m in more]
         monkeypatch.setattr(sys, "argv", words)
         code = 0
@@ -126,3 +127,18 @@ def quick_run(train_run, drawn, tmp_path_factory):
 def finished_run(run_script, quick_run, tmp_path):
     "`finished_run('c')`: what `train.py QUICK -n c -d drawn` would have left in `runs`, without the training."
     return lambda name: Path(shutil.copytree(quick_run, tmp_path / "here" / "runs" / name))
+
+
+@pytest.fixture(scope="session")
+def stopped_short_run(train_run, drawn, tmp_path_factory):
+    "The folder of a run of `train.py SHORT` that Ctrl-C has stopped in its first epoch."
+    out = tmp_path_factory.mktemp("stopped")
+    with stopping_at(5), pytest.raises(KeyboardInterrupt):
+        train_run(SHORT, drawn, out)
+    return out / "m"
+
+
+@pytest.fixture
+def stopped_run(run_script, stopped_short_run, tmp_path):
+    "`stopped_run('r')`: a stopped run of `train.py SHORT -n r -d drawn` in `runs`."
+    return lambda name: Path(shutil.copytree(stopped_short_run, tmp_path / "here" / "runs" / name))

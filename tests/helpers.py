@@ -20,11 +20,18 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, ValueMetric
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from landmarks_fastai import landmark_dataloaders, landmark_learner
+from landmarks_fastai.inference.scoring import Scores
 from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.checkpoint import read_checkpoint, write_checkpoint
 from landmarks_fastai.runs.run import Run
+from landmarks_fastai.settings import Settings
+from landmarks_fastai.training.components import body_and_head, optimiser
 from landmarks_fastai.utils.hardware import Machine
 
 ROOT = Path(__file__).parent.parent
@@ -143,13 +150,11 @@ def check_equal(a, b, runs=RUNS):
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def small_learner(data, path=".", machine=Machine(workers=0), lr=None, sched="none", init_head="mean", **changes):  # noqa: B008
-    "A Learner of a small network on a folder of data, which prints nothing; `changes` are settings of the DataLoaders."
-    settings = {"size": 32, "batch_size": 8, "align": 0.0} | changes
+def small_learner(data, path=".", machine=Machine(workers=0), **changes):  # noqa: B008
+    "A Learner of a small network on a folder of data, which prints nothing; `changes` are settings."
+    settings = {"arch": ARCH, "size": 32, "batch_size": 8, "align": 0.0, "sched": "none"} | changes
     dls = landmark_dataloaders(data, machine=machine, **settings)
-    rate = {} if lr is None else {"lr": lr}
-    learn = landmark_learner(dls, ARCH, "none", sched=sched, init_head=init_head, machine=machine, path=path, **rate)
-    return silent(learn)
+    return silent(landmark_learner(dls, weights="none", machine=machine, path=path))
 
 
 def untrained(data, out, name="m", **changes):
@@ -165,6 +170,31 @@ def silent(learn):
     learn.remove_cbs([callback for callback in learn.cbs if callback.name == "progress"])
     learn.logger = lambda values: None
     return learn
+
+
+class GivenScores(Callback):
+    "In place of the one that scores points: `scores` runs through a list, one an epoch."
+
+    order, name = 46, "evaluation"
+
+    def __init__(self, scores):
+        self.left = iter(scores)
+
+    def after_validate(self):
+        self.scores = Scores(next(self.left), 0.0, 1, 0)
+
+
+def tiny_learner(scores, opt="adamw", lr=3e-4):
+    "A Learner on a tiny network whose score runs through `scores`, one an epoch."
+    torch.manual_seed(0)
+    data = TensorDataset(torch.rand(4, 3), torch.rand(4, 2))
+    dls = DataLoaders(DataLoader(data, 2), DataLoader(data, 2))
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(4, 2)))
+    opt_func, evaluation = optimiser(Settings(opt=opt, wd=0.05, head_lr_mult=1.0)), GivenScores(scores)
+    metrics = ValueMetric(lambda: evaluation.scores.score, "score")
+    learn = Learner(dls, model, nn.MSELoss(), opt_func=opt_func, lr=lr, metrics=metrics, splitter=body_and_head)
+    learn.add_cb(evaluation)
+    return silent(learn)
 
 
 @contextmanager
@@ -248,13 +278,14 @@ def finish(process):
     return out
 
 
-def check_stopped(process, *texts, start="error: "):
-    "The processes of a torchrun ended with one line, before its report; torchrun ends with code 1."
+def check_stopped(process, *texts, begins="error: "):
+    "The processes of a torchrun ended with one line, before its report; torchrun ends with code 1. Returns the output."
     out, err = process.communicate(timeout=LIMIT)
     lines = [line for line in err.splitlines() if line.startswith(("error: ", "stopped: ", "warning: "))]
-    assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith(start), out + err
+    assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith(begins), out + err
     assert err.count("Traceback") == 1, err  # torchrun's own
     assert all(text in lines[0] for text in texts), lines[0]
+    return out
 
 
 def pids_of(process):

@@ -4,23 +4,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 
 from landmarks_fastai import landmark_dataloaders, landmark_learner
 from landmarks_fastai.data.align import Alignment, alignment_of
+from landmarks_fastai.geometry import cut_image, unit_to_input
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import score_rows
 from landmarks_fastai.inference.torch_network import TorchNetwork, open_checkpoint
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.training.learner import load_best
 from landmarks_fastai.utils.hardware import Machine
-from tests.helpers import N_POINTS, N_TEST, QUICK, train_run
+from tests.helpers import N_POINTS, N_TEST, QUICK, best
 
 ALIGN = f"{QUICK} --align 1.05"
 
 
 @pytest.fixture(scope="module")
-def aligned_run(drawn, tmp_path_factory):
+def aligned_run(train_run, drawn, tmp_path_factory):
     "The best.pth of a stage with aligned crops, and its history."
     return train_run(f"{ALIGN} -e 3", drawn, tmp_path_factory.mktemp("aligned"))
 
@@ -34,9 +36,9 @@ def learner(run, drawn, **machine):
 def test_the_reported_score_is_that_of_both_passes(aligned_run, drawn):
     learn, checkpoint = learner(aligned_run, drawn)
     history = pd.read_csv(aligned_run / "history.csv")
-    best = history.loc[history.score.idxmin()]
-    assert (checkpoint.score, checkpoint.nme) == pytest.approx((best.score, best.nme_box_diag))
-    assert min(best.first_pass, best.ema) != pytest.approx(checkpoint.score, rel=1e-2)  # of one pass
+    row = history.loc[history.score.idxmin()]
+    assert (checkpoint.score, checkpoint.nme) == pytest.approx((row.score, row.nme_box_diag))
+    assert min(row.first_pass, row.ema) != pytest.approx(checkpoint.score, rel=1e-2)  # of one pass
     scores = score_rows(learn.predictor(flip_test=False), list(learn.dls.valid.items))
     assert scores[:2] == pytest.approx((checkpoint.score, checkpoint.nme), rel=1e-5)
     assert list(learn.validate()[1:3]) == pytest.approx([checkpoint.score, checkpoint.nme], rel=1e-5)
@@ -53,14 +55,11 @@ def test_the_second_pass_sees_the_crops_of_the_first(aligned_run, drawn):
     settings, facts = checkpoint.settings, checkpoint.facts
     whole = Predictor(TorchNetwork(learn.model, settings.replace(align=0.0), facts), flip_test=False)
     (crop,) = alignment_of(settings, facts).maps(whole(path).points[None])
-    from landmarks_fastai.geometry import cut_image, unit_to_input
-
-    pixels = (
-        torch.from_numpy(np.array(cut_image(Image.open(path).convert("RGB"), crop, 32))).permute(2, 0, 1)[None] / 255
-    )
+    pixels = np.array(cut_image(Image.open(path).convert("RGB"), crop, 32))
+    inputs = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
     with torch.no_grad():
-        unit = learn.model.eval()((pixels - mean) / std)
+        unit = learn.model.eval()((inputs - mean) / std)
     expected = crop.to_image(unit_to_input(unit[0].double().numpy(), 32))
     assert learn.predict_points(path, flip_test=False)[0] == pytest.approx(expected, abs=1e-3)
 
@@ -90,22 +89,20 @@ def test_a_first_pass_without_a_plausible_shape_stands(aligned_run, drawn, monke
     assert [result.unaligned for result in twice] == [1] * N_TEST  # an object counts once
 
 
-def test_a_later_stage_begins_the_second_pass_and_another_ends_it(run_script, drawn):
-    assert run_script(f"train.py {QUICK} --align off -n c -d", drawn)[0] == 0
-    before = read_checkpoint("runs/c/best.pth")
+def test_a_later_stage_begins_the_second_pass_and_another_ends_it(run_script, finished_run):
+    finished_run("c")
+    before = best("c")
     assert before.settings.align == 0
-    code, out, err = run_script("finetune.py -e 1 --align 1.05 -n c2 -pm c")
+    code, out, err = run_script("finetune.py -e 1 --workers 0 --align 1.05 -n c2 -pm c")
     assert (code, err) == (0, "") and f"loaded: score {before.score:.6g}" in out
-    after = read_checkpoint("runs/c2/best.pth")
+    after = best("c2")
     assert after.score <= before.score
-    code, out, err = run_script("finetune.py -e 1 --align off -n c3 -pm c2")
+    code, out, err = run_script("finetune.py -e 1 --workers 0 --align off -n c3 -pm c2")
     assert (code, err) == (0, "") and f"loaded: score {after.score:.6g}" in out
-    assert read_checkpoint("runs/c3/best.pth").score <= after.score
+    assert best("c3").score <= after.score
 
 
 def test_a_picture_shows_the_second_pass(aligned_run, drawn):
-    from matplotlib import pyplot as plt
-
     learn, _ = learner(aligned_run, drawn)
     learn.show_results(max_n=2)
     titles = [ax.get_title() for ax in plt.gcf().axes]

@@ -7,48 +7,19 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import ReduceLROnPlateau
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner, ValueMetric
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from landmarks_fastai.inference.scoring import Scores
-from landmarks_fastai.settings import OPTIMISERS, Settings
+from landmarks_fastai.settings import OPTIMISERS
 from landmarks_fastai.training.callbacks.schedules import PlateauLR, StepLR, StopOnNaN
-from landmarks_fastai.training.components import body_and_head, optimiser
+from tests.helpers import tiny_learner
 
-
-class Evaluation(Callback):
-    "In place of the one that scores points: `scores` runs through a list, one an epoch."
-
-    order = 46
-
-    def __init__(self, scores):
-        self.left = iter(scores)
-
-    def after_validate(self):
-        self.scores = Scores(next(self.left), 0.0, 1, 0)
-
-
-def learner(scores, opt="adamw", lr=3e-4):
-    "A Learner on a tiny network whose score runs through `scores`, one an epoch."
-    torch.manual_seed(0)
-    data = TensorDataset(torch.rand(4, 3), torch.rand(4, 2))
-    dls = DataLoaders(DataLoader(data, 2), DataLoader(data, 2))
-    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(4, 2)))
-    opt_func, evaluation = optimiser(Settings(opt=opt, wd=0.05, head_lr_mult=1.0)), Evaluation(scores)
-    metrics = ValueMetric(lambda: evaluation.scores.score, "score")
-    learn = Learner(dls, model, nn.MSELoss(), opt_func=opt_func, lr=lr, metrics=metrics, splitter=body_and_head)
-    learn.add_cb(evaluation)
-    learn.logger = lambda *a: None
-    learn.remove_cbs([c for c in learn.cbs if type(c).__name__ == "ProgressCallback"])
-    return learn
+pytestmark = pytest.mark.train
 
 
 def rates(scores, callback, opt="adamw"):
     "The rate in the optimiser's own groups after every epoch."
     seen = []
-    learn = learner(scores, opt)
+    learn = tiny_learner(scores, opt)
 
     class Watch(Callback):
         order = 99
@@ -103,7 +74,7 @@ def test_step_schedule_matches_pytorch():
 
 @pytest.mark.parametrize("opt,kind", [("adamw", "AdamW"), ("adam", "Adam"), ("sgd", "SGD")])
 def test_optimiser_is_pytorch_and_every_parameter_decays(opt, kind):
-    learn = learner([1, 1], opt)
+    learn = tiny_learner([1, 1], opt)
     learn.fit(2, lr=3e-4, wd=0.05)
     real = learn.opt.opt
     assert type(real).__name__ == kind and [g["weight_decay"] for g in real.param_groups] == [0.05, 0.05]
@@ -112,7 +83,7 @@ def test_optimiser_is_pytorch_and_every_parameter_decays(opt, kind):
 
 
 def test_step_is_that_of_adamw_with_biases_and_norms_decayed():
-    learn = learner([1])
+    learn = tiny_learner([1])
     torch.manual_seed(0)
     twin = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(4, 2)))
     twin.load_state_dict(learn.model.state_dict())
@@ -128,7 +99,7 @@ def test_step_is_that_of_adamw_with_biases_and_norms_decayed():
 
 
 def test_nan_loss_ends_the_fit_and_its_step_is_recorded():
-    learn, watch = learner([1, 1, 1]), StopOnNaN()
+    learn, watch = tiny_learner([1, 1, 1]), StopOnNaN()
     with torch.no_grad():
         learn.model[0][0].weight.fill_(float("inf"))
     learn.fit(3, cbs=watch)
@@ -137,7 +108,7 @@ def test_nan_loss_ends_the_fit_and_its_step_is_recorded():
 
 def test_nan_loss_in_validation_does_not_end_the_fit():
     "The running average may be finite."
-    learn, watch = learner([1, 1, 1]), StopOnNaN()
+    learn, watch = tiny_learner([1, 1, 1]), StopOnNaN()
     with torch.no_grad():
         learn.model[0][0].weight.fill_(float("inf"))
     learn.validate(cbs=watch)

@@ -1,7 +1,5 @@
 "A spread for each point: honest on other faces, and the points are those of a stage without it."
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,20 +12,20 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.torch_network import TorchNetwork
-from landmarks_fastai.models.networks import METADATA, PointsAndSpread, build_model
+from landmarks_fastai.models.networks import PointsAndSpread, build_model
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.synthetic.sample import make_sample
 from landmarks_fastai.training import stage
 from landmarks_fastai.training.confidence import predict_held_out
-from tests.helpers import ARCH, N_POINTS, QUICK, check_equal, train_run
+from tests.helpers import ARCH, N_POINTS, QUICK, RUNS, best, check_equal, tensors
 
 STAGE = f"{QUICK} --align 1.05 --valid-pct 0.5 -e 4"
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def confident_run(drawn, tmp_path_factory):
+def confident_run(train_run, drawn, tmp_path_factory):
     return train_run(f"{STAGE} --confidence", drawn, tmp_path_factory.mktemp("confident"))
 
 
@@ -36,11 +34,7 @@ def network(confident_run):
     return read_checkpoint(confident_run / "best.pth").model()
 
 
-def tensors(path):
-    return {k: t for k, t in torch.load(path, weights_only=True).items() if k != METADATA}
-
-
-def test_points_and_score_are_those_of_a_stage_without_it(confident_run, drawn, tmp_path):
+def test_points_and_score_are_those_of_a_stage_without_it(train_run, confident_run, drawn, tmp_path):
     plain = train_run(STAGE, drawn, tmp_path)
     with_spread, without = tensors(confident_run / "best.pth"), tensors(plain / "best.pth")
     assert with_spread.keys() - without.keys() == {"spread.image.weight", "spread.landmarks"}
@@ -103,25 +97,26 @@ def test_the_flip_test_averages_the_spreads_under_the_flip_indices(network, conf
 
 
 def test_later_stages_fit_it_again_or_end_it(confident_run, run_script, drawn, tmp_path):
-    best = confident_run / "best.pth"
-    code, out, err = run_script("finetune.py -e 1 --workers 0 -n again -pm", best)
-    first, again = read_checkpoint(best), read_checkpoint("runs/again/best.pth")
+    path = confident_run / "best.pth"
+    code, out, err = run_script("finetune.py -e 1 --workers 0 -n again -pm", path)
+    first, again = read_checkpoint(path), best("again")
     assert (code, err) == (0, "") and again.settings.confidence and "confidence: median spread" in out
     assert f"loaded: score {first.score:.6g} on the validation rows; its stage reported {first.score:.6g}" in out
     assert again.epoch == 0 and not torch.equal(
-        tensors(best)["spread.image.weight"], tensors(again.path)["spread.image.weight"]
+        tensors(path)["spread.image.weight"], tensors(again.path)["spread.image.weight"]
     )
     # no epoch beats the loaded model
     line = "finetune.py -e 1 --opt sgd -lr 10 --no-confidence --workers 0 -n none -pm again"
     code, out, err = run_script(line)
     assert code == 0 and "which no epoch beat" in out and "confidence" not in out
-    none = read_checkpoint("runs/none/best.pth")
+    none = best("none")
     assert not none.settings.confidence and not any(k.startswith("spread") for k in tensors(none.path))
-    code, _, err = run_script(f"train.py {QUICK} -n body --weights", best, "-d", drawn)
+    code, _, err = run_script(f"train.py {QUICK} -n body --weights", path, "-d", drawn)
     assert (code, err) == (0, "")
-    assert run_script("predict.py --workers 0 -pm", best)[::2] == (0, "")
+    assert run_script("predict.py --workers 0 -pm", path)[::2] == (0, "")
 
 
+@pytest.mark.train
 def test_a_stage_that_is_stopped_before_the_spread_has_a_checkpoint_and_resumes(run_script, drawn, monkeypatch):
     line = f"train.py {QUICK} --align 1.05 --confidence -e 2 -d {drawn} -n"
     assert run_script(f"{line} whole")[0] == 0
@@ -132,12 +127,12 @@ def test_a_stage_that_is_stopped_before_the_spread_has_a_checkpoint_and_resumes(
     with monkeypatch.context() as patch:
         patch.setattr(stage, "add_confidence", ctrl_c)
         assert run_script(f"{line} parts")[0] == 130
-    stopped = read_checkpoint("runs/parts/best.pth")
+    stopped = best("parts")
     assert not stopped.settings.confidence and stopped.model().spread is None
     code, out, err = run_script("train.py --resume -n parts")
     assert (code, err) == (0, "") and "confidence: median spread" in out
-    check_equal(Path("runs"), "whole", "parts")
-    assert Path("runs/whole/confidence.csv").read_text() == Path("runs/parts/confidence.csv").read_text()
+    check_equal("whole", "parts")
+    assert (RUNS / "whole/confidence.csv").read_text() == (RUNS / "parts/confidence.csv").read_text()
 
 
 def test_a_checkpoint_that_lacks_its_spread_is_refused(confident_run, tmp_path):

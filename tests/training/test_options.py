@@ -1,9 +1,6 @@
 "Options of the scripts: recipes, the running average, the flip test, another size."
 
-from pathlib import Path
-
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -14,25 +11,27 @@ from landmarks_fastai.cli.train import DRAWN, first_settings, train_parser
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.flip import average_flipped
 from landmarks_fastai.data.items import labelled_images
-from landmarks_fastai.models.heads import init_head
-from landmarks_fastai.models.networks import METADATA, build_model
-from landmarks_fastai.runs.checkpoint import FORMAT, read_checkpoint
+from landmarks_fastai.inference.predictor import Predictor
+from landmarks_fastai.inference.scoring import score_rows
+from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.settings import RECIPES
 from landmarks_fastai.training.callbacks.evaluation import Average
 from landmarks_fastai.utils.hardware import Machine
-from tests.helpers import N_POINTS, N_TRAIN, QUICK, learner, tensors
+from tests.helpers import (
+    N_TRAIN,
+    QUICK,
+    RUNS,
+    best,
+    check_refused,
+    equal_tensors,
+    history,
+    tensors,
+    tiny_learner,
+    untrained,
+)
 
-RUNS = Path("runs")  # of `run_script`, in the current folder
 
-
-def best(name):
-    return read_checkpoint(RUNS / f"{name}/best.pth")
-
-
-def history(name):
-    return pd.read_csv(RUNS / f"{name}/history.csv")
-
-
+@pytest.mark.train
 def test_the_baseline_recipe_switches_every_addition_off(run_script, drawn):
     code, out, _ = run_script(f"train.py --recipe baseline {QUICK} -n s -d", drawn)
     settings = best("s").settings
@@ -40,7 +39,7 @@ def test_the_baseline_recipe_switches_every_addition_off(run_script, drawn):
     for name, value in RECIPES["baseline"].items():
         assert getattr(settings, name) == value, name
     assert not best("s").facts.flip_indices and settings.lr == 3e-4 and settings.opt == "adamw" and settings.wd == 0.05
-    assert list(history("s").columns) == "epoch train_loss valid_loss score nme_box_diag lr time".split()
+    assert list(history("s").columns) == "epoch train_loss valid_loss score nme_box_diag lr".split()
     later = next_settings({}, settings)
     assert later.aug == 0
     # one part of it, typed, wins over the recipe
@@ -49,16 +48,9 @@ def test_the_baseline_recipe_switches_every_addition_off(run_script, drawn):
     assert typed.loss == "l1" and typed.init_head == "random"
 
 
-def test_a_network_starts_at_the_mean_shape():
-    shape, images = torch.rand(5, 2) - 0.5, torch.rand(2, 3, 32, 32)
-    model = build_model("resnet18", "linear", 5, 32).eval()
-    init_head(model, shape)
-    with torch.no_grad():
-        assert model(images).numpy() == pytest.approx(shape.expand(2, 5, 2).numpy(), abs=0.1)
-
-
+@pytest.mark.train
 def test_the_average_is_that_of_pytorch_with_a_memory_that_grows():
-    learn = learner([1] * 4)
+    learn = tiny_learner([1] * 4)
     average, seen = Average(0.5), []
 
     class Watch(Callback):
@@ -77,6 +69,7 @@ def test_the_average_is_that_of_pytorch_with_a_memory_that_grows():
     assert not torch.equal(average.network[0][1].running_mean, learn.model[0][1].running_mean)  # norms too
 
 
+@pytest.mark.train
 def test_the_better_of_network_and_average_is_saved(run_script, drawn):
     "What the table calls `ema` is the score of the file, when the file is the average."
     assert run_script(f"train.py {QUICK} -e 3 -lr 3e-3 -n e -d", drawn)[0] == 0
@@ -91,18 +84,12 @@ def test_the_better_of_network_and_average_is_saved(run_script, drawn):
     assert best("p").score == plain.score.min()
 
 
+@pytest.mark.train
 def test_flip_test_in_validation_and_prediction(run_script, drawn):
-    from landmarks_fastai.inference.predictor import Predictor
-
     code, out, _ = run_script(f"train.py {QUICK} -e 2 --tta -n t -d", drawn)
     kept, table = best("t"), history("t")
     assert code == 0 and kept.score == pytest.approx(table.score.min(), rel=1e-5)
-    items = labelled_images(drawn)[np.arange(32, N_TRAIN)]
-    truth = np.stack([item.points for item in items.sample(99)]).astype(float)
-    twice = np.stack(
-        [prediction.points for prediction in Predictor(kept.path)([item.path for item in items.sample(99)])]
-    )
-    assert ((twice - truth) ** 2).mean() == pytest.approx(kept.score, rel=1e-4)
+    assert score_rows(Predictor(kept.path), labelled_images(drawn)[32:]).score == pytest.approx(kept.score, rel=1e-4)
     # predict.py uses the flip test by default, and a single prediction with --no-tta
     assert run_script("predict.py --workers 0 -pm t")[0] == 0
     default = np.load(RUNS / "t/points.npy")
@@ -110,11 +97,13 @@ def test_flip_test_in_validation_and_prediction(run_script, drawn):
     once = np.load(RUNS / "t/points.npy")
     assert run_script("predict.py --workers 0 --tta -pm t")[0] == 0
     assert np.array_equal(default, np.load(RUNS / "t/points.npy")) and not np.array_equal(default, once)
+    code, out, _ = run_script("finetune.py -e 1 --workers 0 --no-tta -n t2 -pm t")
+    assert code == 0 and "with the flip test" in out
 
 
-def test_flip_test_of_a_mirrored_image_is_the_mirrored_prediction(quick_run):
+def test_flip_test_of_a_mirrored_image_is_the_mirrored_prediction(untrained_run):
     "The one property that the flip test has and a single prediction has not."
-    kept = read_checkpoint(quick_run / "best.pth")
+    kept = read_checkpoint(untrained_run / "best.pth")
     model, flip_indices = kept.model(), list(kept.facts.flip_indices)
     images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
@@ -123,6 +112,7 @@ def test_flip_test_of_a_mirrored_image_is_the_mirrored_prediction(quick_run):
     assert torch.allclose(back[:, flip_indices] * torch.tensor([-1.0, 1.0]), there, atol=1e-5)
 
 
+@pytest.mark.train
 def test_another_size_scores_the_loaded_model_at_its_old_size_first(run_script, drawn):
     assert run_script(f"train.py {QUICK} -e 2 -lr 1e-3 -n small -d", drawn)[0] == 0
     small = best("small")
@@ -135,7 +125,7 @@ def test_another_size_scores_the_loaded_model_at_its_old_size_first(run_script, 
     assert kept.epoch == -1 and "the loaded model, which no epoch beat" in out
     assert (kept.settings.size, kept.settings.fit) == (32, "crop") and kept.score == pytest.approx(small.score)
     assert kept.facts.points_box == small.facts.points_box  # those of a crop
-    assert same(RUNS / "small/best.pth", RUNS / "kept/best.pth")
+    assert equal_tensors(RUNS / "small/best.pth", RUNS / "kept/best.pth")
     assert run_script("predict.py --workers 0 -pm kept")[0] == 0
     # and where an epoch wins, the checkpoint is of the new size
     code, out, _ = run_script("finetune.py -e 10 --size 48 --workers 0 -lr 2e-3 -n grown -pm small")
@@ -144,8 +134,7 @@ def test_another_size_scores_the_loaded_model_at_its_old_size_first(run_script, 
 
 
 def test_a_folder_called_find_is_a_folder(run_script, drawn):
-    code, _, err = run_script("train.py --weights none -n x -d find")
-    assert code == 1 and "find: no such folder" in err
+    check_refused(run_script("train.py --weights none -n x -d find"), "find: no such folder")
 
 
 def test_the_baseline_recipe_on_drawn_faces_is_the_baseline():
@@ -156,11 +145,7 @@ def test_the_baseline_recipe_on_drawn_faces_is_the_baseline():
 
 
 def test_flip_test_without_flip_map_is_refused(run_script, drawn):
-    code, _, err = run_script(f"train.py {QUICK} --tta --mirror none -n x -d", drawn)
-    assert code == 1 and "--tta" in err and "--mirror none" in err and err.count("\n") == 1
-    run_script(f"train.py {QUICK} --tta -n t -d", drawn)
-    code, out, _ = run_script("finetune.py -e 1 --workers 0 --no-tta -n t2 -pm t")
-    assert code == 0 and "with the flip test" in out
+    check_refused(run_script(f"train.py {QUICK} --tta --mirror none -n x -d", drawn), "--tta", "--mirror none")
 
 
 def test_overwriting_removes_all_files_of_the_old_run(run_script, drawn, finished_run):
@@ -172,37 +157,19 @@ def test_overwriting_removes_all_files_of_the_old_run(run_script, drawn, finishe
     ]  # fmt: skip
 
 
-def test_fixed_size_network_refuses_another_size(run_script, drawn):
-    assert run_script(f"train.py {QUICK} --arch timm:vit_tiny_patch16_224 -n v -d", drawn)[0] == 0
-    code, _, err = run_script("finetune.py -e 1 --size 64 --workers 0 -pm v")
-    assert code == 1 and "--size 64" in err and "run without --size" in err and err.count("\n") == 1
+def test_fixed_size_network_refuses_another_size(run_script, drawn, tmp_path):
+    untrained(drawn, tmp_path, "v", arch="timm:vit_tiny_patch16_224")
+    result = run_script(f"finetune.py -e 1 --size 64 --workers 0 --out {tmp_path} -pm v")
+    check_refused(result, "--size 64", "run without --size")
 
 
-def test_checkpoint_of_another_version_is_refused(run_script, finished_run):
-    path = finished_run("c") / "best.pth"
-    state = torch.load(path, weights_only=True)
-    for version in (1, FORMAT + 1):
-        torch.save(state | {METADATA: state[METADATA] | {"format": version}}, path)
-        code, _, err = run_script("predict.py --workers 0 -pm c")
-        assert code == 1 and "another version" in err and "train again" in err
-
-
+@pytest.mark.train
 def test_all_rows_trains_on_the_validation_rows_and_says_so(run_script, drawn):
     code, out, _ = run_script(f"train.py {QUICK} --all-rows -n a -d", drawn)
     assert code == 0 and "on rows that were trained on" in out
     dls = landmark_dataloaders(drawn, size=32, batch_size=8, all_rows=True, machine=Machine(workers=0))
     assert len(dls.train_ds) == N_TRAIN and len(dls.valid_ds) == 8
     assert next_settings({}, best("a").settings).all_rows
-
-
-def test_flip_indices_of_a_checkpoint_are_checked(run_script, finished_run):
-    path = finished_run("c") / "best.pth"
-    state = torch.load(path, weights_only=True)
-    metadata = state[METADATA]
-    for wrong in ([0, 1], [1] * N_POINTS, ["a"] * N_POINTS, [N_POINTS] * N_POINTS, [[0]] * N_POINTS):
-        torch.save(state | {METADATA: metadata | {"facts": metadata["facts"] | {"flip_indices": wrong}}}, path)
-        code, _, err = run_script("predict.py --workers 0 -pm c")
-        assert code == 1 and "permutation" in err and err.count("\n") == 1, wrong
 
 
 def test_weights_flag_takes_the_checkpoint_of_another_run(run_script, drawn, finished_run):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
-from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.callbacks import Average
-from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.training.state import read_state
 from landmarks_fastai.utils.hardware import Machine
-from tests.helpers import ARCH, RUNS, SHORT, check_equal, every_learner_has, stopping_at
+from tests.helpers import SHORT, check_equal, every_learner_has, small_learner, stopping_at
+
+pytestmark = pytest.mark.train
 
 
 class Overflow(Callback):
@@ -42,10 +42,7 @@ class Steps(Callback):
 def test_fp16_skips_a_step_whose_gradients_overflow(drawn):
     "GradScaler on the CPU, with a PyTorch optimiser in fastai's OptimWrapper."
     machine, steps = Machine(workers=0, amp="fp16"), Steps()
-    dls = landmark_dataloaders(drawn, size=32, batch_size=8, align=0.0, machine=machine)
-    learn = landmark_learner(dls, ARCH, "none", machine=machine, path=drawn)
-    learn.logger = lambda values: None
-    learn.remove_cb(learn.progress)
+    learn = small_learner(drawn, machine=machine)
     learn.fit_one_cycle(3, 1e-4, cbs=[Average(0.98), Overflow(), steps])
     made, seen = 0, steps.seen
     assert [pct for *_, pct in seen] == pytest.approx([k / 12 for k in range(1, 13)])  # the schedule is by batches
@@ -72,4 +69,4 @@ def test_fp16_resumes_to_the_last_bit_with_its_scale(run_script, drawn, monkeypa
         assert state and state.metadata["scaler"]["scale"] <= 2.0**14
         code, _, err = run_script("train.py --resume -n parts")
     assert (code, err) == (0, "")
-    check_equal(RUNS, "whole", "parts")
+    check_equal("whole", "parts")

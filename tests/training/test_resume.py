@@ -1,64 +1,50 @@
 "A stopped and resumed stage ends equal, to the last bit, to one that was never stopped."
 
+import io
 import json
 import os
+import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
 from safetensors import safe_open
+from safetensors.torch import save
 
 from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.inference.predictor import Predictor
-from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.run import Run
+from landmarks_fastai.training import stage
 from landmarks_fastai.training.callbacks import evaluation
 from landmarks_fastai.training.state import State, write_state
-from tests.helpers import QUICK, ROOT, check_refused, edit_line, every_learner_has
+from tests.helpers import (
+    QUICK,
+    ROOT,
+    RUNS,
+    SHORT,
+    CtrlC,
+    Payload,
+    check_equal,
+    check_refused,
+    edit_line,
+    every_learner_has,
+    history,
+    labels_of,
+    python,
+    row_image,
+    start,
+    stopping_at,
+)
 
-RUNS = Path("runs")  # of `run_script`, in the current folder
-SHORT = f"{QUICK} -e 3 -b 4"  # an epoch: 8 batches of training, 2 of validation
-
+pytestmark = pytest.mark.train
 
 STOPPED = "resume with: python {} --resume -n {}\n"
-
-
-class SignalAt(Callback):
-    "Send this process a signal when a fit has gone through so many batches; None: never."
-
-    def __init__(self, step, number):
-        self.step, self.number, self.count, self.fits = step, number, 0, False
-
-    def before_fit(self):
-        self.fits = True
-
-    def after_fit(self):
-        self.fits = False
-
-    def after_batch(self):
-        self.count += self.fits
-        if self.fits and self.count == self.step:
-            os.kill(os.getpid(), self.number)
-
-
-def stopping_at(step, number=signal.SIGINT):
-    "Meanwhile a stage gets a signal after so many batches; None: never."
-    return every_learner_has(SignalAt(step, number))
-
-
-class CtrlC(Callback):
-    "Ctrl-C as a fit begins, before anything is saved."
-
-    def before_fit(self):
-        raise KeyboardInterrupt
 
 
 class CtrlCInTraining(Callback):
@@ -66,20 +52,8 @@ class CtrlCInTraining(Callback):
         raise KeyboardInterrupt
 
 
-def history(runs, name):
-    return pd.read_csv(runs / f"{name}/history.csv", dtype=str).drop(columns="time")
-
-
-def check_equal(runs, a, b):
-    "Weights of the best, every figure of every epoch to its last digit, and what the checkpoint says of itself."
-    assert history(runs, a).equals(history(runs, b))
-    one, other = (torch.load(runs / f"{n}/best.pth", weights_only=True) for n in (a, b))
-    assert one.pop(METADATA) == other.pop(METADATA)
-    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
 KINDS = {
-    "plateau, dropout, average": ("--head 16,drop0.5 -lr 0.02", [3, 7, 12]),
+    "plateau, dropout, average": ("--head 16,drop0.5 -lr 0.02", [3, 12]),
     "one cycle, momentum": ("--opt sgd -lr 1e-4 --sched onecycle", [5]),
     "gradients over batches, patience": ("--accumulate 3 --patience 2 --sched step --step-size 1", [4, 11]),
     "wing loss, half precision, flip test": ("--loss wing --amp bf16 --tta", [6]),
@@ -102,7 +76,7 @@ def test_resumed_stage_equals_one_that_was_never_stopped(run_script, drawn, flag
             code, out, err = run_script("train.py --resume -n parts")
         assert "resuming at epoch" in out
     assert (code, err) == (0, "")
-    check_equal(RUNS, "uninterrupted", "parts")
+    check_equal("uninterrupted", "parts")
     files = {p.name for p in (RUNS / "parts").iterdir()}
     assert files == {p.name for p in (RUNS / "uninterrupted").iterdir()} and "batch.png" in files
     assert {p.name for p in RUNS.iterdir()} == {"parts", "uninterrupted"}
@@ -115,8 +89,8 @@ def test_resume_in_a_terminal_shows_progress_bars(run_script, drawn, monkeypatch
         with stopping_at(step):
             line = f"train.py {SHORT} -n r -d {drawn}" if step else "train.py --resume -n r"
             monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-            found, out, err = run_script(line)
-        assert found == code and "Traceback" not in err and "train_loss" in out
+            exit_code, out, err = run_script(line)
+        assert exit_code == code and "Traceback" not in err and "train_loss" in out
 
 
 @pytest.mark.parametrize("flags", ["-e 2", pytest.param("-e 2 -lr 0.3", marks=pytest.mark.slow)])
@@ -131,41 +105,36 @@ def test_resumed_later_stage_equals_one_that_was_never_stopped(run_script, finis
         run_script("train.py --resume -n parts"), "started by finetune.py", "python finetune.py --resume -n parts"
     )
     assert run_script("finetune.py --resume -n parts")[0] == 0
-    check_equal(RUNS, "uninterrupted", "parts")
+    check_equal("uninterrupted", "parts")
 
 
-def test_resume_is_refused_if_the_loaded_checkpoint_has_changed(run_script, drawn):
-    assert run_script(f"train.py {SHORT} -n one -d", drawn)[0] == 0
+def test_resume_is_refused_if_the_loaded_checkpoint_has_changed(run_script, finished_run, untrained_run):
+    one, other = finished_run("one"), finished_run("other")
     with stopping_at(5):
         assert run_script("finetune.py -e 2 --workers 0 -n two -pm one")[0] == 130
-    shutil.copytree(RUNS / "one", RUNS / "other")
-    assert run_script(f"train.py {SHORT} --seed 8 -n one --overwrite -d", drawn)[0] == 0
+    shutil.copy(untrained_run / "best.pth", one)
     before = (RUNS / "two/state.safetensors").read_bytes()
     check_refused(run_script("finetune.py --resume -n two -pm gone"), "-pm gone not found")
     for typed in ("", "-pm one"):
         refused = run_script(f"finetune.py --resume -n two {typed}")
         check_refused(refused, "one/best.pth is not the checkpoint that two was started from", "--overwrite")
     assert (RUNS / "two/state.safetensors").read_bytes() == before
-    assert run_script("finetune.py --resume -n two -pm other")[0] == 0  # the same content in another place
-
-
-def snapshot(runs):
-    return {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
+    assert run_script(f"finetune.py --resume -n two -pm {other}")[0] == 0  # the same content in another place
 
 
 def test_resume_of_a_run_that_saved_nothing_starts_it_again(run_script, drawn):
     with every_learner_has(CtrlC):
-        code, _, err = run_script(f"train.py {SHORT} --seed 4 -n r -d", drawn)
+        code, _, err = run_script(f"train.py {QUICK} --seed 4 -n r -d", drawn)
     assert code == 130 and "nothing was saved yet" in err and err.endswith(STOPPED.format("train.py", "r"))
     assert [p.name for p in RUNS.rglob("*")] == ["r", "run.json"]
     code, out, _ = run_script("train.py --resume -n r")
     assert code == 0 and "resuming" not in out
-    assert run_script(f"train.py {SHORT} --seed 4 -n uninterrupted -d", drawn)[0] == 0
-    check_equal(RUNS, "uninterrupted", "r")
+    assert run_script(f"train.py {QUICK} --seed 4 -n uninterrupted -d", drawn)[0] == 0
     assert (
-        run_script(f"train.py {SHORT} --seed 4 --resume -n new -d", drawn)[0] == 0
+        run_script(f"train.py {QUICK} --seed 4 --resume -n new -d", drawn)[0] == 0
     )  # nothing of it is there: it starts
-    check_equal(RUNS, "uninterrupted", "new")
+    for name in ("r", "new"):
+        check_equal("uninterrupted", name)
 
 
 def test_resume_from_another_folder(run_script, drawn, tmp_path, monkeypatch):
@@ -183,7 +152,7 @@ def test_resume_from_another_folder(run_script, drawn, tmp_path, monkeypatch):
 def test_resume_continues_without_an_image_that_disappeared(run_script, data, row):
     with stopping_at(5):
         assert run_script(f"train.py {SHORT} -n r -d", data)[0] == 130
-    image = first_image(data, row)  # fastai looks at the first one to learn what an item is
+    image = row_image(data, row)  # fastai looks at the first one to learn what an item is
     image.unlink()
     code, out, err = run_script("train.py --resume -n r")
     assert code == 0 and f"{image.name} not found: the run goes on without it" in err
@@ -192,7 +161,7 @@ def test_resume_continues_without_an_image_that_disappeared(run_script, data, ro
 
 def test_resume_leaves_out_the_same_rows(run_script, data):
     "The image is mended while the run is stopped: the order of the epochs is still that of the rows it began with."
-    image = sorted((data / "train" / "images").iterdir())[3]
+    image = row_image(data, 3)
     content = image.read_bytes()
     image.write_bytes(b"")
     assert run_script(f"train.py {SHORT} --on-bad skip -n uninterrupted -d", data)[0] == 0
@@ -200,89 +169,72 @@ def test_resume_leaves_out_the_same_rows(run_script, data):
         assert run_script(f"train.py {SHORT} --on-bad skip -n parts -d", data)[0] == 130
     image.write_bytes(content)
     assert run_script("train.py --resume -n parts")[0] == 0
-    check_equal(RUNS, "uninterrupted", "parts")
+    check_equal("uninterrupted", "parts")
 
 
 def test_resume_is_refused_if_the_labels_have_changed(run_script, data):
 
     with stopping_at(5):
         assert run_script(f"train.py {SHORT} -n r -d", data)[0] == 130
-    edit_line(data / "train" / "landmarks.csv", 9, lambda x: x.rsplit("\t", 1)[0] + "\t3")
+    edit_line(labels_of(data), 9, lambda x: x.rsplit("\t", 1)[0] + "\t3")
     check_refused(run_script("train.py --resume -n r"), "landmarks.csv has changed since the run r was stopped")
 
 
-def payload():
-    "A pickle that makes a folder when it is read."
-
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, ("owned",)
-
-    import pickle
-
-    return pickle.dumps(Payload())
-
-
 def damage(metadata):
-    from safetensors.torch import save
-
     return save({"model.x": torch.zeros(1)}, {"facts": json.dumps(metadata)})
 
 
-DAMAGE = (
-    "payload, cut, empty, metadata of another kind, no tensors, torch's own format, its record, its settings".split(
-        ", "
-    )
-)
+DAMAGE = {  # content of the state, its metadata -> other content
+    "payload": lambda content, metadata: pickle.dumps(Payload()),
+    "cut": lambda content, metadata: content[:-9],
+    "empty": lambda content, metadata: b"",
+    "metadata of another kind": lambda content, metadata: damage({"epoch": "x"}),
+    "no tensors": lambda content, metadata: damage(metadata),
+    "torch's own format": lambda content, metadata: pickled({"a": torch.zeros(1)}),
+}
+
+
+def pickled(tensors):
+    torch.save(tensors, file := io.BytesIO())
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_state_or_record_is_refused_and_not_executed(run_script, drawn, kind):
-    with stopping_at(5):
-        assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
-    path, record = RUNS / "r/state.safetensors", json.loads((RUNS / "r/run.json").read_text())
+def test_damaged_state_is_refused_and_not_executed(run_script, stopped_run, kind):
+    path = stopped_run("r") / "state.safetensors"
     content = path.read_bytes()
-    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["facts"]
-    bad = {
-        "payload": payload,
-        "cut": lambda: content[:-9],
-        "empty": lambda: b"",
-        "metadata of another kind": lambda: damage({"epoch": "x"}),
-        "no tensors": lambda: damage(json.loads(metadata)),
-        "torch's own format": lambda: torch.save({"a": torch.zeros(1)}, path) or path.read_bytes(),
-        "its record": lambda: content,
-        "its settings": lambda: content,
-    }[kind]()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    bad = DAMAGE[kind](content, json.loads(header["__metadata__"]["facts"]))
     path.write_bytes(bad)
-    if kind == "its record":
-        (RUNS / "r/run.json").write_text(json.dumps(record | {"flags": record["flags"] | {"no_such_flag": 1}}))
-    if kind == "its settings":
-        (RUNS / "r/run.json").write_text(json.dumps(record | {"settings": record["settings"] | {"size": "big"}}))
     check_refused(run_script("train.py --resume -n r"), "start over with --overwrite")
     assert not Path("owned").exists() and path.read_bytes() == bad
 
 
+@pytest.mark.parametrize("part,change", [("flags", {"no_such_flag": 1}), ("settings", {"size": "big"})])
+def test_damaged_record_is_refused(run_script, stopped_run, part, change):
+    path = stopped_run("r") / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {part: record[part] | change}))
+    check_refused(run_script("train.py --resume -n r"), "start over with --overwrite")
+
+
+def ctrl_c(*args):
+    raise KeyboardInterrupt
+
+
 def test_replaced_checkpoint_of_a_stopped_run_is_not_executed(run_script, drawn, monkeypatch):
-    from landmarks_fastai.training import stage
-
-    draw = stage.load_best
-
-    def stopped(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stage, "load_best", stopped)  # behind its last epoch, before its pictures
-    assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
-    monkeypatch.setattr(stage, "load_best", draw)
-    (RUNS / "r/best.pth").write_bytes(payload())
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "load_best", ctrl_c)  # behind its last epoch, before its pictures
+        assert run_script(f"train.py {QUICK} -n r -d", drawn)[0] == 130
+    (RUNS / "r/best.pth").write_bytes(pickle.dumps(Payload()))
     check_refused(run_script("train.py --resume -n r"), "r/best.pth is not a file of tensors", "may run code")
     assert not Path("owned").exists()
 
 
 def test_signal_during_imports_ends_the_process_at_once(tmp_path, drawn):
     "A real process, and its exit code."
-    command = [sys.executable, ROOT / "train.py", *QUICK.split(), "-n", "r", "-d", drawn]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = start([ROOT / "train.py", *QUICK.split(), "-n", "r", "-d", drawn], tmp_path)
         assert process.stdout.readline() == "run r\n"  # it has its name, torch is not imported yet
         time.sleep(0.1)
         process.send_signal(number)
@@ -309,11 +261,10 @@ def test_signal_whose_exception_a_library_drops_stops_the_stage_at_its_first_bat
 
 
 @pytest.mark.parametrize("of", ["-d {}", "{}/test/images"], ids=["submission", "pictures"])
-def test_signal_whose_exception_is_dropped_stops_a_prediction(run_script, finished_run, drawn, monkeypatch, of):
+def test_signal_whose_exception_is_dropped_stops_a_prediction(run_script, runs, drawn, monkeypatch, of):
     chunks = Predictor._chunks  # runs in the main thread
     monkeypatch.setattr(Predictor, "_chunks", lambda *args: (lose_signal(signal.SIGINT), chunks(*args))[1])
-    finished_run("c")
-    code, out, err = run_script(f"predict.py -pm c {of.format(drawn)}")
+    code, out, err = run_script(f"predict.py --out {runs} -pm m {of.format(drawn)}")
     assert code == 130 and err == "stopped\n"
 
 
@@ -331,12 +282,13 @@ def main():
     list(bar([1, 2], 2))
 run_main(main)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "lost\n", "stopped\n")
+    process = python(script)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "lost\n", "stopped\n")
 
 
 def test_signal_in_the_second_pass_of_a_validation_stops_it_at_its_next_batch(run_script, drawn, monkeypatch):
-    flags = f"{SHORT} --align 1.05"
+    flags = f"{SHORT} -e 1 --align 1.05"
     assert run_script(f"train.py {flags} -n uninterrupted -d", drawn)[0] == 0
     score_rows, batches = evaluation.score_rows, []
 
@@ -349,25 +301,20 @@ def test_signal_in_the_second_pass_of_a_validation_stops_it_at_its_next_batch(ru
         code, _, err = run_script(f"train.py {flags} -n parts -d", drawn)
     assert code == 143 and "the state is saved" in err and len(batches) == 1
     assert "resuming at epoch 0, batch 8" in run_script("train.py --resume -n parts")[1]
-    check_equal(RUNS, "uninterrupted", "parts")
+    check_equal("uninterrupted", "parts")
 
 
 @pytest.mark.parametrize("flags", ["--patience 1 -e 99 --freeze -lr 1e-12", "--minutes 0.2"])
 def test_stage_that_ended_early_trains_no_more_after_a_stop_behind_it(run_script, drawn, monkeypatch, flags):
-    from landmarks_fastai.training import stage
-
-    def stopped(*args):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_report_best", stopped)
+        patch.setattr(stage, "_report_best", ctrl_c)
         code, _, err = run_script(f"train.py {QUICK} {flags} -n r -d", drawn)
     assert code == 130 and "the state is saved" in err
-    before = history(RUNS, "r")
+    before = history("r")
     assert len(before) < 99
     with every_learner_has(CtrlCInTraining()):
         code, out, err = run_script("train.py --resume -n r")
-    assert (code, err) == (0, "") and "run r: score" in out and history(RUNS, "r").equals(before)
+    assert (code, err) == (0, "") and "run r: score" in out and history("r").equals(before)
 
 
 def test_layers_that_share_their_weights_are_saved_in_a_state(tmp_path):

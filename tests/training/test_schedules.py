@@ -12,12 +12,20 @@ from torch import nn
 
 from landmarks_fastai.cli import app
 from landmarks_fastai.cli.train import first_settings
-from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training.callbacks.schedules import TimeLimit
-from landmarks_fastai.training.learner import landmark_learner
-from landmarks_fastai.utils.hardware import Machine
-from tests.helpers import ARCH, QUICK, RUNS, best, every_learner_has, history, learner
+from tests.helpers import (
+    QUICK,
+    RUNS,
+    best,
+    check_refused,
+    every_learner_has,
+    history,
+    small_learner,
+    tiny_learner,
+)
+
+pytestmark = pytest.mark.train
 
 
 def test_lr_find_is_printed_drawn_and_used(run_script, drawn):
@@ -28,23 +36,7 @@ def test_lr_find_is_printed_drawn_and_used(run_script, drawn):
     assert history("f").lr[0] == pytest.approx(rate)
     assert Image.open(RUNS / "f/lr.png").width > 400
     assert [p.name for p in RUNS.iterdir() if p.is_dir()] == ["f"]  # fastai's temporary folder is gone
-    code, _, err = run_script(f"train.py {QUICK} --lr fast -d", drawn)
-    assert code == 2 and "fast" in err
-
-
-@pytest.mark.slow
-def test_lr_find_of_a_later_stage(run_script, finished_run):
-    finished_run("f")
-    assert run_script("finetune.py --lr find -e 1 --workers 0 -n f2 -pm f")[0] == 0
-
-
-def test_body_and_head_have_their_own_rates(drawn, tmp_path):
-    dls = landmark_dataloaders(drawn, size=32, batch_size=8, machine=Machine(workers=0))
-    learn = landmark_learner(dls, ARCH, "none", lr=1e-3, head_lr_mult=0.25, path=tmp_path)
-    for lr, expected in ((None, 1e-3), (2e-3, 2e-3)):
-        with learn.no_bar(), learn.no_logging():
-            learn.fit(1, lr)
-        assert [g["lr"] for g in learn.opt.opt.param_groups] == [expected, expected / 4]
+    assert run_script("finetune.py --lr find -e 1 --workers 0 -n f2 -pm f")[0] == 0  # a later stage, too
 
 
 def test_onecycle_is_that_of_fastai(run_script, drawn):
@@ -89,24 +81,23 @@ def test_time_limit_ends_the_run_in_time(run_script, drawn, sched, monkeypatch):
 
 
 def test_time_limit_leaves_time_for_the_validation(monkeypatch):
-    learn, clock = learner([1] * 1000), Clock(monkeypatch, 0.01, 0.1)
+    learn, clock = tiny_learner([1] * 1000), Clock(monkeypatch, 0.01, 0.1)
     start = clock.now
     learn.fit(1000, cbs=[TimeLimit(start + 1.0), clock.callback()()])
     assert 0.7 < clock.now - start <= 1.0 + 1e-6
 
 
-def test_patience_stops_early(run_script, drawn):
-    assert run_script(f"train.py {QUICK} -e 1 -lr 1e-3 -n p -d", drawn)[0] == 0
+def test_patience_stops_early(run_script, finished_run):
+    finished_run("p")
     code, out, _ = run_script("finetune.py --freeze -e 9 -lr 1e-12 --patience 2 --workers 0 -n p2 -pm p")
     table = history("p2")
     assert code == 0 and "early stopping" in out and len(table) < 9
     assert len(table) == table.score.idxmin() + 1 + 2
 
 
-def test_plateau_is_that_of_the_published_entry(drawn, tmp_path, monkeypatch):
+def test_plateau_is_that_of_the_published_entry(drawn, tmp_path):
     "By the root of 0.1 after two epochs without a better score, whatever the metrics of the Learner are."
-    dls = landmark_dataloaders(drawn, size=32, batch_size=8, align=0.0, machine=Machine(workers=0))
-    learn = landmark_learner(dls, ARCH, "none", lr=1e-3, path=tmp_path)
+    learn = small_learner(drawn, tmp_path, lr=1e-3, sched="plateau")
     learn.metrics, rates = [], []
     scores = iter([5.0, 4.0, 4.0 * (1 - 1e-5), 4.1, 3.0, 3.1, 3.2])
 
@@ -119,8 +110,7 @@ def test_plateau_is_that_of_the_published_entry(drawn, tmp_path, monkeypatch):
         def before_train(self):
             rates.append(self.opt.hypers[0]["lr"])
 
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(7, cbs=Scored())
+    learn.fit(7, cbs=Scored())
     rates.append(learn.opt.hypers[0]["lr"])
     assert rates == pytest.approx([1e-3] * 4 + [1e-3 * 0.31622] * 3 + [1e-3 * 0.31622**2])
 
@@ -129,7 +119,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch():
     "On a network without norms: fastai's `GradientAccumulation` counts images, and is given batches times their size."
     weights = []
     for batch, callback in ((4, []), (2, [GradientAccumulation(2 * 2)])):
-        learn = learner([1])
+        learn = tiny_learner([1])
         learn.model = nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(4, 2)))
         torch.manual_seed(1)
         for p in learn.model.parameters():
@@ -144,19 +134,15 @@ def test_accumulated_batches_make_the_step_of_one_large_batch():
 
 
 def test_accumulate_reaches_the_learner(drawn, tmp_path):
-    typed = first_settings({"accumulate": 2, "data": ""})
-    assert typed.accumulate == 2
+    assert first_settings({"accumulate": 2, "data": ""}).accumulate == 2
     weights = []
-    for accumulate in (1, typed.accumulate):
-        dls = landmark_dataloaders(drawn, size=32, batch_size=8, aug=0.0, mirror="none", machine=Machine(workers=0))
-        learn = landmark_learner(dls, ARCH, "none", accumulate=accumulate, path=tmp_path)
-        with learn.no_bar(), learn.no_logging():
-            learn.fit(1)
+    for accumulate in (1, 2):
+        learn = small_learner(drawn, tmp_path, accumulate=accumulate, aug=0.0, mirror="none")
+        learn.fit(1)
         weights.append(next(learn.model.parameters()).detach())
     assert not torch.equal(*weights) and learn.settings.accumulate == 2
     assert learn.gradient_accumulation.n_acc == 16  # fastai counts images
 
 
 def test_more_batches_a_step_than_an_epoch_has_are_refused(run_script, drawn):
-    code, _, err = run_script(f"train.py {QUICK} --accumulate 5 -n x -d", drawn)
-    assert code == 1 and "--accumulate 5" in err and "4 batches" in err and err.count("\n") == 1
+    check_refused(run_script(f"train.py {QUICK} --accumulate 5 -n x -d", drawn), "--accumulate 5", "4 batches")
