@@ -3,9 +3,7 @@
 import logging
 import os
 import re
-import zipfile
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -55,7 +53,7 @@ def load_weights(
     if weights == "none":
         return
     library, name = find_arch(arch)
-    tensors = _download(library, name, size) if weights == "imagenet" else read_tensors(weights)
+    tensors = _download(library, name, size) if weights == "imagenet" else read_state_dict(weights)
     source = f"the ImageNet weights of {name}" if weights == "imagenet" else weights
     _load_body(model[0], _body_tensors(tensors), arch, source)
 
@@ -80,41 +78,31 @@ def _download(library, name, size):
         ) from None
 
 
-def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    "As `read_state_dict`, tensors only."
-    return {k: t for k, t in read_state_dict(path).items() if not k.endswith(METADATA)}
+def read_state_dict(path: str | os.PathLike) -> dict:
+    """The state dict of a .safetensors or .pth file, plain or as fastai and others wrap it.
 
-
-def read_state_dict(
-    path: str | os.PathLike,
-    wrapper: str = "state_dict",  # key that the state dict may be under; fastai's is "model"
-    mmap: bool = False,  # map a .pth into memory: tensors are read when they are used
-) -> dict:
-    """The state dict of a .safetensors or .pth file: tensors, and plain values of `get_extra_state`.
-
-    Nothing else is unpickled. Raises `UserError` for a file with anything else.
+    It has tensors, and plain values of `get_extra_state`; nothing else is unpickled. Raises `UserError` for a file with
+    anything else.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} not found, or no file: --weights takes imagenet, none or a .safetensors or .pth file")
-    _check_zip(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state = load_file(path)
         else:
-            # torch encodes the name as UTF-8 for mmap, which fails for a non-ASCII name in the C locale
-            mmap = mmap and is_zipfile(path) and str(path) == str(path).encode(errors="replace").decode()
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except Exception as e:  # torch and safetensors raise errors of many kinds
         refused = "weights_only" in str(e) or "Weights only" in str(e)
         why = "it holds more than tensors and may run code" if refused else "it is damaged or of another kind"
         raise UserError(f"{path} is not a file of tensors ({why}): nothing was loaded") from None
-    if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-        state = state[wrapper]
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
     if not (isinstance(state, dict) and state) or not all(
         isinstance(k, str) and (isinstance(t, torch.Tensor) or k.endswith(METADATA)) for k, t in state.items()
     ):
@@ -122,21 +110,9 @@ def read_state_dict(
     return state
 
 
-def _check_zip(path: Path):
-    "Refuse a zip that is larger unpacked than packed: 293 kB can become 300 MB. torch does not compress."
-    try:
-        with zipfile.ZipFile(path) as file:
-            entries = file.infolist()
-    except (OSError, ValueError, zipfile.BadZipFile):  # no zip, or one that torch.load refuses
-        return
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise UserError(f"{path} is not a file of tensors (it is compressed): nothing was loaded")
-
-
 def _body_tensors(tensors):
     "Tensors by their names in the body, without `module.` (DataParallel) or the `0.` of this program's checkpoints."
-    tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    tensors = {k.removeprefix("module."): v for k, v in tensors.items() if not k.endswith(METADATA)}
     if all(k.startswith(("0.", "1.", SPREAD)) for k in tensors):
         tensors = {k[2:]: v for k, v in tensors.items() if k.startswith("0.")}
     # torchvision's first densenet files call the layers norm.1, conv.1, …
@@ -145,24 +121,17 @@ def _body_tensors(tensors):
 
 def _load_body(body, tensors, arch, source):
     "Load the tensors. Raises `UserError` if some are missing, or the body lacks one that is not the classifier's."
+    import timm
+
     expected, misfit = body.state_dict(), f"{source} does not fit --arch {arch}"
     if missing := [k for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]:
         count = f"{len(missing)} of {len(expected)} tensors missing"
-        raise UserError(f"{misfit}: {count}, the first {missing[0]}{_library_hint(arch, tensors)}")
+        both = arch in torchvision_names() and timm.is_model(arch)
+        hint = f": if its names are timm's, try --arch timm:{arch}" if both else ""
+        raise UserError(f"{misfit}: {count}, the first {missing[0]}{hint}")
     for k, v in expected.items():
         if k in tensors and tensors[k].shape != v.shape:
             raise UserError(f"{misfit}: {k} is {tuple(tensors[k].shape)}, {tuple(v.shape)} expected")
     if extra := [k for k in tensors if k not in expected and not CLASSIFIER.match(k)]:
         raise UserError(f"{misfit}: it is of another network, {len(extra)} tensors are unknown, the first {extra[0]}")
     body.load_state_dict({k: tensors[k] for k in expected if k in tensors}, strict=False)
-
-
-def _library_hint(arch, tensors) -> str:
-    "A hint if the tensors have the names of timm's network, and the arch is torchvision's network of that name."
-    import timm
-
-    name = arch.removeprefix("timm:")
-    if name == arch and timm.is_model(name) and name in torchvision_names():
-        if set(timm.create_model(name, num_classes=0).state_dict()) <= set(tensors):
-            return f": its names are timm's, try --arch timm:{name}"
-    return ""

@@ -118,7 +118,7 @@ def test_checkpoints_that_are_not_what_they_say(run_script, trained, tmp_path, s
     refused("size is 'big'", size="big")
     refused("n_points is 1000000000000", part="facts", n_points=10**12)
     refused("NaN or infinite weights", good | {"1.0.bias": good["1.0.bias"] * float("nan")})
-    refused("not a file of tensors", {"state_dict": good})
+    refused("it has no settings", {"state_dict": good})
     refused("not a file of tensors", {1: torch.zeros(1)})
     for empty in (good, good | {METADATA: {}}, good | {METADATA: good["1.0.bias"]}, good | {METADATA: [1]}):
         torch.save(empty, out / "x.pth")
