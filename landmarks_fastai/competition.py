@@ -144,22 +144,19 @@ def score(submission: str | Path, test_points: str | Path, truth: str | Path) ->
     return float(np.mean((points - true) ** 2))
 
 
-def main(argv: list[str] | None = None) -> int:
-    "Run the command `python -m landmarks_fastai.competition`; return the exit code."
+def main(argv: list[str] | None = None) -> None:
+    "Run the command `python -m landmarks_fastai.competition`."
     parser = argparse.ArgumentParser(prog="python -m landmarks_fastai.competition", description="Score a submission.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("score", help="print the competition's score of a submission")
-    command.add_argument("submission", help="the submission, as predict.py wrote it")
-    command.add_argument("test_points", help="the test_points.csv that it was made for")
-    command.add_argument("truth", help="the true points, in the format of landmarks.csv")
+    parser.add_argument("command", choices=["score"], help="print the competition's score of a submission")
+    parser.add_argument("submission", help="the submission, as predict.py wrote it")
+    parser.add_argument("test_points", help="the test_points.csv that it was made for")
+    parser.add_argument("truth", help="the true points, in the format of landmarks.csv")
     args = parser.parse_args(argv)
     try:
         print(score(args.submission, args.test_points, args.truth))
     except UserError as e:
-        print(*(f"error: {line}" for line in e.lines), sep="\n", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit("\n".join(f"error: {line}" for line in e.lines))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
