@@ -141,7 +141,9 @@ def _files_of(path: str, videos: bool = True, left_out: Collection[Path] = ()) -
         raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
     files = chain.from_iterable(_files_below(match) if os.path.isdir(match) else [match] for match in matches)
     files = list(dict.fromkeys(files))  # `**` matches a folder, its subfolders and their files
-    written = {folder for folder in map(os.path.dirname, files) if _lies_in(folder, left_out)} if left_out else set()
+    written = (
+        {folder for folder in set(map(os.path.dirname, files)) if _lies_in(folder, left_out)} if left_out else set()
+    )
     if written:
         n, files = len(files), [file for file in files if os.path.dirname(file) not in written]
         print(f"note: {path}: {n - len(files)} files that this program wrote are left out", file=sys.stderr, flush=True)
@@ -150,9 +152,9 @@ def _files_of(path: str, videos: bool = True, left_out: Collection[Path] = ()) -
         kinds = "picture that Pillow reads" + (", and no video" if videos else "")
         raise UserError(one_line(f"{path} {'holds' if is_folder else 'matches'} no {kinds}"))
     if is_folder and len(pictures) < len(files):
-        left_out = f"{len(files) - len(pictures)} of its {len(files)} files are left out"
+        others = f"{len(files) - len(pictures)} of its {len(files)} files are left out"
         kinds = "pictures or videos" if videos else "pictures"
-        print(f"note: {path}: {left_out}: their names are not those of {kinds}", file=sys.stderr, flush=True)
+        print(f"note: {path}: {others}: their names are not those of {kinds}", file=sys.stderr, flush=True)
     return map(Path, pictures)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.models.networks import METADATA, SPREAD, find_arch, timm_config, timm_model, torchvision_names
+from landmarks_fastai.models.networks import METADATA, find_arch, timm_config, timm_model, torchvision_names
 from landmarks_fastai.settings import DataFacts
 
 # Tensors of a file that the body may lack: the classifier, by its names in torchvision and timm, the auxiliary
@@ -53,9 +53,10 @@ def load_weights(
     if weights == "none":
         return
     library, name = find_arch(arch)
-    tensors = _download(library, name, size) if weights == "imagenet" else read_state_dict(weights)
+    state = _download(library, name, size) if weights == "imagenet" else read_state_dict(weights)
+    tensors = {k: v for k, v in state.items() if not k.endswith(METADATA)}
     source = f"the ImageNet weights of {name}" if weights == "imagenet" else weights
-    _load_body(model[0], _body_tensors(tensors), arch, source)
+    _load_body(model[0], tensors, arch, source)
 
 
 def _download(library, name, size):
@@ -100,7 +101,7 @@ def read_state_dict(path: str | os.PathLike) -> dict:
         refused = "weights_only" in str(e) or "Weights only" in str(e)
         why = "it holds more than tensors and may run code" if refused else "it is damaged or of another kind"
         raise UserError(f"{path} is not a file of tensors ({why}): nothing was loaded") from None
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not (isinstance(state, dict) and state) or not all(
@@ -110,21 +111,27 @@ def read_state_dict(path: str | os.PathLike) -> dict:
     return state
 
 
-def _body_tensors(tensors):
-    "Tensors by their names in the body, without `module.` (DataParallel) or the `0.` of this program's checkpoints."
-    tensors = {k.removeprefix("module."): v for k, v in tensors.items() if not k.endswith(METADATA)}
-    if all(k.startswith(("0.", "1.", SPREAD)) for k in tensors):
-        tensors = {k[2:]: v for k, v in tensors.items() if k.startswith("0.")}
+def _body_tensors(tensors: dict[str, torch.Tensor], expected: dict) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return the prefix of the body's tensors, and all tensors that have it, by the names behind it.
+
+    Programs put `module.`, `_orig_mod.`, `model.`, `backbone.`, `encoder.` before the names, this one `0.`: it is the prefix
+    with which the most tensors are the body's.
+    """
     # torchvision's first densenet files call the layers norm.1, conv.1, …
-    return {re.sub(r"(\.denselayer\d+\.(?:norm|relu|conv))\.(\d\.)", r"\1\2", k): v for k, v in tensors.items()}
+    tensors = {re.sub(r"(\.denselayer\d+\.(?:norm|relu|conv))\.(\d\.)", r"\1\2", k): v for k, v in tensors.items()}
+    first = next(iter(expected), "")
+    prefixes = ["", *(k.removesuffix(first) for k in tensors if k.endswith(f".{first}"))]
+    prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in expected))
+    return prefix, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _load_body(body, tensors, arch, source):
     "Load the tensors. Raises `UserError` if some are missing, or the body lacks one that is not the classifier's."
-    import timm
-
     expected, misfit = body.state_dict(), f"{source} does not fit --arch {arch}"
+    n, (prefix, tensors) = len(tensors), _body_tensors(tensors, expected)
     if missing := [k for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]:
+        import timm
+
         count = f"{len(missing)} of {len(expected)} tensors missing"
         both = arch in torchvision_names() and timm.is_model(arch)
         hint = f": if its names are timm's, try --arch timm:{arch}" if both else ""
@@ -135,3 +142,5 @@ def _load_body(body, tensors, arch, source):
     if extra := [k for k in tensors if k not in expected and not CLASSIFIER.match(k)]:
         raise UserError(f"{misfit}: it is of another network, {len(extra)} tensors are unknown, the first {extra[0]}")
     body.load_state_dict({k: tensors[k] for k in expected if k in tensors}, strict=False)
+    if prefix:
+        print(f"{source}: the body's tensors are those named {prefix}…, {len(tensors)} of {n}", flush=True)

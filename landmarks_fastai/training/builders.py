@@ -34,7 +34,10 @@ def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, ru
     "A Learner with the weights of a checkpoint, and the settings of a new stage. Raises `UserError` if they do not fit."
     images = rank0_first(lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=run.folder / LISTING))
     if (n_points := images.labels.n_points) != (trained_on := checkpoint.facts.n_points):
-        raise UserError(f"{images.labels.csv} has {n_points} points, {checkpoint.path} was trained on {trained_on}")
+        hint = f"to train a new head on its body: train.py -d … --weights {checkpoint.path}"
+        raise UserError(
+            f"{images.labels.csv} has {n_points} points, {checkpoint.path} was trained on {trained_on}; {hint}"
+        )
     dls = rank0_first(lambda: landmark_dataloaders(images, settings, checkpoint.facts, machine=machine))
     report_flip_map(dls, run, checkpoint.facts)
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)

@@ -4,7 +4,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -99,10 +99,11 @@ class Evaluation(Callback):
     order = 46  # before the Recorder reads the columns
 
     scores: Scores | None = None  # of the last validation
+    candidates: Sequence[Candidate] = ()
     between: Callable[[], None] = staticmethod(lambda: None)  # called after every few images of the second pass
 
     def before_validate(self):
-        self.candidates: list[Candidate] = []
+        self.candidates = []
         if hasattr(self.learn, "gather_preds"):  # a prediction; fastai's trackers recognise it likewise
             return
         networks = [self.model, *([self.learn.average.network] if hasattr(self.learn, "average") else [])]
@@ -160,8 +161,7 @@ class Evaluation(Callback):
 
     def first_pass(self, k: int = 0) -> float | None:
         "The score of the first pass of the network, or with k=1 of its running average; None before a validation."
-        candidates = getattr(self, "candidates", [])
-        return candidates[k].metrics[0].value if k < len(candidates) else None
+        return self.candidates[k].metrics[0].value if k < len(self.candidates) else None
 
 
 class SaveBest(Callback):
