@@ -6,7 +6,6 @@
 import argparse
 import re
 import sys
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,8 +41,7 @@ def read_test_points(csv: str | Path) -> TestPoints:
     The lists are parsed, never evaluated. Raises `UserError` with the number of a bad line.
     """
     csv = Path(csv)
-    names, n_submitted = [], 0
-    lines, indices = array("q"), array("q")  # lists of int take six times the memory
+    names, lines, indices, n_submitted = [], [], [], 0
     for number, text in _read_lines(csv):
         name, _, field = text.partition("\t")
         field, where = field.strip().strip('"'), f"{csv} line {number}"
@@ -55,16 +53,16 @@ def read_test_points(csv: str | Path) -> TestPoints:
             raise UserError(f"{where}: a file name, a TAB and a list of point indices expected")
         if not INDEX_LIST.fullmatch(field):
             raise UserError(f"{where}: {field[:40]!r} is not a list of point indices like [742, 385]")
-        row = [int(index) for index in re.findall(r"-?\d+", field)]
+        row = np.array(re.findall(r"-?\d+", field), np.int64)
         n_submitted = n_submitted or len(row)
         if len(row) != n_submitted:
             raise UserError(f"{where}: {len(row)} indices found, {n_submitted} as in the rows before expected")
         names.append(name)
         lines.append(number)
-        indices.extend(row)
+        indices.append(row)
     if not names:
         raise UserError(f"{csv} has no rows: a header line and one line per image are needed")
-    return TestPoints(csv, names, np.array(lines), np.array(indices).reshape(-1, n_submitted))
+    return TestPoints(csv, names, np.array(lines), np.stack(indices))
 
 
 def _read_lines(csv: Path) -> Iterator[tuple[int, str]]:

@@ -150,9 +150,7 @@ class LandmarkDL(TfmdDL):
         "Return this process's rows of a pass."
         rows, (rank, processes) = cast("list[int]", super().get_idxs()), self.share
         if not self.drop_last:
-            rows = rows[rank::processes]
-        if not self.drop_last:
-            return rows[self.first * self.bs :]
+            return rows[rank::processes][self.first * self.bs :]
         starts = range(self.first * self.bs * processes + rank * self.bs, len(rows), self.bs * processes)
         return [row for k in starts[: len(self) - self.first] for row in rows[k : k + self.bs]]
 
