@@ -1,31 +1,36 @@
-"What the tests share: a small drawn set with 68 points, and the three scripts, run in this process as a person types them."
+"Fixtures: a small drawn set with 68 points, small networks, and the scripts, run in this process as a person types them."
 
 import os
 import shlex
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything draws
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the processes of `-n auto` share the cores
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # these are scripts beside the package, not modules of it
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are beside the package, not modules of it
 
-import pytest  # noqa: E402
+import pytest
 
-N_POINTS, N_TRAIN, N_TEST = 68, 40, 6
+pytest.register_assert_rewrite("tests.helpers")
+
+from tests.helpers import N_POINTS, N_TEST, N_TRAIN, QUICK, untrained  # noqa: E402
 
 
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory):
-    "A drawn set that no test may change."
-    from landmarks_fastai.synthetic.sample import make_sample
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "A test that uses a trained network has the mark `train`."
+    for item in items:
+        if {"train_run", "quick_run"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("train")
 
-    return make_sample(
-        tmp_path_factory.mktemp("drawn") / "faces", N_TRAIN, N_TEST, N_POINTS, seed=5, n_asked=7, processes=1
-    )
+
+@pytest.fixture(autouse=True)
+def training_is_marked(request, monkeypatch):
+    "A test without the mark `train` does not train: `-m 'not train and not slow'` is for the inner loop."
+    if not request.node.get_closest_marker("train"):
+        monkeypatch.setattr("fastai.learner.Learner.fit", lambda *args, **kwargs: pytest.fail("mark this test `train`"))
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +39,25 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    "A drawn set that no test may change."
+    from landmarks_fastai.synthetic.sample import make_sample
+
+    folder = tmp_path_factory.mktemp("drawn") / "faces"
+    return make_sample(folder, N_TRAIN, N_TEST, N_POINTS, seed=5, n_asked=7, processes=1)
+
+
 @pytest.fixture
 def data(drawn, tmp_path):
-    "A copy of the drawn set that a test may break."
-    return Path(shutil.copytree(drawn, tmp_path / "data"))
+    "A copy of the drawn set that a test may break, without the caches of other tests."
+    return Path(shutil.copytree(drawn, tmp_path / "data", ignore=shutil.ignore_patterns("*.cache")))
+
+
+@pytest.fixture
+def pictures(drawn):
+    "The files of the test side, in order."
+    return sorted((drawn / "test" / "images").iterdir())
 
 
 @pytest.fixture
@@ -69,23 +89,35 @@ def run_script(tmp_path, monkeypatch, capfd):
     return run
 
 
-ARCH = "timm:test_resnet"  # 0.5 million weights: most of a test's time would go into writing resnet18's 11
-# One pass: the second has tests of its own (training/test_align.py), and most others hold for either
-QUICK = f"--arch {ARCH} --weights none --size 32 -b 8 -e 1 --workers 0 --align off"
+@pytest.fixture(scope="session")
+def untrained_run(drawn, tmp_path_factory):
+    "The folder of a run `m` with the checkpoint of a network that nobody has trained, for tests of predictions."
+    return untrained(drawn, tmp_path_factory.mktemp("untrained"))
 
 
-def train_run(flags: str, data: Path, out: Path) -> Path:
-    "The folder of a finished run `m` of train.py, in a fixture that lives longer than one test."
-    import train
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *flags.split(), "-n", "m", "--out", str(out), "-d", str(data)])
-        train.main()
-    return out / "m"
+@pytest.fixture
+def runs(untrained_run, tmp_path):
+    "An output folder with a copy of that run."
+    return Path(shutil.copytree(untrained_run.parent, tmp_path / "out"))
 
 
 @pytest.fixture(scope="session")
-def quick_run(drawn, tmp_path_factory):
+def train_run():
+    "A function that trains the run `m` of a command line's flags, in fixtures that live longer than one test: its folder."
+
+    def train_run(flags: str, data: Path, out: Path) -> Path:
+        import train
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py", *flags.split(), "-n", "m", "--out", str(out), "-d", str(data)])
+            train.main()
+        return out / "m"
+
+    return train_run
+
+
+@pytest.fixture(scope="session")
+def quick_run(train_run, drawn, tmp_path_factory):
     "The folder of one finished run of `train.py QUICK`, that no test may change: a test takes a copy."
     return train_run(QUICK, drawn, tmp_path_factory.mktemp("quick"))
 
@@ -94,25 +126,3 @@ def quick_run(drawn, tmp_path_factory):
 def finished_run(run_script, quick_run, tmp_path):
     "`finished_run('c')`: what `train.py QUICK -n c -d drawn` would have left in `runs`, without the training."
     return lambda name: Path(shutil.copytree(quick_run, tmp_path / "here" / "runs" / name))
-
-
-@contextmanager
-def every_learner_has(*callbacks):
-    "fastai's own way to a Learner that somebody else makes: `defaults.callbacks`."
-    import fastai.callback.progress  # noqa: F401 (it and what it imports add their own to the list: before it is patched)
-    from fastai.torch_core import defaults
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(defaults, "callbacks", [*defaults.callbacks, *callbacks])
-        yield
-
-
-def csv_lines(path):
-    return Path(path).read_text(encoding="utf-8").splitlines()
-
-
-def edit_line(path, number, change):
-    "Rewrite line `number` (the header is 1) of a text file."
-    lines = csv_lines(path)
-    lines[number - 1] = change(lines[number - 1])
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from landmarks_fastai import landmark_dataloaders, landmark_learner
 from landmarks_fastai.utils.hardware import NAN_IN_FP16, Machine
-from tests.conftest import ARCH, QUICK, every_learner_has
+from tests.helpers import ARCH, QUICK, every_learner_has
 
 DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
 GPU = "--gpu" if DEVICE == "cuda" else ""

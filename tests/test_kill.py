@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.helpers import QUICK, ROOT, check_equal
 
-from tests.conftest import QUICK, ROOT
-from tests.training.test_resume import check_equal
 
 pytestmark = pytest.mark.slow
 

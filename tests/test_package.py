@@ -11,7 +11,7 @@ import pytest
 
 import landmarks_fastai
 from landmarks_fastai.runs.run import Record, Run
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]

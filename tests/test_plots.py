@@ -9,7 +9,7 @@ from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.plots import PREDICTION, TRUTH, plot_points, save_figure
 from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import ARCH
+from tests.helpers import ARCH
 
 
 def rgb(colour):

@@ -20,7 +20,7 @@ from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.geometry import input_to_unit, pixel_map, unit_to_input
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import ARCH, N_POINTS, ROOT
+from tests.helpers import ARCH, N_POINTS, ROOT
 
 PAGE, PREDICT = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("python.md", "predict.md"))
 

@@ -14,7 +14,7 @@ from landmarks_fastai.cli.export import export_parser
 from landmarks_fastai.cli.finetune import finetune_parser
 from landmarks_fastai.cli.predict import predict_parser
 from landmarks_fastai.cli.train import train_parser
-from tests.conftest import N_POINTS, ROOT
+from tests.helpers import N_POINTS, ROOT
 
 PACKAGE = ROOT / "landmarks_fastai"
 PARSERS = {"train": train_parser, "finetune": finetune_parser, "predict": predict_parser}

@@ -7,34 +7,34 @@ import sys
 import time
 
 import pytest
+from fastai.vision.core import PILImage
+from fasttransform import Transform
 
+from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.runs.run import Record, Run, stopped_runs
+from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 from landmarks_fastai.utils.files import cache_places
-from tests.conftest import ROOT
+from landmarks_fastai.utils.hardware import Machine
+from tests.helpers import LINUX, ROOT, python
 
-posix = pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="signals are sent as Linux does")
-
-
-def python(code, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        **kwargs | {"env": os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.get("env", {})},
-    )  # fmt: skip
+STOPPED = "stopped: nothing was saved yet; resume with: python train.py --resume -n r\n"
 
 
-@posix
-def test_a_signal_while_a_worker_starts_does_not_end_it(drawn, monkeypatch):
-    "torch sets its handler for SIGTERM before `worker_init_fn` is called."
-    from torch.utils.data._utils import signal_handling
+class Signalled(Transform):
+    "Every signal that stops a process, to the process that opens an image."
 
-    from landmarks_fastai.data.block import landmark_dataloaders
-    from landmarks_fastai.settings import Settings
-    from landmarks_fastai.utils.hardware import Machine
+    def encodes(self, image: PILImage):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        return image
 
-    monkeypatch.setattr(
-        signal_handling, "_set_worker_signal_handlers", lambda: [os.kill(os.getpid(), n) for n in (15, 1, 2)]
-    )
-    dls = landmark_dataloaders(drawn, Settings(size=32, batch_size=8), machine=Machine(workers=1))
-    assert len(list(dls.valid))
+
+@LINUX
+def test_a_worker_leaves_signals_to_its_parent(drawn):
+    dls = landmark_dataloaders(drawn, size=32, batch_size=8, machine=Machine(workers=1))
+    dls.valid.after_item.add(Signalled())
+    assert len(list(dls.valid)) == 1
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # this process has its old mask again
 
 
@@ -65,7 +65,7 @@ app.run_main(main)
 SLOW, KILLED = "print(os.getpid(), flush=True); time.sleep(60)", "os.kill(os.getpid(), 9)"
 
 
-@posix
+@LINUX
 def test_a_worker_in_a_slow_read_ends_with_a_killed_main_process(drawn):
     process = python(READING.format(action=SLOW, data=str(drawn)))
     worker = int(next(line for line in process.stdout if line.strip().isdigit()))
@@ -89,28 +89,26 @@ def is_running(pid) -> bool:
         return False
 
 
-def test_error_after_a_signal_is_reported(tmp_path):
-    from landmarks_fastai.errors import UserError
-    from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
+@LINUX
+def test_a_killed_worker_is_told_in_one_line(drawn):
+    "As the kernel does where memory is short."
+    process = python(READING.format(action=KILLED, data=str(drawn)))
+    err = process.stderr.read()
+    assert process.wait() == 1
+    assert err.splitlines()[-1] == (  # torch warns before it
+        "error: a worker was killed from outside, as the system does where memory is short: "
+        "use fewer --workers, or --workers 0"
+    )
 
-    keep = SaveResumeState(None, None)
-    with pytest.raises(UserError, match="cannot be written"), keep.stopping_on_signals():
+
+def test_error_after_a_signal_is_reported():
+    save_state = SaveResumeState(None, None)
+    with pytest.raises(UserError, match="cannot be written"), save_state.stopping_on_signals():
         signal.raise_signal(signal.SIGINT)
         raise UserError("state.safetensors cannot be written")
 
 
 RUN = """
-from landmarks_fastai.cli import app
-from landmarks_fastai.runs.run import Record
-from landmarks_fastai.runs.claim import claimed_run
-def main():
-    with claimed_run("runs", "r", "", Record("train.py")):
-        for _ in range(100): print("epoch", flush=True)
-app.run_main(main)
-"""
-
-
-TWICE = """
 import atexit, signal
 from landmarks_fastai.cli import app
 from landmarks_fastai.runs.run import Record
@@ -118,45 +116,40 @@ from landmarks_fastai.runs.claim import claimed_run
 def main():
     from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
     with claimed_run("runs", "r", "", Record("train.py")):
-        try:
+        {code}
+app.run_main(main)
+"""
+PRINTING = RUN.format(code="while True: print('epoch', flush=True)")
+TWICE = """try:
             with {context}:
                 signal.raise_signal(signal.SIGTERM)
         finally:
-            signal.raise_signal(signal.SIGTERM)
-atexit.register(signal.raise_signal, signal.SIGTERM)
-app.run_main(main)
-"""
+            atexit.register(signal.raise_signal, signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)"""
 
 
 @pytest.mark.parametrize("context", ["open('x', 'w')", "SaveResumeState(None, None).stopping_on_signals()"])
 def test_the_second_of_two_signals_at_once_does_not_take_away_the_line(tmp_path, context):
     "Of a scheduler that signals all processes of a job, torchrun among them, which passes it on; before a fit, and in it."
-    process = python(TWICE.format(context=context), cwd=tmp_path)
-    _, err = process.communicate()
-    assert (process.returncode, err) == (
-        143, "stopped: nothing was saved yet; resume with: python train.py --resume -n r\n",
-    )  # fmt: skip
+    process = python(RUN.format(code=TWICE.format(context=context)), tmp_path)
+    assert (process.communicate()[1], process.returncode) == (STOPPED, 143)
 
 
 def test_closed_output_pipe_stops_a_run_with_code_141(tmp_path):
-    process = python(RUN.replace("range(100)", "iter(int, 1)"), cwd=tmp_path)
+    process = python(PRINTING, tmp_path)
     process.stdout.readline()
     process.stdout.close()
-    err = process.stderr.read()
-    assert (process.wait(), err) == (
-        141, "stopped: nothing was saved yet; resume with: python train.py --resume -n r\n",
-    )  # fmt: skip
+    assert (process.stderr.read(), process.wait()) == (STOPPED, 141)
 
 
 def test_closed_output_pipe_at_the_end_exits_with_code_141():
-    process = python(
-        "import time; from landmarks_fastai.cli import app\napp.run_main(lambda: [time.sleep(1), print(1)])"
-    )
+    code = "import time; from landmarks_fastai.cli import app\napp.run_main(lambda: [time.sleep(1), print(1)])"
+    process = python(code)
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == ("stopped: the program that reads its output has ended\n", 141)
 
 
-@posix
+@LINUX
 def test_closed_outputs_do_not_stop_a_run(tmp_path):
     code = "import sys; from landmarks_fastai.cli import app\napp.run_main(lambda: open('f', 'w').write(str(sys.stdout.isatty())))"
     command = f'"{sys.executable}" -c "$CODE" >&- 2>&-'
@@ -165,24 +158,20 @@ def test_closed_outputs_do_not_stop_a_run(tmp_path):
     assert (tmp_path / "f").read_text() == "False"
 
 
-@posix
+@LINUX
 def test_a_full_disk_behind_the_output_is_told_in_one_line(tmp_path):
     with open("/dev/full", "w") as full:
-        process = subprocess.run(
-            [sys.executable, "-c", RUN], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-    assert process.returncode == 1
-    assert process.stderr == "error: the output cannot be written (No space left on device): make room where it goes\n"
+        process = python(PRINTING, tmp_path, stdout=full)
+    line = "error: the output cannot be written (No space left on device): make room where it goes\n"
+    assert (process.communicate()[1], process.returncode) == (line, 1)
 
 
-@posix
+@LINUX
 def test_too_little_memory_to_load_torch_is_told_in_one_line():
-    code = (
+    process = python(
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); from landmarks_fastai.cli import app\n"
         "def main(): import torch\napp.run_main(main)"
     )
-    process = python(code)
     err = process.stderr.read()
     assert process.wait() == 1 and err.startswith("error: not enough memory") and err.count("\n") == 1, err
 
@@ -194,7 +183,7 @@ def test_a_user_without_a_home_has_the_cache_beside_the_file(tmp_path, monkeypat
     assert cache_places(tmp_path / "a.csv") == [tmp_path / "a.csv.cache"]
 
 
-@posix
+@LINUX
 def test_a_checkpoint_and_a_cache_under_a_cyrillic_name_in_the_c_locale(tmp_path):
     code = (
         "import os, sys, torch; from pathlib import Path; from landmarks_fastai.models.weights import read_state_dict\n"
@@ -204,26 +193,11 @@ def test_a_checkpoint_and_a_cache_under_a_cyrillic_name_in_the_c_locale(tmp_path
     )
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "code.py").write_text(code, encoding="utf-8")
-    process = python("exec(open('code.py', encoding='utf-8').read())", cwd=tmp_path, env=env)
-    out, err = process.communicate()
+    out, err = python("exec(open('code.py', encoding='utf-8').read())", tmp_path, env=env).communicate()
     assert out.split() == ["ascii", "2", "a"], err
 
 
 def test_stopped_runs_lists_the_first_20(tmp_path):
-    from landmarks_fastai.runs.run import Record, Run, stopped_runs
-
     for k in range(30):
         Run(tmp_path, f"r{k:02}").write_record(Record("train.py"))
     assert stopped_runs(tmp_path) == ", ".join([*(f"r{k:02}" for k in range(20)), "…"])
-
-
-@posix
-def test_a_killed_worker_is_told_in_one_line(drawn):
-    "As the kernel does where memory is short."
-    process = python(READING.format(action=KILLED, data=str(drawn)))
-    err = process.stderr.read()
-    assert process.wait() == 1
-    assert err.splitlines()[-1] == (  # torch warns before it
-        "error: a worker was killed from outside, as the system does where memory is short: "
-        "use fewer --workers, or --workers 0"
-    )

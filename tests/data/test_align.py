@@ -14,7 +14,7 @@ from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.synthetic.face_template import landmark_layout
-from tests.conftest import N_POINTS
+from tests.helpers import N_POINTS
 
 
 def shapes(n, seed=0, noise=0.0):

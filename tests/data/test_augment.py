@@ -10,10 +10,10 @@ from PIL import Image
 from landmarks_fastai.data.augment import Augment, invert, warp_images, warp_points
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.geometry import unit_to_input
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.synthetic.sample import flip_indices_of_template
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import N_POINTS
+from tests.helpers import N_POINTS, dot, write_labelled_images
 
 
 def dots(points, size, spread=2.5):
@@ -51,17 +51,11 @@ def test_a_dot_is_where_its_point_is_after_warp_and_mirror(size, strength):
 
 def test_the_dot_through_the_whole_dataloader(tmp_path):
     "From a file to a normalised, warped, mirrored batch."
-    (tmp_path / "train" / "images").mkdir(parents=True)
-    rng, rows = np.random.default_rng(0), ["file_name\tx\ty"]
-    for i in range(24):
-        x, y = rng.uniform(60, 90, 2).round()
-        v, u = np.mgrid[:140, :160]
-        light = 250 * np.exp(-((u - x) ** 2 + (v - y) ** 2) / (2 * 5.0**2))
-        Image.fromarray(np.rint(light).astype(np.uint8)).convert("RGB").save(tmp_path / "train" / "images" / f"{i}.png")
-        rows.append(f"{i}.png\t{x:.0f}\t{y:.0f}")
-    (tmp_path / "train" / "landmarks.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    settings = Settings(size=80, batch_size=16, n_points=1, flip_indices=(0,), aug=1.5)
-    images, points, _ = landmark_dataloaders(tmp_path, settings, machine=Machine(workers=0)).train.one_batch()
+    places = np.random.default_rng(0).uniform(60, 90, (24, 2)).round()
+    lights = [np.rint(250 * dot(160, 140, x, y, 5.0)).astype(np.uint8) for x, y in places]
+    write_labelled_images(tmp_path, [Image.fromarray(light).convert("RGB") for light in lights], places)
+    facts, settings = DataFacts(1, flip_indices=(0,)), Settings(size=80, batch_size=16, aug=1.5)
+    images, points, _ = landmark_dataloaders(tmp_path, settings, facts, machine=Machine(workers=0)).train.one_batch()
     expected = unit_to_input(points[:, 0].as_subclass(torch.Tensor), 80)
     assert centres(images, expected).numpy() == pytest.approx(expected.numpy(), abs=0.1)
 
@@ -100,12 +94,8 @@ def test_flip_renames_points_where_fastai_does_not(drawn):
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_batch(drawn):
-    settings = Settings(
-        size=32, batch_size=8, n_points=N_POINTS, flip_indices=tuple(flip_indices_of_template(N_POINTS).tolist())
-    )
-
     def epoch(seed, number):
-        train = landmark_dataloaders(drawn, settings, seed=seed, machine=Machine(workers=0)).train
+        train = landmark_dataloaders(drawn, size=32, batch_size=8, seed=seed, machine=Machine(workers=0)).train
         train.epoch = number
         return [torch.cat([p.as_subclass(torch.Tensor).flatten(1) for p in b[:2]], 1) for b in train]
 
@@ -118,8 +108,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_batch(drawn):
 
 
 def test_validation_sees_the_images_as_they_are(drawn):
-    of = lambda aug: landmark_dataloaders(drawn, size=32, aug=aug, machine=Machine(workers=0)).valid.one_batch()  # noqa: E731
-    assert all(torch.equal(a, b) for a, b in zip(of(0.0), of(2.0), strict=True))
+    plain, strong = (landmark_dataloaders(drawn, size=32, aug=aug, machine=Machine(workers=0)) for aug in (0.0, 2.0))
+    assert all(map(torch.equal, plain.valid.one_batch(), strong.valid.one_batch()))
 
 
 def test_no_black_corners():

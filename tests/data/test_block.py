@@ -7,7 +7,6 @@ from PIL import Image
 
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.items import labelled_images
-from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.data.split import split_rows
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import unit_to_input
@@ -16,7 +15,7 @@ from landmarks_fastai.settings import FITS, Settings
 from landmarks_fastai.training.learner import mean_shape
 from landmarks_fastai.utils import hardware
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import N_POINTS, N_TRAIN
+from tests.helpers import N_POINTS, N_TRAIN, dot, write_labelled_images
 
 SETTINGS = Settings(size=48, batch_size=8)
 
@@ -37,47 +36,37 @@ def test_the_points_of_a_batch_go_back_to_those_of_the_file(drawn, fit):
     images, points, maps = every(dls.valid)
     rows = split_rows(N_TRAIN, SETTINGS)[1]
     assert images.shape == (8, 3, 48, 48) and points.shape == (8, N_POINTS, 2) and len(rows) == 8
-    found = points_in_image(points, maps, 48)
-    assert found.numpy() == pytest.approx(np.stack([items[int(r)].points for r in rows]), abs=1e-3)
+    stored = points_in_image(points, maps, 48)
+    assert stored.numpy() == pytest.approx(np.stack([items[int(r)].points for r in rows]), abs=1e-3)
 
 
 def test_training_and_validation_see_an_image_alike(drawn):
     "fastai's Resize would crop at random in training: here the same row gives the same pixels on either side."
     items, dls = loaders(drawn)
     both = [dl.after_item(tuple(tl.tfms(items[3]) for tl in dl.dataset.tls)) for dl in dls]
-    for a, b in zip(*both, strict=True):
-        assert torch.equal(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor))
+    assert all(torch.equal(*(t.as_subclass(torch.Tensor) for t in pair)) for pair in zip(*both, strict=True))
 
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("size", [64, 97])
 def test_a_dot_is_where_the_target_says_through_the_whole_pipeline(tmp_path, fit, size):
     "ImageBlock, PointsToInput, PointScaler and Normalize together: half a pixel lost on the way would fail."
-    (tmp_path / "train" / "images").mkdir(parents=True)
-    rng, rows = np.random.default_rng(0), ["file_name\tx\ty"]
-    for i, (w, h) in enumerate([(120, 90), (90, 121), (64, 64), (201, 150), (77, 140)] * 2):
-        x, y = w / 2 + rng.uniform(-0.2, 0.2) * min(w, h), h / 2 + rng.uniform(-0.2, 0.2) * min(w, h)
-        v, u = np.mgrid[:h, :w]
-        dot = 250 * np.exp(-((u - x) ** 2 + (v - y) ** 2) / (2 * 4.0**2))
-        Image.fromarray(np.rint(dot).astype(np.uint8)).convert("RGB").save(tmp_path / "train" / "images" / f"{i}.png")
-        rows.append(f"{i}.png\t{x:.4f}\t{y:.4f}")
-    (tmp_path / "train" / "landmarks.csv").write_text("\n".join(rows) + "\n")
+    rng, images, places = np.random.default_rng(0), [], []
+    for w, h in [(120, 90), (90, 121), (64, 64), (201, 150), (77, 140)] * 2:
+        places.append((w / 2 + rng.uniform(-0.2, 0.2) * min(w, h), h / 2 + rng.uniform(-0.2, 0.2) * min(w, h)))
+        images.append(Image.fromarray(np.rint(250 * dot(w, h, *places[-1], 4.0)).astype(np.uint8)).convert("RGB"))
+    write_labelled_images(tmp_path, images, places)
     _, dls = loaders(tmp_path, fit=fit, size=size, valid_pct=0.5, batch_size=5)
     images, points, _ = every(dls.valid)
     grey = images.mean(1).double()
     across, down = torch.arange(size).double(), torch.arange(size).double()[:, None]
     mass = grey.sum((1, 2))
-    found = torch.stack([(grey * across).sum((1, 2)) / mass, (grey * down).sum((1, 2)) / mass], 1)
-    assert found.numpy() == pytest.approx(unit_to_input(points[:, 0].double(), size).numpy(), abs=0.05)
+    centres = torch.stack([(grey * across).sum((1, 2)) / mass, (grey * down).sum((1, 2)) / mass], 1)
+    assert centres.numpy() == pytest.approx(unit_to_input(points[:, 0].double(), size).numpy(), abs=0.05)
 
 
 def test_points_outside_the_crop_stay_valid_targets(tmp_path):
-    (tmp_path / "train" / "images").mkdir(parents=True)
-    rows = ["file_name\tx\ty"]
-    for i in range(10):
-        Image.new("RGB", (200, 100)).save(tmp_path / "train" / "images" / f"{i}.png")
-        rows.append(f"{i}.png\t-40\t{i}")
-    (tmp_path / "train" / "landmarks.csv").write_text("\n".join(rows) + "\n")
+    write_labelled_images(tmp_path, [Image.new("RGB", (200, 100))] * 10, [(-40, k) for k in range(10)])
     _, dls = loaders(tmp_path)
     _, points, maps = every(dls.valid)
     assert points[:, :, 0].max() < -1.5
@@ -111,66 +100,20 @@ SLOW_METHODS = [pytest.param(method, marks=pytest.mark.slow) for method in ("spa
 
 
 @pytest.mark.parametrize("method", ["fork", *SLOW_METHODS])
-def test_workers_give_the_same_batches_by_either_start_method(drawn, monkeypatch, method):
+def test_workers_give_the_same_batches_and_have_the_limit_on_images_of_the_main_process(drawn, monkeypatch, method):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} on this system")
-    alone = every(loaders(drawn)[1].train)
-    before = torch.multiprocessing.get_start_method()
+    alone, before = every(loaders(drawn)[1].train), torch.multiprocessing.get_start_method()
     torch.multiprocessing.set_start_method(method, force=True)
     try:
         _, dls = loaders(drawn, workers=2 if method == "fork" else 1)  # the others import everything again
-        together, valid = every(dls.train), every(dls.valid)
-    finally:
-        torch.multiprocessing.set_start_method(before, force=True)
-    for a, b in zip(alone + every(loaders(drawn)[1].valid), together + valid, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_have_the_limit_on_images_of_the_main_process(drawn, monkeypatch, method):
-    _, dls = loaders(drawn, workers=1)
-    monkeypatch.setattr(hardware, "_max_pixels", 1000)
-    before = torch.multiprocessing.get_start_method()
-    torch.multiprocessing.set_start_method(method, force=True)
-    try:
+        together = every(dls.train)
+        monkeypatch.setattr(hardware, "_max_pixels", 1000)
         with pytest.raises(UserError, match="--max-pixels allows 0.001 million"):
             list(dls.valid)
     finally:
         torch.multiprocessing.set_start_method(before, force=True)
-
-
-def test_exif_rotation_is_not_applied(tmp_path):
-    picture = Image.new("RGB", (60, 30))
-    exif = picture.getexif()
-    exif[0x0112] = 6  # "turn by 90 degrees"
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert Picture(tmp_path / "turned.jpg", exif=False).image().size == (60, 30)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
-def test_other_modes_become_rgb(tmp_path, mode):
-    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    Image.new(mode, (20, 10)).save(path)
-    assert Picture(path, exif=False).image().mode == "RGB"
-
-
-def test_bad_images_are_named(drawn, tmp_path):
-    whole = next((drawn / "train" / "images").iterdir()).read_bytes()
-    for content, message in [
-        (b"", "cannot be read as an image"),
-        (b"GIF89a", "cannot"),
-        (whole[: len(whole) // 2], "cut short"),
-    ]:
-        (tmp_path / "bad.jpg").write_bytes(content)
-        with pytest.raises(UserError, match=f"x.csv line 7: image .*bad.jpg .*{message}"):
-            Picture(tmp_path / "bad.jpg", where="x.csv line 7: ").image()
-
-
-def test_too_few_rows(drawn):
-    with pytest.raises(UserError, match="32 training rows make no batch of 64: use -b 32"):
-        loaders(drawn, batch_size=64)
-    with pytest.raises(UserError, match="40 rows leave none to train on"):
-        loaders(drawn, valid_pct=0.99)
+    assert all(map(torch.equal, alone, together))
 
 
 def test_mean_shape_is_the_mean_of_the_targets(drawn):

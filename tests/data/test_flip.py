@@ -9,6 +9,7 @@ import torch
 from landmarks_fastai.data import flip
 from landmarks_fastai.data.flip import NoFlipMap, average_flipped, learn_flip_map
 from landmarks_fastai.synthetic.sample import flip_indices_of_template, render_face
+from tests.helpers import N_POINTS, QUICK, RUNS, check_refused, csv_lines, labels_of
 
 
 @pytest.fixture(scope="module")
@@ -112,30 +113,23 @@ def test_flip_test_averages_image_and_mirror_image():
     assert twice[:, :, 0].numpy() == pytest.approx(np.array([[-1.05, -0.95], [0.45, 0.55]]))
 
 
-def test_a_run_leaves_its_map_and_a_later_stage_keeps_it(run_script, data, tmp_path):
-    from tests.conftest import N_POINTS, QUICK
-
-    assert run_script(f"train.py {QUICK} -n m -d", data)[0] == 0
-    runs = tmp_path / "here" / "runs"
-    flip_indices = json.loads((runs / "m/mirror.json").read_text(encoding="utf-8"))
-    assert flip_indices == flip_indices_of_template(N_POINTS).tolist()
+def test_a_run_leaves_its_map_and_a_later_stage_keeps_or_drops_it(run_script, finished_run):
+    flip_indices = (finished_run("m") / "mirror.json").read_bytes()
+    assert json.loads(flip_indices) == flip_indices_of_template(N_POINTS).tolist()
     assert run_script("finetune.py -e 1 --workers 0 -n m2 -pm m")[0] == 0
-    assert (runs / "m2/mirror.json").read_bytes() == (runs / "m/mirror.json").read_bytes()
+    assert (RUNS / "m2/mirror.json").read_bytes() == flip_indices
     code, out, _ = run_script("finetune.py -e 1 --workers 0 --mirror none -n m3 -pm m")
-    assert code == 0 and "with the flip test" not in out and not (runs / "m3/mirror.json").exists()
-    code, _, err = run_script("predict.py --tta --workers 0 -pm m3")
-    assert code == 1 and "--tta" in err and "no flip map" in err
+    assert code == 0 and "with the flip test" not in out and not (RUNS / "m3/mirror.json").exists()
+    check_refused(run_script("predict.py --tta --workers 0 -pm m3"), "--tta", "no flip map")
 
 
-def test_landmarks_without_symmetry_train_without_mirroring(run_script, data, tmp_path):
-    from tests.conftest import QUICK
-
-    csv = data / "train" / "landmarks.csv"
-    lines = csv.read_text(encoding="utf-8").splitlines()
+@pytest.mark.train
+def test_landmarks_without_symmetry_train_without_mirroring(run_script, data):
+    header, *rows = csv_lines(labels_of(data))
     shape = np.random.default_rng(0).integers(20, 90, 136)
-    rows = [line.split("\t")[0] + "".join(f"\t{v}" for v in shape + i % 5) for i, line in enumerate(lines[1:])]
-    csv.write_text("\n".join([lines[0], *rows]) + "\n", encoding="utf-8")
+    rows = [row.split("\t")[0] + "".join(f"\t{v}" for v in shape + k % 5) for k, row in enumerate(rows)]
+    labels_of(data).write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
     code, out, err = run_script(f"train.py {QUICK} -n r -d", data)
     assert (code, err) == (0, "") and "no flip map, images are not mirrored: mirrored points miss" in out
-    assert not list((tmp_path / "here" / "runs").glob("r_mirror*"))
+    assert not list(RUNS.glob("r/mirror*"))
     assert run_script("predict.py --workers 0 -pm r")[0] == 0

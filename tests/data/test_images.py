@@ -2,12 +2,9 @@
 
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from landmarks_fastai.data import image_cache, pictures
@@ -15,15 +12,14 @@ from landmarks_fastai.data.image_cache import Inputs, image_stamp, open_cache
 from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import pixel_map
-from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.settings import FITS
-from tests.conftest import QUICK, ROOT
+from tests.helpers import QUICK, RUNS, check_refused, dot, equal_tensors, finish, python
 
 
 def save_dot(path, width, height, x, y, sigma=24.0):
-    v, u = np.mgrid[:height, :width]
-    dot = 250 * np.exp(-((u - x) ** 2 + (v - y) ** 2) / (2 * sigma**2))
-    Image.fromarray(np.rint(dot).astype(np.uint8)).convert("RGB").save(path, quality=97)
+    Image.fromarray(np.rint(250 * dot(width, height, x, y, sigma)).astype(np.uint8)).convert("RGB").save(
+        path, quality=97
+    )
     return path
 
 
@@ -36,8 +32,8 @@ def test_reduced_jpeg_shows_a_dot_where_its_point_is_mapped(tmp_path, fit, width
     grey = fitted.astype(float).mean(2)
     grey[grey < 3] = 0  # JPEG's dust in the black
     v, u = np.mgrid[:64, :64]
-    found = np.array([(u * grey).sum(), (v * grey).sum()]) / grey.sum()
-    assert found == pytest.approx(to_input.to_input(point), abs=0.05)
+    centre = np.array([(u * grey).sum(), (v * grey).sum()]) / grey.sum()
+    assert centre == pytest.approx(to_input.to_input(point), abs=0.05)
     whole = pixel_map(width, height, fit, 64)
     assert to_input.to_input(point) == pytest.approx(whole.to_input(point), abs=0.2)  # two stored pixels at the most
 
@@ -156,13 +152,12 @@ def test_concurrent_writers_leave_a_valid_cache(tmp_path):
     folder, inputs = cached(tmp_path, n=40)
     inputs.cache.path.unlink()
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path;"
-        "from landmarks_fastai.data.image_cache import Inputs, open_cache;"
+        "from pathlib import Path; from landmarks_fastai.data.image_cache import Inputs, open_cache;"
         f"folder = Path({str(folder)!r}); cache = open_cache(folder, 40, 'crop', 32, dict(labels=1));"
         "inputs = Inputs('crop', 32, cache); [inputs(i, folder / f'{i}.jpg') for i in range(40)]"
     )
-    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
-    assert [process.wait() for process in started] == [0] * 4
+    for process in [python(code) for _ in range(4)]:
+        finish(process)
     plain, cache = Inputs("crop", 32), cached(tmp_path, n=40)[1].cache
     kept = [record(cache, i, folder / f"{i}.jpg") for i in range(40)]
     assert all(k is None or same(k, plain(i, folder / f"{i}.jpg")) for i, k in enumerate(kept))
@@ -183,8 +178,7 @@ def test_full_disk_is_reported_before_training_and_ignored_later(tmp_path, monke
     ):  # both have to fit
         open_cache(folder, 6, "pad", 32, {"labels": 1}, crops)
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    code, out, err = run_script(f"train.py {QUICK} --cache -n r -d", drawn)
-    assert code == 1 and err.count("\n") == 1 and "--cache" in err and "make room" in err
+    check_refused(run_script(f"train.py {QUICK} --cache -n r -d", drawn), "--cache", "make room")
 
 
 def full_disk(path, mode="r", *args, real=open, **kwargs):
@@ -193,14 +187,11 @@ def full_disk(path, mode="r", *args, real=open, **kwargs):
     return real(path, mode, *args, **kwargs)
 
 
-def test_training_from_the_cache_gives_identical_weights(run_script, drawn, tmp_path):
-    "The same weights to the last bit: from files, while the cache is written, and from the cache."
-    weights = []
-    for name, more in [("a", ""), ("b", "--cache"), ("c", "--cache"), ("d", "--cache --workers 1")]:
-        assert run_script(f"train.py {QUICK} {more} -n {name} -d", drawn)[::2] == (0, "")
-        weights.append(torch.load(tmp_path / "here" / "runs" / name / "best.pth", weights_only=True))
-    stored = list((drawn / "train").glob("images-*.cache"))
-    assert len(stored) == 1 and stored[0].stat().st_blocks * 512 >= 40 * 32 * 32 * 3
-    for other in weights[1:]:
-        assert all(torch.equal(v, other[k]) for k, v in weights[0].items() if k != METADATA)
-    os.unlink(stored[0])
+@pytest.mark.train
+def test_training_from_the_cache_gives_identical_weights(run_script, data):
+    "To the last bit: from files, while the cache is written, and from the cache in a worker."
+    for name, flags in [("a", ""), ("b", "--cache"), ("c", "--cache --workers 1")]:
+        assert run_script(f"train.py {QUICK} {flags} -n {name} -d", data)[::2] == (0, "")
+        assert equal_tensors(RUNS / "a/best.pth", RUNS / name / "best.pth")
+    (cache,) = (data / "train").glob("images-*.cache")
+    assert cache.stat().st_blocks * 512 >= 40 * 32 * 32 * 3

@@ -2,9 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +10,7 @@ import pytest
 from landmarks_fastai.data import labels, landmarks_csv
 from landmarks_fastai.data.labels import frame_labels, open_labels, read_labels
 from landmarks_fastai.errors import UserError
-from tests.conftest import ROOT
+from tests.helpers import LINUX, finish, peak_memory, python
 
 HEADER = "file_name\t" + "\t".join(f"Point_M{k}_{a}" for k in range(3) for a in "XY")
 ROW = "{}.jpg\t1\t2\t3\t4\t5\t6"
@@ -56,47 +53,59 @@ def test_numbers_are_read_for_any_block_size(tmp_path, monkeypatch, block, end):
     assert [labels.line(i) for i in (0, 49, 50, 399)] == [2, 51, 53, 402]
 
 
-def run(code, csv):
-    "What a process of its own prints."
-    start = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); csv = {str(csv)!r}; from landmarks_fastai.data import labels;"
-    )
-    return subprocess.Popen([sys.executable, "-c", start + code], stdout=subprocess.PIPE, text=True)
+def started(code, csv):
+    "A process that reads a CSV."
+    return python(f"import sys; csv = {str(csv)!r}; from landmarks_fastai.data import labels; {code}")
 
 
 def test_later_start_does_not_import_pandas(csv):
     read_labels(csv)
-    code = "print(len(labels.read_labels(csv)), 'pandas' in sys.modules)"
-    assert run(code, csv).communicate()[0] == "3 False\n"
+    assert finish(started("print(len(labels.read_labels(csv)), 'pandas' in sys.modules)", csv)) == "3 False\n"
 
 
+def value(text):
+    "A row with a text in the place of point 1's x."
+    return f"b.jpg\t1\t2\t{text}\t4\t5\t6"
+
+
+X = "line 3: point 1's x is "
 BAD = {
     "few": ("b.jpg\t1\t2\t3\t4\t5", "line 3: 6 fields found, 7 expected"),
     "many": (ROW.format("b") + "\t7", "line 3: 8 fields found, 7 expected"),
+    "a TAB at the end": (ROW.format("b") + "\t", "line 3: 8 fields found, 7 expected"),
+    "a name alone": ("b.jpg", "line 3: 1 fields found"),
+    "commas": (ROW.format("b").replace("\t", ","), "line 3: 1 fields found, 7 expected"),
+    "spaces": (ROW.format("b").replace("\t", "  "), "line 3: 1 fields found"),
+    "a row of spaces": ("   ", "line 3: 1 fields found"),
+    "another header": (HEADER, "line 3: point 0's x is 'Point_M0_X', a number expected"),
     "text": ("b.jpg\t1\t2\t3\tx4\t5\t6", "line 3: point 1's y is 'x4', a number expected"),
-    "gap": ("b.jpg\t1\t2\t\t4\t5\t6", "line 3: point 1's x is '', a number expected"),
-    "nan": ("b.jpg\t1\t2\tnan\t4\t5\t6", "line 3: point 1's x is 'nan', a number expected"),
+    "gap": (value(""), X + "'', a number expected"),
+    "nan": (value("nan"), X + "'nan', a number expected"),
+    "upper-case NaN": (value("NaN"), X + "'NaN', a number expected"),
     "infinite": ("b.jpg\t1\t2\t3\t4\t5\t-inf", "line 3: point 2's y is -inf, a number between"),
+    "infinity": (value("inf"), X + "inf, a number between -32767 and 32767 expected"),
+    "hexadecimal": (value("0x1F"), X + "'0x1F'"),
+    "a decimal comma": (value("12,5"), X + "'12,5'"),
+    "thousands set apart": (value("1_000"), X + "'1_000'"),
+    "a truth value": (value("True"), X + "'True'"),
+    "a quoted number": (value('"12"'), X + "'\"12\"'"),
+    "minus alone": ("b.jpg\t1\t-\t3\t4\t5\t6", "line 3: point 0's y is '-', a number expected"),
+    "control": ("b.jpg\t1\t2\t3\x074\t5\t6\t7", X),
     "large": ("b.jpg\t1\t40000\t3\t4\t5\t6", "line 3: point 0's y is 40000, a number between -32767 and 32767"),
-    "huge": ("b.jpg\t1\t2\t3\t4\t5\t99999999999999999999999", "line 3: point 2's y is"),
-    "code": ("b.jpg\t1\t2\t3\t4\t5\t__import__('os')", "line 3: point 2's y is"),
+    "just too large": (value("-32768"), X + "-32768, a number between"),
+    "beyond 63 bits": (value("10000000000000000000"), X + "10000000000000000000, a number"),
+    "least of all": (value("-9223372036854775808"), X + "-9223372036854775808, a number"),
+    "huge": (value("9" * 30), X + "9" * 30),
+    "large decimal": (value("1e300"), X + "1e300, a number"),
+    "code": (value("__import__('os').mkdir('owned')"), X + '"__import__('),
     "no UTF-8": (b"\xff\xfe.jpg\t1\t2\t3\t4\t5\t6", "line 3: not UTF-8"),
     "half a letter": (b"a\xc3\t1\t2\t3\t4\t5\t6", "line 3: not UTF-8"),
-    "nameless": ("\t1\t2\t3\t4\t5\t6", "line 3: the file name is empty"),
-    "least of all": (
-        "b.jpg\t-9223372036854775808\t2\t3\t4\t5\t6",
-        "line 3: point 0's x is -9223372036854775808, a number",
-    ),
-    "beyond 63 bits": (
-        "b.jpg\t1\t10000000000000000000\t3\t4\t5\t6",
-        "line 3: point 0's y is 10000000000000000000, a number",
-    ),
-    "NUL": ("b.jpg\0\t1\t2\t3\t4\t5\t6", "line 3"),
-    "control": ("b.jpg\t1\t2\t3\x074\t5\t6\t7", "line 3: point 1's x is"),
+    "NUL": ("b.jpg\0\t1\t2\t3\t4\t5\t6", "line 3: holds a NUL byte"),
     "carriage return": ("b\r.jpg\t1\t2\t3\t4\t5\t6", "line 3: holds a carriage return within the line"),
-    "minus alone": ("b.jpg\t1\t-\t3\t4\t5\t6", "line 3: point 0's y is '-', a number expected"),
-    "just too large": ("b.jpg\t1\t-32768\t3\t4\t5\t6", "line 3: point 0's y is -32768, a number between"),
-    "large decimal": ("b.jpg\t1\t2\t3\t4\t5\t1e30", "line 3: point 2's y is 1e30, a number"),
+    "nameless": ("\t1\t2\t3\t4\t5\t6", "line 3: the file name is empty"),
+    "a long name": ("x" * 2000 + ROW.format("")[4:], "line 3: the file name has more than 1000 bytes"),
+    "all points zero": ("b.jpg" + "\t0" * 6, "line 3: all 3 points are (0, 0)"),
+    "all points equal": ("b.jpg" + "\t7.5\t-2" * 3, "line 3: all 3 points are (7.5, -2)"),
 }
 
 
@@ -106,7 +115,7 @@ def test_bad_row_is_reported_with_its_line(tmp_path, row, message):
     with pytest.raises(UserError) as e:
         read_labels(csv)
     assert str(csv) in str(e.value) and message in str(e.value) and len(e.value.problems) == 1
-    assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]  # nothing half-written
+    assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]  # nothing half-written, nothing executed
     with pytest.raises(UserError) as again:  # from the cache
         read_labels(csv)
     assert str(again.value) == str(e.value)
@@ -243,9 +252,8 @@ def test_concurrent_first_reads_all_succeed(tmp_path):
     text = [f"{i}.jpg\t" + "\t".join(str(v) for v in range(i, i + 400)) for i in range(3000)]
     csv = write(tmp_path / "l.csv", *text, header="file_name\t" + "\t".join(f"c{k}" for k in range(400)))
     code = "r = labels.read_labels(csv); print(len(r), int(sum(r.points(i).sum() for i in range(len(r)))))"
-    started = [run(code, csv) for _ in range(8)]
-    said = {process.communicate()[0] for process in started}
-    assert said == {f"3000 {sum(400 * i + 400 * 399 // 2 for i in range(3000))}\n"}
+    outputs = {finish(process) for process in [started(code, csv) for _ in range(8)]}
+    assert outputs == {f"3000 {sum(400 * i + 400 * 399 // 2 for i in range(3000))}\n"}
     assert sorted(os.listdir(tmp_path)) == ["l.csv", "l.csv.cache"]
 
 
@@ -282,7 +290,7 @@ def test_labels_pickle_as_a_file_name(csv):
         pickle.loads(text)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@LINUX
 def test_memory_does_not_grow_with_the_file(tmp_path):
     "Five times the rows, the same peak but for the names: measured in fresh processes."
     text = [f"{i:032d}.jpg\t" + "\t".join(str(v % 300) for v in range(i, i + 400)) for i in range(8000)]
@@ -292,10 +300,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         csv = tmp_path / f"{n}.csv"
         csv.write_text("\n".join([header, *(text * n), ""]))
         sizes.append(csv.stat().st_size)
-        # VmHWM: unlike getrusage's figure it begins anew with the process, not with its parent's
-        code = (
-            "from landmarks_fastai.data import landmarks_csv; landmarks_csv.BLOCK = 1 << 20; labels.read_labels(csv);"
-            "print(*[l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l])"
-        )
-        peaks.append(1024 * int(run(code, csv).communicate()[0]))
+        code = "from landmarks_fastai.data import labels, landmarks_csv; landmarks_csv.BLOCK = 1 << 20"
+        peaks.append(peak_memory(f"{code}; labels.read_labels({str(csv)!r})"))
     assert sizes[1] - sizes[0] > 40e6 and peaks[1] - peaks[0] < 10e6

@@ -11,21 +11,23 @@ import numpy as np
 import pytest
 import torch
 
+from landmarks_fastai.cli.export import command
+from landmarks_fastai.data.align import Alignment
 from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.inference import onnx_network
+from landmarks_fastai.geometry import unit_to_input
+from landmarks_fastai.inference import export, onnx_network
 from landmarks_fastai.inference.onnx_network import OnnxNetwork
-from landmarks_fastai.inference.predictor import open_network
+from landmarks_fastai.inference.predictor import Predictor, open_network
+from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.runs.checkpoint import read_checkpoint
-from tests.conftest import N_POINTS, QUICK, ROOT, train_run
+from tests.helpers import N_POINTS, QUICK, ROOT, check_refused, finish, python
 
 SIZE = 32
 
 
 def typed(monkeypatch, capfd, line, *more):
     "Type `landmarks-export`: (exit code, stdout, stderr)."
-    from landmarks_fastai.cli.export import command
-
     monkeypatch.setattr(sys, "argv", ["landmarks-export", *line.split(), *map(str, more)])
     code = 0
     try:
@@ -36,13 +38,11 @@ def typed(monkeypatch, capfd, line, *more):
 
 
 @pytest.fixture(scope="module")
-def out(quick_run, tmp_path_factory):
-    "An output folder with a quick run `m`, exported once."
-    from landmarks_fastai.inference.export import export_checkpoint
-
+def out(untrained_run, tmp_path_factory):
+    "An output folder with a run `m`, exported once."
     out = tmp_path_factory.mktemp("exported")
-    shutil.copytree(quick_run, out / "m")
-    export_checkpoint(read_checkpoint(out / "m" / "best.pth"), out / "m" / "m.onnx")
+    shutil.copytree(untrained_run, out / "m")
+    export.export_checkpoint(read_checkpoint(out / "m" / "best.pth"), out / "m" / "m.onnx")
     return out
 
 
@@ -87,15 +87,11 @@ def test_one_file_says_what_it_is(out):
 
 
 def test_a_checkpoint_in_a_hidden_folder_has_a_plain_name(out, tmp_path):
-    from landmarks_fastai.inference.export import metadata_of
-
     shutil.copytree(out / "m", tmp_path / ".models")
-    assert metadata_of(read_checkpoint(tmp_path / ".models" / "best.pth"))["name"] == "models"
+    assert export.metadata_of(read_checkpoint(tmp_path / ".models" / "best.pth"))["name"] == "models"
 
 
 def test_an_export_that_differs_is_not_written(out, tmp_path, monkeypatch, capfd):
-    from landmarks_fastai.inference import export
-
     shutil.copy(out / "m" / "best.pth", tmp_path / "x.pth")
     (tmp_path / "x.onnx").write_bytes(b"old")
     mirrored = export.ExportedNetwork.forward
@@ -117,9 +113,6 @@ def test_mistakes_on_the_command_line(out, monkeypatch, capfd):
 
 def test_the_second_pass_of_other_programs():
     "docs/onnx.md has the way from the first points to the crop, and back, in complex numbers."
-    from landmarks_fastai.data.align import Alignment
-    from landmarks_fastai.geometry import unit_to_input
-
     rng = np.random.default_rng(0)
     shape, points, u, align = rng.normal(size=(9, 2)), rng.uniform(50, 200, (9, 2)), rng.uniform(-1, 1, (9, 2)), 1.3
     shape -= shape.mean(0)
@@ -143,18 +136,13 @@ def changed(path, change):
     return model.SerializeToString()
 
 
-def with_metadata(**changes):
+def with_metadata(part="", **changes):
+    "The change of an export's metadata, or of a part of it."
+
     def change(model):
         metadata = json.loads(model.metadata_props[0].value)
-        model.metadata_props[0].value = json.dumps(metadata | changes)
-
-    return change
-
-
-def with_changed(part, **changes):
-    def change(model):
-        metadata = json.loads(model.metadata_props[0].value)
-        model.metadata_props[0].value = json.dumps(metadata | {part: metadata[part] | changes})
+        metadata |= {part: metadata[part] | changes} if part else changes
+        model.metadata_props[0].value = json.dumps(metadata)
 
     return change
 
@@ -195,12 +183,12 @@ BAD = {
     "empty": (lambda path: b"", NOT_LOADED),
     "cut short": (lambda path: path.read_bytes()[:-1000], NOT_LOADED),
     "n_points": (
-        lambda path: changed(path, with_changed("facts", n_points=67, flip_indices=[], shape=[])),
+        lambda path: changed(path, with_metadata("facts", n_points=67, flip_indices=[], shape=[])),
         "67 points",
     ),
-    "size": (lambda path: changed(path, with_changed("settings", size=64)), "64 x 64 pixels"),
-    "a setting of another kind": (lambda path: changed(path, with_changed("settings", size="big")), "size is 'big'"),
-    "an unknown setting": (lambda path: changed(path, with_changed("settings", surprise=1)), "surprise"),
+    "size": (lambda path: changed(path, with_metadata("settings", size=64)), "64 x 64 pixels"),
+    "a setting of another kind": (lambda path: changed(path, with_metadata("settings", size="big")), "size is 'big'"),
+    "an unknown setting": (lambda path: changed(path, with_metadata("settings", surprise=1)), "surprise"),
     "another format": (
         lambda path: changed(path, with_metadata(format=99)),
         "another version of this program (format 99)",
@@ -261,25 +249,20 @@ def test_names_of_exports_and_of_other_files(out, run_script, drawn, tmp_path):
 
 
 def test_export_makes_the_folder(out, run_script):
-    code, _, err = run_script(f"landmarks_fastai.cli.export m --out {out} -o {out}/m/m.onnx/b.onnx")
-    assert code == 1 and "its folder cannot be made" in err and err.count("\n") == 1
+    result = run_script(f"landmarks_fastai.cli.export m --out {out} -o {out}/m/m.onnx/b.onnx")
+    check_refused(result, "its folder cannot be made")
     code, _, err = run_script(f"landmarks_fastai.cli.export m --out {out} -o {out}/new/folder/b.onnx")
     assert (code, err) == (0, "") and (out / "new/folder/b.onnx").exists()
 
 
-def test_missing_files_and_packages_are_one_line(out, tmp_path):
+def test_missing_files_and_packages_are_one_line(out, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no.onnx not found"):
         OnnxNetwork(tmp_path / "no.onnx")
     with pytest.raises(UserError, match="cannot be read"):
         OnnxNetwork(tmp_path)
-    code = (
-        f"import sys; sys.modules['onnxruntime'] = None; from landmarks_fastai.errors import UserError\n"
-        "from landmarks_fastai.inference.onnx_network import OnnxNetwork\n"
-        f"try: OnnxNetwork({str(out / 'm' / 'm.onnx')!r})\n"
-        "except UserError as e: print(e)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("needs onnxruntime: pip install onnxruntime\n"), done.stderr
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="needs onnxruntime: pip install onnxruntime$"):
+        OnnxNetwork(out / "m" / "m.onnx")
 
 
 def test_network_needs_neither_torch_nor_pandas(out):
@@ -293,14 +276,11 @@ def test_network_needs_neither_torch_nor_pandas(out):
         f"network = OnnxNetwork({str(out / 'm' / 'm.onnx')!r})\n"
         f"print(network(np.zeros((2, {SIZE}, {SIZE}, 3), np.uint8)).points.shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == f"(2, {N_POINTS}, 2)\n", done.stderr
+    assert finish(python(code)) == f"(2, {N_POINTS}, 2)\n"
 
 
 @pytest.mark.slow
-def test_spread_is_the_checkpoints(drawn, inputs, monkeypatch, capfd, tmp_path):
-    from landmarks_fastai.inference.torch_network import open_checkpoint
-
+def test_spread_is_the_checkpoints(drawn, inputs, monkeypatch, capfd, tmp_path, train_run):
     checkpoint = read_checkpoint(train_run(f"{QUICK} --confidence", drawn, tmp_path) / "best.pth")
     capfd.readouterr()
     assert typed(monkeypatch, capfd, "m --out", tmp_path)[::2] == (0, "")
@@ -320,8 +300,6 @@ def folder_size(folder: Path) -> float:
 @pytest.mark.slow
 def test_prediction_in_an_environment_without_torch(out, drawn, tmp_path):
     "`pip install '.[runtime]'` alone: under 200 MB, and the points of the checkpoint in pixels of the pictures."
-    from landmarks_fastai.inference.predictor import Predictor
-
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     pip = subprocess.run([python, "-m", "pip", "install", "-q", f"{ROOT}[runtime]"], capture_output=True, text=True)
@@ -335,10 +313,10 @@ def test_prediction_in_an_environment_without_torch(out, drawn, tmp_path):
     assert folder_size(packages) - folder_size(packages / "pip") < 200
 
     files = sorted((drawn / "test" / "images").iterdir())
-    expected = np.stack([each.points for each in Predictor(out / "m" / "best.pth")(files)])
+    expected = np.stack([prediction.points for prediction in Predictor(out / "m" / "best.pth")(files)])
     lines = (
         "import sys, numpy as np; from landmarks_fastai import Predictor; "
-        "np.save('points.npy', [each.points for each in Predictor(sys.argv[1])(sys.argv[2:])])"
+        "np.save('points.npy', [p.points for p in Predictor(sys.argv[1])(sys.argv[2:])])"
     )
     subprocess.run([python, "-c", lines, out / "m" / "m.onnx", *files], cwd=tmp_path, check=True)
     assert np.abs(np.load(tmp_path / "points.npy") - expected).max() < 0.01

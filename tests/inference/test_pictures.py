@@ -17,24 +17,12 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.overlay import draw_points
 from landmarks_fastai.inference.predictor import Prediction
 from landmarks_fastai.runs.run import PREDICTIONS
-from tests.conftest import N_POINTS, QUICK, train_run
-
-
-@pytest.fixture
-def files(drawn):
-    return sorted((drawn / "test" / "images").iterdir())
-
-
-@pytest.fixture(scope="module")
-def trained(quick_run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained")
-    shutil.copytree(quick_run, out / "m")
-    return out
+from tests.helpers import N_POINTS, csv_lines, labels_of, untrained
 
 
 @pytest.fixture(scope="module")
 def other_size(drawn, tmp_path_factory):
-    return train_run(f"{QUICK} --size 48 --fit squish --mirror none", drawn, tmp_path_factory.mktemp("other"))
+    return untrained(drawn, tmp_path_factory.mktemp("other"), size=48, fit="squish", mirror="none")
 
 
 def csv_points(path):
@@ -47,67 +35,66 @@ def csv_points(path):
     }
 
 
-def test_every_kind_of_picture_gives_the_points_of_predict_py(trained, files, drawn, run_script):
-    assert run_script(f"predict.py --workers 0 --out {trained} -pm m")[0] == 0
-    names = json.loads((trained / "m/points.json").read_text())
-    expected = dict(zip(names, np.load(trained / "m/points.npy"), strict=True))
-    predictor = Predictor(trained / "m")
-    one = predictor(files[0])
+def test_every_kind_of_picture_gives_the_points_of_predict_py(runs, pictures, drawn, run_script):
+    assert run_script(f"predict.py --workers 0 --out {runs} -pm m")[0] == 0
+    names = json.loads((runs / "m/points.json").read_text())
+    expected = dict(zip(names, np.load(runs / "m/points.npy"), strict=True))
+    predictor = Predictor(runs / "m")
+    one = predictor(pictures[0])
     assert one.points.shape == (N_POINTS, 2) and one.points.dtype == np.float32 and one.confidence is None
-    assert np.asarray(one) == pytest.approx(expected[files[0].name], abs=1e-4)
+    assert np.asarray(one) == pytest.approx(expected[pictures[0].name], abs=1e-4)
     for several in (
-        predictor(files),
-        predictor(files[0].parent),
-        predictor(str(files[0].parent)),
-        predictor(iter(files)),
-        Predictor("m", trained, batch_size=1)(map(str, files)),
+        predictor(pictures),
+        predictor(pictures[0].parent),
+        predictor(str(pictures[0].parent)),
+        predictor(iter(pictures)),
+        Predictor("m", runs, batch_size=1)(map(str, pictures)),
     ):
-        found = np.stack([each.points for each in several])
-        assert found == pytest.approx(np.stack([expected[file.name] for file in files]), abs=0.01)
+        points = np.stack([prediction.points for prediction in several])
+        assert points == pytest.approx(np.stack([expected[path.name] for path in pictures]), abs=0.01)
 
 
-def test_pixels_give_what_their_file_gives(trained, files):
-    predictor = Predictor(trained / "m", flip_test=False)
-    image = (
-        Image.open(files[0]).convert("RGB").resize((60, 50))
-    )  # no smaller than twice the input: not reduced by decoding
+def test_pixels_give_what_their_file_gives(runs, pictures):
+    predictor = Predictor(runs / "m", flip_test=False)
+    image = Image.open(pictures[0]).convert("RGB").resize((60, 50))  # twice the input: not reduced by decoding
     image.save("small.png")
     expected = predictor("small.png").points
-    for same in (image, np.asarray(image)):
+    array = np.asarray(image)
+    for same in (image, array, array / 255, np.asarray(image.convert("RGBA"))):
         assert predictor(same).points == pytest.approx(expected, abs=1e-4)
-    for wrong in (np.zeros((9, 9, 3), np.float32), np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8), 7.5):
-        with pytest.raises(UserError, match="a picture is a path, a PIL image or a uint8 array"):
+    for wrong in (np.full((9, 9, 3), 2.0), np.zeros((9, 9, 5), np.uint8), np.zeros((0, 9, 3), np.uint8), 7.5):
+        with pytest.raises(UserError, match="a picture is a path, a PIL image or an array"):
             predictor([wrong])
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff"])
-def test_exif_rotation_is_applied_and_said(trained, files, run_script, kind):
-    shown = Image.open(files[0]).convert("RGB").resize((60, 50))
-    expected = Predictor(trained / "m")(shown).points
+def test_exif_rotation_is_applied_and_said(runs, pictures, run_script, kind):
+    shown = Image.open(pictures[0]).convert("RGB").resize((60, 50))
+    expected = Predictor(runs / "m")(shown).points
     for value in TURNS:
         # stored such that the turn of `value` shows the picture
         back = {6: TURNS[8], 8: TURNS[6]}.get(value, TURNS[value])
         exif = Image.Exif()
         exif[ORIENTATION] = value
         shown.transpose(back).save(f"turned{value}.{kind}", exif=exif)
-        assert Predictor(trained / "m")(f"turned{value}.{kind}").points == pytest.approx(expected, abs=1e-3), value
-    code, out, err = run_script(f"predict.py --out {trained} -pm m --format json turned6.{kind}")
-    (entry,) = json.loads((trained / "m/predictions.json").read_text())
+        assert Predictor(runs / "m")(f"turned{value}.{kind}").points == pytest.approx(expected, abs=1e-3), value
+    code, out, err = run_script(f"predict.py --out {runs} -pm m --format json turned6.{kind}")
+    (entry,) = json.loads((runs / "m/predictions.json").read_text())
     assert (code, err) == (0, "") and "EXIF rotation of 1 pictures was applied" in out
     assert entry["exif_rotation_applied"] and (entry["width"], entry["height"]) == (60, 50)
 
 
-def test_formats_have_the_same_points(trained, files, run_script):
-    points = np.stack([each.points for each in Predictor(trained / "m")(files)])
-    line = f"predict.py --out {trained} -pm m {files[0].parent} --format"
+def test_formats_have_the_same_points(runs, pictures, run_script):
+    points = np.stack([prediction.points for prediction in Predictor(runs / "m")(pictures)])
+    line = f"predict.py --out {runs} -pm m {pictures[0].parent} --format"
     for kind in ("csv", "json", "coco", "pts", "npy"):
         code, out, err = run_script(line, kind)
-        assert (code, err) == (0, "") and out.startswith(f"6 pictures: {trained / 'm' / 'predictions'}"), kind
-    folder = trained / "m"
+        assert (code, err) == (0, "") and out.startswith(f"6 pictures: {runs / 'm' / 'predictions'}"), kind
+    folder = runs / "m"
     assert np.stack(list(csv_points(folder / "predictions.csv").values())) == pytest.approx(points, abs=1e-3)
     entries = json.loads((folder / "predictions.json").read_text())
     assert np.array([e["objects"][0]["points"] for e in entries]) == pytest.approx(points, abs=1e-3)
-    assert [e["file_name"] for e in entries] == [str(file) for file in files]
+    assert [e["file_name"] for e in entries] == [str(file) for file in pictures]
     coco = json.loads((folder / "predictions.coco.json").read_text())
     assert coco["categories"][0]["keypoints"] == [str(k) for k in range(N_POINTS)]
     for image, annotation, expected in zip(coco["images"], coco["annotations"], points, strict=True):
@@ -115,45 +102,45 @@ def test_formats_have_the_same_points(trained, files, run_script):
         triples = np.array(annotation["keypoints"]).reshape(-1, 3)
         assert triples[:, :2] == pytest.approx(expected, abs=1e-3) and (triples[:, 2] == 2).all()
         assert annotation["bbox"][:2] == pytest.approx(expected.min(0), abs=1e-3)
-    for file, expected in zip(files, points, strict=True):
+    for file, expected in zip(pictures, points, strict=True):
         (pts,) = (folder / "predictions").rglob(f"{file.stem}.pts")
         lines = pts.read_text().splitlines()
         assert lines[:3] == ["version: 1", f"n_points: {N_POINTS}", "{"] and lines[-1] == "}"
         assert np.loadtxt(io.StringIO("\n".join(lines[3:-1]))) == pytest.approx(expected + 1, abs=1e-3)
     assert np.load(folder / "predictions.npy") == pytest.approx(points, abs=1e-4)
     names = json.loads((folder / "predictions.names.json").read_text())
-    assert names == [[str(file), None, 0] for file in files]
+    assert names == [[str(file), None, 0] for file in pictures]
 
 
-def test_a_broken_picture_costs_itself(trained, files, run_script, tmp_path):
+def test_a_broken_picture_costs_itself(runs, pictures, run_script, tmp_path):
     folder = tmp_path / "some pictures" / "deeper"
     folder.mkdir(parents=True)
-    for file in files[:3]:
+    for file in pictures[:3]:
         shutil.copy(file, folder.parent)
-    (folder / "cut.jpg").write_bytes(files[0].read_bytes()[:700])
+    (folder / "cut.jpg").write_bytes(pictures[0].read_bytes()[:700])
     (folder / "text.png").write_text("no picture")
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     (folder / "notes.txt").write_text("no picture either, and not named like one")
     (folder / ".hidden.jpg").write_text("")
     for kind in ("csv", "npy", "json", "coco", "pts"):
-        code, out, err = run_script(f"predict.py --out {trained} -pm m -b 2 --format {kind}", folder.parent)
+        code, out, err = run_script(f"predict.py --out {runs} -pm m -b 2 --format {kind}", folder.parent)
         lines = err.splitlines()
         assert code == 1 and "6 pictures" in out and len(lines) == 4, err
         assert "cut.jpg is cut short" in err and "text.png cannot be read as an image" in err
         assert "1 of its 7 files are left out" in err and lines[-1].startswith(
             "error: 2 of the files could not be used"
         )
-    found = csv_points(trained / "m/predictions.csv")
-    assert {name.rsplit("/", 1)[-1] for (name, _), points in found.items() if points is None} == {"cut.jpg", "text.png"}
-    assert len(found) == 6
-    assert np.isnan(np.load(trained / "m/predictions.npy")).all((1, 2)).sum() == 2
+    rows = csv_points(runs / "m/predictions.csv")
+    assert {name.rsplit("/", 1)[-1] for (name, _), points in rows.items() if points is None} == {"cut.jpg", "text.png"}
+    assert len(rows) == 6
+    assert np.isnan(np.load(runs / "m/predictions.npy")).all((1, 2)).sum() == 2
     with pytest.raises(UserError, match="cut.jpg is cut short"):
-        Predictor(trained / "m")(folder / "cut.jpg")
+        Predictor(runs / "m")(folder / "cut.jpg")
 
 
-def test_an_image_may_be_changed_after_it_was_passed(trained, files):
+def test_an_image_may_be_changed_after_it_was_passed(runs, pictures):
     "As by a camera that writes each frame into the same image."
-    predictor, image = Predictor("m", out=trained), Image.open(files[0]).convert("RGB")
+    predictor, image = Predictor("m", out=runs), Image.open(pictures[0]).convert("RGB")
     expected = predictor(image.copy()).points
 
     def frames():
@@ -166,76 +153,76 @@ def test_an_image_may_be_changed_after_it_was_passed(trained, files):
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_predictions_are_replaced_by_those_of_the_same_command(trained, files, run_script, tmp_path, kind):
+def test_predictions_are_replaced_by_those_of_the_same_command(runs, pictures, run_script, tmp_path, kind):
     "Of a checkpoint outside of runs/, whose folder there has predictions only."
-    checkpoint = shutil.copy(trained / "m" / "best.pth", tmp_path / "c.pth")
+    checkpoint = shutil.copy(runs / "m" / "best.pth", tmp_path / "c.pth")
     for _ in range(2):
-        code, out, err = run_script(f"predict.py --format {kind} -pm", checkpoint, files[0])
+        code, out, err = run_script(f"predict.py --format {kind} -pm", checkpoint, pictures[0])
         assert (code, err) == (0, "") and "1 pictures" in out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of pictures are Unicode")
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_a_name_that_is_not_utf_8_has_its_points_too(trained, files, run_script, tmp_path, kind):
+def test_a_name_that_is_not_utf_8_has_its_points_too(runs, pictures, run_script, tmp_path, kind):
     folder = tmp_path / "old names"
     folder.mkdir()
-    shutil.copy(files[0], os.fsdecode(bytes(folder) + b"/caf\xe9.jpg"))
-    code, out, err = run_script(f"predict.py --out {trained} -pm m --format {kind} --overlay", folder)
+    shutil.copy(pictures[0], os.fsdecode(bytes(folder) + b"/caf\xe9.jpg"))
+    code, out, err = run_script(f"predict.py --out {runs} -pm m --format {kind} --overlay", folder)
     assert (code, err) == (0, "") and "1 pictures" in out
-    expected = Predictor(trained / "m")(files[0]).points
+    expected = Predictor(runs / "m")(pictures[0]).points
     if kind == "csv":
-        ((name, _), points), *more = csv_points(trained / "m/predictions.csv").items()
+        ((name, _), points), *more = csv_points(runs / "m/predictions.csv").items()
         assert not more and name.endswith(r"caf\udce9.jpg") and points == pytest.approx(expected, abs=1e-3)
     elif kind == "json":
-        (entry,) = json.loads((trained / "m/predictions.json").read_text())
+        (entry,) = json.loads((runs / "m/predictions.json").read_text())
         assert os.fsencode(entry["file_name"]).endswith(b"caf\xe9.jpg")
         assert np.array(entry["objects"][0]["points"]) == pytest.approx(expected, abs=1e-3)
     elif kind == "npy":
-        assert np.load(trained / "m/predictions.npy")[0] == pytest.approx(expected, abs=1e-3)
+        assert np.load(runs / "m/predictions.npy")[0] == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
-def test_names_that_are_not_utf_8_in_a_list_and_in_a_table_of_boxes(trained, files, run_script, tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of pictures are Unicode")
+def test_names_that_are_not_utf_8_in_a_list_and_in_a_table_of_boxes(runs, pictures, run_script, tmp_path, monkeypatch):
     name = bytes(tmp_path) + b"/caf\xe9.jpg"
-    shutil.copy(files[0], os.fsdecode(name))
+    shutil.copy(pictures[0], os.fsdecode(name))
     (tmp_path / "boxes.csv").write_bytes(b"file_name,left,top,right,bottom\n" + name + b",10,10,60,70\n")
     for flags in ("", f"--boxes {tmp_path / 'boxes.csv'}"):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(name + b"\n"), "utf-8"))
-        code, out, err = run_script(f"predict.py --out {trained} -pm m {flags} -")
+        code, out, err = run_script(f"predict.py --out {runs} -pm m {flags} -")
         assert (code, err) == (0, "") and "1 pictures" in out
 
 
-def test_sizes_of_a_batch_are_checked(trained, files, run_script):
+def test_sizes_of_a_batch_are_checked(runs, pictures, run_script):
     for size in (-1, 0):
-        code, _, err = run_script(f"predict.py --out {trained} -pm m -b {size}", files[0])
+        code, _, err = run_script(f"predict.py --out {runs} -pm m -b {size}", pictures[0])
         assert code == 1 and err.startswith(f"error: batch_size is {size}") and err.count("\n") == 1
 
 
-def test_boxes_of_several_pictures_are_refused_and_videos_of_a_folder_left_out(trained, files, tmp_path):
-    predictor = Predictor(trained / "m")
-    shutil.copy(files[0], tmp_path / "a.jpg")
+def test_boxes_of_several_pictures_are_refused_and_videos_of_a_folder_left_out(runs, pictures, tmp_path):
+    predictor = Predictor(runs / "m")
+    shutil.copy(pictures[0], tmp_path / "a.jpg")
     (tmp_path / "clip.mp4").write_bytes(b"")
     assert len(list(predictor(tmp_path))) == 1
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "clip.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="holds no picture that Pillow reads$"):
         list(predictor(tmp_path / "videos"))
-    for several in (files, tmp_path, iter(files)):
+    for several in (pictures, tmp_path, iter(pictures)):
         with pytest.raises(UserError, match="boxes are those of one picture"):
             predictor(several, boxes=[(0, 0, 9, 9)])
 
 
-def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, tmp_path, monkeypatch):
+def test_paths_patterns_lists_and_what_is_not_there(runs, pictures, run_script, tmp_path, monkeypatch):
     folder = tmp_path / "a b"
     (folder / "c").mkdir(parents=True)
-    for k, file in enumerate(files):
+    for k, file in enumerate(pictures):
         shutil.copy(file, folder / "c" / f"{k}.jpg" if k < 3 else folder / f"{k}.JPG")
-    predict = f"predict.py --out {trained} -pm m"
+    predict = f"predict.py --out {runs} -pm m"
 
     def names(*paths):
         code, _, err = run_script(predict, *paths)
         assert (code, err) == (0, ""), err
-        return [name.rsplit("/", 1)[-1] for name, _ in csv_points(trained / "m/predictions.csv")]
+        return [name.rsplit("/", 1)[-1] for name, _ in csv_points(runs / "m/predictions.csv")]
 
     assert names(folder) == ["3.JPG", "4.JPG", "5.JPG", "0.jpg", "1.jpg", "2.jpg"]
     assert names(f"{folder}/*/[01].jpg", folder / "5.JPG") == ["0.jpg", "1.jpg", "5.JPG"]
@@ -251,11 +238,10 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder}/4.JPG\n{folder}/no.jpg\n{folder}/5.JPG\n"))
     code, _, err = run_script(predict, "-")  # those before and behind it are kept
     assert code == 1 and f"{folder}/no.jpg" in err and "not found" in err
-    found = csv_points(trained / "m/predictions.csv")
-    predicted = [name.rsplit("/", 1)[-1] for (name, _), points in found.items() if points is not None]
+    rows = csv_points(runs / "m/predictions.csv")
+    predicted = [name.rsplit("/", 1)[-1] for (name, _), points in rows.items() if points is not None]
     assert predicted == ["4.JPG", "5.JPG"]
-    before = (trained / "m/predictions.csv").read_bytes()
-    shutil.rmtree(trained / "m/overlay", ignore_errors=True)  # of other tests
+    before = (runs / "m/predictions.csv").read_bytes()
     (tmp_path / "empty").mkdir()
     for path, message in [
         (tmp_path / "no.jpg", "not found"),
@@ -265,26 +251,24 @@ def test_paths_patterns_lists_and_what_is_not_there(trained, files, run_script, 
     ]:
         code, _, err = run_script(predict, "--overlay", folder / "5.JPG", path)
         assert code == 1 and message in err and err.count("\n") == 1, err
-        assert not (trained / "m/overlay").exists()  # before anything is predicted
-    assert (trained / "m/predictions.csv").read_bytes() == before
+        assert not (runs / "m/overlay").exists()  # before anything is predicted
+    assert (runs / "m/predictions.csv").read_bytes() == before
     code, _, err = run_script(f"{predict} --max-pixels 0.001", folder / "5.JPG")
     assert code == 1 and "--max-pixels allows 0.001 million" in err
 
 
-def test_pictures_of_the_same_name_have_files_of_their_own(trained, files, run_script, monkeypatch, tmp_path):
-    for folder in ("overlay", "predictions"):  # of other tests
-        shutil.rmtree(trained / "m" / folder, ignore_errors=True)
+def test_pictures_of_the_same_name_have_files_of_their_own(runs, pictures, run_script, monkeypatch, tmp_path):
     (tmp_path / "below").mkdir()
     for place in (tmp_path, tmp_path / "below"):
-        shutil.copy(files[0], place / "a.jpg")
-        shutil.copy(files[1], place / "b.jpg")
+        shutil.copy(pictures[0], place / "a.jpg")
+        shutil.copy(pictures[1], place / "b.jpg")
     monkeypatch.chdir(tmp_path / "below")
     for pictures in ("b.jpg", "a.jpg ../a.jpg"):  # those of the first line are replaced
         for flags in ("--overlay", "--format pts"):
-            assert run_script(f"predict.py --out {trained} -pm m {flags} {pictures}")[0] == 0
-    made = {str(p.relative_to(trained / "m")) for p in (trained / "m").rglob("a.*")}
+            assert run_script(f"predict.py --out {runs} -pm m {flags} {pictures}")[0] == 0
+    made = {str(p.relative_to(runs / "m")) for p in (runs / "m").rglob("a.*")}
     assert made == {"overlay/a.jpg.jpg", "overlay/__/a.jpg.jpg", "predictions/a.pts", "predictions/__/a.pts"}
-    assert not list((trained / "m").rglob("b.pts"))
+    assert not list((runs / "m").rglob("b.pts"))
 
 
 def test_flags_that_make_no_sense_together(run_script):
@@ -303,32 +287,30 @@ def test_flags_that_make_no_sense_together(run_script):
         assert code == 2 and message in err
 
 
-def test_several_networks_are_averaged_in_pixels_of_the_picture(trained, other_size, files, drawn, run_script):
-    one, other = Predictor(trained / "m")(files), Predictor(other_size)(files)
+def test_several_networks_are_averaged_in_pixels_of_the_picture(runs, other_size, pictures, drawn, run_script):
+    one, other = Predictor(runs / "m")(pictures), Predictor(other_size)(pictures)
     mean = np.stack([(a.points + b.points) / 2 for a, b in zip(one, other, strict=True)])
     assert np.abs(mean - np.stack([a.points for a in one])).max() > 0.5  # they do differ
-    both = Predictor([trained / "m", other_size])(files)
-    assert np.stack([each.points for each in both]) == pytest.approx(mean, abs=0.01)
-    shutil.copytree(other_size, trained / "n")
-    code, out, _ = run_script(f"predict.py --out {trained} -pm m -pm n")
-    assert code == 0 and (trained / "m+n" / "submit.csv").exists()
-    names = json.loads((trained / "m+n/points.json").read_text())
-    submitted = dict(zip(names, np.load(trained / "m+n/points.npy"), strict=True))
-    assert np.stack([submitted[file.name] for file in files]) == pytest.approx(mean, abs=0.01)
+    both = Predictor([runs / "m", other_size])(pictures)
+    assert np.stack([prediction.points for prediction in both]) == pytest.approx(mean, abs=0.01)
+    shutil.copytree(other_size, runs / "n")
+    code, out, _ = run_script(f"predict.py --out {runs} -pm m -pm n")
+    assert code == 0 and (runs / "m+n" / "submit.csv").exists()
+    names = json.loads((runs / "m+n/points.json").read_text())
+    submitted = dict(zip(names, np.load(runs / "m+n/points.npy"), strict=True))
+    assert np.stack([submitted[file.name] for file in pictures]) == pytest.approx(mean, abs=0.01)
 
 
-def test_networks_of_other_points_are_not_averaged(trained, data, tmp_path):
-    rows = [line.split("\t")[: 1 + 2 * 20] for line in (data / "train/landmarks.csv").read_text().splitlines()]
-    (data / "train/landmarks.csv").write_text("\n".join("\t".join(row) for row in rows) + "\n")
-    fewer = train_run(QUICK, data, tmp_path / "fewer")
+def test_networks_of_other_points_are_not_averaged(runs, data, tmp_path):
+    labels_of(data).write_text("".join("\t".join(line.split("\t")[:41]) + "\n" for line in csv_lines(labels_of(data))))
     with pytest.raises(UserError, match="different numbers of points"):
-        Predictor([trained / "m", fewer])
+        Predictor([runs / "m", untrained(data, tmp_path / "fewer")])
 
 
-def test_boxes_cut_objects_as_training_images_are_cut(trained, files, run_script, tmp_path, monkeypatch):
+def test_boxes_cut_objects_as_training_images_are_cut(runs, pictures, run_script, tmp_path, monkeypatch):
     "A face in a larger scene, with its box, has the points that it has in its own image."
-    predictor = Predictor(trained / "m", flip_test=False)
-    own = Image.open(files[0]).convert("RGB").resize((96, 96))
+    predictor = Predictor(runs / "m", flip_test=False)
+    own = Image.open(pictures[0]).convert("RGB").resize((96, 96))
     alone = predictor(own).points
     scene = Image.new("RGB", (500, 300), (90, 120, 60))
     scene.paste(own, (40, 30))
@@ -336,23 +318,23 @@ def test_boxes_cut_objects_as_training_images_are_cut(trained, files, run_script
     scene.save(tmp_path / "scene.png")
     inside = (np.array(predictor.networks[0].facts.points_box) + 1) * 48  # where a training image has its points' box
     boxes = [tuple(inside + [x, y, x, y]) for x, y in [(40, 30), (300, 150)]]
-    found = predictor(tmp_path / "scene.png", boxes=boxes)
-    assert [f.box for f in found] == [pytest.approx(box) for box in boxes]
-    for each, shift in zip(found, [(40, 30), (300, 150)], strict=True):
-        assert each.points == pytest.approx(alone + shift, abs=0.15)  # the two are resampled in different ways
-    rows = "".join(f"scene.png,{','.join(map(str, box))}\n" for box in boxes)
-    (tmp_path / "boxes.csv").write_text("file_name,left,top,right,bottom\n" + rows)
-    line = f"predict.py --no-tta --out {trained} -pm m --boxes {tmp_path / 'boxes.csv'}"
-    code, out, err = run_script(line, tmp_path / "scene.png", files[1])
-    assert code == 0 and "2 pictures, 2 objects" in out and f"note: {files[1]}: no box found" in err
-    csv_found = csv_points(trained / "m/predictions.csv")
-    assert csv_found.pop((str(files[1]), "")) is None
-    assert np.stack(list(csv_found.values())) == pytest.approx(np.stack([f.points for f in found]), abs=1e-3)
-    (tmp_path / "boxes.csv").write_text("file_name,left,top,right,bottom\n" + rows.replace("scene", "./scene"))
+    faces = predictor(tmp_path / "scene.png", boxes=boxes)
+    assert [face.box for face in faces] == [pytest.approx(box) for box in boxes]
+    for face, shift in zip(faces, [(40, 30), (300, 150)], strict=True):
+        assert face.points == pytest.approx(alone + shift, abs=0.15)  # the two are resampled in different ways
+    table = "".join(f"scene.png,{','.join(map(str, box))}\n" for box in boxes)
+    (tmp_path / "boxes.csv").write_text("file_name,left,top,right,bottom\n" + table)
+    line = f"predict.py --no-tta --out {runs} -pm m --boxes {tmp_path / 'boxes.csv'}"
+    code, out, err = run_script(line, tmp_path / "scene.png", pictures[1])
+    assert code == 0 and "2 pictures, 2 objects" in out and f"note: {pictures[1]}: no box found" in err
+    rows = csv_points(runs / "m/predictions.csv")
+    assert rows.pop((str(pictures[1]), "")) is None
+    assert np.stack(list(rows.values())) == pytest.approx(np.stack([face.points for face in faces]), abs=1e-3)
+    (tmp_path / "boxes.csv").write_text("file_name,left,top,right,bottom\n" + table.replace("scene", "./scene"))
     monkeypatch.chdir(tmp_path)
     code, out, err = run_script(line, "./scene.png")
     assert code == 0 and "1 pictures, 2 objects" in out
-    (tmp_path / "boxes.csv").write_text(rows)
+    (tmp_path / "boxes.csv").write_text(table)
     code, _, err = run_script(line, tmp_path / "scene.png")
     assert code == 1 and "line 1 is a box: add a header line" in err
     for row, message in [("scene.png,1,2,3", "line 2"), ("scene.png,5,2,3,4", "line 2"), ("", "has no rows")]:
@@ -365,8 +347,8 @@ def test_boxes_cut_objects_as_training_images_are_cut(trained, files, run_script
 def test_an_overlay_shows_every_point(size):
     "On a small picture, enlarged, points a pixel apart are still told apart; on a large one a dot is seen when it is reduced."
     points = np.stack(np.meshgrid(np.linspace(0.3, 0.7, 31), np.linspace(0.3, 0.7, 31)), -1).reshape(-1, 2) * size
-    found = Prediction(points.astype(np.float32), np.full(len(points), size[0] / 200, np.float32))
-    drawn = draw_points(Image.new("RGB", size, (40, 40, 40)), [found])
+    prediction = Prediction(points.astype(np.float32), np.full(len(points), size[0] / 200, np.float32))
+    drawn = draw_points(Image.new("RGB", size, (40, 40, 40)), [prediction])
     factor = drawn.width // size[0]
     assert drawn.width >= 1000 and drawn.size == (size[0] * factor, size[1] * factor)
     pixels = np.asarray(drawn)
@@ -376,22 +358,22 @@ def test_an_overlay_shows_every_point(size):
     assert coloured.sum() < 0.1 * 0.4 * 0.4 * coloured.size * 4  # the dots leave most of the face free
     middle = np.rint((points[0] + points[32]) / 2 * factor).astype(int)
     assert not coloured[middle[1], middle[0]]
-    rings = np.asarray(draw_points(Image.new("RGB", size, (40, 40, 40)), [found], confidence=True))
+    rings = np.asarray(draw_points(Image.new("RGB", size, (40, 40, 40)), [prediction], confidence=True))
     assert (rings == (255, 60, 60)).all(-1).any()
 
 
-def test_overlays_are_written_beside_the_points(trained, files, run_script, tmp_path):
+def test_overlays_are_written_beside_the_points(runs, pictures, run_script, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        shutil.copy(files[0], tmp_path / folder / "x.jpg")
-    code, out, _ = run_script(f"predict.py --out {trained} -pm m --overlay", tmp_path / "a", tmp_path / "b")
-    assert code == 0 and f"with the points drawn: {trained / 'm' / 'overlay'}" in out
-    assert len(list((trained / "m/overlay").rglob("x.jpg.jpg"))) == 2
+        shutil.copy(pictures[0], tmp_path / folder / "x.jpg")
+    code, out, _ = run_script(f"predict.py --out {runs} -pm m --overlay", tmp_path / "a", tmp_path / "b")
+    assert code == 0 and f"with the points drawn: {runs / 'm' / 'overlay'}" in out
+    assert len(list((runs / "m/overlay").rglob("x.jpg.jpg"))) == 2
 
 
 @pytest.fixture(scope="module")
-def good_run(tmp_path_factory):
-    "A network that was trained well enough for its points to be compared: one minute."
+def good_run(tmp_path_factory, train_run):
+    "A network that was runs well enough for its points to be compared: one minute."
     from landmarks_fastai.synthetic.sample import make_sample
 
     folder = tmp_path_factory.mktemp("good")
@@ -406,29 +388,29 @@ def test_faces_in_scenes_score_as_those_cut_exactly(good_run):
     from landmarks_fastai.data.labels import open_labels
     from landmarks_fastai.inference.detector import FaceDetector
 
-    run, faces = good_run
-    labels = open_labels(faces / "test" / "landmarks.csv")
+    run, drawn = good_run
+    labels = open_labels(drawn / "test" / "landmarks.csv")
     rng, exact, detected, alone = np.random.default_rng(0), [], [], []
     predictor, finder = Predictor(run), Predictor(run, detector=FaceDetector())
     for start in range(0, 24, 4):
         scene, truth = Image.new("RGB", (1100, 1100), (110, 90, 70)), []
         for k in range(4):
-            image = Image.open(faces / "test" / "images" / labels.name(start + k))
+            image = Image.open(drawn / "test" / "images" / labels.name(start + k))
             alone.append(((predictor(image.convert("RGB")).points - labels.points(start + k)) ** 2).mean())
             corner = [550 * (k % 2), 550 * (k // 2)] + rng.integers(0, 550 - max(image.size), 2)
             scene.paste(image, tuple(corner.tolist()))
             truth.append(labels.points(start + k) + corner)
         boxes = [(*p.min(0), *(p.max(0) + 1)) for p in truth]
         exact += [((f.points - p) ** 2).mean() for f, p in zip(predictor(scene, boxes), truth, strict=True)]
-        found = finder(scene)
-        assert len(found) == 4 and all(f.score > 0.6 for f in found)
-        detected += [min(((f.points - p) ** 2).mean() for f in found) for p in truth]
+        faces = finder(scene)
+        assert len(faces) == 4 and all(face.score > 0.6 for face in faces)
+        detected += [min(((face.points - p) ** 2).mean() for face in faces) for p in truth]
     assert np.mean(exact) < 1.2 * np.mean(alone) and np.mean(detected) < 1.2 * np.mean(exact)
 
 
-def test_a_picture_without_a_face_has_an_empty_row(trained, drawn, files, run_script, tmp_path):
+def test_a_picture_without_a_face_has_an_empty_row(runs, drawn, pictures, run_script, tmp_path):
     Image.new("RGB", (300, 200), (30, 90, 120)).save(tmp_path / "sky.png")
-    code, out, err = run_script(f"predict.py --detect --out {trained} -pm m", tmp_path / "sky.png", files[0])
+    code, out, err = run_script(f"predict.py --detect --out {runs} -pm m", tmp_path / "sky.png", pictures[0])
     assert code == 0 and f"note: {tmp_path / 'sky.png'}: no face found" in err and "2 pictures, 1 objects" in out
-    found = csv_points(trained / "m/predictions.csv")
-    assert found[(str(tmp_path / "sky.png"), "")] is None and found[(str(files[0]), "0")] is not None
+    rows = csv_points(runs / "m/predictions.csv")
+    assert rows[(str(tmp_path / "sky.png"), "")] is None and rows[(str(pictures[0]), "0")] is not None

@@ -242,10 +242,10 @@ def test_faces_are_found_numbered_and_smoothed(tmp_path):
             assert second.points == pytest.approx(np.array([[49.5, 19.5], [81.5, 51.5]]), abs=0.05)
 
 
-def test_videos_that_differ_in_their_suffix_have_a_copy_each(tmp_path, quick_run, run_script):
+def test_videos_that_differ_in_their_suffix_have_a_copy_each(tmp_path, untrained_run, run_script):
     for suffix in ("mp4", "mov"):
         greys(tmp_path / f"clip.{suffix}")
-    code, out, err = run_script("predict.py --overlay -pm", quick_run / "best.pth", *tmp_path.glob("clip.*"))
+    code, out, err = run_script("predict.py --overlay -pm", untrained_run / "best.pth", *tmp_path.glob("clip.*"))
     assert (code, err) == (0, "") and f"0 pictures, {2 * N} frames" in out
     copies = sorted((tmp_path / "here/runs/m/overlay").rglob("*.mp4"))
     assert [path.name for path in copies] == ["clip.mov.mp4", "clip.mp4"]

@@ -114,21 +114,6 @@ def test_old_names_of_densenet_weights_are_read(tmp_path):
     assert all(torch.equal(v, model[0].state_dict()[k]) for k, v in again[0].state_dict().items())
 
 
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_a_payload_is_refused_and_does_not_run(tmp_path):
-    torch.save({"a": torch.zeros(1), "b": Payload(tmp_path / "ran")}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="holds more than tensors"):
-        load_weights(build_model("resnet18", "linear", 7, 64), "resnet18", str(tmp_path / "w.pth"), 64)
-    assert not (tmp_path / "ran").exists()
-
-
 def test_files_that_do_not_fit_are_refused(tmp_path, other):
     model = build_model("resnet18", "linear", 7, 64)
     cases = {

@@ -14,11 +14,21 @@ from fastai.callback.core import Callback
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.claim import process_lock
 from landmarks_fastai.runs.run import Run
-from tests.cli.test_scripts import check_refused
-from tests.conftest import ARCH, ROOT, every_learner_has
-from tests.training.test_resume import RUNS, SHORT, CtrlC, check_equal, snapshot, stopping_at
+from tests.helpers import (
+    ARCH,
+    ROOT,
+    RUNS,
+    SHORT,
+    CtrlC,
+    best,
+    check_refused,
+    every_learner_has,
+    snapshot,
+    stopping_at,
+)
 
 
+@pytest.mark.train
 def test_name_of_a_stopped_run_is_refused_without_resume_or_overwrite(run_script, drawn):
     with stopping_at(5):
         assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 130
@@ -44,6 +54,7 @@ def test_name_of_a_stopped_run_is_refused_without_resume_or_overwrite(run_script
     assert (code, err) == (0, "") and "resuming at epoch" in out
 
 
+@pytest.mark.train
 def test_failed_overwrite_leaves_the_old_run_unchanged(run_script, drawn):
     "A loss that is no number, an error and Ctrl-C, over a stopped run and over a finished one."
     ruin = f"{SHORT} --opt sgd -lr 999 --head-lr-mult 1 --ema 0 --seed 5 -n r --overwrite -d"
@@ -87,9 +98,8 @@ def test_repair_after_a_kill_during_overwrite_leaves_one_complete_run(tmp_path, 
     assert {p.name: p.read_bytes() for p in run.folder.iterdir()} == expected
 
 
-def test_overwritten_run_is_kept_beside_the_new_one_until_that_ends(run_script, drawn):
-    assert run_script(f"train.py {SHORT} -n r -d", drawn)[0] == 0
-    before = {p.name: p.read_bytes() for p in (RUNS / "r").iterdir()}
+def test_overwritten_run_is_kept_beside_the_new_one_until_that_ends(run_script, drawn, finished_run):
+    before = {p.name: p.read_bytes() for p in finished_run("r").iterdir()}
     kept = []
 
     class Watch(Callback):
@@ -99,11 +109,10 @@ def test_overwritten_run_is_kept_beside_the_new_one_until_that_ends(run_script, 
     with every_learner_has(Watch), stopping_at(13):
         assert run_script(f"train.py {SHORT} --seed 3 --overwrite -n r -d", drawn)[0] == 130
     assert kept and all(kept) and [p.name for p in RUNS.iterdir()] == ["r"]
-    assert run_script("train.py --resume -n r")[0] == 0
-    assert run_script(f"train.py {SHORT} --seed 3 -n whole -d", drawn)[0] == 0
-    check_equal(RUNS, "whole", "r")
+    assert run_script("train.py --resume -n r")[0] == 0 and best("r").settings.seed == 3
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("record", ["", "[]", '{"format": 1}', '{"script": "train.py", "flags": {"no_such_flag": 1}}'])
 def test_a_record_of_another_kind_is_refused_and_can_be_overwritten(run_script, drawn, record):
     (RUNS / "s").mkdir(parents=True)
@@ -113,6 +122,7 @@ def test_a_record_of_another_kind_is_refused_and_can_be_overwritten(run_script, 
         assert run_script(f"train.py {SHORT} --overwrite -n s -d", drawn)[0] == 0
 
 
+@pytest.mark.train
 def test_flags_of_the_machine_may_change_when_a_run_is_resumed(run_script, drawn):
     with stopping_at(5):
         assert run_script(f"train.py {SHORT} --save-every 7 -n r -d", drawn)[0] == 130

@@ -14,7 +14,7 @@ from landmarks_fastai.inference.torch_network import TorchNetwork, open_checkpoi
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.training.learner import load_best
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import N_POINTS, N_TEST, QUICK, train_run
+from tests.helpers import N_POINTS, N_TEST, QUICK, train_run
 
 ALIGN = f"{QUICK} --align 1.05"
 

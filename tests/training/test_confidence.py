@@ -20,8 +20,7 @@ from landmarks_fastai.settings import Settings
 from landmarks_fastai.synthetic.sample import make_sample
 from landmarks_fastai.training import stage
 from landmarks_fastai.training.confidence import predict_held_out
-from tests.conftest import ARCH, N_POINTS, QUICK, train_run
-from tests.training.test_resume import check_equal
+from tests.helpers import ARCH, N_POINTS, QUICK, check_equal, train_run
 
 STAGE = f"{QUICK} --align 1.05 --valid-pct 0.5 -e 4"
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -17,9 +17,6 @@ import torch
 from landmarks_fastai.data.augment import Augment
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.degrade import Degrade
-from tests.conftest import QUICK, ROOT
-from tests.processes import LIMIT, check_stopped, finish, pids_of, torchrun, two_machines
-from tests.training.test_resume import check_equal
 
 # No batch norm: its means are of each process's part of a batch. A low rate: all epochs go on getting better.
 PLAIN = f"{QUICK} --arch timm:test_convnext -e 4 -lr 1e-4 --align 1.05 --tta"
@@ -33,6 +30,7 @@ sys.path.insert(0, {str(ROOT)!r})
 rank, spoil, renamed, losses = os.environ["RANK"], os.environ.get("SPOIL", ",").split(","), [], []
 sys.addaudithook(lambda event, args: renamed.append(str(args[1])) if event == "os.rename" else None)
 from landmarks_fastai.cli import app, train
+from tests.helpers import LIMIT, QUICK, ROOT, check_equal, check_stopped, finish, pids_of, torchrun, two_machines
 def main():
     import fastai.callback.progress
     from fastai.callback.core import Callback

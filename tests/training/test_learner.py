@@ -10,7 +10,7 @@ from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import ARCH
+from tests.helpers import ARCH
 
 
 def learner(data, tmp_path, **changes):

@@ -20,9 +20,7 @@ from landmarks_fastai.runs.checkpoint import FORMAT, read_checkpoint
 from landmarks_fastai.settings import RECIPES
 from landmarks_fastai.training.callbacks.evaluation import Average
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import N_POINTS, N_TRAIN, QUICK
-from tests.training.test_callbacks import learner
-from tests.training.test_stage import same, tensors
+from tests.helpers import N_POINTS, N_TRAIN, QUICK, equal_tensors, learner, tensors
 
 RUNS = Path("runs")  # of `run_script`, in the current folder
 

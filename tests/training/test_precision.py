@@ -10,8 +10,7 @@ from landmarks_fastai.training.callbacks import Average
 from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.training.state import read_state
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import ARCH, every_learner_has
-from tests.training.test_resume import RUNS, SHORT, check_equal, stopping_at
+from tests.helpers import ARCH, RUNS, SHORT, check_equal, every_learner_has, stopping_at
 
 
 class Overflow(Callback):

@@ -22,8 +22,7 @@ from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.callbacks import evaluation
 from landmarks_fastai.training.state import State, write_state
-from tests.cli.test_scripts import check_refused, first_image
-from tests.conftest import QUICK, ROOT, every_learner_has
+from tests.helpers import QUICK, ROOT, check_refused, edit_line, every_learner_has, row_image
 
 RUNS = Path("runs")  # of `run_script`, in the current folder
 SHORT = f"{QUICK} -e 3 -b 4"  # an epoch: 8 batches of training, 2 of validation
@@ -205,7 +204,6 @@ def test_resume_leaves_out_the_same_rows(run_script, data):
 
 
 def test_resume_is_refused_if_the_labels_have_changed(run_script, data):
-    from tests.conftest import edit_line
 
     with stopping_at(5):
         assert run_script(f"train.py {SHORT} -n r -d", data)[0] == 130

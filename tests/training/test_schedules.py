@@ -17,9 +17,7 @@ from landmarks_fastai.settings import Settings
 from landmarks_fastai.training.callbacks.schedules import TimeLimit
 from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import ARCH, QUICK, every_learner_has
-from tests.training.test_callbacks import learner
-from tests.training.test_options import RUNS, best, history
+from tests.helpers import ARCH, QUICK, RUNS, best, every_learner_has, history, learner
 
 
 def test_lr_find_is_printed_drawn_and_used(run_script, drawn):

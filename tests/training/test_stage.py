@@ -16,7 +16,7 @@ from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.training.stage import fit_stage, note_low_lr
 from landmarks_fastai.utils.hardware import Machine
-from tests.conftest import ARCH, N_POINTS, QUICK
+from tests.helpers import ARCH, N_POINTS, QUICK
 
 
 def tensors(path):

@@ -15,7 +15,9 @@ from fastai.learner import Learner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from landmarks_fastai.training.state import capture_state, restore_state
 from landmarks_fastai.utils.fastai_internals import ResumableLearner, without_device, worker_count
+from tests.helpers import silent, small_learner
 
 READ_IN = "2.8.12"
 
@@ -44,12 +46,10 @@ class Watch(Callback):
 def learn():
     data = TensorDataset(torch.rand(6, 3), torch.rand(6, 2))
     dls = DataLoaders(DataLoader(data, 2), DataLoader(data, 2))
-    learn = ResumableLearner(dls, nn.Linear(3, 2), nn.MSELoss())
-    learn.remove_cbs([cb for cb in learn.cbs if cb.name == "progress"])
-    learn.logger = lambda values: None
-    return learn
+    return silent(ResumableLearner(dls, nn.Linear(3, 2), nn.MSELoss()))
 
 
+@pytest.mark.train
 def test_fit_starts_at_begin_and_the_next_fit_at_zero(learn):
     "`_do_fit` is what `fit` calls for its epochs; this Learner's begins at another."
     watch = Watch()
@@ -62,6 +62,7 @@ def test_fit_starts_at_begin_and_the_next_fit_at_zero(learn):
     assert watch.batches == [(0, 0), (0, 1), (0, 2)]
 
 
+@pytest.mark.train
 def test_failed_fit_resets_begin(learn):
     class Fail(Callback):
         def before_batch(self):
@@ -73,6 +74,7 @@ def test_failed_fit_resets_begin(learn):
     assert learn.begin == (0, 0)
 
 
+@pytest.mark.train
 def test_with_events_runs_after_epoch_of_a_cancelled_epoch(learn):
     class Cancel(Callback):
         def before_train(self):
@@ -101,16 +103,10 @@ def test_private_names_of_fastai_are_unchanged():
     assert list(inspect.signature(Learner._with_events).parameters) == ["self", "f", "event_type", "ex", "final"]
 
 
+@pytest.mark.train
 def test_smoothed_loss_stays_on_the_cpu(drawn, tmp_path):
     "fastai keeps it there, and `torch.lerp` refuses mixed devices. The meta device stands in for a GPU."
-    from landmarks_fastai import landmark_dataloaders, landmark_learner
-    from landmarks_fastai.training.state import capture_state, restore_state
-    from landmarks_fastai.utils.hardware import Machine
-
-    dls = landmark_dataloaders(drawn, size=32, batch_size=8, machine=Machine(workers=0))
-    learn = landmark_learner(dls, "resnet18", "none", path=tmp_path)
-    learn.remove_cb(learn.progress)
-    learn.logger = lambda values: None
+    learn = small_learner(drawn, tmp_path)
     learn.fit(1)
     state = capture_state(learn)
     learn.model.to("meta")

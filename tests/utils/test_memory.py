@@ -10,11 +10,9 @@ import torch
 from fastai.callback.core import Callback
 
 from landmarks_fastai.utils.memory import out_of_memory
-from tests.cli.test_scripts import check_refused
-from tests.conftest import QUICK, ROOT, every_learner_has
-from tests.training.test_resume import SHORT, check_equal
+from tests.helpers import LINUX, QUICK, ROOT, RUNS, SHORT, check_equal, check_refused, every_learner_has
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are set as Linux has them")
+pytestmark = LINUX
 
 
 @pytest.fixture
@@ -41,15 +39,14 @@ def small_memory(monkeypatch):
         monkeypatch.setattr(module, "build_model", built)
 
 
-def test_a_batch_that_does_not_fit_is_one_line(run_script, drawn, tmp_path, small_memory):
+@pytest.mark.train
+def test_a_batch_that_does_not_fit_is_one_line(run_script, drawn, runs, small_memory):
     line = "not enough memory for such a batch: try a smaller -b"
-    result = run_script(f"train.py {SHORT} -b 16 --accumulate 2 -n r -d", drawn)
+    result = run_script(f"train.py {QUICK} -b 16 --accumulate 2 -n r --out {runs} -d", drawn)
     check_refused(result, f"-b 16: {line}, and --accumulate for the same steps")
-    assert not list((tmp_path / "here" / "runs").iterdir())
-    assert run_script(f"train.py {SHORT} -b 4 --accumulate 8 -n r -d", drawn)[0] == 0
-    check_refused(run_script("predict.py --workers 0 -b 6 -pm r"), f"-b 6: {line}\n")
-    check_refused(run_script("finetune.py --workers 0 -b 8 --accumulate 1 -n s -pm r"), f"-b 8: {line}\n")
-    assert not list((tmp_path / "here" / "runs").glob("s"))
+    check_refused(run_script(f"predict.py --workers 0 -b 6 --out {runs} -pm m"), f"-b 6: {line}\n")
+    check_refused(run_script(f"finetune.py --workers 0 -b 8 --accumulate 1 -n s --out {runs} -pm m"), f"-b 8: {line}")
+    assert [p.name for p in runs.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +89,7 @@ def test_too_small_shared_memory_is_reported(drawn, tmp_path):
     assert "error: 1 workers may need" in err[0] and "use --workers 0, or a larger /dev/shm" in err[0]
 
 
+@pytest.mark.train
 def test_worker_killed_by_a_bus_error_is_reported(run_script, drawn):
     "As torch raises it: the signal's own text is the cause of `exited unexpectedly`."
 
@@ -139,14 +137,13 @@ def test_full_disk_keeps_the_previous_state(drawn, tmp_path, run_script):
     left = (tmp_path / "left.txt").read_text()
     assert "state.safetensors\n" in left and ".tmp" not in left
     assert codes[1] == "0" and "resuming at epoch 0, batch 1" in (tmp_path / "resumed.txt").read_text()
-    runs = tmp_path / "here" / "runs"
     assert run_script(f"train.py {SHORT} --arch {FILLS} -n uninterrupted -d", drawn)[0] == 0
-    shutil.copytree(tmp_path / "out" / "parts", runs / "parts")
-    check_equal(runs, "uninterrupted", "parts")
+    shutil.copytree(tmp_path / "out" / "parts", RUNS / "parts")
+    check_equal("uninterrupted", "parts")
 
 
 @pytest.mark.parametrize("bytes_left", [1 << 10, 1 << 14, 1 << 17, 1 << 20])
-def test_file_size_limit_is_reported_in_one_line(run_script, drawn, finished_run, tmp_path, bytes_left):
+def test_file_size_limit_is_reported_in_one_line(run_script, drawn, finished_run, bytes_left):
     "As a quota does; whichever file is the first that does not fit."
     import resource
 
@@ -158,4 +155,4 @@ def test_file_size_limit_is_reported_in_one_line(run_script, drawn, finished_run
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     check_refused(result, "cannot be written", "File too large")
-    assert os.listdir(tmp_path / "here" / "runs") == ["other"]
+    assert os.listdir(RUNS) == ["other"]
