@@ -6,7 +6,6 @@
 import argparse
 import re
 import sys
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,8 +41,7 @@ def read_test_points(csv: str | Path) -> TestPoints:
     The lists are parsed, never evaluated. Raises `UserError` with the number of a bad line.
     """
     csv = Path(csv)
-    names, n_submitted = [], 0
-    lines, indices = array("q"), array("q")  # lists of int take six times the memory
+    names, lines, indices, n_submitted = [], [], [], 0
     for number, text in _read_lines(csv):
         name, _, field = text.partition("\t")
         field, where = field.strip().strip('"'), f"{csv} line {number}"
@@ -55,16 +53,16 @@ def read_test_points(csv: str | Path) -> TestPoints:
             raise UserError(f"{where}: a file name, a TAB and a list of point indices expected")
         if not INDEX_LIST.fullmatch(field):
             raise UserError(f"{where}: {field[:40]!r} is not a list of point indices like [742, 385]")
-        row = [int(index) for index in re.findall(r"-?\d+", field)]
+        row = np.array(re.findall(r"-?\d+", field), np.int64)
         n_submitted = n_submitted or len(row)
         if len(row) != n_submitted:
             raise UserError(f"{where}: {len(row)} indices found, {n_submitted} as in the rows before expected")
         names.append(name)
         lines.append(number)
-        indices.extend(row)
+        indices.append(row)
     if not names:
         raise UserError(f"{csv} has no rows: a header line and one line per image are needed")
-    return TestPoints(csv, names, np.array(lines), np.array(indices).reshape(-1, n_submitted))
+    return TestPoints(csv, names, np.array(lines), np.stack(indices))
 
 
 def _read_lines(csv: Path) -> Iterator[tuple[int, str]]:
@@ -144,22 +142,19 @@ def score(submission: str | Path, test_points: str | Path, truth: str | Path) ->
     return float(np.mean((points - true) ** 2))
 
 
-def main(argv: list[str] | None = None) -> int:
-    "Run the command `python -m landmarks_fastai.competition`; return the exit code."
+def main(argv: list[str] | None = None) -> None:
+    "Run the command `python -m landmarks_fastai.competition`."
     parser = argparse.ArgumentParser(prog="python -m landmarks_fastai.competition", description="Score a submission.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("score", help="print the competition's score of a submission")
-    command.add_argument("submission", help="the submission, as predict.py wrote it")
-    command.add_argument("test_points", help="the test_points.csv that it was made for")
-    command.add_argument("truth", help="the true points, in the format of landmarks.csv")
+    parser.add_argument("command", choices=["score"], help="print the competition's score of a submission")
+    parser.add_argument("submission", help="the submission, as predict.py wrote it")
+    parser.add_argument("test_points", help="the test_points.csv that it was made for")
+    parser.add_argument("truth", help="the true points, in the format of landmarks.csv")
     args = parser.parse_args(argv)
     try:
         print(score(args.submission, args.test_points, args.truth))
     except UserError as e:
-        print(*(f"error: {line}" for line in e.lines), sep="\n", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit("\n".join(f"error: {line}" for line in e.lines))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -65,17 +65,6 @@ def plot_flip_map(shape: np.ndarray, flip_indices: np.ndarray) -> None:
     ax.set_axis_off()
 
 
-def plot_lr_find(rates: np.ndarray, losses: np.ndarray, chosen: float) -> None:
-    "Plot the smoothed training losses over the learning rates of the body, and mark the chosen rate."
-    from matplotlib import pyplot as plt
-
-    _, ax = plt.subplots(figsize=(6, 4), dpi=120)
-    ax.plot(rates, losses)
-    ax.axvline(chosen, color=PREDICTION, label=f"chosen: {chosen:g}")
-    ax.set(xscale="log", xlabel="learning rate of the body", ylabel="training loss")
-    ax.legend()
-
-
 def plot_points(ax: "Axes", image: np.ndarray, points: np.ndarray, colour: str) -> None:
     "Plot an image (height, width, 3), uint8 or in 0..1, with points (n_points, 2) in its pixels; 971 dots do not hide a face."
     height, width = image.shape[:2]

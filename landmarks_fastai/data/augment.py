@@ -109,9 +109,8 @@ def rename(points: torch.Tensor, mirrored: torch.Tensor, flip_indices: torch.Ten
 
 
 def invert(matrix: torch.Tensor) -> torch.Tensor:
-    "Matrices (batch, 2, 3) that undo others: a, b, c, d become d, -b, -c, a over the determinant."
-    (a, b, _), (c, d, _) = (row.unbind(1) for row in matrix.unbind(1))
-    inverse = torch.stack([torch.stack([d, -b], 1), torch.stack([-c, a], 1)], 1) / (a * d - b * c)[:, None, None]
+    "Matrices (batch, 2, 3) that undo others."
+    inverse = torch.linalg.inv(matrix[:, :, :2])
     return torch.cat([inverse, -inverse @ matrix[:, :, 2:]], 2)
 
 

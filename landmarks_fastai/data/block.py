@@ -24,7 +24,7 @@ from landmarks_fastai.data.flip import ROWS, NoFlipMap, learn_flip_map
 from landmarks_fastai.data.image_cache import Inputs, open_cache
 from landmarks_fastai.data.items import LabelledImages, labelled_images
 from landmarks_fastai.data.loader import LandmarkDL
-from landmarks_fastai.data.split import RowSplitter
+from landmarks_fastai.data.split import split_items
 from landmarks_fastai.data.transforms import OpenInput, PILInput, PointsToUnit, StoredPoints
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
@@ -63,7 +63,7 @@ def landmark_block(
         get_items=partial(labelled_images, on_bad=settings.on_bad),
         get_x=OpenInput(inputs or Inputs(settings.fit, settings.size), alignment_of(settings, facts)),
         get_y=StoredPoints(),
-        splitter=RowSplitter(settings),
+        splitter=partial(split_items, settings=settings),
     )
     # PointScaler divides by the size alone, which takes a pixel's centre for its edge: half an input pixel off
     block.default_item_tfms = L(t for t in block.default_item_tfms if not isinstance(t, PointScaler))
@@ -128,7 +128,7 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
 
     Mean shape and flip map are kept where they are `known`. Raises `UserError` for `tta` without mirroring.
     """
-    images = images[RowSplitter(settings)(images)[0]]
+    images = images[split_items(images, settings)[0]]
     facts = (known or DataFacts()).replace(n_points=images.labels.n_points)
     mean = np.array(facts.shape).reshape(-1, 2) if facts.shape else None
     if settings.mirror == "none":

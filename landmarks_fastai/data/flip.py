@@ -6,17 +6,14 @@ analysis, Gower 1975), their mean is reflected, and the two sets of points are m
 squared distances (Hungarian assignment).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from landmarks_fastai.data.align import NoShape, procrustes_mean, rotation_onto
-from landmarks_fastai.utils.files import atomic_write
 
 if TYPE_CHECKING:  # predictions with ONNX Runtime need no torch
     import torch
@@ -117,12 +114,6 @@ def _match(mean: np.ndarray, degrees: Any, tree: Any) -> tuple[np.ndarray, float
 
 def _xy(shape: np.ndarray) -> np.ndarray:
     return np.stack([np.real(shape), np.imag(shape)], -1)
-
-
-def write_flip_indices(path: Path, flip_indices: Sequence[int]) -> None:
-    "Write mirror.json: a list whose k-th entry is the index of the mirrored k-th point."
-    with atomic_write(path) as f:
-        json.dump([int(p) for p in flip_indices], f)
 
 
 def average_flipped(points: Values, mirrored: Values, flip_indices: Sequence[int]) -> Values:

@@ -77,11 +77,10 @@ class InputCache:
 
 def image_stamp(path: str | Path) -> tuple[int, int]:
     "Return size and time of a file, -1 if there is none."
-    try:
+    with suppress(OSError):
         stat = os.stat(path)
-    except OSError:
-        return (-1, -1)
-    return stat.st_size, stat.st_mtime_ns
+        return stat.st_size, stat.st_mtime_ns
+    return -1, -1
 
 
 def open_cache(folder: Path, rows: int, fit: str, size: int, key: dict, other: InputCache | None = None) -> InputCache:

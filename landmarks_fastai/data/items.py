@@ -12,7 +12,7 @@ from typing import overload
 import numpy as np
 import pandas as pd
 
-from landmarks_fastai.data.checks import check_images, leaves_folder, write_listing
+from landmarks_fastai.data.checks import check_images, write_listing
 from landmarks_fastai.data.labels import Labels, data_folder, frame_labels, open_labels
 from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
@@ -118,9 +118,6 @@ def labelled_images(
         labels, folder = open_labels(train / "landmarks.csv"), train / "images"
     image_faults = check_images(labels, folder)
     if left_out is not None:
-        new = np.setdiff1d(list(image_faults), left_out).tolist()
-        if leaving := [row for row in new if leaves_folder(folder, labels.name(row))]:
-            raise BadData((labels.problem(row, image_faults[row]) for row in leaving), len(leaving))
         return LabelledImages(labels, folder, left_out, listing)
     faults = dict(sorted((labels.faults | image_faults).items()))
     problems = [labels.problem(row, text) for row, text in faults.items()]

@@ -27,43 +27,6 @@ from landmarks_fastai.utils.signals import leave_signals_to_parent, signals_bloc
 UNMOUNTED = 4  # unreadable images in a row of batches, each with more than half unreadable: the run stops
 
 
-class LostImages:
-    "The images that became unreadable during training: a warning is printed once for each, and it is added to the listing."
-
-    def __init__(self):
-        self.batch: list[tuple[LabelledImage, str]] = []
-        self.in_a_row = 0
-        self.told: set[int] = set()  # rows that a warning was printed for
-
-    def add(self, item: LabelledImage, why: str) -> None:
-        "Add an image of the current batch."
-        self.batch.append((item, why))
-
-    def end_batch(self, size: int) -> None:
-        """Print the warnings of a batch of `size` images.
-
-        Raises `UserError` if consecutive batches lose most of their images: then the folder is gone, not an image.
-        """
-        lost, self.batch = self.batch, []
-        self.in_a_row = self.in_a_row + len(lost) if 2 * len(lost) > size else 0
-        if self.in_a_row >= UNMOUNTED:
-            raise UserError(
-                f"{lost[0][1]}; {len(lost)} of {size} images of the batch are missing: is the folder still there?"
-            )
-        for item, why in lost:
-            if item.row not in self.told:
-                self.told.add(item.row)
-                self.tell(item, why)
-
-    def tell(self, item: LabelledImage, why: str) -> None:
-        "Add an image to the listing, and print a warning unless another worker did."
-        if listing := item.images.listing:
-            with suppress(OSError):  # a full disk must not stop the run here
-                if not append_listing(listing, item.problem(why)):
-                    return
-        print(f"warning: {why}: the run goes on without it", file=sys.stderr, flush=True)
-
-
 class BatchMaker(Dataset):
     """Make the batches of lists of rows, in this process or in a worker, with a loader that has no device.
 
@@ -76,22 +39,22 @@ class BatchMaker(Dataset):
         self.dl.loader = None
         self.max_pixels = max_pixels()
 
-    def __getitem__(self, rows: list[int]) -> tuple[Any, list[int]]:
-        """Return the batch of the rows (None if no image can be read), and the rows that are in it.
+    def __getitem__(self, rows: list[int]) -> tuple[Any, list[int], dict[int, str]]:
+        """Return the batch of the rows (None if no image can be read), the rows that are in it, and those that are lost.
 
         fastai fills the places of skipped items from the next batch. Here the rows of a batch depend on (epoch, batch)
         only, so that a resumed run continues with the same batches. If a training batch has one image left, it is
         repeated: batch norm needs two.
         """
+        self.dl.lost = {}
         made = [self.dl.do_item(row, self.dl.is_aligned(k)) for k, row in enumerate(rows)]
         items = [item for item in made if item is not None]
-        self.dl.lost.end_batch(len(rows))
         if self.dl.drop_last and self.dl.share[1] > 1:  # all processes count the same number of images
             items = (items * len(rows))[: len(rows)]
         elif len(items) == 1 < len(rows) and self.dl.drop_last:
             items = items * 2
         seen = [int(row) for row, item in zip(rows, made, strict=True) if item is not None]
-        return (self.dl.do_batch(items) if items else None), seen
+        return (self.dl.do_batch(items) if items else None), seen, self.dl.lost
 
 
 def start_worker(number: int) -> None:
@@ -127,7 +90,9 @@ class LandmarkDL(TfmdDL):
         self.settings, self.facts = settings or Settings(), facts or DataFacts()
         self.epoch, self.first = epoch, 0
         self.loader: DataLoader | None = None
-        self.lost = LostImages()
+        self.lost: dict[int, str] = {}  # rows of the batch whose image cannot be used -> why
+        self.lost_in_a_row = 0  # in the last batches
+        self.told: set[int] = set()  # rows that a warning was printed for
         self.seen: list[int] = []  # rows of the last pass whose image could be read
         self.has_crops = alignment_of(self.settings, self.facts) is not None
         super().__init__(dataset, **kwargs)
@@ -150,9 +115,7 @@ class LandmarkDL(TfmdDL):
         "Return this process's rows of a pass."
         rows, (rank, processes) = cast("list[int]", super().get_idxs()), self.share
         if not self.drop_last:
-            rows = rows[rank::processes]
-        if not self.drop_last:
-            return rows[self.first * self.bs :]
+            return rows[rank::processes][self.first * self.bs :]
         starts = range(self.first * self.bs * processes + rank * self.bs, len(rows), self.bs * processes)
         return [row for k in starts[: len(self) - self.first] for row in rows[k : k + self.bs]]
 
@@ -172,7 +135,8 @@ class LandmarkDL(TfmdDL):
         self.randomize()
         self.before_iter()
         self.seen, all_lost = [], False
-        for batch, seen in self.made(self.chunkify(self.get_idxs())):
+        for batch, seen, lost in self.made(cast("Iterable[list[int]]", self.chunkify(self.get_idxs()))):
+            self.report_lost(lost, len(seen) + len(lost))
             all_lost = not self.seen and batch is None
             if batch is None:
                 if self.drop_last and self.share[1] > 1:  # the others wait for this process's step
@@ -185,6 +149,23 @@ class LandmarkDL(TfmdDL):
                 f"{self.items.labels.csv}: no image of {len(self.items)} rows can be read: is the folder still there?"
             )
         self.after_iter()
+
+    def report_lost(self, lost: dict[int, str], size: int) -> None:
+        """Print a warning for each image of a batch of `size` that became unreadable, once, and add it to the listing.
+
+        Raises `UserError` if consecutive batches lose most of their images: then the folder is gone, not an image.
+        """
+        self.lost_in_a_row = self.lost_in_a_row + len(lost) if 2 * len(lost) > size else 0
+        if self.lost_in_a_row >= UNMOUNTED:
+            missing = f"{len(lost)} of {size} images of the batch are missing"
+            raise UserError(f"{next(iter(lost.values()))}; {missing}: is the folder still there?")
+        for row in sorted(lost.keys() - self.told):
+            self.told.add(row)
+            item: LabelledImage = self.items[row]
+            with suppress(OSError):  # a full disk must not stop the run here
+                if item.images.listing and not append_listing(item.images.listing, item.problem(lost[row])):
+                    continue
+            print(f"warning: {lost[row]}: the run goes on without it", file=sys.stderr, flush=True)
 
     def made(self, rows: Iterable[list[int]]) -> Iterator:
         """Make the batches of the rows, in workers that are kept for the next pass, or in this process.
@@ -234,7 +215,7 @@ class LandmarkDL(TfmdDL):
             skipped = self.settings.on_bad == "skip" or isinstance(e, MissingImage)
             if not (skipped and isinstance(item, LabelledImage)):
                 raise
-            self.lost.add(item, e.line)
+            self.lost[row] = e.line
             return None
 
     def create_item(self, row: int, aligned: bool = False) -> Any:

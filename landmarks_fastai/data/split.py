@@ -1,7 +1,6 @@
 "Split the rows into training and validation."
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,21 +21,16 @@ def split_rows(n: int, settings: Settings, left_out: Sequence[int] | np.ndarray 
     return np.setdiff1d(train, left_out), np.setdiff1d(rows[n_train:], left_out)
 
 
-@dataclass(frozen=True)
-class RowSplitter:
+def split_items(items: LabelledImages, settings: Settings) -> tuple[list[int], list[int]]:
     "The `splitter` of a DataBlock. Raises `UserError` if a part has no rows, or training less than one batch."
-
-    settings: Settings
-
-    def __call__(self, items: LabelledImages) -> tuple[list[int], list[int]]:
-        train, valid = split_rows(len(items), self.settings, items.left_out)
-        bad = f", {len(items.left_out)} of them bad," if len(items.left_out) else ""
-        csv, size = items.labels.csv, self.settings.batch_size
-        n = f"{csv}: {len(items)} rows{bad}"
-        if not len(train):
-            raise UserError(f"{n} leave none to train on: lower --valid-pct or add rows")
-        if not len(valid):
-            raise UserError(f"{n} leave none to validate on: fix them or raise --valid-pct")
-        if len(train) < size:  # a short last batch is dropped in training
-            raise UserError(f"{csv}: {len(train)} training rows make no batch of {size}: use -b {len(train)}")
-        return train.tolist(), valid.tolist()
+    train, valid = split_rows(len(items), settings, items.left_out)
+    bad = f", {len(items.left_out)} of them bad," if len(items.left_out) else ""
+    csv, size = items.labels.csv, settings.batch_size
+    n = f"{csv}: {len(items)} rows{bad}"
+    if not len(train):
+        raise UserError(f"{n} leave none to train on: lower --valid-pct or add rows")
+    if not len(valid):
+        raise UserError(f"{n} leave none to validate on: fix them or raise --valid-pct")
+    if len(train) < size:  # a short last batch is dropped in training
+        raise UserError(f"{csv}: {len(train)} training rows make no batch of {size}: use -b {len(train)}")
+    return train.tolist(), valid.tolist()

@@ -4,7 +4,6 @@ An export is one ONNX file. Its metadata entry `landmarks_fastai` is a JSON of t
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,7 +50,6 @@ class OnnxNetwork:
         self.name: str = metadata["name"]
         self.settings: Settings = metadata["settings"]
         self.facts: DataFacts = metadata["facts"]
-        self.score: float | None = metadata["score"]  # of the checkpoint, on the validation rows
         self._check_graph()
 
     def __call__(self, pixels: np.ndarray) -> UnitPoints:
@@ -117,11 +115,9 @@ def _read_metadata(path: Path, text: str) -> dict[str, Any]:
         raise UserError(
             f"{path} was exported by another version of this program (format {metadata.get('format')}): {HINT}"
         )
-    score = metadata.get("score")
     # predictions are written into a folder of this name
-    right = isinstance(name := metadata.get("name"), str) and is_plain_name(name)
-    if not right or not (score is None or (isinstance(score, (int, float)) and math.isfinite(score))):
-        raise UserError(f"{path}: name or score is missing in its metadata, or of a wrong kind: {HINT}")
+    if not isinstance(name := metadata.get("name"), str) or not is_plain_name(name):
+        raise UserError(f"{path}: the name in its metadata is missing, or no folder's name: {HINT}")
     try:
         settings, facts = Settings.from_dict(metadata["settings"]), DataFacts.from_dict(metadata.get("facts"))
     except UserError as e:

@@ -274,7 +274,7 @@ def _checked(box: Sequence[float], picture: Picture) -> Box:
 def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Machine()) -> Network:  # noqa: B008
     """Open what `-pm` means: an .onnx file, or a checkpoint by its path or its run's name in the output folder.
 
-    Raises `UserError` for a file that does not exist or is of another kind, and for a checkpoint without torch.
+    Raises `UserError` for a file that does not exist or is of another kind.
     """
     if str(name).lower().endswith(".onnx"):
         from landmarks_fastai.inference.onnx_network import OnnxNetwork
@@ -283,14 +283,7 @@ def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Mac
         of_run = Path(out, path.stem, path.name)  # where the export writes it
         is_name = path.name == str(name) and not path.exists()
         return OnnxNetwork(of_run if is_name and of_run.exists() else path)
-    try:
-        from landmarks_fastai.inference.torch_network import open_checkpoint
-        from landmarks_fastai.runs.checkpoint import find_checkpoint
-    except ModuleNotFoundError as e:
-        if (e.name or "").startswith("landmarks_fastai"):
-            raise
-        raise UserError(
-            f"{name}: a checkpoint needs {e.name}: pip install -r requirements.txt, or export it to ONNX where "
-            f"that is installed (python -m landmarks_fastai.export) and give the .onnx file"
-        ) from None
+    from landmarks_fastai.inference.torch_network import open_checkpoint
+    from landmarks_fastai.runs.checkpoint import find_checkpoint
+
     return open_checkpoint(find_checkpoint(str(name), out), machine)

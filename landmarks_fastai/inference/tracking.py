@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,20 +27,14 @@ class Face(NamedTuple):
     track: int  # 1, 2, …
 
 
-class HasImage(Protocol):
-    @property
-    def image(self) -> Image.Image: ...  # RGB
-
-
-F = TypeVar("F", bound=HasImage)
 Detector = Callable[[Image.Image], Sequence[tuple[Box, float]]]  # RGB picture -> boxes and scores
 
 
 def track_faces(
-    frames: Iterable[F],  # of a video, in order
+    frames: Iterable[Any],  # of a video, in order, with an `image`, RGB
     detector: Detector,
     every: int = EVERY,  # frames from one detection to the next
-) -> Iterator[tuple[F, list[Face]]]:
+) -> Iterator[tuple[Any, list[Face]]]:
     "Yield each frame with its faces; at most `every` frames are read ahead."
     tracker, frames = Tracker(detector), iter(frames)
     for chunk in iter(lambda: list(islice(frames, every)), []):

@@ -44,12 +44,12 @@ def _csv(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write
     table.writerow(["file_name", "frame", "object", *columns])
 
     def write(result: PictureResult) -> None:
-        frame = "" if result.frame is None else result.frame
-        for k, each in enumerate(result.objects):
-            numbers = [*each.points.ravel(), *(each.confidence if each.confidence is not None else [])]
-            table.writerow([result.source, frame, _number(each, k), *(f"{v:.{DIGITS}f}" for v in numbers)])
+        for k, prediction in enumerate(result.objects):
+            numbers = chain(prediction.points.ravel(), () if prediction.confidence is None else prediction.confidence)
+            cells = [f"{v:.{DIGITS}f}" for v in numbers]
+            table.writerow([result.source, result.frame, _number(prediction, k), *cells])
         if not result.objects:
-            table.writerow([result.source, frame, "", *([""] * len(columns))])
+            table.writerow([result.source, result.frame, "", *([""] * len(columns))])
 
     return write
 
@@ -59,21 +59,17 @@ def _json(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Writ
     add = _list(files, files.enter_context(atomic_write(path)))
 
     def write(result: PictureResult) -> None:
-        entry: dict[str, Any] = {"file_name": result.source, "width": result.size[0], "height": result.size[1]}
-        entry |= {"frame": result.frame, "time": result.time} if result.frame is not None else {}
-        entry |= {"exif_rotation_applied": True} if result.rotated else {}
-        entry |= {"error": result.error} if result.error else {}
-        add(entry | {"objects": [_object(k, each) for k, each in enumerate(result.objects)]})
+        entry = _image(result) | {"time": result.time, "exif_rotation_applied": result.rotated or None}
+        objects = [_object(prediction, k) for k, prediction in enumerate(result.objects)]
+        add(_without_none(entry | {"error": result.error or None, "objects": objects}))
 
     return write
 
 
-def _object(k: int, each: Prediction) -> dict[str, Any]:
-    found: dict[str, Any] = {"object": _number(each, k)}
-    found |= {"box": _rounded(each.box)} if each.box else {}
-    found |= {"score": round(each.score, DIGITS)} if each.score is not None else {}
-    found |= {"points": _rounded(each.points)}
-    return found | ({"confidence": _rounded(each.confidence)} if each.confidence is not None else {})
+def _object(prediction: Prediction, k: int) -> dict[str, Any]:
+    entry = {"object": _number(prediction, k), "box": _rounded(prediction.box), "score": _rounded(prediction.score)}
+    points = {"points": _rounded(prediction.points), "confidence": _rounded(prediction.confidence)}
+    return _without_none(entry | points)
 
 
 def _coco(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
@@ -84,27 +80,17 @@ def _coco(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Writ
     file.write(f'{{"categories": {json.dumps([category])},\n"annotations": ')
     images: list[dict] = []  # without points: a hundred bytes a picture
     files.callback(lambda: file.write(f',\n"images": {json.dumps(images, ensure_ascii=False)}}}\n'))
-    add, number = _list(files, file), iter(range(1, 1 << 62))
+    add, numbers = _list(files, file), count(1)
 
     def write(result: PictureResult) -> None:
-        image = {"id": len(images) + 1, "file_name": result.source, "width": result.size[0], "height": result.size[1]}
-        images.append(image | ({"frame": result.frame} if result.frame is not None else {}))
-        for each in result.objects:
-            left, top = (float(v) for v in each.points.min(0))
-            width, height = (float(v) for v in np.ptp(each.points, axis=0))
-            keypoints = np.column_stack([each.points, np.full(n_points, 2)])
-            entry = {
-                "id": next(number),
-                "image_id": image["id"],
-                "category_id": 1,
-                "iscrowd": 0,
-                "num_keypoints": n_points,
-            }
-            entry |= {"bbox": _rounded([left, top, width, height]), "area": round(width * height, DIGITS)}
-            entry |= {"keypoints": _rounded(keypoints.ravel())}
-            entry |= {"score": each.score} if each.score is not None else {}
-            entry |= {"confidence": _rounded(each.confidence)} if each.confidence is not None else {}
-            add(entry)
+        images.append(_without_none({"id": len(images) + 1} | _image(result)))
+        for prediction in result.objects:
+            size = np.ptp(prediction.points, axis=0)
+            keypoints = np.column_stack([prediction.points, np.full(n_points, 2)]).ravel()
+            entry = {"id": next(numbers), "image_id": len(images), "category_id": 1, "iscrowd": 0}
+            entry |= {"bbox": _rounded([*prediction.points.min(0), *size]), "area": _rounded(size.prod())}
+            entry |= {"num_keypoints": n_points, "keypoints": _rounded(keypoints)}
+            add(_without_none(entry | {"score": prediction.score, "confidence": _rounded(prediction.confidence)}))
 
     return write
 
@@ -117,13 +103,13 @@ def _pts(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write
 
     def write(result: PictureResult) -> None:
         frame = "" if result.frame is None else f"_{result.frame:06}"
-        for k, each in enumerate(result.objects):
-            number = f"_{_number(each, k)}" if len(result.objects) > 1 or each.track is not None else ""
-            file_name = names(result.source, f"{frame}{number}.pts")
-            rows = [each.points + 1] + ([each.confidence] if each.confidence is not None else [])
-            lines = (" ".join(f"{v:.{DIGITS}f}" for v in row) for row in np.column_stack(rows))
-            with atomic_write(file_name) as file:
-                file.write("\n".join(["version: 1", f"n_points: {n_points}", "{", *lines, "}", ""]))
+        for k, prediction in enumerate(result.objects):
+            several = len(result.objects) > 1 or prediction.track is not None
+            number = f"_{_number(prediction, k)}" if several else ""
+            columns = [prediction.points + 1] + ([] if prediction.confidence is None else [prediction.confidence])
+            head = f"version: 1\nn_points: {n_points}\n{{"
+            with atomic_write(names(result.source, f"{frame}{number}.pts")) as file:
+                np.savetxt(file, np.column_stack(columns), f"%.{DIGITS}f", header=head, footer="}", comments="")
 
     return write
 
@@ -136,11 +122,11 @@ def _npy(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write
     none = Prediction(np.full((n_points, 2), np.nan, np.float32))
 
     def write(result: PictureResult) -> None:
-        for k, each in enumerate(result.objects or [none]):
-            rows(each.points)
+        for k, prediction in enumerate(result.objects or [none]):
+            rows(prediction.points)
             if spreads:
-                spreads(each.confidence if each.confidence is not None else np.full(n_points, np.nan, np.float32))
-            add([result.source, result.frame, _number(each, k) if result.objects else None])
+                spreads(np.full(n_points, np.nan) if prediction.confidence is None else prediction.confidence)
+            add([result.source, result.frame, _number(prediction, k) if result.objects else None])
 
     return write
 
@@ -207,9 +193,18 @@ class OutputNames:
         raise AssertionError
 
 
-def _number(each: Prediction, k: int) -> int:
-    return k if each.track is None else each.track
+def _image(result: PictureResult) -> dict[str, Any]:
+    width, height = result.size
+    return {"file_name": result.source, "width": width, "height": height, "frame": result.frame}
 
 
-def _rounded(values: Any) -> list:
-    return np.asarray(values, np.float64).round(DIGITS).tolist()
+def _number(prediction: Prediction, k: int) -> int:
+    return k if prediction.track is None else prediction.track
+
+
+def _without_none(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def _rounded(values: Any) -> Any:
+    return None if values is None else np.asarray(values, np.float64).round(DIGITS).tolist()

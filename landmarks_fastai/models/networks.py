@@ -178,14 +178,12 @@ def _wrong_size(arch, size, error):
 
 def feature_count(body: nn.Module, arch: str, size: int) -> int:
     "The number of features of a body, from one blank image. Raises `UserError` if they are not a vector."
-    was_training = body.training
     try:
         with torch.no_grad():
             features = body.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as e:
         raise _wrong_size(arch, size, e) from None
-    finally:
-        body.train(was_training)
+    body.train()
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         raise UserError(f"--arch {arch} makes no vector of features and cannot be used: choose another network")
     return features.shape[1]

@@ -3,10 +3,7 @@
 import logging
 import os
 import re
-import zipfile
-from collections.abc import Iterable
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -56,7 +53,8 @@ def load_weights(
     if weights == "none":
         return
     library, name = find_arch(arch)
-    tensors = _download(library, name, size) if weights == "imagenet" else read_tensors(weights)
+    state = _download(library, name, size) if weights == "imagenet" else read_state_dict(weights)
+    tensors = {k: v for k, v in state.items() if not k.endswith(METADATA)}
     source = f"the ImageNet weights of {name}" if weights == "imagenet" else weights
     _load_body(model[0], tensors, arch, source)
 
@@ -81,33 +79,22 @@ def _download(library, name, size):
         ) from None
 
 
-def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    "As `read_state_dict`, tensors only."
-    return {k: t for k, t in read_state_dict(path).items() if not k.endswith(METADATA)}
+def read_state_dict(path: str | os.PathLike) -> dict:
+    """The state dict of a .safetensors or .pth file, plain or as fastai and others wrap it.
 
-
-def read_state_dict(
-    path: str | os.PathLike,
-    mmap: bool = False,  # map a .pth into memory: tensors are read when they are used
-) -> dict:
-    """The state dict of a .safetensors or .pth file: tensors, and plain values of `get_extra_state`.
-
-    It may be under the key `model`, as fastai's `save` writes it, or `state_dict`. Nothing else is unpickled. Raises
-    `UserError` for a file with anything else.
+    It has tensors, and plain values of `get_extra_state`; nothing else is unpickled. Raises `UserError` for a file with
+    anything else.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} not found, or no file: --weights takes imagenet, none or a .safetensors or .pth file")
-    _check_zip(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state = load_file(path)
         else:
-            # torch encodes the name as UTF-8 for mmap, which fails for a non-ASCII name in the C locale
-            mmap = mmap and is_zipfile(path) and str(path) == str(path).encode(errors="replace").decode()
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except Exception as e:  # torch and safetensors raise errors of many kinds
@@ -124,19 +111,7 @@ def read_state_dict(
     return state
 
 
-def _check_zip(path: Path):
-    "Refuse a zip that is larger unpacked than packed: 293 kB can become 300 MB. torch does not compress."
-    try:
-        with zipfile.ZipFile(path) as file:
-            entries = file.infolist()
-    except (OSError, ValueError, zipfile.BadZipFile):  # no zip, or one that torch.load refuses
-        return
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise UserError(f"{path} is not a file of tensors (it is compressed): nothing was loaded")
-
-
-def _body_tensors(tensors: dict[str, torch.Tensor], expected: Iterable[str]) -> tuple[str, dict[str, torch.Tensor]]:
+def _body_tensors(tensors: dict[str, torch.Tensor], expected: dict) -> tuple[str, dict[str, torch.Tensor]]:
     """Return the prefix of the body's tensors, and all tensors that have it, by the names behind it.
 
     Programs put `module.`, `_orig_mod.`, `model.`, `backbone.`, `encoder.` before the names, this one `0.`: it is the prefix
@@ -144,10 +119,9 @@ def _body_tensors(tensors: dict[str, torch.Tensor], expected: Iterable[str]) -> 
     """
     # torchvision's first densenet files call the layers norm.1, conv.1, …
     tensors = {re.sub(r"(\.denselayer\d+\.(?:norm|relu|conv))\.(\d\.)", r"\1\2", k): v for k, v in tensors.items()}
-    names = set(expected)
-    first = next(iter(names), "")
+    first = next(iter(expected), "")
     prefixes = ["", *(k.removesuffix(first) for k in tensors if k.endswith(f".{first}"))]
-    prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in names))
+    prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in expected))
     return prefix, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
@@ -156,8 +130,12 @@ def _load_body(body, tensors, arch, source):
     expected, misfit = body.state_dict(), f"{source} does not fit --arch {arch}"
     n, (prefix, tensors) = len(tensors), _body_tensors(tensors, expected)
     if missing := [k for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]:
+        import timm
+
         count = f"{len(missing)} of {len(expected)} tensors missing"
-        raise UserError(f"{misfit}: {count}, the first {missing[0]}{_library_hint(arch, tensors)}")
+        both = arch in torchvision_names() and timm.is_model(arch)
+        hint = f": if its names are timm's, try --arch timm:{arch}" if both else ""
+        raise UserError(f"{misfit}: {count}, the first {missing[0]}{hint}")
     for k, v in expected.items():
         if k in tensors and tensors[k].shape != v.shape:
             raise UserError(f"{misfit}: {k} is {tuple(tensors[k].shape)}, {tuple(v.shape)} expected")
@@ -166,14 +144,3 @@ def _load_body(body, tensors, arch, source):
     body.load_state_dict({k: tensors[k] for k in expected if k in tensors}, strict=False)
     if prefix:
         print(f"{source}: the body's tensors are those named {prefix}…, {len(tensors)} of {n}", flush=True)
-
-
-def _library_hint(arch, tensors) -> str:
-    "A hint if the tensors have the names of timm's network, and the arch is torchvision's network of that name."
-    import timm
-
-    name = arch.removeprefix("timm:")
-    if name == arch and timm.is_model(name) and name in torchvision_names():
-        if set(timm.create_model(name, num_classes=0).state_dict()) <= set(tensors):
-            return f": its names are timm's, try --arch timm:{name}"
-    return ""

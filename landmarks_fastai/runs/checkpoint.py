@@ -50,7 +50,7 @@ class Checkpoint:
         expected = {k: t for k, t in model.state_dict().items() if k != METADATA}
         # the network of a Learner has no spread, whatever the file has
         extras = tuple(name for name in (METADATA, SPREAD) if not any(k.startswith(name) for k in expected))
-        tensors = {k: t for k, t in read_checkpoint_file(self.path).items() if not k.startswith(extras)}
+        tensors = {k: t for k, t in read_state_dict(self.path).items() if not k.startswith(extras)}
         wrong = sorted(expected.keys() ^ tensors.keys()) or [
             k for k in tensors if expected[k].shape != tensors[k].shape
         ]
@@ -98,15 +98,10 @@ def _write(path: Path, model: nn.Module, metadata: dict) -> None:
         f.write(zipped.getbuffer())
 
 
-def read_checkpoint_file(path: str | os.PathLike) -> dict:
-    "The state dict of a .pth, plain or as `learn.save` writes it. Raises `UserError` for anything else."
-    return read_state_dict(path, mmap=True)
-
-
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     "Read the metadata of a .pth. Raises `UserError` if it has none, or wrong ones."
     path = Path(path)
-    metadata = read_checkpoint_file(path).get(METADATA)
+    metadata = read_state_dict(path).get(METADATA)
     if not isinstance(metadata, dict) or "settings" not in metadata:
         raise UserError(
             f"{path} is not a checkpoint of this program (it has no settings): use it with train.py --weights"

@@ -1,5 +1,6 @@
 "Make the Learner of a stage: a first stage, a later stage, a resumed one."
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,6 @@ from fastai.data.core import DataLoaders
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.block import landmark_dataloaders
-from landmarks_fastai.data.flip import write_flip_indices
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint
@@ -16,6 +16,7 @@ from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
 from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.distributed import rank0_first, this_process
+from landmarks_fastai.utils.files import write_text
 from landmarks_fastai.utils.hardware import Machine
 
 
@@ -83,7 +84,7 @@ def report_flip_map(dls: DataLoaders, run: Run, before: DataFacts | None = None)
     if before is None or not before.flip_indices:
         run.write("mirror.png", lambda path: _draw_flip_map(facts, path))
         print(f"look at the flip map: {run.folder / 'mirror.png'}", flush=True)
-    run.write("mirror.json", lambda path: write_flip_indices(path, facts.flip_indices))
+    run.write("mirror.json", lambda path: write_text(path, json.dumps(facts.flip_indices)))
 
 
 def _draw_flip_map(facts: DataFacts, path: Path) -> None:

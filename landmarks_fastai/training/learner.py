@@ -36,8 +36,8 @@ from landmarks_fastai.inference.scoring import plot_rows
 from landmarks_fastai.inference.torch_network import TorchNetwork
 from landmarks_fastai.models.heads import init_head
 from landmarks_fastai.models.networks import METADATA, build_model
-from landmarks_fastai.models.weights import input_stats, load_weights
-from landmarks_fastai.runs.checkpoint import checkpoint_metadata, read_checkpoint, read_checkpoint_file
+from landmarks_fastai.models.weights import input_stats, load_weights, read_state_dict
+from landmarks_fastai.runs.checkpoint import checkpoint_metadata, read_checkpoint
 from landmarks_fastai.settings import DataFacts, Settings, names_of
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.components import body_and_head, body_lr, on_machine, optimiser, scheduler
@@ -131,7 +131,7 @@ class LandmarkLearner(ResumableLearner):
         fastai would load its weights, and `save` would store them with this Learner's settings. `check=False` leaves it out.
         """
         path = join_path_file(file, self.path / self.model_dir, ext=".pth")
-        if check and os.path.exists(path) and read_checkpoint_file(path).get(METADATA):
+        if check and os.path.exists(path) and read_state_dict(path).get(METADATA):
             checkpoint = read_checkpoint(path)
             values = {**checkpoint.settings.of("input", "network"), **checkpoint.facts.to_dict()}
             own = {**self.settings.of("input", "network"), **self.facts.to_dict()}

@@ -58,7 +58,7 @@ def find_lr(learn: LandmarkLearner, run: Run) -> float:
             ) from None
     rate = float(f"{found.minimum:.2g}")
     if is_first():
-        plots.plot_lr_find(np.array(learn.recorder.lrs), np.array(learn.recorder.losses), rate)
+        learn.recorder.plot_lr_find(skip_end=0)
         plots.save_figure(run.folder / "lr.png")
     print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
     return rate

@@ -189,7 +189,7 @@ def test_a_checkpoint_and_a_cache_under_a_cyrillic_name_in_the_c_locale(tmp_path
         "import os, sys, torch; from pathlib import Path; from landmarks_fastai.models.weights import read_state_dict\n"
         "from landmarks_fastai.utils.files import cache_places\n"
         "path = Path(os.fsdecode('лицо.pth'.encode())); torch.save({'a': torch.ones(1)}, path)\n"
-        "print(sys.getfilesystemencoding(), len(cache_places(path)), *read_state_dict(path, mmap=True))"
+        "print(sys.getfilesystemencoding(), len(cache_places(path)), *read_state_dict(path))"
     )
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "code.py").write_text(code, encoding="utf-8")
