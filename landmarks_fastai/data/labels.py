@@ -1,13 +1,15 @@
 """The rows of a `landmarks.csv`, parsed once into a cache file whose points later starts map into memory.
 
 Parsing the competition's 3 GB of text takes most of a minute. The cache file is beside the CSV, or in the user's cache
-folder if the data is read-only. It holds the points, then a `.npz` with the rest.
+folder if the data is read-only. It holds the points, then a `.npz` with the rest, whose checksums zipfile compares. Each
+row of points has a checksum of its own, which is compared when the row is read.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +26,7 @@ from landmarks_fastai.utils.files import atomic_write, cache_places, check_folde
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 5  # of the cache file; a file with another number is parsed again
+FORMAT = 4  # of the cache file; a file with another number is parsed again
 
 
 @dataclass(eq=False)
@@ -40,13 +42,14 @@ class Labels:
     lines: np.ndarray  # (rows,) line numbers in the CSV; the header is line 1
     stored: np.ndarray  # (rows, n_points, 2) int16 or float32, pixels of the image as stored; 0 in faulty rows
     faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with its text
-    digest: str = ""  # of names and points, as a cache file has it; empty: the points are in memory
+    checksums: np.ndarray | None = None  # (rows,) crc32 of the points in a cache file; None: the points are in memory
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return (_reopen, (self.csv, self.identity)) if self.digest else super().__reduce_ex__(protocol)
+        in_memory = self.checksums is None
+        return super().__reduce_ex__(protocol) if in_memory else (_renew, (open_labels, self.csv, self.identity))
 
     @property
     def n_points(self) -> int:
@@ -55,12 +58,12 @@ class Labels:
     @cached_property
     def identity(self) -> dict[str, Any]:
         "The number of rows and points, and a digest of names and points: it does not depend on the file's time and place."
-        digest = self.digest
-        if not digest:
-            content = hashlib.sha256("\n".join(self.names).encode("utf-8", "replace"))
-            content.update(self.stored.data)
-            digest = content.hexdigest()
-        return {"rows": len(self), "points": self.n_points, "digest": digest}
+        names = self.names
+        digest = hashlib.sha256(
+            names.data if isinstance(names, np.ndarray) else "\n".join(names).encode("utf-8", "replace")
+        )
+        digest.update((self.stored if self.checksums is None else self.checksums).data)
+        return {"rows": len(self), "points": self.n_points, "digest": digest.hexdigest()}
 
     def name(self, row: int) -> str:
         "Return the file name of a row."
@@ -80,12 +83,16 @@ class Labels:
         return Problem(self.csv, self.line(row), self.name(row), text)
 
     def points(self, row: int) -> np.ndarray:
-        "Return the points of a row, float32 (n_points, 2), pixels of the image as stored."
+        "Return the points of a row, float32 (n_points, 2), pixels of the image as stored. Makes a damaged cache again."
+        for renew in (open_labels, _parse):  # another process may have made it again already
+            if self.checksums is None or zlib.crc32(self.stored[row]) == self.checksums[row]:
+                break
+            self.stored = _renew(renew, self.csv, self.identity).stored
         return self.stored[row].astype(np.float32)
 
 
-def _reopen(csv: Path, identity: dict[str, Any]) -> Labels:
-    labels = open_labels(csv)
+def _renew(renew: Callable[[Path], Labels], csv: Path, identity: dict[str, Any]) -> Labels:
+    labels = renew(csv)
     if labels.identity != identity:
         raise UserError(f"{csv} has changed since it was opened: start again")
     return labels
@@ -150,7 +157,7 @@ def _open_cache(csv: Path, cache: Path, key: list[int]) -> Labels:
         if about["key"] != key:
             raise ValueError(f"{cache} was not made from {csv}")
         points = np.memmap(f, about["dtype"], "r", shape=(len(lines), about["n_points"], 2)).view(np.ndarray)
-        return Labels(csv, rest["names"], lines, points, dict(about["faults"]), about["digest"])
+        return Labels(csv, rest["names"], lines, points, dict(about["faults"]), rest["checksums"])
 
 
 def _parse(csv: Path) -> Labels:
@@ -170,24 +177,23 @@ def _parse(csv: Path) -> Labels:
 
 
 def _write_cache(f: IO[bytes], csv: Path, key: list[int], dtype: str = "int16") -> None:
-    names, lines, faults, n, n_points, digest = [], [], [], 0, 0, hashlib.sha256()
+    names, lines, checksums, faults, n_points = [], [], [], [], 0
     for rows in read_rows(csv):
         points = rows.points.astype(dtype)
         if dtype == "int16" and (points != rows.points).any():
             f.seek(0)
             return _write_cache(f, csv, key, "float32")  # start again at the file's first decimals
         f.write(points.data)
-        digest.update(points.data)
-        faults += [(n + row, rows.faults[row]) for row in sorted(rows.faults)]
+        faults += [(len(checksums) + row, rows.faults[row]) for row in sorted(rows.faults)]
         names.append(rows.names)
         lines.append(rows.lines)
-        n, n_points = n + len(points), points.shape[1]
+        checksums += map(zlib.crc32, points)
+        n_points = points.shape[1]
     if not names:
         raise UserError(f"{csv} has a header but no rows: one line per image is needed")
-    names = np.concatenate(names)
-    digest.update(names.data)
-    about = {"key": key, "dtype": dtype, "n_points": n_points, "faults": faults, "digest": digest.hexdigest()}
-    np.savez(f, about=np.array(json.dumps(about).encode()), names=names, lines=np.concatenate(lines))
+    about = json.dumps({"key": key, "dtype": dtype, "n_points": n_points, "faults": faults}).encode()
+    names, lines = np.concatenate(names), np.concatenate(lines)
+    np.savez(f, about=np.array(about), names=names, lines=lines, checksums=np.array(checksums, np.uint32))
 
 
 def data_folder(data: str | Path | None) -> Path:

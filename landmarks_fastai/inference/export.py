@@ -27,6 +27,7 @@ from landmarks_fastai.utils.files import atomic_path, reason
 
 TOLERANCE = 0.01  # largest distance of a point from the checkpoint's, in pixels of the input
 BATCHES = (1, 3)  # that are compared
+MAX_BYTES = 2**31 - 1  # of a protobuf message
 
 
 class ExportedNetwork(nn.Module):
@@ -65,6 +66,8 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     model = _onnx_model(network.eval(), settings)
     del model.metadata_props[:]
     model.metadata_props.add(key=METADATA, value=json.dumps(metadata_of(checkpoint)))
+    if model.ByteSize() > MAX_BYTES:
+        raise UserError(f"{path} would have {model.ByteSize() / 1e9:.1f} GB: one ONNX file has 2 GB at the most")
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
         _compare(OnnxNetwork(temporary), checkpoint, path)

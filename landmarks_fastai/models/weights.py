@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -88,6 +89,7 @@ def read_state_dict(path: str | os.PathLike) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} not found, or no file: --weights takes imagenet, none or a .safetensors or .pth file")
+    _check_zip(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -109,6 +111,18 @@ def read_state_dict(path: str | os.PathLike) -> dict:
     ):
         raise UserError(f"{path} is not a file of tensors (a plain state dict is needed): nothing was loaded")
     return state
+
+
+def _check_zip(path: Path) -> None:
+    "Refuse a zip that is larger unpacked than packed: 293 kB can become 300 MB. torch does not compress."
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile):  # no zip, or one that torch.load refuses
+        return
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise UserError(f"{path} is not a file of tensors (it is compressed): nothing was loaded")
 
 
 def _body_tensors(tensors: dict[str, torch.Tensor], expected: dict) -> tuple[str, dict[str, torch.Tensor]]:

@@ -178,17 +178,38 @@ def contents(labels):
 
 
 def test_damaged_label_cache_is_made_again(csv):
-    "Cut, or with one bit flipped of what follows the points."
+    "Cut, or with one bit flipped: of each byte of the points, and of some of the rest."
     with open(csv, "a") as f:
         f.write("bad.jpg\t1\n")
     right = contents(open_labels(csv))
     content, n_bytes = cache_of(csv).read_bytes(), 4 * 3 * 2 * 2  # of the points, which are first
-    places = range(n_bytes, len(content), 11)
+    places = [*range(n_bytes), *range(n_bytes, len(content), 11)]
     flipped = [content[:k] + bytes([content[k] ^ 1 << k % 8]) + content[k + 1 :] for k in places]
     for damaged in [content[:-1], b"", bytes(5000), content[:100], *flipped]:
         cache_of(csv).write_bytes(damaged)
         assert contents(open_labels(csv)) == right
         assert cache_of(csv).read_bytes()[:n_bytes] == content[:n_bytes]
+
+
+def damage_in_place(path):
+    with open(path, "r+b") as f:
+        f.seek(14)
+        f.write(b"\1")
+
+
+def test_cache_that_is_damaged_or_replaced_while_it_is_open(csv):
+    first, second = read_labels(csv), read_labels(csv)
+    right, inode = contents(first), cache_of(csv).stat().st_ino
+    damage_in_place(cache_of(csv))
+    assert contents(first) == right and cache_of(csv).stat().st_ino != inode
+    inode = cache_of(csv).stat().st_ino
+    assert contents(second) == right and cache_of(csv).stat().st_ino == inode  # what `first` has made
+    third = read_labels(csv)
+    damage_in_place(cache_of(csv))
+    write(csv, ROW.format("x"), ROW.format("y"), ROW.format("z"))
+    read_labels(csv)
+    with pytest.raises(UserError, match="has changed since it was opened"):
+        contents(third)
 
 
 def test_identity_is_that_of_the_content(csv, tmp_path):

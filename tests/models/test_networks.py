@@ -1,6 +1,7 @@
 "Bodies, heads and weights, and one-line errors for what does not fit."
 
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.models import heads
+from landmarks_fastai.models import heads, weights
 from landmarks_fastai.models.heads import make_head
 from landmarks_fastai.models.networks import build_model, find_arch, in_float32
 from landmarks_fastai.models.weights import input_stats, load_weights
@@ -175,3 +176,30 @@ def test_the_head_leaves_autocast_on_each_device(device):
         assert in_float32(torch.nn.Linear(3, 2), torch.rand(4, 3).bfloat16()).dtype == torch.float32
     finally:
         torch.set_autocast_enabled(device, False)
+
+
+def test_a_pth_that_unfolds_to_more_than_its_size_is_refused(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "w.pth")
+    assert weights.read_state_dict(tmp_path / "w.pth")["a"].shape == (1 << 20,)
+    packed = zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "w.pth") as plain, packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert (tmp_path / "z.pth").stat().st_size < 20_000
+    monkeypatch.setattr(torch, "load", None)  # it is not even called
+    with pytest.raises(UserError, match="z.pth is not a file of tensors .*compressed"):
+        weights.read_state_dict(tmp_path / "z.pth")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "backbone.", "model.encoder."])
+@pytest.mark.parametrize("wrap", [dict, lambda t: {"model": t, "epoch": 3}, lambda t: {"state_dict": t, "optimizer": {}}])
+def test_weights_of_other_programs(tmp_path, prefix, wrap, capsys):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    source = resnet18().state_dict()
+    torch.save(wrap({prefix + name: tensor for name, tensor in source.items()}), tmp_path / "w.pth")
+    model = build_model("resnet18", "linear", 5, 32)
+    weights.load_weights(model, "resnet18", str(tmp_path / "w.pth"), 32)
+    assert torch.equal(model[0].conv1.weight, source["conv1.weight"])
+    assert (f"those named {prefix}" in capsys.readouterr().out) == bool(prefix)
