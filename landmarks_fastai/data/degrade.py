@@ -35,7 +35,7 @@ class Degrade(BatchAugmentation):
         sides = np.array([images.shape[3], images.shape[2]])
         for k in np.flatnonzero(blurred):
             pixels = max(1e-3, sigma[k] * sides[0])
-            images[k] = gaussian_blur(images[k], [2 * math.ceil(3 * pixels) + 1], [pixels])
+            images[k] = gaussian_blur(images[k], 2 * [2 * math.ceil(3 * pixels) + 1], 2 * [pixels])
         for k in np.flatnonzero(darkened):
             images[k] *= light[k]
         for k in np.flatnonzero(covered):
