@@ -1,4 +1,4 @@
-"""Real runs, killed with SIGKILL at random moments and resumed. Slow: `python -m pytest -m slow`.
+"""Real runs, killed with SIGKILL at random moments and resumed, 5 and 5 of them: `KILLS=20` makes 20 and 20.
 
 Moments within the writing of a state or a checkpoint are among them: every fourth kill waits for the temporary file.
 """
@@ -8,17 +8,17 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.helpers import QUICK, ROOT, check_equal
+from tests.helpers import QUICK, ROOT, check_equal, finish, labels_of, start, wait_for_states
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
+KILLS = int(os.environ.get("KILLS", 5))  # and as many signals
 STATES = "--save-every 0"  # a state at every batch
 FIRST = f"train.py {QUICK} --arch mobilenetv3_small_050 --head 16,drop0.5 -b 4 -e 3 {STATES} -n one -d"
 STAGES = {  # the second one's worker outlives the process for a while
@@ -28,32 +28,10 @@ STAGES = {  # the second one's worker outlives the process for a while
 }
 
 
-def start(folder, line, *more, group=False):
+def stage(folder, line, *more, **kwargs):
+    "Start a stage in a folder; the output has its errors, too."
     script, *words = line.split()
-    return subprocess.Popen(
-        [sys.executable, ROOT / script, *words, *map(str, more)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=group,
-    )
-
-
-def finish(process):
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
-    return out
-
-
-def wait_for_states(process, path, count: int):
-    "Until the process has written its state so many times more, or has ended."
-    last = None
-    while count and process.poll() is None:
-        now = path.stat().st_ino if path.exists() else None
-        count, last = count - (now not in (None, last)), now
-        time.sleep(0.002)
+    return start([ROOT / script, *words, *more], folder, stderr=subprocess.STDOUT, **kwargs)
 
 
 def kill_in_writing(process, runs, name):
@@ -70,7 +48,7 @@ def uninterrupted(drawn, tmp_path_factory):
     "The output folder of the stages, never stopped."
     folder = tmp_path_factory.mktemp("uninterrupted")
     for name, line in STAGES.items():
-        finish(start(folder, line, *([drawn] if name == "one" else [])))
+        finish(stage(folder, line, *([drawn] if name == "one" else [])))
     return folder / "runs"
 
 
@@ -87,43 +65,39 @@ def test_killed_run_resumes_to_the_same_weights(uninterrupted, drawn, tmp_path, 
     line, more = STAGES[name], [drawn] if name == "one" else []
     script = line.split()[0]
     for again in range(1 + (kill % 7 == 2)):
-        process = start(tmp_path, f"{script} --resume -n {name}") if again else start(tmp_path, line, *more)
+        process = stage(tmp_path, f"{script} --resume -n {name}") if again else stage(tmp_path, line, *more)
         if kill % 5 == 4:
             time.sleep(rng.uniform(0.3, 4))
         else:
-            wait_for_states(process, here / f"{name}/state.safetensors", rng.randrange(1, 24 // (1 + again)))
+            wait_for_states(process, here / name, rng.randrange(1, 24 // (1 + again)))
         if kill % 4 == 3 and kill % 5 != 4:
             kill_in_writing(process, here, name)
         else:
             time.sleep(rng.uniform(0, 0.2))
             process.send_signal(signal.SIGKILL)
             process.wait()
-    out = finish(start(tmp_path, f"{script} --resume -n {name}"))
+    out = finish(stage(tmp_path, f"{script} --resume -n {name}"))
     print(f"kill {kill}: {name}: {[x for x in out.splitlines() if 'resuming' in x or 'finished' in x]}")
-    check_equal(here, "uninterrupted", name)
+    check_equal("uninterrupted", name, here)
     assert not list(here.rglob("*.tmp")) and not list(here.rglob("*.lock"))
 
 
 # Two workers, so slow that the loop waits for them; a validation as long as the training.
 GROUP = f"train.py {QUICK} --arch mobilenetv3_small_050 -b 4 -e 3 --workers 2 --valid-pct 0.5 --save-every 0 -n {{}} -d"
-MOMENTS = 20
 
 
 @pytest.fixture(scope="module")
 def slow_images(drawn, tmp_path_factory):
     "PNGs of 1,200 px: 40 ms to decode each."
-    from PIL import Image
-
     folder = Path(shutil.copytree(drawn, tmp_path_factory.mktemp("slow") / "faces"))
-    table = folder / "train" / "landmarks.csv"
+    table = labels_of(folder)
     head, *rows = table.read_text().splitlines()
     for k, row in enumerate(rows):
         name, *numbers = row.split("\t")
         with Image.open(folder / "train" / "images" / name) as image:
             scale = 1200 / image.width
-            image.resize((1200, round(image.height * scale))).save(
-                folder / "train" / "images" / f"{k}.png", compress_level=1
-            )
+            large = image.resize((1200, round(image.height * scale)))
+            large.save(folder / "train" / "images" / f"{k}.png", compress_level=1)
         rows[k] = "\t".join([f"{k}.png", *(f"{float(v) * scale:.2f}" for v in numbers)])
     table.write_text("\n".join([head, *rows]) + "\n")
     return folder
@@ -132,24 +106,24 @@ def slow_images(drawn, tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted_group(slow_images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted_group")
-    finish(start(folder, GROUP.format("uninterrupted"), slow_images))
+    finish(stage(folder, GROUP.format("uninterrupted"), slow_images))
     return folder / "runs"
 
 
-@pytest.mark.parametrize("moment", range(MOMENTS))
+@pytest.mark.parametrize("moment", range(KILLS))
 def test_a_signal_to_the_process_group_loses_nothing(uninterrupted_group, slow_images, tmp_path, moment):
     "What systemd, Slurm, docker and a terminal send: workers get it too, at start-up, waiting, validation, writing."
     shutil.copytree(uninterrupted_group, tmp_path / "runs")
     rng = random.Random(moment)
     number, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[moment % 2]
-    process = start(tmp_path, GROUP.format("r"), slow_images, group=True)
+    process = stage(tmp_path, GROUP.format("r"), slow_images, start_new_session=True)
     record = tmp_path / "runs" / "r" / "run.json"
     while not record.exists() and process.poll() is None:
         time.sleep(0.01)
     if moment % 4 < 2:  # importing, checking images, starting workers
         time.sleep(rng.uniform(0, 6))
     else:  # counted in states: how fast the machine is now does not matter
-        wait_for_states(process, record.with_name("state.safetensors"), rng.randrange(1, 14))
+        wait_for_states(process, record.parent, rng.randrange(1, 14))
         time.sleep(rng.uniform(0, 0.5))
     if moment % 5 == 4:
         while process.poll() is None and not list((tmp_path / "runs" / "r").glob("*.tmp")):
@@ -158,5 +132,5 @@ def test_a_signal_to_the_process_group_loses_nothing(uninterrupted_group, slow_i
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in out and record.exists(), out
     assert "resume with: python train.py --resume -n r" in out
-    finish(start(tmp_path, "train.py --resume -n r"))
-    check_equal(tmp_path / "runs", "uninterrupted", "r")
+    finish(stage(tmp_path, "train.py --resume -n r"))
+    check_equal("uninterrupted", "r", tmp_path / "runs")
