@@ -39,6 +39,15 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def image_limit():
+    "No test inherits the largest image that a script of another test allowed."
+    yield
+    if hardware := sys.modules.get("landmarks_fastai.utils.hardware"):
+        hardware.set_max_pixels(round(1e6 * hardware.Machine.max_pixels))
+        sys.modules["PIL.Image"].MAX_IMAGE_PIXELS = None
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
     "A drawn set that no test may change."

@@ -105,6 +105,7 @@ class Darken(ItemTransform):
         return PILImage.create(image.point(lambda v: 0)), *rest
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("where", ["item_tfms", "after_item"])
 def test_a_transform_that_a_user_adds_is_called_for_every_item(drawn, tmp_path, where):
     counted = Counted()
@@ -128,6 +129,7 @@ def test_a_transform_changes_what_the_network_sees_in_a_worker_too(drawn, worker
     assert next(iter(dls.valid))[0].max() > 0.5
 
 
+@pytest.mark.train
 def test_the_block_is_a_datablock_to_build_on(drawn, tmp_path, capsys):
     counted = Counted()
     block = landmark_block(size=32, batch_size=8, item_tfms=[counted])
@@ -240,6 +242,7 @@ def test_an_exported_learner_predicts_where_there_is_no_data(learn, data, drawn,
     assert loaded.predict_points(file) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.train
 def test_what_save_writes_after_a_fit_is_a_checkpoint(learn, drawn, tmp_path):
     file = sorted((drawn / "test" / "images").iterdir())[0]
     for fit in (learn.fit, learn.fit_one_cycle):

@@ -95,6 +95,7 @@ def test_every_command_line_parses_and_its_files_exist(page):
             assert (ROOT / words[0]).is_file(), line
 
 
+@pytest.mark.train
 def test_the_lines_of_python_run(drawn, tmp_path, monkeypatch):
     from matplotlib import pyplot as plt
 

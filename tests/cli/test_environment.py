@@ -18,7 +18,7 @@ def test_the_backend_of_a_notebook_is_not_used(drawn, tmp_path):
     command = [sys.executable, ROOT / "train.py", *QUICK.split(), "-d", drawn, "-n", "m"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert Image.open(tmp_path / "runs/m/results.png").width > 100
+    assert (tmp_path / "runs/m/results.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,9 @@ def test_a_pth_that_unfolds_to_more_than_its_size_is_refused(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "backbone.", "model.encoder."])
-@pytest.mark.parametrize("wrap", [dict, lambda t: {"model": t, "epoch": 3}, lambda t: {"state_dict": t, "optimizer": {}}])
+@pytest.mark.parametrize(
+    "wrap", [dict, lambda t: {"model": t, "epoch": 3}, lambda t: {"state_dict": t, "optimizer": {}}]
+)
 def test_weights_of_other_programs(tmp_path, prefix, wrap, capsys):
     from torchvision.models import resnet18
 

@@ -266,5 +266,5 @@ def test_workers_make_batches_without_a_device(drawn):
     dl.device = torch.device("cuda")
     twin = BatchMaker(dl).dl
     assert (twin.device, twin.after_batch) == (None, None) and dl.device.type == "cuda"
-    batch, rows = BatchMaker(dl)[[0, 1]]
+    batch, rows, _ = BatchMaker(dl)[[0, 1]]
     assert {t.device.type for t in batch} == {"cpu"} and rows == [0, 1]
