@@ -144,7 +144,8 @@ def test_each_kind_of_unusual_image_is_noted_once(data, capsys):
         f"note: images named in more than one row: 1; the first: {table} line 11, {names[1]}",
         f"note: 1 image is animated or of several pages, the first frame is used; the first: {table} line 10, d.gif",
         f"note: 1 image is CMYK, converted to RGB; the first: {table} line 5, {names[3]}",
-        f"note: 1 image is 16-bit, converted to 8-bit RGB: grey by the bits that it uses (8 to 16), colours by their upper 8; the first: {table} line 9, c.png",
+        "note: 1 image is 16-bit, converted to 8-bit RGB: grey by the bits that it uses (8 to 16), colours by their upper 8; "
+        f"the first: {table} line 9, c.png",
         "note: 1 image is with transparency, converted to RGB, transparent pixels black",
         f"note: 1 image is with EXIF rotation, which is not applied: landmarks are pixels of the image as stored; "
         f"the first: {table} line 6, {names[4]}",
