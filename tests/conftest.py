@@ -28,8 +28,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def training_is_marked(request, monkeypatch):
-    "A test without the mark `train` does not train: `-m 'not train and not slow'` is for the inner loop."
-    if not request.node.get_closest_marker("train"):
+    "A test without the mark `train` or `slow` does not train: `-m 'not train and not slow'` is for the inner loop."
+    if not any(map(request.node.get_closest_marker, ("train", "slow"))):
         monkeypatch.setattr("fastai.learner.Learner.fit", lambda *args, **kwargs: pytest.fail("mark this test `train`"))
 
 
