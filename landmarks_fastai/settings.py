@@ -122,6 +122,7 @@ class Settings(_Record):
     confidence: bool = _setting(False, "after the last epoch, learn a spread for each landmark: how far off it may be")
     batch_size: int = _setting(32, "batch size", "data", low=1, high=65536)
     epochs: int = _setting(10, "number of epochs", low=1)
+    repeats: int = _setting(1, "passes over the training images in an epoch", "data", low=1, high=65536)
     lr: float = _setting(
         2e-3, "learning rate of the body at the start of the stage; find: run lr_find", low=1e-12, high=1e3
     )
@@ -199,6 +200,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 3e-4, "head_lr_mult": 1.0,
     },
 }  # fmt: skip
+
+# Settings that decide how long a stage is: without them it follows from the number of images (`training/length.py`).
+LENGTH = ("epochs", "repeats", "minutes", "lr", "sched")
 
 # Default weight decay of each optimiser. adam and sgd add L2 decay to the gradient: 0.05 would be far too strong there.
 WEIGHT_DECAY = {"adamw": 0.05, "adam": 0.0, "sgd": 0.0}

@@ -13,7 +13,7 @@ from landmarks_fastai.settings import OUT, Settings
 from landmarks_fastai.utils.distributed import is_first, prints_line
 from landmarks_fastai.utils.hardware import AMP, Machine, find_gpu, why_no_gpu
 
-TRAINING = ["batch_size", "epochs", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
+TRAINING = ["batch_size", "epochs", "repeats", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
             "step_size", "gamma", "seed"]  # fmt: skip
 IMAGES = ["align", "whole_pct", "aug", "degrade", "mirror", "ema", "tta", "confidence"]
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
@@ -76,6 +76,10 @@ class Parser(argparse.ArgumentParser):
         about = "worker processes that load images" if training else "threads that load images, on a GPU"
         count = number(int, 0, 256, "number from 0 to 256")
         add("--workers", type=count, metavar="N", help=f"{about} (default: by the number of cores)")
+        if training:
+            about = "threads of PyTorch on the CPU; a resumed run is the same to the last bit only with a fixed number"
+            count = number(int, 1, 1024, "number from 1 to 1024")
+            add("--threads", type=count, metavar="N", help=f"{about} (default: as many as other programs leave free)")
         about = "largest image, in millions of pixels; decoding takes 10 MB per million, in each worker"
         millions = number(float, 1e-6, 1e6, "number of millions of pixels")
         add("--max-pixels", type=millions, metavar="X", help=f"{about} (default: {Machine.max_pixels:g})")

@@ -7,7 +7,7 @@ from typing import Any
 from landmarks_fastai.cli import app, options
 from landmarks_fastai.runs.claim import claimed_run
 from landmarks_fastai.runs.run import Record, typed_as
-from landmarks_fastai.settings import RECIPES, WEIGHT_DECAY, Settings, names_of
+from landmarks_fastai.settings import LENGTH, RECIPES, WEIGHT_DECAY, Settings, names_of
 from landmarks_fastai.utils.distributed import rank0_first
 
 # Settings for the drawn faces: `python train.py` alone should take three minutes on two cores. Scores on 120 held-out
@@ -55,6 +55,11 @@ def first_settings(flags: dict[str, Any]) -> Settings:
     return Settings(**settings)
 
 
+def has_length(flags: dict[str, Any]) -> bool:
+    "Return whether the flags fix how long the stage is; else the number of training images does."
+    return bool("data" not in flags or RECIPES[flags.get("recipe", "best")] or flags.keys() & set(LENGTH))
+
+
 def draw_faces(settings: Settings, out: str | os.PathLike, weights: str) -> Settings:
     "The settings with the folder of drawn faces as data. The faces are drawn if they do not exist."
     from landmarks_fastai.synthetic.sample import make_sample
@@ -72,7 +77,8 @@ def main() -> None:
     args = train_parser().parse_args()
     flags = options.typed_flags(args)
     settings = first_settings(flags)
-    default_name = f"{settings.arch}_b_{settings.batch_size}_e_{settings.epochs}"
+    length = f"_b_{settings.batch_size}_e_{settings.epochs}" if has_length(flags) else ""
+    default_name = f"{settings.arch}{length}"
     with claimed_run(args.out, args.name, default_name, Record("train.py", flags), args.overwrite, args.resume) as run:
         print(f"run {run.name}", flush=True)
 
@@ -90,7 +96,7 @@ def main() -> None:
             weights = flags.get("weights", "imagenet" if "data" in flags else "none")
             if "data" not in flags:
                 settings = rank0_first(lambda: draw_faces(settings, run.out, weights))
-            learn = first_stage(settings, weights, machine, run)
+            learn = first_stage(settings, weights, machine, run, None if has_length(flags) else flags)
             if flags.get("lr") == "find":
                 lr = find_lr(learn, run)
             elif "lr" in flags:

@@ -121,14 +121,20 @@ class LandmarkDL(TfmdDL):
 
     def __len__(self) -> int:
         rank, processes = self.share
-        if self.n is None or self.bs is None or processes == 1:
+        if self.n is None or self.bs is None:
             return super().__len__()
         if self.drop_last:
-            return self.n // (self.bs * processes)
-        return -(-len(range(rank, self.n, processes)) // self.bs)
+            return self.n * self.passes // (self.bs * processes)
+        return -(-len(range(rank, self.n, processes)) * self.passes // self.bs)
+
+    @property
+    def passes(self) -> int:
+        "Passes over the rows in an epoch."
+        return self.settings.repeats if self.shuffle else 1
 
     def shuffle_fn(self, idxs: Iterable[int]) -> list[int]:
-        return np.random.default_rng([self.settings.seed, self.epoch]).permutation(np.asarray(idxs)).tolist()
+        rng, rows = np.random.default_rng([self.settings.seed, self.epoch]), np.asarray(idxs)
+        return np.concatenate([rng.permutation(rows) for _ in range(self.passes)]).tolist()
 
     def __iter__(self) -> Iterator:
         "As fastai's, which starts new workers for every pass: on two cores 2 s if they are forked, 10 s if they are spawned."

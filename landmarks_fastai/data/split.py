@@ -8,14 +8,20 @@ from landmarks_fastai.data.items import LabelledImages
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import Settings
 
+FEWEST = 8  # rows to validate on, where the share is the default and there are twice as many
+
 
 def split_rows(n: int, settings: Settings, left_out: Sequence[int] | np.ndarray = ()) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows to train on and to validate on: the last `valid_pct` of the file, or as many at random.
+
+    With the default share at least `FEWEST` rows validate, where there are twice as many.
 
     With `all_rows` training includes the validation rows. `left_out` is removed after the split: a row that becomes bad
     between two stages moves no other row from one part to the other.
     """
     n_train = int(n * (1 - settings.valid_pct) + 1e-9)
+    if settings.valid_pct == Settings.valid_pct and n >= 2 * FEWEST:
+        n_train = min(n_train, n - FEWEST)
     rows = np.random.default_rng(settings.split_seed).permutation(n) if settings.valid_random else np.arange(n)
     train = rows if settings.all_rows else rows[:n_train]
     return np.setdiff1d(train, left_out), np.setdiff1d(rows[n_train:], left_out)
@@ -31,6 +37,6 @@ def split_items(items: LabelledImages, settings: Settings) -> tuple[list[int], l
         raise UserError(f"{n} leave none to train on: lower --valid-pct or add rows")
     if not len(valid):
         raise UserError(f"{n} leave none to validate on: fix them or raise --valid-pct")
-    if len(train) < size:  # a short last batch is dropped in training
+    if len(train) * settings.repeats < size:  # a short last batch is dropped in training
         raise UserError(f"{csv}: {len(train)} training rows make no batch of {size}: use -b {len(train)}")
     return train.tolist(), valid.tolist()

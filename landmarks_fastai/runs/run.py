@@ -61,6 +61,7 @@ class Record:
     facts: dict | None = None  # `DataFacts.to_dict()`
     labels: Any = None  # `identity` of the labels
     left_out: list[int] = field(default_factory=list)  # rows that are neither trained on nor validated on
+    threads: int = 0  # of PyTorch on the CPU; 0: as many as other programs left free
     loaded: Any = None  # score and NME of the checkpoint that a later stage starts from
     ended: bool = False
 

@@ -1,6 +1,7 @@
 "Make the Learner of a stage: a first stage, a later stage, a resumed one."
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +10,35 @@ from fastai.data.core import DataLoaders
 from landmarks_fastai import plots
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.items import labelled_images
+from landmarks_fastai.data.split import split_rows
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.runs.run import LISTING, Run
 from landmarks_fastai.settings import DataFacts, Settings
+from landmarks_fastai.training.components import fixed_threads
 from landmarks_fastai.training.learner import LandmarkLearner, landmark_learner, load_best
+from landmarks_fastai.training.length import choose_length, describe_length
 from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.distributed import rank0_first, this_process
 from landmarks_fastai.utils.files import write_text
 from landmarks_fastai.utils.hardware import Machine
 
 
-def first_stage(settings: Settings, weights: str, machine: Machine, run: Run) -> LandmarkLearner:
-    "A Learner of a first stage on the data of the settings; `weights` is imagenet, none, or the path of a file."
+def first_stage(
+    settings: Settings,
+    weights: str,  # imagenet, none, or the path of a file
+    machine: Machine,
+    run: Run,
+    typed: Collection[str] | None = None,  # names of settings that `choose_length` keeps; None: all
+) -> LandmarkLearner:
+    "A Learner of a first stage on the data of the settings, of a length that follows from the number of images."
     settings = settings.replace(split_seed=settings.seed)
-    dls = rank0_first(
-        lambda: landmark_dataloaders(settings.data, settings, machine=machine, listing=run.folder / LISTING)
-    )
+    images = rank0_first(lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=run.folder / LISTING))
+    n = len(split_rows(len(images), settings, images.left_out)[0])
+    if typed is not None and n:
+        settings = choose_length(settings, n, typed)
+        print(describe_length(settings, n), flush=True)
+    dls = rank0_first(lambda: landmark_dataloaders(images, settings, machine=machine))
     report_flip_map(dls, run)
     return rank0_first(lambda: landmark_learner(dls, weights=weights, machine=machine, path=run.out))
 
@@ -73,6 +86,10 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
         raise UserError(f"{changed}: restore it, or start over with --overwrite")
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     learn.begin = state.place
+    if (threads := fixed_threads(learn)) != run.record.threads or not threads:
+        print(
+            "note: a resumed run is equal to the last bit only with the same --threads N before and after", flush=True
+        )
     return learn
 
 

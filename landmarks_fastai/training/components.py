@@ -74,9 +74,16 @@ def body_lr(learn: Learner) -> float | None:
     return learn.opt.hypers[0]["lr"] if learn.opt else None
 
 
+def fixed_threads(learn: Learner) -> int:
+    "Return the number of PyTorch's threads; 0 if it follows the load."
+    return 0 if hasattr(learn, "follow_load") else torch.get_num_threads()
+
+
 def on_machine(machine: Machine) -> list[Callback]:
     "Return the callbacks for memory, its format, mixed precision, compilation and several processes."
     cbs: list[Callback] = [callbacks.ReleaseMemory()]
+    if machine.device == "cpu" and not machine.threads and callbacks.follows_load():
+        cbs.append(callbacks.FollowLoad())
     if machine.channels_last:
         cbs.append(ChannelsLast())
     if machine.precision != "off":

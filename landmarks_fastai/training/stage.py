@@ -28,6 +28,7 @@ from landmarks_fastai.runs.run import Run, typed_as
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
+from landmarks_fastai.training.components import fixed_threads
 from landmarks_fastai.training.confidence import REGRESSION, add_confidence, time_needed
 from landmarks_fastai.training.learner import LandmarkLearner, load_best
 from landmarks_fastai.training.state import State
@@ -155,7 +156,7 @@ def fit_stage(
 def _write_record(learn: LandmarkLearner, run: Run, settings: Settings, loaded: tuple[float, float] | None) -> None:
     "Add to run.json what --resume needs."
     images, chosen = learn.dls.items, {"settings": settings.to_dict(), "facts": learn.facts.to_dict()}
-    data = {"labels": images.labels.identity, "left_out": images.left_out.tolist()}
+    data = {"labels": images.labels.identity, "left_out": images.left_out.tolist(), "threads": fixed_threads(learn)}
     run.write_record(replace(run.record, loaded=loaded, **chosen, **data))
 
 

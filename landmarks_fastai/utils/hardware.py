@@ -42,6 +42,7 @@ class Machine:
     # Largest image, in millions of pixels. Decoding takes 10 bytes a pixel (measured: 1.7 GB for a PNG of 13,300 x 13,300
     # px, 543 kB on disk), so 0.6 GB a worker with 64, which accepts images of 61-megapixel cameras.
     max_pixels: float = 64.0
+    threads: int = 0  # of PyTorch on the CPU; 0: as many as other programs leave free
     save_every: float = 5.0  # minutes between two saves of a stage's state; it is also saved after each epoch
 
     @property
@@ -101,6 +102,10 @@ class Machine:
             raise UserError("--amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp")
         keep_freed_memory()
         set_max_pixels(round(1e6 * self.max_pixels))
+        if self.threads:
+            import torch
+
+            torch.set_num_threads(self.threads)
         process = this_process()
         if self.device == "mps" and process.store:
             raise UserError("--gpu: several processes need CUDA, and an Apple GPU is one: run without torchrun")

@@ -1,0 +1,34 @@
+"""How long a first stage trains if nobody says so: by the number of training images.
+
+The published entry's ten epochs are 98,000 steps with the competition's images and 40 with 120 images, which is far too few
+(`benchmarks/few.py`).
+"""
+
+from collections.abc import Collection
+
+from landmarks_fastai.settings import Settings
+
+STEPS = 1500  # of a stage, at least
+VALIDATED = 75  # steps between two validations, at least
+
+
+def choose_length(settings: Settings, images: int, typed: Collection[str] = ()) -> Settings:
+    """Return the settings with a length for so many training images; those of `typed` stay as they are.
+
+    Nothing changes where the defaults make `STEPS` steps.
+    """
+    if settings.epochs * images >= STEPS * settings.batch_size:
+        return settings
+    changes = {"sched": "onecycle", "batch_size": 16, "whole_pct": 0.25}
+    settings = settings.replace(**{k: v for k, v in changes.items() if k not in typed})
+    repeats = max(1, round(VALIDATED * settings.batch_size / images))
+    steps = max(1, images * repeats // settings.batch_size)
+    return settings.replace(repeats=repeats, epochs=-(-STEPS // steps))
+
+
+def describe_length(settings: Settings, images: int) -> str:
+    "Return the line that says how long a stage of so many training images is."
+    steps = images * settings.repeats // settings.batch_size
+    passes = f" ({settings.repeats} passes over the images each)" if settings.repeats > 1 else ""
+    schedule = "one cycle" if settings.sched == "onecycle" else f"schedule {settings.sched}"
+    return f"{images} images: {settings.epochs} epochs of {steps} steps{passes}, {schedule}; -e changes it"
