@@ -79,23 +79,27 @@ def _stat_images(labels: Labels, folder: Path) -> tuple[np.ndarray, dict[int, st
         stamp = (-1, -1)
         if row not in labels.faults:
             try:
-                stamp = _stat_image(folder, prefix, labels.name(row))
+                stamp = _stat_image(folder, prefix, labels.name(row), labels.own_paths)
             except UserError as e:
                 faults[row] = str(e)
         stamps.extend(stamp)
     return np.array(stamps).reshape(-1, 2), faults
 
 
-def _stat_image(folder: Path, prefix: str, name: str) -> tuple[int, int]:
-    "Return size and time of an image file; `prefix` is the folder as text. Raises `UserError` if it cannot be used."
+def _stat_image(folder: Path, prefix: str, name: str, own_paths: bool = False) -> tuple[int, int]:
+    """Return size and time of an image file; `prefix` is the folder as text. Raises `UserError` if it cannot be used.
+
+    A name that leaves the folder is refused, unless it is an absolute path of the user's own.
+    """
     try:
         plain = PLAIN_NAME.fullmatch(name) and name not in (".", "..")
         status = os.stat(prefix + name, follow_symlinks=False) if plain else None
         if not status or stat.S_ISLNK(status.st_mode):
-            if leaves_folder(folder, name):
+            own = own_paths and os.path.isabs(name)
+            if not own and leaves_folder(folder, name):
                 refused = "by its path or a link: it was not opened; remove the line"
                 raise UserError(f"file name {name!r} leaves the image folder {folder}, {refused}")
-            status = os.stat(prefix + name)
+            status = os.stat(name if own else prefix + name)
     except (OSError, ValueError) as e:
         if getattr(e, "errno", 0) in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise UserError(f"image {name} not found in {folder}: add it or remove the line") from None
@@ -180,17 +184,22 @@ def _print_repeated(labels: Labels) -> None:
 def write_listing(path: str | Path, problems: Iterable[Problem]) -> None:
     "Write bad rows as a CSV with the columns line, file_name, problem."
     with atomic_write(Path(path)) as f:
-        csv.writer(f, lineterminator="\n").writerows([COLUMNS, *(problem[1:] for problem in problems)])
+        csv.writer(f, lineterminator="\n").writerows([COLUMNS, *map(_listed, problems)])
+
+
+def _listed(problem: Problem) -> list[str]:
+    "Return a bad row of the listing: the line is its number alone."
+    return [problem.where.removeprefix("line "), *problem[2:]]
 
 
 def append_listing(path: str | Path, problem: Problem) -> bool:
     "Append a bad row to such a CSV, which is created if needed; return False if the row is listed already."
     with open(path, "a+", encoding="utf-8", newline="") as f:
         f.seek(0)
-        listed = {row[0] for row in csv.reader(f) if row}
-        if str(problem.line) in listed:
+        listed, row = {row[0] for row in csv.reader(f) if row}, _listed(problem)
+        if row[0] in listed:
             return False
-        csv.writer(f, lineterminator="\n").writerows([problem[1:]] if listed else [COLUMNS, problem[1:]])
+        csv.writer(f, lineterminator="\n").writerows([row] if listed else [COLUMNS, row])
     return True
 
 
