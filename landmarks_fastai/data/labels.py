@@ -127,15 +127,17 @@ def frame_labels(frame: "pd.DataFrame") -> Labels:
         raise UserError(f"the DataFrame holds a coordinate that is not a number ({e})") from None
     rows = np.flatnonzero(~np.isfinite(points).all((1, 2))).tolist()
     faults = dict.fromkeys(rows, "a coordinate is NaN or infinite: fix or delete this row")
-    labels = Labels(Path("DataFrame"), frame.iloc[:, 0].astype(str).tolist(), np.arange(len(frame)), points, faults)
-    return check_frame(labels, frame.iloc[:, 0])
+    names = frame.iloc[:, 0].astype(object).where(frame.iloc[:, 0].notna(), "").astype(str).tolist()
+    labels = Labels(Path("DataFrame"), names, np.arange(len(frame)), points, faults)
+    return check_frame(labels)
 
 
-def check_frame(labels: Labels, names: "pd.Series") -> Labels:
+def check_frame(labels: Labels) -> Labels:
     "Return the labels of a DataFrame's rows after the checks of a CSV: its own paths may be absolute."
     labels.places, labels.own_paths = [f"row {row}" for row in range(len(labels))], True
-    for row in np.flatnonzero(names.isna() | (names.astype(str).str.strip() == "")).tolist():
-        labels.faults.setdefault(row, "the file name is empty: fix or delete this row")
+    for row, name in enumerate(labels.names):
+        if not name.strip():
+            labels.faults.setdefault(row, "the file name is empty: fix or delete this row")
     for row in np.flatnonzero((abs(labels.stored) > LIMIT).any((1, 2))).tolist():
         labels.faults.setdefault(row, f"a coordinate is too large: {EXPECTED}")
     mark_equal_points(labels)

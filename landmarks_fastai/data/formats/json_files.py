@@ -30,7 +30,7 @@ def read_coco(rows: Rows, files: Iterable[tuple[Path, str, bool]], category: str
 
     Visibility 0 is missing. A category without names (MMPose's converters write those) numbers its points.
     """
-    rows.kind, rows.origin, several = "COCO keypoints", CENTRE, False
+    rows.kind, rows.origin = "COCO keypoints", CENTRE
     for path, prefix, valid in files:
         content = read_json(path)
         images = {image["id"]: image for image in content["images"]}
