@@ -37,15 +37,15 @@ class MissingImage(UserError):
 
 
 class Problem(NamedTuple):
-    "A bad row of a CSV."
+    "A bad row of a source of labels."
 
     csv: Path
-    line: int
+    where: str  # line 3, annotation 17
     file_name: str
     text: str  # what was found and what to do
 
     def __str__(self) -> str:
-        return one_line(f"{self.csv} line {self.line}: {self.text}")
+        return one_line(f"{self.csv} {self.where}: {self.text}")
 
 
 class BadData(UserError):

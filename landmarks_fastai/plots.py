@@ -65,6 +65,28 @@ def plot_flip_map(shape: np.ndarray, flip_indices: np.ndarray) -> None:
     ax.set_axis_off()
 
 
+def plot_names(
+    panels: Sequence[tuple[np.ndarray, np.ndarray, str]],  # image (height, width, 3), points (n_points, 2) or NaN, title
+    names: Sequence[str],
+) -> None:
+    "Plot images with their points and the names of those into a new figure; of more than 100 points every tenth name."
+    from matplotlib import pyplot as plt
+
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    _, axes = plt.subplots(rows, columns, figsize=(2 * PANEL * columns, 2 * PANEL * rows), dpi=120, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, (image, points, title) in zip(axes.flat, panels, strict=False):
+        plot_points(ax, image, points, TRUTH)
+        ax.set_title(title, fontsize=8, parse_math=False)
+        for k in range(0, len(names), 10 if len(names) > 100 else 1):
+            if np.isfinite(points[k]).all():
+                text = {"color": "white", "backgroundcolor": "#00000060", "fontsize": 6, "parse_math": False}
+                ax.annotate(names[k], points[k], xytext=(3, 3), textcoords="offset points", **text)
+    plt.tight_layout(pad=0.4)
+
+
 def plot_points(ax: "Axes", image: np.ndarray, points: np.ndarray, colour: str) -> None:
     "Plot an image (height, width, 3), uint8 or in 0..1, with points (n_points, 2) in its pixels; 971 dots do not hide a face."
     height, width = image.shape[:2]

@@ -95,7 +95,12 @@ class Settings(_Record):
     whole_pct: float = _setting(
         0.25, "fraction of a training batch that is whole images where crops are aligned", "data", low=0.0, high=1.0
     )
-    data: str = _setting("", "folder with train/ (images/ and landmarks.csv) and test/", "data")
+    data: str = _setting(
+        "",
+        "labels, a file or folder of any tool of docs/labels.md; or train/ (images/, landmarks.csv) and test/",
+        "data",
+    )
+    category: str = _setting("", "category of the objects, where the labels have several", "data")
     on_bad: str = _setting("stop", "bad labels or images: list them and stop, or skip these rows", "data", ON_BAD)
     valid_pct: float = _setting(0.2, "fraction of the rows held out for validation", "split", low=1e-6, high=0.999999)
     valid_random: bool = _setting(False, "hold out random rows instead of the last ones of the file", "split")

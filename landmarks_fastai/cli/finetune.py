@@ -27,7 +27,9 @@ def finetune_parser() -> options.Parser:
         "minutes": "0",
         "freeze": "off",
     }
-    training = parser.add_settings("training", [*options.TRAINING, "data", "on_bad", "freeze", "all_rows"], defaults)
+    training = parser.add_settings(
+        "training", [*options.TRAINING, "data", "category", "on_bad", "freeze", "all_rows"], defaults
+    )
     parser.add_settings("augmentation and evaluation", [*names_of("input"), *options.IMAGES], defaults)
     options.add_name(training)
     parser.add_settings("must agree with the checkpoint", names_of("network", "split"), defaults)

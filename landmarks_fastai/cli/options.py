@@ -17,7 +17,7 @@ TRAINING = ["batch_size", "epochs", "repeats", "minutes", "patience", "lr", "hea
             "step_size", "gamma", "seed"]  # fmt: skip
 IMAGES = ["align", "whole_pct", "aug", "degrade", "mirror", "ema", "tta", "confidence"]
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
-METAVARS = {"data": "DIR", "arch": "NAME", "head": "LAYERS", "lr": "X|find", "align": "X|off"}
+METAVARS = {"data": "SOURCE", "category": "NAME", "arch": "NAME", "head": "LAYERS", "lr": "X|find", "align": "X|off"}
 
 
 class Parser(argparse.ArgumentParser):

@@ -25,6 +25,7 @@ from landmarks_fastai.data.image_cache import Inputs, open_cache
 from landmarks_fastai.data.items import LabelledImages, labelled_images
 from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.data.split import split_items
+from landmarks_fastai.data.suspicions import check_labelled
 from landmarks_fastai.data.transforms import OpenInput, PILInput, PointsToUnit, StoredPoints
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
@@ -60,7 +61,7 @@ def landmark_block(
     block = DataBlock(
         blocks=[ImageBlock(PILInput), PointBlock],  # pyright: ignore[reportArgumentType] (it annotates an instance)
         dl_type=LandmarkDL,  # pyright: ignore[reportArgumentType] (fastai annotates an instance, and takes a class)
-        get_items=partial(labelled_images, on_bad=settings.on_bad),
+        get_items=partial(labelled_images, on_bad=settings.on_bad, category=settings.category),
         get_x=OpenInput(inputs or Inputs(settings.fit, settings.size), alignment_of(settings, facts)),
         get_y=StoredPoints(),
         splitter=partial(split_items, settings=settings),
@@ -81,11 +82,11 @@ def landmark_block(
 
 
 def landmark_dataloaders(
-    source: "str | Path | pd.DataFrame | LabelledImages",  # a folder in the competition's layout, or file names and coordinates
+    source: "str | Path | pd.DataFrame | LabelledImages",  # labels of any format of docs/labels.md
     settings: Settings | None = None,  # None: the defaults
     facts: DataFacts | None = None,  # of an earlier stage: its mean shape and flip map are kept
     *,
-    image_folder: "str | Path | None" = None,  # of a DataFrame's file names
+    image_folder: "str | Path | None" = None,  # of the file names; None: they are searched
     item_tfms: list | None = None,
     batch_tfms: list | None = None,
     machine: Machine = Machine(),  # noqa: B008
@@ -102,7 +103,7 @@ def landmark_dataloaders(
     settings = (settings or Settings()).replace(**changes)
     if isinstance(source, (str, Path)):
         settings = settings.replace(data=os.path.abspath(source or "."))
-    images = labelled_images(source, image_folder, settings.on_bad, listing, left_out)
+    images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, settings.category)
     facts = learn_facts(images, settings, facts)
     inputs = cached_inputs(images, settings, facts) if machine.cache else None
     block = landmark_block(settings, facts, item_tfms=item_tfms, batch_tfms=batch_tfms, inputs=inputs, machine=machine)
@@ -131,6 +132,9 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
     images = images[split_items(images, settings)[0]]
     facts = (known or DataFacts()).replace(n_points=images.labels.n_points)
     mean = np.array(facts.shape).reshape(-1, 2) if facts.shape else None
+    check_labelled(images.labels, images.rows)
+    if not facts.flip_indices:
+        facts = facts.replace(flip_indices=images.labels.flip_indices)
     if settings.mirror == "none":
         if settings.tta:
             raise UserError("--tta scores the mirrored image too, --mirror none forbids it: run without one of them")

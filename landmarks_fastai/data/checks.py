@@ -12,14 +12,14 @@ import os
 import re
 import stat
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 from PIL.ImageFile import ImageFile
 
-from landmarks_fastai.data.images import check_mode, exif_turn, is_16_bit, open_undecoded
+from landmarks_fastai.data.images import SIDEWAYS, check_mode, exif_turn, is_16_bit, open_undecoded
 from landmarks_fastai.data.labels import Labels
 from landmarks_fastai.errors import Problem, UserError
 from landmarks_fastai.utils.files import atomic_write, cache_places, check_folder
@@ -32,6 +32,7 @@ ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # im
 PLAIN_NAME = re.compile(r"[^/\\:]+")  # a file in the folder itself, on every system
 COLUMNS = ["line", "file_name", "problem"]
 
+ROTATED = "with EXIF rotation"
 NOTES = {  # unusual property of an image -> what is done with it
     "animated or of several pages": "the first frame is used",
     "CMYK": "converted to RGB",
@@ -39,7 +40,7 @@ NOTES = {  # unusual property of an image -> what is done with it
     "grey": "converted to RGB",
     "palette-based": "converted to RGB",
     "with transparency": "converted to RGB, transparent pixels black",
-    "with EXIF rotation": "which is not applied: landmarks are pixels of the image as stored",
+    ROTATED: "which is not applied: landmarks are pixels of the image as stored",
 }
 
 
@@ -57,9 +58,11 @@ def check_images(labels: Labels, folder: Path) -> dict[int, str]:
     for row in bar(rows, len(rows), "checking images") if rows else ():
         try:
             for kind in _check_image(labels, folder, row):
-                notes.setdefault(kind, []).append(row)
+                if kind != ROTATED or labels.turned is None or not labels.turned[row]:
+                    notes.setdefault(kind, []).append(row)
         except UserError as e:
             faults[row] = e.line
+    _check_rotation(labels, folder, notes.get(ROTATED, []))
     if stored is None:
         _print_repeated(labels)
     for kind in [kind for kind in NOTES if kind in notes]:
@@ -79,23 +82,27 @@ def _stat_images(labels: Labels, folder: Path) -> tuple[np.ndarray, dict[int, st
         stamp = (-1, -1)
         if row not in labels.faults:
             try:
-                stamp = _stat_image(folder, prefix, labels.name(row))
+                stamp = _stat_image(folder, prefix, labels.name(row), labels.own_paths)
             except UserError as e:
                 faults[row] = str(e)
         stamps.extend(stamp)
     return np.array(stamps).reshape(-1, 2), faults
 
 
-def _stat_image(folder: Path, prefix: str, name: str) -> tuple[int, int]:
-    "Return size and time of an image file; `prefix` is the folder as text. Raises `UserError` if it cannot be used."
+def _stat_image(folder: Path, prefix: str, name: str, own_paths: bool = False) -> tuple[int, int]:
+    """Return size and time of an image file; `prefix` is the folder as text. Raises `UserError` if it cannot be used.
+
+    A name that leaves the folder is refused, unless it is an absolute path of the user's own.
+    """
     try:
         plain = PLAIN_NAME.fullmatch(name) and name not in (".", "..")
         status = os.stat(prefix + name, follow_symlinks=False) if plain else None
         if not status or stat.S_ISLNK(status.st_mode):
-            if leaves_folder(folder, name):
+            own = own_paths and os.path.isabs(name)
+            if not own and leaves_folder(folder, name):
                 refused = "by its path or a link: it was not opened; remove the line"
                 raise UserError(f"file name {name!r} leaves the image folder {folder}, {refused}")
-            status = os.stat(prefix + name)
+            status = os.stat(name if own else prefix + name)
     except (OSError, ValueError) as e:
         if getattr(e, "errno", 0) in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise UserError(f"image {name} not found in {folder}: add it or remove the line") from None
@@ -130,6 +137,24 @@ def _check_image(labels: Labels, folder: Path, row: int) -> list[str]:
             f"{path}: fix or remove the line"
         )
     return kinds
+
+
+def _check_rotation(labels: Labels, folder: Path, rows: Sequence[int]) -> None:
+    "Raise `UserError` if the points of images with EXIF rotation fit them as they are shown, not as they are stored."
+    as_shown, as_stored = [], []
+    for row in rows:
+        with open_undecoded(folder / labels.name(row)) as image:
+            size, sideways = np.array(image.size), exif_turn(image) in SIDEWAYS
+        points = labels.points(row)
+        outside, outside_shown = ((points < -1) | (points > size)).any(), ((points < -1) | (points > size[::-1])).any()
+        if sideways and outside != outside_shown:
+            (as_stored if outside_shown else as_shown).append(row)
+    if len(as_shown) > len(as_stored):
+        row, stored = as_shown[0], "as stored"
+        x, y = np.nanmax(labels.points(row), axis=0)
+        fit = f"the points of {len(as_shown)} images with EXIF rotation fit them as they are shown, not {stored}"
+        first = f"{labels.place(row)}, {labels.name(row)} has points up to ({x:g}, {y:g})"
+        raise UserError(f"{fit}; the first: {first}. Landmarks are pixels {stored}: save the images without EXIF rotation")
 
 
 def inspect_image(path: str | Path) -> tuple[tuple[int, int], list[str]]:
@@ -180,17 +205,22 @@ def _print_repeated(labels: Labels) -> None:
 def write_listing(path: str | Path, problems: Iterable[Problem]) -> None:
     "Write bad rows as a CSV with the columns line, file_name, problem."
     with atomic_write(Path(path)) as f:
-        csv.writer(f, lineterminator="\n").writerows([COLUMNS, *(problem[1:] for problem in problems)])
+        csv.writer(f, lineterminator="\n").writerows([COLUMNS, *map(_listed, problems)])
+
+
+def _listed(problem: Problem) -> list[str]:
+    "Return a bad row of the listing: the line is its number alone."
+    return [problem.where.removeprefix("line "), *problem[2:]]
 
 
 def append_listing(path: str | Path, problem: Problem) -> bool:
     "Append a bad row to such a CSV, which is created if needed; return False if the row is listed already."
     with open(path, "a+", encoding="utf-8", newline="") as f:
         f.seek(0)
-        listed = {row[0] for row in csv.reader(f) if row}
-        if str(problem.line) in listed:
+        listed, row = {row[0] for row in csv.reader(f) if row}, _listed(problem)
+        if row[0] in listed:
             return False
-        csv.writer(f, lineterminator="\n").writerows([problem[1:]] if listed else [COLUMNS, problem[1:]])
+        csv.writer(f, lineterminator="\n").writerows([row] if listed else [COLUMNS, row])
     return True
 
 

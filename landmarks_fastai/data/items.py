@@ -1,9 +1,8 @@
-"""The items of a `DataBlock`: labelled images from a folder in the competition's layout, or from a DataFrame.
+"""The items of a `DataBlock`: labelled images from a source of labels (`sources.py`), or from a DataFrame.
 
 All rows are checked before training. Bad rows stop the program with a list of all of them, or are skipped.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,11 @@ import numpy as np
 import pandas as pd
 
 from landmarks_fastai.data.checks import check_images, write_listing
-from landmarks_fastai.data.labels import Labels, data_folder, frame_labels, open_labels
+from landmarks_fastai.data.labels import Labels
 from landmarks_fastai.data.pictures import Picture
-from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
+from landmarks_fastai.data.sources import read_frame, read_source
+from landmarks_fastai.data.suspicions import check_suspicions
+from landmarks_fastai.errors import SHOWN, BadData, Problem
 from landmarks_fastai.utils.distributed import is_first
 
 
@@ -101,8 +102,9 @@ def labelled_images(
     on_bad: str = "stop",
     listing: Path | None = None,
     left_out: np.ndarray | None = None,
+    category: str = "",  # of the objects, where the source has several
 ) -> LabelledImages:
-    """Check all rows of a folder in the competition's layout (`train/landmarks.csv`, `train/images/`) or of a DataFrame.
+    """Check all rows of a source: a file or folder of labels in one of the formats of docs/labels.md, or a DataFrame.
 
     Raises `BadData` with all bad rows; with `on_bad="skip"` it prints how many are left out, and lists them in `listing`.
     A resumed run passes the rows that it started without as `left_out`: it continues without those, whatever the check finds.
@@ -110,12 +112,10 @@ def labelled_images(
     if isinstance(source, LabelledImages):
         return source
     if isinstance(source, pd.DataFrame):
-        labels, folder = frame_labels(source), Path(image_folder or ".")
+        labels, folder = read_frame(source), Path(image_folder or ".")
     else:
-        train = data_folder(source) / "train"
-        if not os.path.isfile(train / "landmarks.csv"):  # False, not an error, for a folder without permission
-            raise UserError(f"{train / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/")
-        labels, folder = open_labels(train / "landmarks.csv"), train / "images"
+        labels, folder = read_source(Path(source or "."), category, Path(image_folder) if image_folder else None)
+    check_suspicions(labels)
     image_faults = check_images(labels, folder)
     if left_out is not None:
         return LabelledImages(labels, folder, left_out, listing)

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from landmarks_fastai.data.landmarks_csv import read_rows
+from landmarks_fastai.data.landmarks_csv import EXPECTED, LIMIT, read_rows
 from landmarks_fastai.errors import BadData, Problem, UserError
 from landmarks_fastai.utils.files import atomic_write, cache_places, check_folder
 
@@ -31,7 +31,7 @@ FORMAT = 4  # of the cache file; a file with another number is parsed again
 
 @dataclass(eq=False)
 class Labels:
-    """Rows that name images, with their points: of a `landmarks.csv` or a DataFrame.
+    """Rows that name images, with their points: of a `landmarks.csv`, a DataFrame or another source.
 
     Labels with a cache file pickle as the CSV's path: a spawned worker opens the file again. The rows do not change if
     another process replaces the file.
@@ -43,6 +43,15 @@ class Labels:
     stored: np.ndarray  # (rows, n_points, 2) int16 or float32, pixels of the image as stored; 0 in faulty rows
     faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with its text
     checksums: np.ndarray | None = None  # (rows,) crc32 of the points in a cache file; None: the points are in memory
+    point_names: tuple[str, ...] = ()  # () if the source names none
+    places: Sequence[str] | None = None  # where each row stands, "annotation 17"; None: a line of the CSV
+    boxes: np.ndarray | None = None  # float32 (rows, 4) left, top, right, bottom, pixel edges; NaN: the row has none
+    groups: Sequence[str] | None = None  # of the rows
+    valid: np.ndarray | None = None  # bool (rows,), the source's own validation rows
+    flip_indices: tuple[int, ...] = ()  # that the source gives
+    skeleton: tuple[tuple[int, int], ...] = ()  # pairs of points that are joined
+    turned: np.ndarray | None = None  # bool (rows,), whose points were turned back to the pixels as stored
+    own_paths: bool = False  # absolute paths are allowed: the names are the user's own, not of a file
 
     def __len__(self) -> int:
         return len(self.names)
@@ -63,6 +72,8 @@ class Labels:
             names.data if isinstance(names, np.ndarray) else "\n".join(names).encode("utf-8", "replace")
         )
         digest.update((self.stored if self.checksums is None else self.checksums).data)
+        if self.boxes is not None:
+            digest.update(np.ascontiguousarray(self.boxes).data)
         return {"rows": len(self), "points": self.n_points, "digest": digest.hexdigest()}
 
     def name(self, row: int) -> str:
@@ -74,13 +85,17 @@ class Labels:
         "Return the line number of a row in the CSV."
         return int(self.lines[row])
 
+    def where(self, row: int) -> str:
+        "Return where a row stands in its source: `line 3`, `annotation 17`."
+        return self.places[row] if self.places else f"line {self.line(row)}"
+
     def place(self, row: int) -> str:
-        "Return the file and the line of a row, for messages."
-        return f"{self.csv} line {self.line(row)}"
+        "Return the source and the place of a row, for messages."
+        return f"{self.csv} {self.where(row)}"
 
     def problem(self, row: int, text: str) -> Problem:
         "Return a `Problem` of a row."
-        return Problem(self.csv, self.line(row), self.name(row), text)
+        return Problem(self.csv, self.where(row), self.name(row), text)
 
     def points(self, row: int) -> np.ndarray:
         "Return the points of a row, float32 (n_points, 2), pixels of the image as stored. Makes a damaged cache again."
@@ -112,7 +127,29 @@ def frame_labels(frame: "pd.DataFrame") -> Labels:
         raise UserError(f"the DataFrame holds a coordinate that is not a number ({e})") from None
     rows = np.flatnonzero(~np.isfinite(points).all((1, 2))).tolist()
     faults = dict.fromkeys(rows, "a coordinate is NaN or infinite: fix or delete this row")
-    return Labels(Path("DataFrame"), frame.iloc[:, 0].astype(str).tolist(), np.arange(len(frame)), points, faults)
+    names = frame.iloc[:, 0].astype(object).where(frame.iloc[:, 0].notna(), "").astype(str).tolist()
+    labels = Labels(Path("DataFrame"), names, np.arange(len(frame)), points, faults)
+    return check_frame(labels)
+
+
+def check_frame(labels: Labels) -> Labels:
+    "Return the labels of a DataFrame's rows after the checks of a CSV: its own paths may be absolute."
+    labels.places, labels.own_paths = [f"row {row}" for row in range(len(labels))], True
+    for row, name in enumerate(labels.names):
+        if not name.strip():
+            labels.faults.setdefault(row, "the file name is empty: fix or delete this row")
+    for row in np.flatnonzero((abs(labels.stored) > LIMIT).any((1, 2))).tolist():
+        labels.faults.setdefault(row, f"a coordinate is too large: {EXPECTED}")
+    mark_equal_points(labels)
+    return labels
+
+
+def mark_equal_points(labels: Labels) -> None:
+    "Add a fault to each row whose points are all in one place: zeros, or an object that was not found."
+    equal = (labels.stored == labels.stored[:, :1]).all((1, 2)) & (labels.n_points > 1)
+    for row in np.flatnonzero(equal).tolist():
+        x, y = labels.stored[row, 0]
+        labels.faults.setdefault(row, f"all {labels.n_points} points are ({x:g}, {y:g}): fix or delete this row")
 
 
 def read_labels(csv: str | Path) -> Labels:

@@ -45,7 +45,10 @@ def first_stage(
 
 def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner with the weights of a checkpoint, and the settings of a new stage. Raises `UserError` if they do not fit."
-    images = rank0_first(lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=run.folder / LISTING))
+    listing, category = run.folder / LISTING, settings.category
+    images = rank0_first(
+        lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=listing, category=category)
+    )
     if (n_points := images.labels.n_points) != (trained_on := checkpoint.facts.n_points):
         hint = f"to train a new head on its body: train.py -d … --weights {checkpoint.path}"
         raise UserError(

@@ -1,0 +1,108 @@
+"Describe labels in words and in a picture, and write them as a plain CSV or as COCO keypoints."
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from landmarks_fastai import plots
+from landmarks_fastai.data.images import open_undecoded
+from landmarks_fastai.data.labels import Labels
+from landmarks_fastai.data.pictures import Picture
+from landmarks_fastai.geometry import IDENTITY
+from landmarks_fastai.utils.files import atomic_write
+
+DRAWN, SIDE, MARGIN = 6, 480, 1.4  # rows; pixels of a view; times the size of the points' box
+DIGITS = 3  # of a coordinate
+
+
+def names_of_points(labels: Labels) -> list[str]:
+    "Return the names of the points, or their numbers."
+    return list(labels.point_names) or [str(k) for k in range(labels.n_points)]
+
+
+def describe(labels: Labels) -> Iterator[str]:
+    "Yield lines: objects an image, points and how often each is missing, groups, validation rows, boxes."
+    objects = Counter(Counter(map(labels.name, range(len(labels)))).values())
+    yield "objects an image: " + ", ".join(f"{n} in {images} images" for n, images in sorted(objects.items()))
+    missing, names = np.isnan(labels.stored).any(-1).sum(0), names_of_points(labels)
+    gaps = [f"{name} {n}" for name, n in zip(names, missing.tolist(), strict=True) if n]
+    yield "points: " + ", ".join(names)
+    yield f"missing in {len(labels)} rows: " + (", ".join(gaps) or "none")
+    for what, values in (("groups", labels.groups), ("validation rows", labels.valid), ("boxes", labels.boxes)):
+        if isinstance(values, np.ndarray):
+            yield f"{what}: {int((values if values.ndim == 1 else np.isfinite(values).all(1)).sum())}"
+        elif values:
+            counts = Counter(values).most_common()
+            more = f", and {len(counts) - 20} more" if len(counts) > 20 else ""
+            yield f"{what}: " + ", ".join(f"{group} ({n} rows)" for group, n in counts[:20]) + more
+
+
+def draw_rows(labels: Labels, folder: Path, rows: Sequence[int], path: Path) -> None:
+    "Draw the points of a few evenly spaced rows, with their names, into a picture."
+    panels = []
+    for row in rows[:: -(-len(rows) // DRAWN)]:
+        points = labels.points(row)
+        low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
+        side = max(MARGIN * float((high - low).max()), 32.0)
+        left, top = (low + high) / 2 + 0.5 - side / 2
+        view = IDENTITY.after_resize(SIDE / side, left=float(left), top=float(top))
+        ((pixels, to_input),) = Picture(folder / labels.name(row), exif=False).inputs([view], "pad", SIDE)
+        panels.append((pixels, to_input.to_input(points), f"{labels.name(row)}, {labels.where(row)}"))
+    plots.plot_names(panels, names_of_points(labels))
+    plots.save_figure(path)
+
+
+def write_labels(labels: Labels, folder: Path, rows: Sequence[int], path: Path) -> Path:
+    """Write rows as a plain CSV, or as COCO keypoints if `path` ends in .json; `sources.py` reads both again.
+
+    File names are relative to the file's folder if all images are in it, else to `folder`; returns which.
+    """
+    root, images = Path(path).resolve().parent, [(folder / labels.name(row)).resolve() for row in rows]
+    if not all(image.is_relative_to(root) for image in images):
+        root = folder.resolve()
+    names = [Path(os.path.relpath(image, root)).as_posix() for image in images]
+    with atomic_write(Path(path)) as f:
+        if path.suffix.lower() == ".json":
+            json.dump(_coco(labels, rows, names, images), f, ensure_ascii=False)
+        else:
+            csv.writer(f, lineterminator="\n").writerows(_cells(labels, rows, names))
+    return root
+
+
+def _cells(labels: Labels, rows: Sequence[int], names: Sequence[str]) -> Iterator[list[str]]:
+    points = labels.point_names
+    columns = [f"{name}_{axis}" for name in points for axis in "xy"]
+    columns = columns or [f"{axis}{k}" for k in range(labels.n_points) for axis in "xy"]
+    group = ["group"] if labels.groups else []
+    yield ["file_name", *group, *(["left", "top", "right", "bottom"] if labels.boxes is not None else []), *columns]
+    for row, name in zip(rows, names, strict=True):
+        numbers = [] if labels.boxes is None else labels.boxes[row].tolist()
+        numbers += labels.points(row).ravel().tolist()
+        yield [name, *([labels.groups[row]] if labels.groups else []), *(f"{v:.{DIGITS}f}" if v == v else "" for v in numbers)]
+
+
+def _coco(labels: Labels, rows: Sequence[int], names: Sequence[str], paths: Sequence[Path]) -> dict[str, Any]:
+    images, annotations = {}, []
+    for row, name, path in zip(rows, names, paths, strict=True):
+        if name not in images:
+            with open_undecoded(path) as image:
+                images[name] = {"id": len(images) + 1, "file_name": name, "width": image.width, "height": image.height}
+        points = labels.points(row)
+        labelled = np.isfinite(points).all(1)
+        box = [np.nan] if labels.boxes is None else labels.boxes[row]
+        box = box if np.isfinite(box).all() else [*np.nanmin(points, axis=0), *np.nanmax(points, axis=0)]
+        left, top, right, bottom = np.round(np.asarray(box, np.float64), DIGITS).tolist()
+        keypoints = np.column_stack([np.where(labelled[:, None], points, 0), 2 * labelled]).ravel()
+        entry = {"id": len(annotations) + 1, "image_id": images[name]["id"], "category_id": 1, "iscrowd": 0}
+        entry |= {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
+        entry |= {"num_keypoints": int(labelled.sum()), "keypoints": keypoints.astype(np.float64).round(DIGITS).tolist()}
+        annotations.append(entry)
+    skeleton = [[a + 1, b + 1] for a, b in labels.skeleton]
+    category = {"id": 1, "name": "object", "keypoints": names_of_points(labels), "skeleton": skeleton}
+    return {"images": list(images.values()), "annotations": annotations, "categories": [category]}

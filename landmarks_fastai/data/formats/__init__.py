@@ -1,0 +1,1 @@
+"Readers of label files as other tools write them: each returns a `LabelTable`."

@@ -1,0 +1,266 @@
+"Readers of tables: a plain CSV whose header names x and y of each point, DeepLabCut, lightning-pose."
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from landmarks_fastai.data.formats.table import CENTRE, LabelTable, Rows, checked, read_text
+from landmarks_fastai.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AXIS = "x|y|v|vis|visible|visibility"
+# nose_x, x_nose, x0, 0x, noseX
+COLUMNS = [
+    re.compile(rf"(?P<name>.+?)[ _.:/-]+(?P<axis>{AXIS})", re.I),
+    re.compile(rf"(?P<axis>{AXIS})[ _.:/-]+(?P<name>.+)", re.I),
+    re.compile(rf"(?P<axis>{AXIS})(?P<name>\d+)", re.I),
+    re.compile(rf"(?P<name>\d+)(?P<axis>{AXIS})", re.I),
+    re.compile(r"(?P<name>.*[a-z0-9])(?P<axis>[XYV])"),
+    re.compile(r"(?P<axis>[xy])(?P<name>)", re.I),
+]
+FILE = (
+    "file_name",
+    "filename",
+    "file",
+    "image_path",
+    "img_path",
+    "path",
+    "image",
+    "image_name",
+    "img",
+    "name",
+    "image_id",
+)
+BOX = [  # left, top, right, bottom; with or without box_ or bbox_
+    {"left", "x_min", "xmin", "min_x"}, {"top", "y_min", "ymin", "min_y"},
+    {"right", "x_max", "xmax", "max_x"}, {"bottom", "y_max", "ymax", "max_y"},
+]  # fmt: skip
+MISSING = {"", "nan", "na", "n/a", "none", "null", "<na>"}
+CELLS = 2_000_000  # parsed at a time: bounds the memory
+HINT = "docs/labels.md lists the formats"
+
+
+@dataclass
+class Header:
+    "Which columns of a table are what."
+
+    file: int = -1
+    names: list[str] = field(default_factory=list)
+    xy: list[int] = field(default_factory=list)  # x0, y0, x1, y1, …
+    visible: list[int] = field(default_factory=list)  # of each point; -1: none
+    box: list[int] = field(default_factory=list)
+    group: int = -1
+
+    @property
+    def positional(self) -> bool:
+        "Whether the table is file_name, x0, y0, x1, y1, … and nothing else."
+        return self.file == 0 and self.xy == list(range(1, self.n_columns)) and not self.box and self.group < 0
+
+    n_columns: int = 0
+
+
+def parse_header(columns: Sequence[str], where: str) -> Header:
+    """Find the columns of points, file names, boxes and groups. `names` is empty if the header does not name x and y.
+
+    Raises `UserError` for a name that stands twice.
+    """
+    columns = [column.strip().strip("\"'").strip() for column in columns]
+    plain = [re.sub(r"^b?box[ _.]", "", column.lower()) for column in columns]
+    header = Header(n_columns=len(columns))
+    header.box = [next((k for k, name in enumerate(plain) if name in edge), -1) for edge in BOX]
+    header.box = [] if -1 in header.box else header.box
+    axes: dict[str, dict[str, int]] = {}
+    for k, column in enumerate(columns):
+        match = next((m for pattern in COLUMNS if (m := pattern.fullmatch(column))), None)
+        if match and k not in header.box:
+            point = axes.setdefault(match["name"], {})
+            if (axis := match["axis"].lower()[0]) in point:
+                raise UserError(f"{where}: column {column!r} stands twice")
+            point[axis] = k
+    points = {name: point for name, point in axes.items() if {"x", "y"} <= point.keys()}
+    header.names = list(points)
+    header.xy = [point[axis] for point in points.values() for axis in "xy"]
+    header.visible = [point.get("v", -1) for point in points.values()]
+    header.group = plain.index("group") if "group" in plain else -1
+    used = {*header.xy, *header.visible, *header.box, header.group}
+    named = [plain.index(name) for name in FILE if name in plain and plain.index(name) not in used]
+    others = [
+        k for k, name in enumerate(plain) if k not in used and name and not re.match(r"unnamed: \d+|index$", name)
+    ]
+    header.file = (named + others + [-1])[0]
+    return header
+
+
+def first_line(path: Path) -> str:
+    "Return a text file's first line. Raises `UserError` if it is not UTF-8."
+    try:
+        with open(path, encoding="utf-8-sig", newline=None) as f:
+            return f.readline(1 << 22).rstrip("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} line 1: not UTF-8 text: save the file as UTF-8") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def split_header(line: str) -> tuple[list[str], str]:
+    "Return the columns of a header line, and what separates them. A TAB at the end is not one more column."
+    separator = max("\t,;", key=line.count)
+    columns = next(csv.reader([line], delimiter=separator), [])
+    return columns[:-1] if columns and not columns[-1].strip() else columns, separator
+
+
+def read_plain(path: Path) -> LabelTable:
+    "A CSV, TAB or comma, whose header names x and y of each point; counted from the pixel's centre."
+    import pandas as pd
+
+    columns, separator = split_header(first_line(path))
+    header = parse_header(columns, f"{path} line 1")
+    if not header.names:
+        raise UserError(f"{path} line 1 names no points: x and y of each expected, as in nose_x, nose_y; {HINT}")
+    if header.file < 0:
+        raise UserError(f"{path} line 1: no column of file names: name it file_name")
+    try:
+        chunks = pd.read_csv(
+            path, sep=separator, header=None, skiprows=1, names=range(len(columns) + 1), index_col=False, dtype=str,
+            na_filter=False, skip_blank_lines=False, encoding="utf-8", chunksize=max(1, CELLS // len(columns)),
+        )  # fmt: skip
+        return table_of(header, chunks, "line {}", 2, path)
+    except pd.errors.EmptyDataError:
+        raise UserError(f"{path} has a header but no rows: one line per object is needed") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except (pd.errors.ParserError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({str(e).strip()[-120:]})") from None
+
+
+def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first: int, source: Path) -> LabelTable:
+    "Return the table of a plain CSV's or DataFrame's texts; `place` and `first` say what the first row is called."
+    files, places, points, boxes, groups, faults = [], [], [], [], [], {}
+    left_out: Counter[str] = Counter()
+    for chunk in chunks:
+        cells = np.strings.strip(chunk.to_numpy(dtype=np.str_, na_value="")) if len(chunk) else np.zeros((0, 0), str)
+        numbers = range(first, first + len(cells))
+        first += len(cells)
+        filled = (cells != "").any(1)
+        xy, problems = _numbers(cells[filled], header)
+        kept = np.isfinite(xy).any((1, 2)) | np.isin(np.arange(len(xy)), list(problems))
+        left_out["rows without a point"] += int((~kept).sum())
+        faults |= {len(files) + int(kept[:row].sum()): text for row, text in problems.items()}
+        rows = cells[filled][kept]
+        places += [place.format(n) for n in np.array(numbers)[filled][kept]]
+        files += rows[:, header.file].tolist()
+        points.append(xy[kept])
+        if header.box:
+            boxes.append(np.array([[checked(v or "nan", True)[0] for v in row] for row in rows[:, header.box]]))
+        if header.group >= 0:
+            groups += rows[:, header.group].tolist()
+    if not files:
+        why = "a header but no rows" if not sum(left_out.values()) else "no row with a point"
+        raise UserError(f"{source} has {why}: one line per object is needed")
+    names = header.names if any(name != str(k) for k, name in enumerate(header.names)) else []
+    return LabelTable(
+        kind="CSV",
+        names=tuple(names),
+        files=files,
+        points=np.concatenate(points),
+        places=places,
+        boxes=np.concatenate(boxes).astype(np.float32) if boxes else None,
+        groups=groups or None,
+        faults=faults,
+        left_out=dict(left_out),
+        origin=CENTRE,
+    )
+
+
+def _numbers(cells: np.ndarray, header: Header) -> tuple[np.ndarray, dict[int, str]]:
+    "Return points (rows, n_points, 2), NaN where they are missing, and the first fault of each faulty row."
+    texts = cells[:, header.xy]
+    missing = np.isin(np.strings.lower(texts), list(MISSING))
+    for k, column in enumerate(header.visible):
+        if column >= 0:
+            visible = np.strings.lower(cells[:, column])
+            missing[:, 2 * k : 2 * k + 2] |= np.isin(visible, ["0", "0.0", "false", "no"])[:, None]
+    values, faults = np.full(texts.shape, np.nan), {}
+    try:
+        values[~missing] = texts[~missing].astype(np.float64)
+        right = missing | (abs(values) <= 32767)
+    except ValueError:
+        right = np.zeros_like(missing)
+    for row in np.flatnonzero(~right.all(1)).tolist():
+        for k in np.flatnonzero(~missing[row]).tolist():
+            values[row, k], problem = checked(texts[row, k].item())
+            if problem:
+                faults.setdefault(row, f"point {header.names[k // 2]}'s {'xy'[k % 2]} is {problem}")
+    extra = cells[:, header.n_columns :]
+    for row in np.flatnonzero((extra != "").any(1)).tolist():
+        faults.setdefault(row, f"more fields than the {header.n_columns} of the header: fix or remove the line")
+    for row in np.flatnonzero(cells[:, header.file] == "").tolist():
+        faults.setdefault(row, "the file name is empty: fix or remove the line")
+    values[list(faults)] = 0
+    return values.reshape(len(values), -1, 2).astype(np.float32), faults
+
+
+def is_deeplabcut(path: Path) -> bool:
+    "Return whether a CSV has the header rows of DeepLabCut and lightning-pose."
+    try:
+        with open(path, encoding="utf-8-sig", newline=None) as f:
+            return any(line.split(",")[0].strip() == "bodyparts" for line, _ in zip(f, range(4), strict=False))
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def read_deeplabcut(rows: Rows, files: Iterable[Path], root: Path, order: Sequence[str] = ()) -> LabelTable:
+    """DeepLabCut and lightning-pose: CSVs with the header rows scorer, (individuals,) bodyparts, coords; from the pixel's centre.
+
+    File names are paths, in one column or in three. The folder of an image, its video, is the group. A cell that is empty
+    is missing. Bodyparts of no individual (unique ones) are left out where there are individuals.
+    """
+    rows.kind, rows.origin = "DeepLabCut CSV", CENTRE
+    for path in files:
+        lines = list(csv.reader(read_text(path).splitlines()))
+        heads = {}
+        while lines and lines[len(heads)][0] in ("scorer", "individuals", "bodyparts", "coords"):
+            heads[lines[len(heads)][0]] = lines[len(heads)]
+        parts, coords = heads["bodyparts"], heads["coords"]
+        individuals, start = heads.get("individuals", [""] * len(parts)), coords.index("x")
+        if len({*individuals[start:]} - {"single"}) > 0 and "single" in individuals[start:]:
+            rows.left_out["unique bodyparts"] += len(
+                {parts[k] for k in range(start, len(parts)) if individuals[k] == "single"}
+            )
+            individuals = ["" if i == "single" else i for i in individuals]
+        columns: dict[str, dict[str, dict[str, int]]] = {}
+        for k in range(start, len(coords)):
+            if "individuals" not in heads or individuals[k]:
+                columns.setdefault(individuals[k], {}).setdefault(parts[k], {})[coords[k]] = k
+        for number, cells in enumerate(lines[len(heads) :], len(heads) + 1):
+            rows.place = f"{path.relative_to(root).as_posix()} line {number}"
+            if any(cells[start:]):
+                _add_deeplabcut(rows, cells, start, columns)
+            else:
+                rows.left_out["frames without a point"] += any(cells)
+    return rows.table(order=order)
+
+
+def _add_deeplabcut(rows: Rows, cells: list[str], start: int, columns: dict[str, dict[str, dict[str, int]]]) -> None:
+    name = "/".join(PureWindowsPath(cell).as_posix() for cell in cells[:start] if cell)
+    for parts in columns.values():
+        xy = {part: (cells[at["x"]].strip(), cells[at["y"]].strip()) for part, at in parts.items()}
+        named = {part: [v or "nan" for v in p] for part, p in xy.items() if not all(v.lower() in MISSING for v in p)}
+        half = next((part for part, p in named.items() if any(v.lower() in MISSING for v in p)), "")
+        fault = f"point {half} has one coordinate of two" if half else ""
+        if named:
+            rows.add(name, named, group=PurePosixPath(name).parent.name, fault=fault)
+
+
+def deeplabcut_files(folder: Path) -> Iterator[Path]:
+    "Yield the CSVs of a DeepLabCut project or a lightning-pose data folder."
+    for pattern in ("labeled-data/*/CollectedData_*.csv", "CollectedData*.csv"):
+        yield from (path for path in sorted(folder.glob(pattern)) if is_deeplabcut(path))

@@ -1,0 +1,248 @@
+"""The table that every reader returns, and what the readers share.
+
+Where a tool counts from differs: (0, 0) is the centre of the top-left pixel (`CENTRE`), its corner (`EDGE`), or the
+centre is (1, 1) (`ONE`). Each reader names its own, and `sources.py` subtracts it. Boxes are pixel edges in all of them.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from landmarks_fastai.data.landmarks_csv import EXPECTED, LIMIT
+from landmarks_fastai.errors import UserError
+
+CENTRE, EDGE, ONE = 0.0, 0.5, 1.0  # coordinates of the centre of the top-left pixel
+MAX_BYTES = 1 << 29  # of a JSON file: Python's objects take ten times as much; COCO's largest has 240 MB
+# What a damaged or foreign file makes a reader raise.
+DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
+Box = Sequence[Any]  # left, top, right, bottom
+
+
+@dataclass
+class LabelTable:
+    "The labels of a source. `sources.py` turns its own coordinates into pixels of the images as stored."
+
+    kind: str  # of source, for the user: "COCO keypoints"
+    names: tuple[str, ...]  # of the points; () if the source names none
+    files: list[str]  # of the rows, relative to the source's folder (or absolute where the source says so)
+    points: np.ndarray  # float32 (rows, n_points, 2), NaN is missing
+    places: list[str]  # where each row stands: "annotation 17", "line 4", "frame 12"
+    boxes: np.ndarray | None = None  # float32 (rows, 4) left, top, right, bottom, pixel edges; NaN: the row has none
+    groups: list[str] | None = None
+    valid: np.ndarray | None = None  # bool (rows,), the source's own validation rows
+    flip_indices: tuple[int, ...] = ()  # () if the source gives none
+    skeleton: tuple[tuple[int, int], ...] = ()
+    faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with it
+    left_out: dict[str, int] = field(default_factory=dict)  # what no row is made of -> how many
+    origin: float = CENTRE
+    upright: bool = False  # the tool shows pictures with their EXIF rotation, and labels them so
+    fractions: bool = False  # points and boxes are fractions of the picture's sides
+    sizes: np.ndarray | None = None  # (rows, 2) width and height that the source says; 0 if it does not
+
+
+@dataclass(slots=True)
+class _Row:
+    file: str
+    names: tuple[str, ...]
+    points: np.ndarray  # (len(names), 2)
+    place: str
+    box: Box | None
+    group: str
+    valid: bool
+    category: str
+    size: Sequence[Any]
+    fault: str
+
+
+class Rows:
+    "Collects the rows of a source; `place` says where its reader is, for the message about a damaged file."
+
+    def __init__(self, source: Path, kind: str, origin: float, upright: bool = False):
+        self.source, self.kind, self.origin, self.upright = source, kind, origin, upright
+        self.rows: list[_Row] = []
+        self.left_out: Counter[str] = Counter()
+        self.place = ""
+        self.names: dict[str, Sequence[str]] = {}  # category -> its points, where the source lists them
+        self.skeletons: dict[str, Iterable[Sequence[int]]] = {}
+
+    def add(
+        self,
+        file: Any,
+        points: Mapping[str, Sequence[Any]] | Sequence[Sequence[Any]],  # of named points, those that are not missing
+        box: Box | None = None,
+        group: str = "",
+        valid: bool = False,
+        category: str = "",
+        size: Sequence[Any] = (0, 0),
+        fault: str = "",
+    ) -> None:
+        "Add the row of an object. One without a point is counted instead."
+        if not isinstance(file, str):
+            raise TypeError("the file name is not a text")
+        named = isinstance(points, Mapping)
+        names = tuple(points) if named else ()
+        values = list(points.values() if named else points)
+        if not values and not fault:
+            self.left_out["objects without a point"] += 1
+            return
+        array = np.full((len(values), 2), np.nan, np.float32)
+        for k, xy in enumerate(values):
+            for axis, value in enumerate(xy[:2]):
+                number, problem = checked(value, missing=not named)
+                array[k, axis] = number
+                name = names[k] if named else k
+                fault = fault or (problem and f"point {name}'s {'xy'[axis]} is {problem}")
+        if box is not None:
+            if problem := next((problem for value in box if (problem := checked(value)[1])), ""):
+                fault = fault or f"its box holds {problem}"
+                box = None
+        category = str(category)
+        self.rows.append(_Row(file, names, array, self.place, box, group, valid, category, size, fault))
+
+    def table(self, category: str = "", order: Sequence[str] = ()) -> LabelTable:
+        """Return the table of the rows of one category. Raises `UserError` if there are several, or none.
+
+        `order` sorts the names of points where the source does not list those of a category.
+        """
+        category = self._chosen(category)
+        rows = [row for row in self.rows if row.category == category]
+        named = any(row.names for row in rows)
+        names = list(self.names.get(category, ())) if named else []
+        seen = dict.fromkeys(name for row in rows for name in row.names)
+        names += [name for name in dict.fromkeys(order) if name in seen and name not in names]
+        names += [name for name in seen if name not in set(names)]
+        lengths = Counter(len(row.points) for row in rows)
+        n_points = len(names) if named else lengths.most_common(1)[0][0]
+        if n_points * len(rows) > 1 << 28:  # 2 GB: of a file that gives every object points of its own
+            raise UserError(
+                f"{self.source}: {n_points} different points in {len(rows)} rows: is each point named alike?"
+            )
+        index, faults = {name: k for k, name in enumerate(names)}, {}
+        points = np.full((len(rows), n_points, 2), np.nan, np.float32)
+        boxes = np.full((len(rows), 4), np.nan, np.float32)
+        for k, row in enumerate(rows):
+            if not row.fault and not named and len(row.points) != n_points:
+                row.fault = f"it has {len(row.points)} points, {n_points} as in most rows expected"
+            if row.fault:
+                faults[k] = f"{row.fault}: fix or remove it"
+                points[k] = 0
+                continue
+            points[k, [index[name] for name in row.names] if named else slice(None)] = row.points
+            if row.box is not None and float(row.box[2]) > float(row.box[0]) and float(row.box[3]) > float(row.box[1]):
+                boxes[k] = [float(v) for v in row.box]
+        bones = [tuple(int(v) for v in bone) for bone in self.skeletons.get(category, ())]
+        return LabelTable(
+            kind=self.kind,
+            names=tuple(names),
+            files=[row.file for row in rows],
+            points=points,
+            places=[row.place for row in rows],
+            boxes=None if np.isnan(boxes).all() else boxes,
+            groups=[row.group for row in rows] if any(row.group for row in rows) else None,
+            valid=np.array([row.valid for row in rows]) if any(row.valid for row in rows) else None,
+            skeleton=tuple((a, b) for a, b in bones if 0 <= min(a, b) and max(a, b) < n_points),
+            faults=faults,
+            left_out=dict(self.left_out),
+            origin=self.origin,
+            upright=self.upright,
+            sizes=np.array([[checked(v, True)[0] for v in row.size] for row in rows]),
+        )
+
+    def _chosen(self, category: str) -> str:
+        counts = Counter(row.category for row in self.rows)
+        said = ", ".join(f"{name} ({n} rows)" for name, n in counts.most_common(20))
+        if not counts:
+            why = "; left out: " + counted(self.left_out) if self.left_out else ""
+            raise UserError(f"{self.source}: no object with points in it{why}")
+        if category and category not in counts:
+            raise UserError(f"--category {category}: {self.source} has points of {said or 'one unnamed category'}")
+        if not category and len(counts) > 1:
+            raise UserError(f"{self.source} has several categories: {said}: choose one with --category NAME")
+        return category or next(iter(counts))
+
+
+def checked(value: Any, missing: bool = False) -> tuple[float, str]:
+    "Return a number and what is wrong with it, or an empty text. NaN is accepted if it stands for a missing point."
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0, f"{str(value)[:40]!r}, a number expected"
+    right = abs(number) <= LIMIT or (missing and number != number)
+    return (number, "") if right else (0.0, f"{str(value)[:40]}, {EXPECTED}")
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    "Say what is left out: `2 crowds, 1 without a point`."
+    return ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
+
+
+def group_points(
+    points: Iterable[tuple[str, Any, Any, Any]],  # name, x, y, key of the object; None if the tool does not say
+    boxes: Mapping[Any, Box],  # of objects, by key
+) -> list[tuple[dict[str, tuple[Any, Any]], Box | None, str]]:
+    """Return points by name, box and fault of each object of an image.
+
+    A point without a key belongs to the smallest box that it lies in, or to the only one. In one object a name can stand once.
+    """
+    objects: dict[Any, dict[str, tuple[Any, Any]]] = {key: {} for key in boxes}
+    faults: dict[Any, str] = {}
+    for name, x, y, key in points:
+        if key is None and boxes:
+            around = next(iter(boxes.values())) if len(boxes) == 1 else box_around([(x, y)], boxes.values())
+            key = next((k for k, box in boxes.items() if box is around), None)
+        if name in objects.setdefault(key, {}):
+            faults[key] = f"point {name!r} is labelled twice in one object: give each object its own group or box"
+        objects[key][name] = x, y
+    return [(named, boxes.get(key), faults.get(key, "")) for key, named in objects.items() if named]
+
+
+def box_around(points: Iterable[Sequence[Any]], boxes: Iterable[Box]) -> Box | None:
+    "Return the smallest box that all of the points lie in."
+    points = list(points)
+    around = [b for b in boxes if all(b[0] <= x <= b[2] and b[1] <= y <= b[3] for x, y in points)]
+    return min(around, key=lambda b: (b[2] - b[0]) * (b[3] - b[1]), default=None) if points else None
+
+
+def rotated_box(x: float, y: float, width: float, height: float, degrees: float, about: tuple[float, float]) -> Box:
+    "Return the upright box around a box that is turned clockwise about a point."
+    angle = np.radians(degrees)
+    corners = np.array([(x, y), (x + width, y), (x, y + height), (x + width, y + height)]) - about
+    turned = corners @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) + about
+    return [*turned.min(0).tolist(), *turned.max(0).tolist()]
+
+
+def natural(name: str) -> list[Any]:
+    "The key that sorts names with their numbers by value: 2 before 10."
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,18})", name)]
+
+
+def read_bytes(path: Path) -> bytes:
+    "Read a file. Raises `UserError` if it cannot be read or is too large."
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} has more than {MAX_BYTES >> 20} MB: split it")
+        return path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    "Read a UTF-8 text file, with or without a mark. Raises `UserError`."
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+
+
+def read_json(path: Path) -> Any:
+    "Parse a JSON file. Raises `UserError` with the place of a fault."
+    try:
+        return json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged, or not JSON ({str(e)[:100]})") from None

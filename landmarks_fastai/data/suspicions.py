@@ -1,0 +1,112 @@
+"""Labels that can be read but are probably not the points that they are taken for. Each is one line before training.
+
+They are found in the numbers of at most 2,000 rows. Where no right reading is likely, the line is an error.
+"""
+
+import numpy as np
+
+from landmarks_fastai.data.labels import Labels
+from landmarks_fastai.errors import UserError
+
+SAMPLE = 2000  # rows
+FEW = 4  # rows: too few to tell
+COLUMNS = "name the columns, as in nose_x, nose_y, nose_visible"
+
+
+def check_suspicions(labels: Labels) -> None:
+    "Raise `UserError` for the first suspicion: these numbers are not points (x, y) in pixels."
+    if texts := suspicions(labels):
+        raise UserError(f"{labels.csv}: {texts[0]}")
+
+
+def suspicions(labels: Labels) -> list[str]:
+    "Return what the labels probably are instead of points in pixels."
+    rows = [row for row in range(0, len(labels), max(1, len(labels) // SAMPLE)) if row not in labels.faults]
+    if len(rows) < FEW:
+        return []
+    points = labels.stored[rows].astype(np.float64)
+    tests = (_visibility, _missing_numbers, _fractions, _planar, _box)
+    return [text for test in tests if (text := test(points))]
+
+
+def check_labelled(labels: Labels, rows: np.ndarray) -> None:
+    "Raise `UserError` for a point that none of the rows to train on has."
+    if labels.stored.dtype != np.float32:  # whole numbers: of a file without gaps
+        return
+    rows = np.setdiff1d(rows, list(labels.faults))
+    missing = np.flatnonzero(np.isnan(labels.stored[rows]).any(-1).all(0)) if len(rows) else ()
+    if len(missing):
+        names = [labels.point_names[k] if labels.point_names else str(k) for k in missing]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise UserError(
+            f"{labels.csv}: no training row has point {', '.join(names[:5])}{more}: remove it from the labels"
+        )
+
+
+def _visibility(points: np.ndarray) -> str:
+    "x, y, visible of each point, taken as x, y."
+    values = points.reshape(len(points), -1)
+    if values.shape[1] % 3 or values.shape[1] < 6 or np.isnan(values).any():
+        return ""
+    third, others = values[:, 2::3], np.delete(values, np.s_[2::3], axis=1)
+    if third.min() < 0 or third.max() > 2 or np.median(abs(others)) <= 2:
+        return ""
+    return f"every third number is from 0 to 2, as x, y, visible of {values.shape[1] // 3} points: {COLUMNS}"
+
+
+def _missing_numbers(points: np.ndarray) -> str:
+    "(0, 0) or (-1, -1) for a missing point."
+    same = (points[..., 0] == points[..., 1]) & (points[..., 0] <= 0)
+    count, n = same.sum(), np.isfinite(points[..., 0]).sum()
+    if count < 3 or count < 0.005 * n:
+        return ""
+    value = np.unique(points[same][:, 0])[0]
+    said = f"{count} of {n} points are exactly ({value:g}, {value:g})"
+    return f"{said}, as a missing point is written: leave its cells empty, or add a column nose_visible with 0"
+
+
+def _fractions(points: np.ndarray) -> str:
+    "Fractions of the image's sides."
+    if np.nanmin(points) < 0 or np.nanmax(points) > 1:
+        return ""
+    return "all coordinates are from 0 to 1, as fractions of the image's sides: multiply them by width and height, in pixels"
+
+
+def _planar(points: np.ndarray) -> str:
+    "x of all points, then y of all points."
+    values = points.reshape(len(points), -1)
+    values = values[np.isfinite(values).all(1)]
+    if len(values) < FEW or points.shape[1] < 3:
+        return ""
+    half, pairs = values.shape[1] // 2, _residual(values[:, 0::2] + 1j * values[:, 1::2])
+    planar = _residual(values[:, :half] + 1j * values[:, half:])
+    if planar > 0.25 * pairs or pairs < 0.02:
+        return ""
+    return f"the objects have a common shape only if x of all points stands before y of all points: {COLUMNS}"
+
+
+def _residual(shapes: np.ndarray) -> float:
+    "Return how far shapes, complex (rows, n_points), are from their mean shape once they are aligned: 0 to 1."
+    shapes = shapes - shapes.mean(1, keepdims=True)
+    shapes = shapes / np.maximum(1e-9, np.linalg.norm(shapes, axis=1, keepdims=True))
+    mean = shapes[0]
+    for _ in range(5):
+        turn = (shapes @ mean.conj())[:, None]
+        mean = (shapes * turn.conj() / np.maximum(1e-9, abs(turn))).mean(0)
+        mean = mean / max(1e-9, float(np.linalg.norm(mean)))
+    return float(1 - np.mean(abs(shapes @ mean.conj()) ** 2))
+
+
+def _box(points: np.ndarray) -> str:
+    "A box before or after the points: two corners, or a corner and a size."
+    if points.shape[1] < 6:
+        return ""
+    for where, (a, b), rest in (("first", points[:, :2].swapaxes(0, 1), points[:, 2:]),
+                                ("last", points[:, -2:].swapaxes(0, 1), points[:, :-2])):  # fmt: skip
+        low, high = np.nanmin(rest, axis=1), np.nanmax(rest, axis=1)
+        for corner in (b, a + b):
+            if (a <= low + 1).all() and (corner >= high - 1).all() and (b != low).any():
+                return (
+                    f"the {where} four numbers are a box around the others: name the columns left, top, right, bottom"
+                )
+    return ""
