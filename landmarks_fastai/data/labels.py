@@ -19,14 +19,14 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from landmarks_fastai.data.landmarks_csv import read_rows
+from landmarks_fastai.data.landmarks_csv import find_point_faults, read_rows
 from landmarks_fastai.errors import BadData, Problem, UserError
 from landmarks_fastai.utils.files import atomic_write, cache_places, check_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 4  # of the cache file; a file with another number is parsed again
+FORMAT = 5  # of the cache file; a file with another number is parsed again
 
 
 @dataclass(eq=False)
@@ -40,7 +40,9 @@ class Labels:
     csv: Path
     names: Sequence[str] | np.ndarray  # (rows,) file names; an array holds UTF-8
     lines: np.ndarray  # (rows,) line numbers in the CSV; the header is line 1
-    stored: np.ndarray  # (rows, n_points, 2) int16 or float32, pixels of the image as stored; 0 in faulty rows
+    stored: (
+        np.ndarray
+    )  # (rows, n_points, 2) int16, or float32 with NaN where a point is missing; pixels as stored; 0 in faulty rows
     faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with its text
     checksums: np.ndarray | None = None  # (rows,) crc32 of the points in a cache file; None: the points are in memory
 
@@ -83,7 +85,7 @@ class Labels:
         return Problem(self.csv, self.line(row), self.name(row), text)
 
     def points(self, row: int) -> np.ndarray:
-        "Return the points of a row, float32 (n_points, 2), pixels of the image as stored. Makes a damaged cache again."
+        "Return the points of a row, float32 (n_points, 2), pixels of the image as stored; NaN: missing. Makes a damaged cache again."
         for renew in (open_labels, _parse):  # another process may have made it again already
             if self.checksums is None or zlib.crc32(self.stored[row]) == self.checksums[row]:
                 break
@@ -99,7 +101,7 @@ def _renew(renew: Callable[[Path], Labels], csv: Path, identity: dict[str, Any])
 
 
 def frame_labels(frame: "pd.DataFrame") -> Labels:
-    """Return the labels of a DataFrame: a column of file names, then x0, y0, x1, y1, …
+    """Return the labels of a DataFrame: a column of file names, then x0, y0, x1, y1, …; NaN or NA: the point is missing.
 
     Raises `UserError` for a wrong number of columns, no rows, or a coordinate that is not a number.
     """
@@ -107,12 +109,12 @@ def frame_labels(frame: "pd.DataFrame") -> Labels:
         shape = f"{len(frame)} rows and {frame.shape[1]} columns"
         raise UserError(f"the DataFrame has {shape}: a column of file names, then x0, y0, x1, y1, … expected")
     try:
-        points = np.ascontiguousarray(frame.iloc[:, 1:], np.float32).reshape(len(frame), -1, 2)
+        values = frame.iloc[:, 1:].to_numpy(np.float32, na_value=np.nan)
     except (ValueError, TypeError) as e:
         raise UserError(f"the DataFrame holds a coordinate that is not a number ({e})") from None
-    rows = np.flatnonzero(~np.isfinite(points).all((1, 2))).tolist()
-    faults = dict.fromkeys(rows, "a coordinate is NaN or infinite: fix or delete this row")
-    return Labels(Path("DataFrame"), frame.iloc[:, 0].astype(str).tolist(), np.arange(len(frame)), points, faults)
+    points = np.ascontiguousarray(values).reshape(len(frame), -1, 2)
+    names = frame.iloc[:, 0].astype(str).tolist()
+    return Labels(Path("DataFrame"), names, np.arange(len(frame)), points, find_point_faults(points))
 
 
 def read_labels(csv: str | Path) -> Labels:
@@ -120,7 +122,8 @@ def read_labels(csv: str | Path) -> Labels:
 
     The file is TAB-separated, with one header line, and file_name, then x0 y0 x1 y1 … in each row.
     Raises `UserError` for a file that is missing, empty, or changes while it is read, and `BadData` if rows have
-    the wrong number of fields, a field that is not a number, a value that does not fit, or all points in one place.
+    the wrong number of fields, a field that is not a number or a gap, a value that does not fit, half a point, no
+    point, or all points in one place.
     """
     labels = open_labels(csv)
     if labels.faults:
@@ -179,7 +182,8 @@ def _parse(csv: Path) -> Labels:
 def _write_cache(f: IO[bytes], csv: Path, key: list[int], dtype: str = "int16") -> None:
     names, lines, checksums, faults, n_points = [], [], [], [], 0
     for rows in read_rows(csv):
-        points = rows.points.astype(dtype)
+        with np.errstate(invalid="ignore"):  # NaN is not equal to what it becomes
+            points = rows.points.astype(dtype)
         if dtype == "int16" and (points != rows.points).any():
             f.seek(0)
             return _write_cache(f, csv, key, "float32")  # start again at the file's first decimals
