@@ -13,6 +13,7 @@ import numpy as np
 
 from landmarks_fastai.data.labels import Labels, read_labels
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.missing import nan_mean
 
 INDEX_LIST = re.compile(r"\[\s*-?\d{1,18}(?:\s*,\s*-?\d{1,18})*(?:\s*,)?\s*\]")  # no ambiguity: linear time
 
@@ -121,9 +122,14 @@ def read_submission(csv: str | Path) -> tuple[list[str], np.ndarray]:
 def score(submission: str | Path, test_points: str | Path, truth: str | Path) -> float:
     """Return the competition's score: mean squared error over all submitted coordinates, in pixels of the images as stored.
 
-    `truth` has the true points of the same images, in the format of landmarks.csv. Raises `UserError` if a file cannot be
-    read or the files do not match.
+    `truth` has the true points of the same images, in the format of landmarks.csv; what is missing there does not count.
+    Raises `UserError` if a file cannot be read, the files do not match, or no submitted point has a truth.
     """
+    return float(nan_mean(squared_errors(submission, test_points, truth)))
+
+
+def squared_errors(submission: str | Path, test_points: str | Path, truth: str | Path) -> np.ndarray:
+    "Return the squared error of each submitted coordinate, (images, points, 2), NaN where there is no truth; as `score`."
     wanted = read_test_points(test_points)
     names, points = read_submission(submission)
     if names != wanted.names:
@@ -139,7 +145,9 @@ def score(submission: str | Path, test_points: str | Path, truth: str | Path) ->
     if missing := [name for name in names if name not in rows]:
         raise UserError(f"{truth}: no row for {missing[0]} ({len(missing)} images are missing in all)")
     true = np.stack([labels.points(rows[name])[i] for name, i in zip(names, wanted.indices, strict=True)])
-    return float(np.mean((points - true) ** 2))
+    if np.isnan(true).all():
+        raise UserError(f"{truth}: none of the submitted points is labelled")
+    return (points - true) ** 2
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -151,7 +159,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("truth", help="the true points, in the format of landmarks.csv")
     args = parser.parse_args(argv)
     try:
-        print(score(args.submission, args.test_points, args.truth))
+        errors = squared_errors(args.submission, args.test_points, args.truth)
+        labelled = ~np.isnan(errors[..., 0])
+        counted = "" if labelled.all() else f" ({labelled.sum()} of {labelled.size} points)"
+        print(f"{float(nan_mean(errors))}{counted}")
     except UserError as e:
         sys.exit("\n".join(f"error: {line}" for line in e.lines))
 

@@ -13,6 +13,7 @@ from fastai.learner import Metric
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import PixelMap, unit_to_input
+from landmarks_fastai.missing import fill_missing, labelled_mean
 from landmarks_fastai.utils.distributed import all_reduce
 
 Points = torch.Tensor | npt.ArrayLike  # a tensor, an array or nested lists
@@ -39,8 +40,8 @@ def _float64(tensor, device):
 
 
 def mean_squared_error(pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    "The competition's score of each image: mean over all coordinates; (batch, n, 2) pixels -> (batch,)."
-    return ((pred - truth) ** 2).mean(dim=(1, 2))
+    "The competition's score of each image: mean over its labelled coordinates; (batch, n, 2) pixels -> (batch,)."
+    return labelled_mean((pred - truth) ** 2, ~truth.isnan(), (1, 2))
 
 
 def nme(
@@ -48,16 +49,25 @@ def nme(
     truth: Points,  # the same
     normaliser: Normaliser = "box_diag",
     sizes: Points | None = None,  # (images, 2): width and height of the images as stored, for image_diag
+    shape: Points = (),  # mean shape (n, 2) of the training rows, `facts.shape`, for box_diag where points are missing
+    boxes: Points | None = None,  # (images, 4) annotated: left, top, right, bottom, for box_diag; NaN: none
 ) -> torch.Tensor:
-    """Normalised mean error of each image, (images,): the mean distance of its points, divided by a length.
+    """Normalised mean error of each image, (images,): the mean distance of its labelled points, divided by a length.
 
-    The length is the diagonal of the box of the true points, the diagonal of the image, or the distance of two true
-    points (inter-ocular: the outer corners of the eyes, 36 and 45 of 68 points). A length of 0 counts as one pixel.
+    The length is the diagonal of the annotated box, or else of the box of the true points; the diagonal of the image; or
+    the distance of two true points (inter-ocular: the outer corners of the eyes, 36 and 45 of 68 points). A length of 0
+    counts as one pixel. Missing points of a box are those of the mean shape laid onto the others: the box of half a drawn
+    face has 0.82 of the face's diagonal, so completed 1.00. An image whose length is unknown has NaN.
     Raises `UserError` for image_diag without sizes, and for another normaliser.
     """
     pred, truth = torch.as_tensor(pred).double(), torch.as_tensor(truth).double()
     if normaliser == "box_diag":
-        ends = truth.amax(1) - truth.amin(1)
+        shape = torch.as_tensor(shape, dtype=truth.dtype, device=truth.device).reshape(-1, 2)
+        corners = fill_missing(truth, shape) if len(shape) else truth
+        ends = corners.amax(1) - corners.amin(1)
+        if boxes is not None:
+            annotated = torch.as_tensor(boxes, device=truth.device).double()
+            ends = torch.where(annotated.isnan().any(1, keepdim=True), ends, annotated[:, 2:] - annotated[:, :2])
     elif normaliser == "image_diag":
         if sizes is None:
             raise UserError("image_diag needs the images' sizes: call nme, auc or failure_rate with sizes=")
@@ -67,7 +77,8 @@ def nme(
     else:
         ends = truth[:, normaliser[0]] - truth[:, normaliser[1]]
     length = ends.norm(dim=-1)
-    return (pred - truth).norm(dim=-1).mean(1) / torch.where(length > 0, length, 1.0)
+    mean_distance = labelled_mean((pred - truth).norm(dim=-1), ~truth.isnan().any(-1), 1)
+    return mean_distance / torch.where(length == 0, 1.0, length)
 
 
 def auc(
@@ -76,14 +87,15 @@ def auc(
     normaliser: Normaliser = "box_diag",
     threshold: float = 0.08,
     sizes: Points | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Area under the curve of the cumulative error distribution (CED) up to a threshold, divided by it; 0 to 1.
 
     The CED is the share of the images whose NME is at most x. An image of error e adds (threshold - e) / threshold to
-    the area, or nothing: the area is exact, not a sum over steps. Arguments are those of `nme`.
-    Yang et al. 2015, "An Empirical Study of Recent Face Alignment Methods"; 300-W and others take 0.08.
+    the area, or nothing: the area is exact, not a sum over steps. Arguments are those of `nme`; an image without an NME
+    is left out. Yang et al. 2015, "An Empirical Study of Recent Face Alignment Methods"; 300-W and others take 0.08.
     """
-    return (1 - nme(pred, truth, normaliser, sizes) / threshold).clamp(min=0).mean()
+    return _mean_over_images(_area, pred, truth, normaliser=normaliser, threshold=threshold, sizes=sizes, **kwargs)
 
 
 def failure_rate(
@@ -92,36 +104,63 @@ def failure_rate(
     normaliser: Normaliser = "box_diag",
     threshold: float = 0.08,
     sizes: Points | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    "The share of the images whose NME is above a threshold, 0 to 1. Arguments are those of `nme`."
-    return (nme(pred, truth, normaliser, sizes) > threshold).double().mean()
+    "The share of the images whose NME is above a threshold, 0 to 1. Arguments are those of `nme`; see `auc`."
+    return _mean_over_images(_failed, pred, truth, normaliser=normaliser, threshold=threshold, sizes=sizes, **kwargs)
+
+
+def _area(pred, truth, threshold, **kwargs):
+    return (1 - nme(pred, truth, **kwargs) / threshold).clamp(min=0)
+
+
+def _failed(pred, truth, threshold, **kwargs):
+    error = nme(pred, truth, **kwargs)
+    return torch.where(error.isnan(), error, (error > threshold).double())
+
+
+def _mean_over_images(func, pred, truth, **kwargs):
+    values = func(pred, truth, **kwargs)
+    return labelled_mean(values, _has_value(values, torch.as_tensor(pred)))
+
+
+def _has_value(values, pred):
+    "Whether images have a value: it is NaN where the labels do not give one. A NaN that was predicted counts."
+    return ~(values.isnan() & pred.isfinite().all())
 
 
 class ImageMetric(Metric):
     """The mean over images of `func(pred, truth)`, both in pixels of the image as stored, not rounded.
 
-    `Evaluation` (training/callbacks/evaluation.py) gives it the points of both passes after a validation. The sum stays on
-    the device until `value` is read, so that no batch waits for the GPU.
+    `Evaluation` (training/callbacks/evaluation.py) gives it the points of both passes after a validation. The sums stay on
+    the device until `value` is read, so that no batch waits for the GPU. An image whose value is NaN is left out. Pooled,
+    an image weighs by the share of its points that is labelled: the mean is over all labelled points.
     """
 
     def __init__(
         self,
         func: Callable,  # (batch, n, 2), (batch, n, 2) -> (batch,), or their mean
         name: str,  # of its column
+        pooled: bool = False,
     ):
-        self.func, self._name = func, name
+        self.func, self._name, self.pooled = func, name, pooled
         self.reset()
 
     def reset(self) -> None:
-        self.total, self.count = 0.0, 0
+        self.total, self.weight, self.count = 0.0, 0.0, 0  # count: images
 
     def add(self, pred: torch.Tensor, truth: torch.Tensor) -> None:
         "Add predicted and true points (batch, n, 2), pixels of the images as stored."
-        self.total, self.count = self.total + self.func(pred, truth).mean() * len(truth), self.count + len(truth)
+        values, n = self.func(pred, truth), len(truth)
+        weights = _has_value(values, pred).to(values.dtype)
+        if self.pooled:
+            weights = weights * (~truth.isnan()).to(values.dtype).mean((1, 2))
+        self.total = self.total + torch.where(weights > 0, values * weights, 0).mean() * n
+        self.weight, self.count = self.weight + weights.mean() * n, self.count + n
 
     @property
     def value(self) -> float | None:
-        return float(self.total) / self.count if self.count else None
+        return float(self.total) / weight if (weight := float(self.weight)) else None
 
     @property
     def name(self) -> str:
@@ -130,10 +169,10 @@ class ImageMetric(Metric):
 
 def sum_over_processes(metrics: Iterable[Any]) -> None:
     "Let metrics of `total` and `count`, as `ImageMetric` and fastai's `AvgLoss`, hold the sums over all processes."
-    metrics = list(metrics)
-    sums = all_reduce([float(value) for metric in metrics for value in (metric.total, metric.count)]).tolist()
-    for metric, total, count in zip(metrics, sums[::2], sums[1::2], strict=True):
-        metric.total, metric.count = total, int(count)
+    names = [(metric, name) for metric in metrics for name in ("total", "weight", "count") if hasattr(metric, name)]
+    sums = all_reduce([float(getattr(*name)) for name in names]).tolist()
+    for (metric, name), value in zip(names, sums, strict=True):
+        setattr(metric, name, int(value) if name == "count" else value)
 
 
 def _no_sizes(normaliser):
@@ -145,17 +184,21 @@ def _no_sizes(normaliser):
 class AUC(ImageMetric):
     "`auc` as a metric, in a column `auc`. Raises `UserError` for image_diag: a batch does not hold the images' sizes."
 
-    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08):
-        super().__init__(partial(auc, normaliser=_no_sizes(normaliser), threshold=threshold), "auc")
+    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08, shape: Points = ()):
+        super().__init__(partial(_area, normaliser=_no_sizes(normaliser), threshold=threshold, shape=shape), "auc")
 
 
 class FailureRate(ImageMetric):
     "`failure_rate` as a metric, in a column `failure_rate`. Raises `UserError` for image_diag, as `AUC`."
 
-    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08):
-        super().__init__(partial(failure_rate, normaliser=_no_sizes(normaliser), threshold=threshold), "failure_rate")
+    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08, shape: Points = ()):
+        func = partial(_failed, normaliser=_no_sizes(normaliser), threshold=threshold, shape=shape)
+        super().__init__(func, "failure_rate")
 
 
-def default_metrics() -> list[ImageMetric]:
+def default_metrics(
+    shape: Points = (),  # mean shape of the training rows
+) -> list[ImageMetric]:
     "The metrics of every epoch: `score`, the competition's mean squared error, and `nme_box_diag`."
-    return [ImageMetric(mean_squared_error, "score"), ImageMetric(nme, "nme_box_diag")]
+    score = ImageMetric(mean_squared_error, "score", pooled=True)
+    return [score, ImageMetric(partial(nme, shape=shape), "nme_box_diag")]

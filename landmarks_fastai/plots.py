@@ -23,14 +23,15 @@ def plot_predictions(
     """Plot truth beside prediction of each image into a new figure.
 
     A panel is an image (height, width, 3), its true points (n_points, 2), the predicted ones, and a title; points are
-    pixels of this image. Without true points, None in all panels, the predictions are plotted alone.
+    pixels of this image. Without true points, None in all panels, the predictions are plotted alone. A predicted point
+    whose truth is missing, NaN, is hollow.
     """
     from matplotlib import pyplot as plt
 
     drawn = []
     for image, truth, predicted, title in panels:
-        drawn += [(image, truth, TRUTH, "truth")] if truth is not None else []
-        drawn.append((image, predicted, PREDICTION, title))
+        drawn += [(image, truth, TRUTH, "truth", None)] if truth is not None else []
+        drawn.append((image, predicted, PREDICTION, title, None if truth is None else np.isnan(truth[:, 0])))
     n, together = len(panels), len(drawn) // len(panels)  # a row does not end between truth and prediction
     columns = min(n, max(1, round(math.sqrt(2 * n / together))))
     rows = math.ceil(n / columns)
@@ -39,8 +40,8 @@ def plot_predictions(
     for ax in axes.flat:
         ax.set_axis_off()
         ax.set(xticks=[], yticks=[])  # matplotlib lays out invisible ticks too: half of a figure's time
-    for ax, (image, points, colour, title) in zip(axes.flat, drawn, strict=False):
-        plot_points(ax, image, points, colour)
+    for ax, (image, points, colour, title, hollow) in zip(axes.flat, drawn, strict=False):
+        plot_points(ax, image, points, colour, hollow)
         ax.set_title(title, fontsize=9)
     plt.tight_layout(pad=0.4)
 
@@ -66,7 +67,9 @@ def plot_flip_map(shape: np.ndarray, flip_indices: np.ndarray) -> None:
 
 
 def plot_names(
-    panels: Sequence[tuple[np.ndarray, np.ndarray, str]],  # image (height, width, 3), points (n_points, 2) or NaN, title
+    panels: Sequence[
+        tuple[np.ndarray, np.ndarray, str]
+    ],  # image (height, width, 3), points (n_points, 2) or NaN, title
     names: Sequence[str],
 ) -> None:
     "Plot images with their points and the names of those into a new figure; of more than 100 points every tenth name."
@@ -87,12 +90,16 @@ def plot_names(
     plt.tight_layout(pad=0.4)
 
 
-def plot_points(ax: "Axes", image: np.ndarray, points: np.ndarray, colour: str) -> None:
+def plot_points(
+    ax: "Axes", image: np.ndarray, points: np.ndarray, colour: str, hollow: np.ndarray | None = None
+) -> None:
     "Plot an image (height, width, 3), uint8 or in 0..1, with points (n_points, 2) in its pixels; 971 dots do not hide a face."
     height, width = image.shape[:2]
     ax.imshow(image, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     area = 2.0 if len(points) > 200 else 12.0 if len(points) > 20 else 30.0
-    ax.scatter(points[:, 0], points[:, 1], s=area, c=colour, linewidths=0)
+    hollow = np.zeros(len(points), bool) if hollow is None else hollow
+    ax.scatter(*points[~hollow].T, s=area, c=colour, linewidths=0)
+    ax.scatter(*points[hollow].T, s=area, facecolors="none", edgecolors=colour, linewidths=0.5)
     ax.set_xlim(-0.5, width - 0.5)
     ax.set_ylim(height - 0.5, -0.5)
 

@@ -87,7 +87,7 @@ def main() -> None:
             elif "lr" in flags:
                 note_low_lr(learn, FINETUNE_LR_MULT[settings.sched] * previous.settings.lr)
         best = fit_stage(learn, run, previous, scores, app.started(state), state, lr)
-        print(report(run, best, machine))
+        print(report(run, best, machine, learn.dls.valid.items.counted))
 
 
 command = partial(app.run_main, main)

@@ -103,7 +103,7 @@ def main() -> None:
                 default = first_settings({k: v for k, v in flags.items() if k != "lr"})
                 note_low_lr(learn, default.lr)
         best = fit_stage(learn, run, started=app.started(state), state=state, lr=lr)
-        print(report(run, best, machine))
+        print(report(run, best, machine, learn.dls.valid.items.counted))
 
 
 command = partial(app.run_main, main)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from landmarks_fastai.geometry import PixelMap, unit_to_input
+from landmarks_fastai.missing import MIN_POINTS, fill_missing, nan_mean
 from landmarks_fastai.settings import DataFacts, Settings
 
-MIN_POINTS = 3  # fewer have no shape to align
+PASSES, GAPPY_PASSES = 10, 100  # of `procrustes_mean`; halves of faces need 40, 30% missing at random 6
+CONVERGED = 1e-4  # radii by which the last pass moves a point of the mean shape
 # Root mean square distance from the mean shape, in radii of the fitted shape, from which points are not taken for the
 # object. Real faces: 0.11 in the median, 0.35 at the 99th percentile, 0.51 at the most; points drawn at random: 8.
 MAX_MISFIT = 1.0
@@ -32,6 +34,10 @@ class Alignment:
     shape: np.ndarray  # (n_points, 2), centred, of radius 1, y down
     margin: float  # side of the crop, in sides of the shape's box
     size: int  # of the network's input
+
+    def maps_of_labels(self, points: np.ndarray) -> list[PixelMap | None]:
+        "As `maps`; missing points are filled in from the mean shape. A predicted NaN has no crop."
+        return self.maps(fill_missing(points, self.shape))
 
     def maps(self, points: np.ndarray) -> list[PixelMap | None]:
         """The maps from the images as stored to their aligned crops; None where the points make no plausible shape.
@@ -75,29 +81,51 @@ def report_unaligned(n: int, total: int) -> None:
 def procrustes_mean(shapes: np.ndarray) -> np.ndarray:
     """Mean shape (n, 2) of shapes (rows, n, 2): centred, of radius 1, as upright as they are on average.
 
-    Generalised Procrustes analysis (Gower 1975). Raises `NoShape` where in every row all points are equal.
+    Generalised Procrustes analysis (Gower 1975). Missing points are filled in from the last mean to place a row, and do
+    not count in the next. Raises `NoShape` where in every row all points are equal.
     """
-    shapes = np.asarray(shapes, np.float64) @ [1, 1j]
-    shapes = shapes - shapes.mean(1, keepdims=True)
-    radius = np.sqrt((abs(shapes) ** 2).mean(1, keepdims=True))
-    shapes = shapes[radius[:, 0] > 0] / radius[radius[:, 0] > 0][:, :1]
-    if not len(shapes):
+    points = np.asarray(shapes, np.float64)
+    missing = np.isnan(points[..., 0])
+    enough = (~missing).sum(1) >= min(MIN_POINTS, points.shape[1])
+    turned = _normalised(points[enough])
+    different = np.isfinite(turned).any(1)
+    points, missing, turned = points[enough][different], missing[enough][different], turned[different]
+    if not len(points):
         raise NoShape("in every row all points are equal")
-    mean = shapes.mean(0)
-    if abs(mean).max() < 1e-9:
-        mean = shapes[0]
-    for _ in range(10):
-        turn = rotation_onto(shapes, mean)
-        aligned = shapes * turn[:, None]
-        far = abs(aligned - mean).mean(1)
-        mean = aligned[far <= 3 * np.median(far)].mean(0)  # a row with shifted labels has no vote
+    mean = nan_mean(turned, 0)
+    if np.nanmax(abs(mean)) < 1e-9:
+        mean = turned[0]
+    mean = np.where(np.isnan(mean), 0, mean)  # a point that no row has
+    gaps, turn = bool(missing.any()), np.empty(0)
+    for _ in range(GAPPY_PASSES if gaps else PASSES):
+        before = mean
+        if gaps:
+            turned = np.where(missing, np.nan, _normalised(fill_missing(points, np.stack([mean.real, mean.imag], -1))))
+        turn = rotation_onto(turned, mean)
+        aligned = turned * turn[:, None]
+        far = nan_mean(abs(aligned - mean), 1)
+        mean = nan_mean(aligned[far <= 3 * np.nanmedian(far)], 0)  # a row with shifted labels has no vote
+        if gaps:
+            mean = np.where(np.isnan(mean), before, mean)
+            mean = mean - mean.mean()
         mean = mean / np.sqrt((abs(mean) ** 2).mean())
-    upright = turn.conj().mean()
+        if gaps and abs(mean - before).max() < CONVERGED:
+            break
+    upright = nan_mean(turn.conj())
     mean = mean * (upright / abs(upright) if abs(upright) > 1e-6 else 1)
     return np.stack([mean.real, mean.imag], -1)
 
 
+def _normalised(points: np.ndarray) -> np.ndarray:
+    "Complex shapes (rows, n), centred and of radius 1, of points (rows, n, 2); NaN where all points of a row are equal."
+    shapes = points @ [1, 1j]
+    shapes = shapes - nan_mean(shapes, 1)[:, None]
+    radius = np.sqrt(nan_mean(abs(shapes) ** 2, 1))[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return shapes / np.where(radius > 0, radius, np.nan)
+
+
 def rotation_onto(shapes: np.ndarray, onto: np.ndarray) -> np.ndarray:
     "Rotations, complex numbers of length 1, that turn each complex shape (…, n) onto another."
-    inner = (onto * shapes.conj()).sum(-1)
+    inner = np.nansum(onto * shapes.conj(), -1)
     return inner / np.maximum(abs(inner), 1e-12)

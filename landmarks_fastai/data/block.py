@@ -17,7 +17,7 @@ from fastai.vision.core import PointScaler
 from fastai.vision.data import ImageBlock, PointBlock
 from fastcore.foundation import L
 
-from landmarks_fastai.data.align import DIGITS, MIN_GAIN, MIN_POINTS, NoShape, alignment_of, procrustes_mean
+from landmarks_fastai.data.align import DIGITS, MIN_GAIN, NoShape, alignment_of, procrustes_mean
 from landmarks_fastai.data.augment import Augment, BatchAugmentation
 from landmarks_fastai.data.degrade import Degrade
 from landmarks_fastai.data.flip import ROWS, NoFlipMap, learn_flip_map
@@ -29,6 +29,7 @@ from landmarks_fastai.data.suspicions import check_labelled
 from landmarks_fastai.data.transforms import OpenInput, PILInput, PointsToUnit, StoredPoints
 from landmarks_fastai.errors import MissingImage, UserError
 from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
+from landmarks_fastai.missing import MIN_POINTS, fill_missing, nan_mean
 from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.hardware import Machine
@@ -150,15 +151,18 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
         except NoFlipMap as e:
             print(f"no flip map, images are not mirrored: {e}")
     sampled = list(points_and_maps(images, settings))
-    facts = facts.replace(points_box=points_box(sampled, settings.size))
     note_points_outside(sampled, settings)
-    return learn_alignment(facts, settings, sampled, mean)
+    if mean is None and facts.n_points >= MIN_POINTS and sampled:  # training reports that no image can be read
+        with suppress(NoShape):
+            mean = procrustes_mean(np.stack([points for points, _ in sampled]))
+    facts = facts.replace(points_box=points_box(sampled, settings.size, mean))
+    return facts if mean is None or not sampled else learn_alignment(facts, settings, sampled, mean)
 
 
 def note_points_outside(sampled: Sequence[tuple[np.ndarray, PixelMap]], settings: Settings) -> None:
     "Print a note if the input shows too few of the points, as the middle square of a wide image may."
-    outside = [abs(input_to_unit(m.to_input(points), settings.size)).max(-1) > 1 for points, m in sampled]
-    share = float(np.mean(outside)) if outside else 0.0
+    units = [abs(input_to_unit(m.to_input(points), settings.size)).max(-1) for points, m in sampled]
+    share = float(nan_mean(np.where(np.isnan(units), np.nan, np.array(units) > 1))) if units else 0.0
     if share > MAX_OUTSIDE:
         hint = "--fit crop cuts the middle square: try --fit pad" if settings.fit == "crop" else "are the labels right?"
         print(f"note: {share:.1%} of the points lie outside of what the network sees; {hint}", flush=True)
@@ -168,25 +172,19 @@ def learn_alignment(
     facts: DataFacts,
     settings: Settings,
     sampled: Sequence[tuple[np.ndarray, PixelMap]],  # of the training rows, from `points_and_maps`
-    mean: np.ndarray | None,  # `procrustes_mean` of the training rows, if it is known
+    mean: np.ndarray,  # `procrustes_mean` of the training rows
 ) -> DataFacts:
     """Return the facts with the mean shape and the factor by which aligned crops reduce the spread of the points.
 
     The factor stays 0 if most objects are too small for a crop, or have no shape in common.
     """
-    if facts.n_points < MIN_POINTS or not sampled:  # training reports that no image can be read
-        return facts
     points, whole = zip(*sampled, strict=True)
-    try:
-        mean = procrustes_mean(np.stack(points)) if mean is None else mean
-    except NoShape:
-        return facts
     facts = facts.replace(shape=tuple(round(float(v), DIGITS) for v in mean.ravel()))
     if not settings.align or facts.align_gain:
         return facts
     alignment = alignment_of(settings, facts.replace(align_gain=MIN_GAIN))
     assert alignment is not None
-    crops = alignment.maps(np.stack(points))
+    crops = alignment.maps_of_labels(np.stack(points))
     usable = [(p, w, m) for p, w, m in zip(points, whole, crops, strict=True) if m]
     if 2 * len(usable) < len(points):
         print("most objects are too small, or of no common shape, for aligned crops: no second pass")
@@ -210,11 +208,18 @@ def points_and_maps(images: LabelledImages, settings: Settings) -> Iterator[tupl
             yield item.points, pixel_map(*size, settings.fit, settings.size)
 
 
-def points_box(sampled: Sequence[tuple[np.ndarray, PixelMap]], size: int) -> tuple[float, ...]:
+def points_box(
+    sampled: Sequence[tuple[np.ndarray, PixelMap]],  # from `points_and_maps`
+    size: int,
+    shape: np.ndarray | None = None,  # the mean shape, which missing points are filled in from
+) -> tuple[float, ...]:
     "Return the mean box of the points in the input: left, top, right, bottom in unit coordinates; empty without images."
-    boxes = [
-        np.stack([p.min(0), p.max(0)]) for points, m in sampled if (p := input_to_unit(m.to_input(points), size)).size
-    ]
+    boxes = []
+    for points, m in sampled:
+        points = points if shape is None else fill_missing(points[None], shape)[0]
+        unit = input_to_unit(m.to_input(points), size)
+        if unit.size and (shape is None or not np.isnan(unit).any()):
+            boxes.append(np.stack([np.fmin.reduce(unit), np.fmax.reduce(unit)]))
     box = np.mean(boxes, axis=0).ravel().round(4).tolist() if boxes else []
     return tuple(box) if boxes and box[2] > box[0] and box[3] > box[1] else ()  # no box: one point, or all on a line
 
@@ -222,5 +227,5 @@ def points_box(sampled: Sequence[tuple[np.ndarray, PixelMap]], size: int) -> tup
 def spread(points: Sequence[np.ndarray], maps: Sequence[PixelMap]) -> float:
     "Root mean square distance of the points from their mean position in the input, in pixels of the images as stored."
     pairs = list(zip(points, maps, strict=True))
-    mean = np.mean([m.to_input(p) for p, m in pairs], axis=0)
-    return float(np.sqrt(np.mean([((m.to_image(mean) - p) ** 2).sum(-1).mean() for p, m in pairs])))
+    mean = nan_mean(np.array([m.to_input(p) for p, m in pairs]), 0)
+    return float(np.sqrt(np.mean([nan_mean(((m.to_image(mean) - p) ** 2).sum(-1)) for p, m in pairs])))

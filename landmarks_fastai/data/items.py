@@ -38,7 +38,7 @@ class LabelledImage:
 
     @property
     def points(self) -> np.ndarray:
-        "Float32 (n_points, 2), pixels of the image as stored."
+        "Float32 (n_points, 2), pixels of the image as stored; NaN: missing."
         return self.images.labels.points(self.row)
 
     @property
@@ -89,6 +89,15 @@ class LabelledImages:
     def all_rows(self) -> "LabelledImages":
         "All images of the table that these are a part of."
         return LabelledImages(self.labels, self.folder, self.left_out, self.listing)
+
+    @property
+    def counted(self) -> str:
+        "Words beside a score of these images: how many points it counts; empty if no point is missing."
+        stored, total = self.labels.stored, len(self) * self.labels.n_points
+        if stored.dtype.kind != "f":  # integers have no NaN
+            return ""
+        n = sum(int((~np.isnan(stored[row, :, 0])).sum()) for row in self.rows)
+        return "" if n == total else f" ({n} of {total} points)"
 
     def sample(self, at_most: int) -> Iterator[LabelledImage]:
         "Yield at most that many images, evenly spaced."

@@ -19,14 +19,14 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from landmarks_fastai.data.landmarks_csv import EXPECTED, LIMIT, read_rows
+from landmarks_fastai.data.landmarks_csv import find_point_faults, read_rows
 from landmarks_fastai.errors import BadData, Problem, UserError
 from landmarks_fastai.utils.files import atomic_write, cache_places, check_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 4  # of the cache file; a file with another number is parsed again
+FORMAT = 5  # of the cache file; a file with another number is parsed again
 
 
 @dataclass(eq=False)
@@ -40,7 +40,9 @@ class Labels:
     csv: Path
     names: Sequence[str] | np.ndarray  # (rows,) file names; an array holds UTF-8
     lines: np.ndarray  # (rows,) line numbers in the CSV; the header is line 1
-    stored: np.ndarray  # (rows, n_points, 2) int16 or float32, pixels of the image as stored; 0 in faulty rows
+    stored: (
+        np.ndarray
+    )  # (rows, n_points, 2) int16, or float32 with NaN where a point is missing; pixels as stored; 0 in faulty rows
     faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with its text
     checksums: np.ndarray | None = None  # (rows,) crc32 of the points in a cache file; None: the points are in memory
     point_names: tuple[str, ...] = ()  # () if the source names none
@@ -98,7 +100,7 @@ class Labels:
         return Problem(self.csv, self.where(row), self.name(row), text)
 
     def points(self, row: int) -> np.ndarray:
-        "Return the points of a row, float32 (n_points, 2), pixels of the image as stored. Makes a damaged cache again."
+        "Return the points of a row, float32 (n_points, 2), pixels of the image as stored; NaN: missing. Makes a damaged cache again."
         for renew in (open_labels, _parse):  # another process may have made it again already
             if self.checksums is None or zlib.crc32(self.stored[row]) == self.checksums[row]:
                 break
@@ -114,7 +116,7 @@ def _renew(renew: Callable[[Path], Labels], csv: Path, identity: dict[str, Any])
 
 
 def frame_labels(frame: "pd.DataFrame") -> Labels:
-    """Return the labels of a DataFrame: a column of file names, then x0, y0, x1, y1, …
+    """Return the labels of a DataFrame: a column of file names, then x0, y0, x1, y1, …; NaN or NA: the point is missing.
 
     Raises `UserError` for a wrong number of columns, no rows, or a coordinate that is not a number.
     """
@@ -122,34 +124,22 @@ def frame_labels(frame: "pd.DataFrame") -> Labels:
         shape = f"{len(frame)} rows and {frame.shape[1]} columns"
         raise UserError(f"the DataFrame has {shape}: a column of file names, then x0, y0, x1, y1, … expected")
     try:
-        points = np.ascontiguousarray(frame.iloc[:, 1:], np.float32).reshape(len(frame), -1, 2)
+        values = frame.iloc[:, 1:].to_numpy(np.float32, na_value=np.nan)
     except (ValueError, TypeError) as e:
         raise UserError(f"the DataFrame holds a coordinate that is not a number ({e})") from None
-    rows = np.flatnonzero(~np.isfinite(points).all((1, 2))).tolist()
-    faults = dict.fromkeys(rows, "a coordinate is NaN or infinite: fix or delete this row")
+    points = np.ascontiguousarray(values).reshape(len(frame), -1, 2)
     names = frame.iloc[:, 0].astype(object).where(frame.iloc[:, 0].notna(), "").astype(str).tolist()
-    labels = Labels(Path("DataFrame"), names, np.arange(len(frame)), points, faults)
-    return check_frame(labels)
+    return check_frame(Labels(Path("DataFrame"), names, np.arange(len(frame)), points))
 
 
 def check_frame(labels: Labels) -> Labels:
     "Return the labels of a DataFrame's rows after the checks of a CSV: its own paths may be absolute."
     labels.places, labels.own_paths = [f"row {row}" for row in range(len(labels))], True
+    labels.faults = find_point_faults(labels.stored) | labels.faults
     for row, name in enumerate(labels.names):
         if not name.strip():
-            labels.faults.setdefault(row, "the file name is empty: fix or delete this row")
-    for row in np.flatnonzero((abs(labels.stored) > LIMIT).any((1, 2))).tolist():
-        labels.faults.setdefault(row, f"a coordinate is too large: {EXPECTED}")
-    mark_equal_points(labels)
+            labels.faults.setdefault(row, "the file name is empty: fix or remove the line")
     return labels
-
-
-def mark_equal_points(labels: Labels) -> None:
-    "Add a fault to each row whose points are all in one place: zeros, or an object that was not found."
-    equal = (labels.stored == labels.stored[:, :1]).all((1, 2)) & (labels.n_points > 1)
-    for row in np.flatnonzero(equal).tolist():
-        x, y = labels.stored[row, 0]
-        labels.faults.setdefault(row, f"all {labels.n_points} points are ({x:g}, {y:g}): fix or delete this row")
 
 
 def read_labels(csv: str | Path) -> Labels:
@@ -157,7 +147,8 @@ def read_labels(csv: str | Path) -> Labels:
 
     The file is TAB-separated, with one header line, and file_name, then x0 y0 x1 y1 … in each row.
     Raises `UserError` for a file that is missing, empty, or changes while it is read, and `BadData` if rows have
-    the wrong number of fields, a field that is not a number, a value that does not fit, or all points in one place.
+    the wrong number of fields, a field that is not a number or a gap, a value that does not fit, half a point, no
+    point, or all points in one place.
     """
     labels = open_labels(csv)
     if labels.faults:
@@ -216,7 +207,8 @@ def _parse(csv: Path) -> Labels:
 def _write_cache(f: IO[bytes], csv: Path, key: list[int], dtype: str = "int16") -> None:
     names, lines, checksums, faults, n_points = [], [], [], [], 0
     for rows in read_rows(csv):
-        points = rows.points.astype(dtype)
+        with np.errstate(invalid="ignore"):  # NaN is not equal to what it becomes
+            points = rows.points.astype(dtype)
         if dtype == "int16" and (points != rows.points).any():
             f.seek(0)
             return _write_cache(f, csv, key, "float32")  # start again at the file's first decimals

@@ -20,7 +20,9 @@ LIMIT = 32767  # largest absolute coordinate, in pixels: fits int16
 EXPECTED = f"a number between -{LIMIT} and {LIMIT} expected"
 NUMERIC = b"0123456789.+-eE \t\n"
 NUMBER = rb" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *"
-NOT_A_NUMBER = re.compile(rb"\t(?!" + NUMBER + rb"(?:\t|\Z))([^\t]*)")
+MISSING = rb" *(?:[nN][aA][nN] *)?"  # a point that is not labelled: both fields are blank or nan
+MISSING_FIELD = re.compile(rb"(?<![^\t\n])" + MISSING + rb"(?![^\t\n])")
+NOT_A_NUMBER = re.compile(rb"\t(?!(?:" + NUMBER + rb"|" + MISSING + rb")(?:\t|\Z))([^\t]*)")
 MAX_NAME = 1000  # bytes: all file names of a file are stored with the width of the longest
 NAME = re.compile(rb"[^\r\0]{1,%d}" % MAX_NAME)
 
@@ -30,7 +32,7 @@ class Rows(NamedTuple):
 
     lines: np.ndarray  # (rows,) line numbers in the file; the header is line 1
     names: np.ndarray  # (rows,) file names as bytes
-    points: np.ndarray  # (rows, n_points, 2) float32, pixels of the image as stored; 0 in faulty rows
+    points: np.ndarray  # (rows, n_points, 2) float32, pixels of the image as stored; NaN: missing; 0 in faulty rows
     faults: dict[int, str]  # index of a faulty row -> its first fault
 
 
@@ -71,34 +73,62 @@ def _parse_lines(lines: list[bytes], n_values: int) -> tuple[np.ndarray, np.ndar
         values = np.zeros((len(lines), n_values))
         if rows := [row for row in range(len(lines)) if row not in faults]:
             values[rows] = _parse_numbers([names[row] for row in rows], [fields[row] for row in rows], n_values)
-    beyond = ~(abs(values) <= LIMIT)
+    beyond = abs(values) > LIMIT
     for row in np.flatnonzero(beyond.any(1)).tolist():
         k = int(beyond[row].argmax())
         number = fields[row].split(b"\t")[k].decode().strip()
         faults[row] = f"{_coordinate(k)} is {number[:40]}, {EXPECTED}"
         values[row] = 0
     points = np.ascontiguousarray(values, np.float32).reshape(len(lines), -1, 2)
-    equal = (points == points[:, :1]).all((1, 2)) & (n_values > 2)  # zeros, or an object that was not found
-    for row in np.flatnonzero(equal).tolist():
-        x, y = points[row, 0]
-        faults.setdefault(row, f"all {n_values // 2} points are ({x:g}, {y:g}): fix or remove the line")
+    faults = {row: fault for row, fault in find_point_faults(points).items() if row not in faults} | faults
+    points[list(faults)] = 0
     return np.array(names), points, faults
 
 
+def find_point_faults(
+    points: np.ndarray,  # (rows, n_points, 2) float32, pixels of the image as stored; NaN: missing
+) -> dict[int, str]:
+    "Return the first fault in the points of each row that has one: the same check for every source of labels."
+    missing, beyond = np.isnan(points), abs(points) > LIMIT
+    half, labelled = missing[..., 0] != missing[..., 1], (~missing[..., 0]).sum(1)
+    # zeros, or an object that was not found
+    equal = (np.fmin.reduce(points, 1) == np.fmax.reduce(points, 1)).all(1) & (labelled > 1)
+    faults = {}
+    for row in np.flatnonzero(beyond.any((1, 2)) | half.any(1) | (labelled == 0) | equal).tolist():
+        if beyond[row].any():
+            k = int(beyond[row].argmax())
+            faults[row] = f"{_coordinate(k)} is {points[row].flat[k]:g}, {EXPECTED}"
+        elif half[row].any():
+            k = int(half[row].argmax())
+            faults[row] = f"{_coordinate(2 * k + missing[row, k, 1])} is missing: give both coordinates or neither"
+        elif not labelled[row]:
+            faults[row] = "no point is labelled: remove the line"
+        else:
+            x, y = points[row][~missing[row, :, 0]][0]
+            faults[row] = f"all {labelled[row]} points are ({x:g}, {y:g}): fix or remove the line"
+    return faults
+
+
 def _parse_numbers(names: Sequence[bytes], fields: Sequence[bytes], n_values: int) -> np.ndarray | None:
-    "Parse rows of a file name and `n_values` numbers each, float64 (rows, n_values); None if a row is anything else."
+    "Parse rows of a file name and `n_values` numbers or gaps each, float64 (rows, n_values); None if a row is anything else."
     import pandas as pd  # 0.2 s of import, which a start with cached labels does without
 
     text = b"\n".join(fields)
     # the newlines between the names keep two halves of a UTF-8 character in two names apart
-    if not all(map(NAME.fullmatch, names)) or not _is_utf8(b"\n".join(names)) or text.translate(None, NUMERIC):
+    if not all(map(NAME.fullmatch, names)) or not _is_utf8(b"\n".join(names)):
         return None
-    with suppress(ValueError):
-        values = pd.read_csv(
-            BytesIO(text), sep="\t", header=None, dtype=np.float64, quoting=3, na_filter=False, low_memory=False
-        ).to_numpy()
-        if values.shape == (len(names), n_values) and not np.isnan(values).any():
-            return values
+    for gaps in (False, True):  # the search for gaps takes as long as the parsing
+        if gaps:
+            text = MISSING_FIELD.sub(b"nan", text)
+        if (text.replace(b"nan", b"") if gaps else text).translate(None, NUMERIC):
+            continue
+        with suppress(ValueError):
+            values = pd.read_csv(
+                BytesIO(text), sep="\t", header=None, dtype=np.float64, quoting=3, na_filter=gaps, na_values="nan",
+                keep_default_na=False, low_memory=False,
+            ).to_numpy()  # fmt: skip
+            if values.shape == (len(names), n_values) and np.isnan(values).sum() == text.count(b"nan"):
+                return values
     return None
 
 

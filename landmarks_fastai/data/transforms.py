@@ -72,7 +72,7 @@ class OpenInput(Transform):
             return Picture(item, exif=False).inputs([None], self.inputs.fit, self.inputs.size)[0]
         crop = None
         if item.aligned and self.alignment:
-            (crop,) = self.alignment.maps(item.points[None])  # None: the points have no plausible shape
+            (crop,) = self.alignment.maps_of_labels(item.points[None])  # None: they have no plausible shape
         return self.inputs(item.row, item.path, item.where, crop)
 
 

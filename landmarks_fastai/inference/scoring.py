@@ -1,5 +1,6 @@
 "Predictions of labelled images: their score, and a picture of them."
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -38,8 +39,8 @@ def predict_rows(
 class Scores(NamedTuple):
     "What the predictions of labelled images are worth, in pixels of the images as stored."
 
-    score: float  # the competition's: mean squared error over all coordinates, not rounded
-    nme: float  # normalised by the diagonal of the points' box
+    score: float  # the competition's: mean squared error over all labelled coordinates, not rounded
+    nme: float  # normalised by the diagonal of the points' box; NaN if no image has one
     images: int
     unaligned: int  # images whose first pass made no plausible shape
 
@@ -52,7 +53,7 @@ def score_rows(
     between: Callable[[], None] = lambda: None,  # called after every few images
 ) -> Scores:
     "Score predictions of labelled images. Raises `UserError` if no image can be read."
-    metrics, unaligned = [*default_metrics(), *metrics], 0
+    metrics, unaligned = [*default_metrics(predictor.networks[0].facts.shape), *metrics], 0
     batches: Any = chunked(predict_rows(predictor, items, crops), ADDED)
     for batch in batches:
         pred = np.stack([result.objects[0].points for _, result in batch])
@@ -62,10 +63,15 @@ def score_rows(
         unaligned += sum(result.unaligned for _, result in batch)
         between()
     sum_over_processes(metrics)
-    score, nme, *_ = metrics
-    if score.value is None or nme.value is None:
+    if not metrics[0].count:
         raise UserError(f"no image of {len(items)} validation rows can be read: is the folder still there?")
-    return Scores(score.value, nme.value, score.count, int(all_reduce([unaligned])))
+    return scores_of(metrics, int(all_reduce([unaligned])))
+
+
+def scores_of(metrics: Sequence[ImageMetric], unaligned: int) -> Scores:
+    "What `default_metrics` say, the first two of `metrics`."
+    score, nme = (math.nan if metric.value is None else metric.value for metric in metrics[:2])
+    return Scores(score, nme, metrics[0].count, unaligned)
 
 
 def plot_rows(
@@ -84,6 +90,8 @@ def plot_rows(
         ((pixels, to_input),) = result.picture.inputs([crop], network.settings.fit, size)
         truth, title = None, ""
         if isinstance(item, LabelledImage):
-            truth, title = to_input.to_input(item.points), f"score {np.square(points - item.points).mean():.4g}"
+            labelled, error = ~np.isnan(item.points[:, 0]), np.square(points - item.points)
+            n = "" if labelled.all() else f" ({labelled.sum()} of {len(labelled)})"
+            truth, title = to_input.to_input(item.points), f"score {error[labelled].mean():.4g}{n}"
         panels.append((pixels, truth, to_input.to_input(points), title))
     plots.plot_predictions(panels)

@@ -4,6 +4,7 @@
 """
 
 import io
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Checkpoint:
     settings: Settings
     facts: DataFacts
     score: float | None  # on the validation rows; None if `learn.save` wrote the file
-    nme: float | None  # normalised by the diagonal of the box of the true points
+    nme: float | None  # normalised by the diagonal of the box of the true points; None if no image has one, too
     epoch: int | None  # of the stage; -1: the loaded model, which no epoch beat
 
     @property
@@ -73,6 +74,7 @@ def checkpoint_metadata(
 ) -> dict:
     "The metadata of a checkpoint, of JSON types. `learn.save` writes what is in the network's `metadata`."
     stored = {"format": FORMAT, "settings": settings.to_dict(), "facts": facts.to_dict()}
+    nme = None if nme is None or math.isnan(nme) else nme  # no image has one
     return stored | {"score": score, "nme_box_diag": nme, "epoch": epoch}
 
 

@@ -24,6 +24,7 @@ from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import predict_rows
 from landmarks_fastai.inference.torch_network import TorchNetwork
+from landmarks_fastai.missing import labelled_mean, nan_mean
 from landmarks_fastai.models.heads import SpreadHead
 from landmarks_fastai.models.networks import LandmarkNetwork, PointsAndSpread
 from landmarks_fastai.runs.checkpoint import Checkpoint, write_checkpoint
@@ -44,7 +45,7 @@ SHRINKAGE = 100
 class HeldOut(NamedTuple):
     "Validation images, predicted as `predict.py` does it; pixels of the images as stored."
 
-    errors: np.ndarray  # float32 (images, n_points): distances of the predicted points from the true ones
+    errors: np.ndarray  # float32 (images, n_points): distances of the predicted points from the true ones; NaN: missing
     spreads: np.ndarray  # the same shape
 
 
@@ -89,8 +90,10 @@ def fit_spread(model: LandmarkNetwork, dl: LandmarkDL) -> SpreadHead:
         if n_images >= IMAGES:
             break
     features, errors = map(torch.cat, zip(*parts, strict=True))
-    of_landmark = errors.mean(0).clamp(min=1e-6)
-    of_image = (errors / of_landmark).mean(1).clamp(min=1e-6)
+    labelled = ~errors.isnan()
+    of_landmark = labelled_mean(errors, labelled, 0)
+    of_landmark = of_landmark.nan_to_num(float(of_landmark.nanmean())).clamp(min=1e-6)  # labelled in no image: the mean
+    of_image = labelled_mean(errors / of_landmark, labelled, 1).clamp(min=1e-6)
     regression = RidgeCV(ALPHAS).fit(features.double().numpy(), of_image.log().double().numpy())
     spread = SpreadHead(features.shape[1], errors.shape[1])
     spread.image.weight.copy_(torch.as_tensor(regression.coef_)[None])
@@ -109,11 +112,15 @@ def predict_held_out(predictor: Predictor, items: Sequence[LabelledImage]) -> He
 
 
 def calibration(
-    ratios: np.ndarray,  # (images, n_points): errors as multiples of the spread
+    ratios: np.ndarray,  # (images, n_points): errors as multiples of the spread; NaN: missing
 ) -> np.ndarray:
-    "Return the factor of each landmark's spread (n_points,) float32 with which 68% of the errors lie within it."
-    n = len(ratios)
-    of_all, of_landmark = np.quantile(ratios, WITHIN), np.quantile(ratios, WITHIN, axis=0)
+    """Return the factor of each landmark's spread (n_points,) float32 with which 68% of the errors lie within it.
+
+    A landmark without labels has the factor of all.
+    """
+    n, of_all = (~np.isnan(ratios)).sum(0), np.nanquantile(ratios, WITHIN)
+    of_landmark = np.full(len(n), of_all)
+    of_landmark[n > 0] = np.nanquantile(ratios[:, n > 0], WITHIN, axis=0)
     logs = np.log(np.maximum(1e-6, [np.full_like(of_landmark, of_all), of_landmark]))
     return np.exp((SHRINKAGE * logs[0] + n * logs[1]) / (SHRINKAGE + n)).astype(np.float32)
 
@@ -129,15 +136,16 @@ def cross_fitted(ratios: np.ndarray) -> np.ndarray:
 def report(run: Run, held_out: HeldOut, ratios: np.ndarray, trained_on: bool) -> None:
     "Write confidence.csv, a line for each landmark, and print what it amounts to."
     errors, spreads = held_out
-    table = {"mean_error": errors.mean(0), "median_spread": np.median(spreads, axis=0)}
-    table |= {"within_1": (ratios <= 1).mean(0), "within_2": (ratios <= 2).mean(0)}
+    table = {"mean_error": nan_mean(errors, 0), "median_spread": np.median(spreads, axis=0)}
+    within = [np.where(np.isnan(ratios), np.nan, ratios <= n) for n in (1, 2)]
+    table |= {f"within_{n}": nan_mean(values, 0) for n, values in enumerate(within, 1)}
     with atomic_write(run.folder / "confidence.csv") as f:
         pd.DataFrame(table).to_csv(f, index_label="landmark", float_format="%.4g", lineterminator="\n")
     rank = pd.Series(errors.ravel()).corr(pd.Series(spreads.ravel()), method="spearman")
     images = "images that were trained on" if trained_on else "validation images"
     print(
-        f"confidence: median spread {np.median(spreads):.3g} px; in {len(errors)} {images} {(ratios <= 1).mean():.1%} of the "
-        f"points lie within one spread, {(ratios <= 2).mean():.1%} within two; rank correlation with the error {rank:.2f}; "
+        f"confidence: median spread {np.median(spreads):.3g} px; in {len(errors)} {images} {nan_mean(within[0]):.1%} of the "
+        f"points lie within one spread, {nan_mean(within[1]):.1%} within two; rank correlation with the error {rank:.2f}; "
         f"by landmark in {run.folder / 'confidence.csv'}",
         flush=True,
     )

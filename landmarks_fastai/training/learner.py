@@ -266,11 +266,16 @@ def mean_shape(images: LabelledImages, settings: Settings) -> np.ndarray:
 
     Of at most 2,000 images: with more the mean changes by less than a hundredth of a face.
     """
-    total, n = np.zeros((images.labels.n_points, 2)), 0
+    total = np.zeros((images.labels.n_points, 2))
+    n = np.zeros(len(total), int)
     for points, to_input in points_and_maps(images, settings):
-        n += 1
-        total += input_to_unit(to_input.to_input(points.astype(np.float64)), settings.size)
-    return total / max(1, n)
+        unit = input_to_unit(to_input.to_input(points.astype(np.float64)), settings.size)
+        labelled = ~np.isnan(unit[:, 0])
+        n += labelled
+        total[labelled] += unit[labelled]
+    mean = total / np.maximum(1, n)[:, None]
+    mean[n == 0] = mean[n > 0].mean(0) if n.any() else 0  # a point that no row has
+    return mean
 
 
 def check_batch(model: torch.nn.Module, settings: Settings) -> None:

@@ -11,13 +11,17 @@ from fastai.losses import BaseLoss
 from torch import nn
 from torch.nn import functional as F
 
+from landmarks_fastai.missing import labelled_mean
 from landmarks_fastai.settings import Settings
 
 WING_WIDTH, WING_CURVE = 10 / 256, 2 / 256  # of the input's side: Feng et al. 2018 found 10 and 2 px at 256 px
 
 
 class PointLoss(nn.Module):
-    "The mean of `func(error)` over all coordinates; points in unit coordinates, errors in pixels of the input."
+    """The mean of `func(error)` over the labelled coordinates; points in unit coordinates, errors in pixels of the input.
+
+    Truth is NaN where a point is missing. Not reduced, each image's mean is over its labelled coordinates.
+    """
 
     def __init__(self, func: Callable[[torch.Tensor], torch.Tensor], size: int):
         super().__init__()
@@ -25,8 +29,14 @@ class PointLoss(nn.Module):
         self.reduction = "mean"  # or none, set by fastai's `Interpretation`
 
     def forward(self, pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-        each = self.of_error((pred - truth) * self.half_side)
-        return each if self.reduction == "none" else each.mean()
+        truth = truth.reshape(pred.shape)
+        labelled = ~truth.isnan()
+        error = torch.where(labelled, (pred - truth) * self.half_side, 0)  # the gradient would hold 0 * NaN
+        each = self.of_error(error)
+        if self.reduction == "none":
+            n = labelled.to(each.dtype).flatten(1).mean(1).clamp(min=1e-6)
+            return torch.where(labelled, each, 0) / n.view(-1, *[1] * (each.ndim - 1))
+        return labelled_mean(each, labelled)
 
 
 def wing(error: torch.Tensor, width: float, curve: float) -> torch.Tensor:
@@ -44,7 +54,7 @@ def _smooth_l1(error):
 
 
 def loss_function(settings: Settings) -> BaseLoss:
-    "The `loss_func` of a Learner: the loss named in the settings, flattened by fastai's `BaseLoss`."
+    "The `loss_func` of a Learner: the loss named in the settings, in fastai's `BaseLoss`."
     size = settings.size
     func = {
         "l1": torch.abs,
@@ -52,4 +62,4 @@ def loss_function(settings: Settings) -> BaseLoss:
         "mse": torch.square,
         "wing": lambda error: wing(error, WING_WIDTH * size, WING_CURVE * size),
     }[settings.loss]
-    return BaseLoss(PointLoss, func, size, axis=-1, floatify=True, is_2d=False)
+    return BaseLoss(PointLoss, func, size, axis=-1, floatify=True, flatten=False)

@@ -89,7 +89,8 @@ def score_loaded(learn: LandmarkLearner, previous: Checkpoint) -> tuple[float, f
     scores = score_rows(_predictor(learn, previous, learn.settings.tta), _validation_items(learn))
     reported = "" if previous.score is None else f"; its stage reported {previous.score:.6g}"
     report_unaligned(scores.unaligned, scores.images)
-    print(f"loaded: score {scores.score:.6g} on the validation rows{reported}", flush=True)
+    counted = learn.dls.valid.items.counted
+    print(f"loaded: score {scores.score:.6g}{counted} on the validation rows{reported}", flush=True)
     if learn.settings.of("input") != previous.settings.of("input"):
         flip_test = learn.settings.tta and bool(learn.facts.flip_indices)
         new = score_rows(learn.predictor(flip_test=flip_test), _validation_items(learn))
@@ -175,7 +176,7 @@ def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
     if flips and not tta:
         scores = score_rows(_predictor(learn, best, True), _validation_items(learn))
         report_unaligned(scores.unaligned, scores.images)
-        print(f"with the flip test it scores {scores.score:.6g}")
+        print(f"with the flip test it scores {scores.score:.6g}{learn.dls.valid.items.counted}")
     if learn.settings.confidence:
         if is_first():
             add_confidence(learn, run, best)
@@ -244,14 +245,15 @@ def _fit(learn: LandmarkLearner, settings: Settings, cbs: list[Callback], starte
     fit(epochs, settings.lr, wd=settings.wd, cbs=cbs)
 
 
-def report(run: Run, best: Checkpoint, machine: Machine) -> str:
+def report(run: Run, best: Checkpoint, machine: Machine, counted: str = "") -> str:
     "Return the last lines that a stage prints: its score, its files, and the commands that can follow."
     when = "the loaded model, which no epoch beat" if best.epoch == -1 else f"epoch {best.epoch}"
     gpu = " --gpu" if machine.device != "cpu" else ""
     pm = f"-pm {shlex.quote(run.name)}{run.out_flag}{gpu}"
+    nme = "" if best.nme is None else f", nme_box_diag {best.nme:.4g}"
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (
-        f"run {run.name}: score {best.score:.6g}, nme_box_diag {best.nme:.4g}{held} ({when})\n"
+        f"run {run.name}: score {best.score:.6g}{counted}{nme}{held} ({when})\n"
         f"look at {run.folder / 'results.png'}; epochs in {run.folder / 'history.csv'}\n"
         f"next stage:  {typed_as('finetune.py')} {pm}\n"
         f"submission:  {typed_as('predict.py')} {pm}"

@@ -36,6 +36,14 @@ class DistributedTraining(Callback):
         if self.wrapped and self.training:
             self.learn.model = self.wrapped.module
 
+    def after_loss(self):
+        "Weigh the mean of this process's batch by its labelled coordinates: as if all batches were one."
+        if self.training:
+            labelled = (~self.yb[0].isnan()).sum()
+            weight = labelled * this_process().count / all_reduce(labelled.clone())  # 1 if no point is missing
+            self.learn.loss_grad = self.loss_grad * weight
+            self.learn.loss = self.loss * weight
+
     def after_backward(self):
         self.learn.loss = all_reduce(self.loss.detach().clone()) / this_process().count  # of equal batches
 

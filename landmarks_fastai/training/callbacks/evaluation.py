@@ -17,7 +17,7 @@ from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.flip import average_flipped
 from landmarks_fastai.data.loader import LandmarkDL
 from landmarks_fastai.geometry import PixelMap
-from landmarks_fastai.inference.scoring import Scores, score_rows
+from landmarks_fastai.inference.scoring import Scores, score_rows, scores_of
 from landmarks_fastai.metrics import ImageMetric, default_metrics, points_in_image, sum_over_processes
 from landmarks_fastai.runs.checkpoint import write_checkpoint
 from landmarks_fastai.runs.run import Run
@@ -108,8 +108,10 @@ class Evaluation(Callback):
             return
         networks = [self.model, *([self.learn.average.network] if hasattr(self.learn, "average") else [])]
         self.extra = [metric for metric in self.learn.metrics if isinstance(metric, ImageMetric)]
+        shape = self.learn.facts.shape
         self.candidates = [
-            Candidate(network.eval(), [*default_metrics(), *map(copy.copy, self.extra)], []) for network in networks
+            Candidate(network.eval(), [*default_metrics(shape), *map(copy.copy, self.extra)], [])
+            for network in networks
         ]
         for metric in chain(*(candidate.metrics for candidate in self.candidates)):
             metric.reset()
@@ -146,10 +148,9 @@ class Evaluation(Callback):
             predictor = self.learn.predictor(best.network, flip_test=bool(self.flip_indices))
             self.scores = score_rows(predictor, items, best.crops, metrics[2:], self.between)
         else:
-            score, nme = (metric.value or 0.0 for metric in metrics[:2])
-            self.scores = Scores(score, nme, metrics[0].count, 0)
+            self.scores = scores_of(metrics, 0)
         for metric, scored in zip(self.extra, metrics[2:], strict=True):
-            metric.total, metric.count = scored.total, scored.count
+            vars(metric).update(vars(scored))
 
     def score(self) -> float | None:
         "The score of the last validation; None before the first."
