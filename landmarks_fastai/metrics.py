@@ -137,6 +137,8 @@ class ImageMetric(Metric):
     an image weighs by the share of its points that is labelled: the mean is over all labelled points.
     """
 
+    shape: Points = ()  # mean shape of the training rows, set by `Evaluation`
+
     def __init__(
         self,
         func: Callable,  # (batch, n, 2), (batch, n, 2) -> (batch,), or their mean
@@ -151,12 +153,15 @@ class ImageMetric(Metric):
 
     def add(self, pred: torch.Tensor, truth: torch.Tensor) -> None:
         "Add predicted and true points (batch, n, 2), pixels of the images as stored."
-        values, n = self.func(pred, truth), len(truth)
+        values, n = self.values(pred, truth), len(truth)
         weights = _has_value(values, pred).to(values.dtype)
         if self.pooled:
             weights = weights * (~truth.isnan()).to(values.dtype).mean((1, 2))
         self.total = self.total + torch.where(weights > 0, values * weights, 0).mean() * n
         self.weight, self.count = self.weight + weights.mean() * n, self.count + n
+
+    def values(self, pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        return self.func(pred, truth)
 
     @property
     def value(self) -> float | None:
@@ -165,6 +170,13 @@ class ImageMetric(Metric):
     @property
     def name(self) -> str:
         return self._name
+
+
+class NMEMetric(ImageMetric):
+    "An `ImageMetric` of a function with the arguments of `nme`: missing points of a box are filled in from `shape`."
+
+    def values(self, pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        return self.func(pred, truth, shape=self.shape)
 
 
 def sum_over_processes(metrics: Iterable[Any]) -> None:
@@ -181,24 +193,24 @@ def _no_sizes(normaliser):
     return normaliser
 
 
-class AUC(ImageMetric):
+class AUC(NMEMetric):
     "`auc` as a metric, in a column `auc`. Raises `UserError` for image_diag: a batch does not hold the images' sizes."
 
-    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08, shape: Points = ()):
-        super().__init__(partial(_area, normaliser=_no_sizes(normaliser), threshold=threshold, shape=shape), "auc")
+    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08):
+        super().__init__(partial(_area, normaliser=_no_sizes(normaliser), threshold=threshold), "auc")
 
 
-class FailureRate(ImageMetric):
+class FailureRate(NMEMetric):
     "`failure_rate` as a metric, in a column `failure_rate`. Raises `UserError` for image_diag, as `AUC`."
 
-    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08, shape: Points = ()):
-        func = partial(_failed, normaliser=_no_sizes(normaliser), threshold=threshold, shape=shape)
-        super().__init__(func, "failure_rate")
+    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08):
+        super().__init__(partial(_failed, normaliser=_no_sizes(normaliser), threshold=threshold), "failure_rate")
 
 
 def default_metrics(
     shape: Points = (),  # mean shape of the training rows
 ) -> list[ImageMetric]:
     "The metrics of every epoch: `score`, the competition's mean squared error, and `nme_box_diag`."
-    score = ImageMetric(mean_squared_error, "score", pooled=True)
-    return [score, ImageMetric(partial(nme, shape=shape), "nme_box_diag")]
+    metrics = [ImageMetric(mean_squared_error, "score", pooled=True), NMEMetric(nme, "nme_box_diag")]
+    metrics[1].shape = shape
+    return metrics

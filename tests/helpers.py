@@ -78,6 +78,15 @@ def snapshot(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
+def frame_with_gaps(data, share=0.3, seed=0):
+    "The rows of a drawn set, with that share of the points missing; of point 5 all but one."
+    table = pd.read_csv(labels_of(data), sep="\t")
+    missing = np.random.default_rng(seed).random((len(table), N_POINTS)) < share
+    missing[1:, 5] = True
+    table.iloc[:, 1:] = table.iloc[:, 1:].astype(float).mask(missing.repeat(2, 1))
+    return table
+
+
 def write_labelled_images(folder, images, points):
     "Write PIL images as PNGs, and a landmarks.csv with a point (x, y) for each, in the competition's layout."
     (folder / "train" / "images").mkdir(parents=True)

@@ -141,7 +141,8 @@ BMP_CUT = encoded("RGB", "BMP")[:-1000]
 
 CASES = {
     # landmarks.csv, its rows
-    "a NaN": (value("nan"), TRAIN, ["line 9: point 1's x is 'nan', a number expected"]),
+    "half a point": (value("nan"), TRAIN, ["line 9: point 1's x is missing: fill it in, or leave both coordinates blank"]),
+    "no point": (labels(lambda x: x.split("\t")[0] + "\t" * 2 * N_POINTS), TRAIN, ["line 9: no point is labelled"]),
     "infinity": (value("inf"), TRAIN, ["line 9: point 1's x is inf, a number between -32767 and 32767 expected"]),
     "a word": (value("left eye", 4), TRAIN, ["line 9: point 1's y is 'left eye'"]),
     "beyond what is kept": (value("32768"), TRAIN, ["line 9: point 1's x is 32768"]),
@@ -283,7 +284,7 @@ CASES = {
     "a number for a name": (tensors(lambda t: t | {1: torch.zeros(1)}), FINETUNE, ["m/best.pth is not a file of tensors"]),
     "no checkpoint": (bare, PREDICT.replace("-pm m", "-pm gone"), ["-pm gone not found", "there are: m"]),
     "a network that contradicts": (bare, PREDICT + " --arch resnet34", ["--arch resnet34 contradicts the checkpoint"]),
-    "a later stage on bad data": (value("nan"), FINETUNE, ["line 9: point 1's x is 'nan'", "--on-bad skip"]),
+    "a later stage on bad data": (value("nan"), FINETUNE, ["line 9: point 1's x is missing", "--on-bad skip"]),
 }  # fmt: skip
 
 

@@ -189,3 +189,14 @@ def test_score_command_requires_a_subcommand(capsys):
     with pytest.raises(SystemExit):
         competition.main([])
     assert "required: command" in capsys.readouterr().err
+
+
+def test_points_without_a_truth_do_not_count(scored, capsys):
+    submission, test_points, truth = scored
+    truth.write_text(truth.read_text().replace("b.jpg\t10\t20\t30\t40\t50\t60", "b.jpg\t10\t20\t30\t40\t\t"))
+    assert competition.score(*scored) == (9 + 16) / 6
+    competition.main(["score", *map(str, scored)])
+    assert capsys.readouterr().out.strip() == f"{25 / 6} (3 of 4 points)"
+    truth.write_text("file_name\tx0\ty0\tx1\ty1\tx2\ty2\nb.jpg\t1\t2\t\t\t\t\na.jpg\t\t\t1\t2\t\t\n")
+    with pytest.raises(UserError, match="none of the submitted points is labelled"):
+        competition.score(*scored)

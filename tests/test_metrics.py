@@ -16,6 +16,7 @@ from landmarks_fastai.metrics import (
     mean_squared_error,
     nme,
     points_in_image,
+    sum_over_processes,
 )
 
 SIZE = 64
@@ -181,3 +182,75 @@ def test_metrics_are_float64_on_the_device_and_on_the_cpu_for_mps(device):
         unit, maps = torch.empty(2, 5, 2, device=device), torch.empty(2, 6, device=device)
         points = points_in_image(unit.bfloat16(), maps, 32)
     assert points.dtype == torch.float64 and points.device.type == ("cpu" if device == "mps" else device)
+
+
+GAP = [np.nan, np.nan]
+
+
+def test_score_is_pooled_over_the_labelled_coordinates():
+    metric = default_metrics()[0]
+    truth = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[5.0, 5.0], GAP], [GAP, GAP]], dtype=torch.float64)
+    pred = torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[5.0, 8.0], [99.0, 99.0]], [[7.0, 7.0], [7.0, 7.0]]]).double()
+    metric.add(pred[:1], truth[:1])
+    metric.add(pred[1:], truth[1:])
+    metric.add(pred[2:], truth[2:])  # nothing is labelled
+    assert metric.value == pytest.approx((1 + 9) / 6) and metric.count == 4
+    assert mean_squared_error(pred, truth)[:2].tolist() == [1 / 4, 9 / 2]
+    metric.add(pred[:1] * np.nan, truth[:1])  # what a network predicts is not left out
+    assert np.isnan(metric.value)
+
+
+def test_complete_labels_have_the_plain_means_to_the_bit():
+    pred, truth = torch.rand(2, 7, 971, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    score, error = default_metrics(np.random.default_rng(0).random((971, 2)))
+    for metric in (score, error):
+        metric.add(pred[:4], truth[:4])
+        metric.add(pred[4:], truth[4:])
+    squared = ((pred - truth) ** 2).mean((1, 2))
+    assert score.value == float(squared[:4].mean() * 4 + squared[4:].mean() * 3) / 7
+    by_box = (pred - truth).norm(dim=-1).mean(1) / (truth.amax(1) - truth.amin(1)).norm(dim=-1)
+    assert torch.equal(nme(pred, truth), by_box)
+    assert error.value == float(by_box[:4].mean() * 4 + by_box[4:].mean() * 3) / 7
+    assert torch.equal(auc(pred, truth), (1 - by_box / 0.08).clamp(min=0).mean())
+
+
+def test_nme_takes_the_annotated_box_or_fills_in_missing_points_from_the_mean_shape():
+    shape = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0], [3.0, 4.0]])
+    truth = 10 * shape[None] + 5  # its box has a diagonal of 50
+    pred, gaps = truth + [3.0, 4.0], truth.copy()
+    gaps[0, 3] = np.nan
+    assert nme(pred, truth).tolist() == nme(pred, gaps, shape=shape).tolist() == [pytest.approx(5 / 50)]
+    turned = (gaps @ np.array([[0, 1], [-1, 0]])) * 2  # the shape is laid by a similarity
+    assert nme(turned + [3.0, 4.0], turned, shape=shape).tolist() == [pytest.approx(5 / 100)]
+    assert nme(pred, gaps, boxes=[[0, 0, 60, 80]]).tolist() == [pytest.approx(5 / 100)]
+    assert nme(pred, gaps, shape=shape, boxes=[[np.nan] * 4]).tolist() == [pytest.approx(5 / 50)]
+    assert nme(pred, gaps, (0, 1)).tolist() == [pytest.approx(5 / 30)]
+
+
+def test_images_without_a_length_leave_nme_auc_and_failure_rate():
+    truth = np.concatenate([TRUTH, TRUTH])
+    truth[4:, 1:] = np.nan  # one point alone is not laid onto
+    pred = np.concatenate([PRED, PRED + 99])
+    shape = TRUTH[0]
+    assert nme(pred, truth, shape=shape).isnan().tolist() == [False] * 4 + [True] * 4
+    assert auc(pred, truth, shape=shape) == auc(PRED, TRUTH)
+    assert failure_rate(pred, truth, shape=shape) == failure_rate(PRED, TRUTH)
+    for metric in (default_metrics(shape)[1], AUC(), FailureRate()):
+        metric.add(torch.tensor(pred[4:]), torch.tensor(truth[4:]))
+        assert metric.value is None and metric.count == 4
+        metric.add(torch.tensor(pred), torch.tensor(truth))
+        both = metric.value
+        metric.reset()
+        metric.add(torch.tensor(PRED), torch.tensor(TRUTH))
+        assert both == metric.value
+
+
+def test_sums_over_processes_may_hold_a_process_without_labels(monkeypatch):
+    metric, other = default_metrics()[0], default_metrics()[0]
+    metric.add(torch.tensor(PRED), torch.tensor(TRUTH))
+    other.add(torch.tensor(PRED), torch.tensor(TRUTH) * np.nan)
+    before = metric.value
+    sums = [metric.total, metric.weight, metric.count]
+    monkeypatch.setattr("landmarks_fastai.metrics.all_reduce", lambda values: torch.tensor(values) + torch.tensor(sums))
+    sum_over_processes([other])
+    assert other.value == before and other.count == 8

@@ -6,7 +6,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from landmarks_fastai.data.block import landmark_dataloaders
-from landmarks_fastai.plots import PREDICTION, TRUTH, plot_points, save_figure
+from landmarks_fastai.plots import PREDICTION, TRUTH, plot_points, plot_predictions, save_figure
 from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.utils.hardware import Machine
 from tests.helpers import ARCH
@@ -79,3 +79,14 @@ def test_show_batch_plots_the_stored_pixels(learn):
     expected = np.asarray(fit_image(learn.dls.valid.items[0].picture.image(), "crop", 64)[0])
     assert np.abs(shown.astype(int) - expected).max() <= 1
     assert torch.is_tensor(learn.dls.valid.one_batch()[0])
+
+
+def test_a_prediction_without_truth_is_hollow():
+    image, points = np.zeros((64, 64, 3)), np.array([[20.0, 20.0], [40.0, 40.0]])
+    plot_predictions([(image, np.array([[20.0, 20.0], [np.nan, np.nan]]), points, "score 1 (1 of 2)")])
+    truth, predicted = plt.gcf().axes[:2]
+    filled, hollow = predicted.collections
+    assert filled.get_offsets().tolist() == [[20, 20]] and hollow.get_offsets().tolist() == [[40, 40]]
+    assert len(hollow.get_facecolors()) == 0 and len(filled.get_facecolors()) == 1
+    assert like(rendered(plt.gcf()), TRUTH).any() and predicted.get_title() == "score 1 (1 of 2)"
+    plt.close()

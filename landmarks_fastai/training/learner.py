@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from fastai.callback.schedule import SuggestionMethod
 from fastai.callback.training import BnFreeze, GradientAccumulation
@@ -34,6 +35,7 @@ from landmarks_fastai.geometry import input_to_unit
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import plot_rows
 from landmarks_fastai.inference.torch_network import TorchNetwork
+from landmarks_fastai.missing import fill_missing
 from landmarks_fastai.models.heads import init_head
 from landmarks_fastai.models.networks import METADATA, build_model
 from landmarks_fastai.models.weights import input_stats, load_weights, read_state_dict
@@ -248,7 +250,7 @@ def landmark_learner(
     if weights is not None:
         load_weights(model, settings.arch, weights, settings.size)
         if settings.init_head == "mean":
-            init_head(model, mean_shape(dls.train.items, settings))
+            init_head(model, mean_shape(dls.train.items, settings, facts.shape))
     model.metadata = checkpoint_metadata(settings.replace(confidence=False), facts)  # the end of a stage adds a spread
     return LandmarkLearner(dls, model, settings, facts, machine, path)
 
@@ -261,14 +263,16 @@ def normalize(dls: DataLoaders, mean: tuple, std: tuple) -> None:
         dl.device = dl.device  # moves the statistics there
 
 
-def mean_shape(images: LabelledImages, settings: Settings) -> np.ndarray:
+def mean_shape(images: LabelledImages, settings: Settings, shape: npt.ArrayLike = ()) -> np.ndarray:
     """Return the mean landmarks of the images, (n_points, 2) in unit coordinates of the input.
 
-    Of at most 2,000 images: with more the mean changes by less than a hundredth of a face.
+    Of at most 2,000 images: with more the mean changes by less than a hundredth of a face. Missing points are filled in
+    from a mean `shape`: a landmark that few images have would start where those few faces are.
     """
-    total = np.zeros((images.labels.n_points, 2))
+    total, shape = np.zeros((images.labels.n_points, 2)), np.reshape(shape, (-1, 2))
     n = np.zeros(len(total), int)
     for points, to_input in points_and_maps(images, settings):
+        points = fill_missing(points[None], shape)[0] if len(shape) else points
         unit = input_to_unit(to_input.to_input(points.astype(np.float64)), settings.size)
         labelled = ~np.isnan(unit[:, 0])
         n += labelled

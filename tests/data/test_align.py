@@ -112,3 +112,43 @@ def test_two_points_have_no_second_pass(drawn):
     frame = pd.read_csv(drawn / "train/landmarks.csv", sep="\t").iloc[:, :5]
     dls = landmark_dataloaders(frame, image_folder=drawn / "train/images", size=64)
     assert dls.facts.shape == () and alignment_of(dls.settings, dls.facts) is None
+
+
+def gappy(points, share=0.3, seed=0):
+    "The same, without that share of the points of each shape."
+    missing = np.random.default_rng(seed).random(points.shape[:2]) < share
+    return np.where(missing[..., None], np.nan, points)
+
+
+def halves(points, seed=0):
+    "The left or the right half of each shape."
+    left = points[..., 0] < np.median(points[..., 0], 1, keepdims=True)
+    missing = left == (np.random.default_rng(seed).random((len(points), 1)) < 0.5)
+    return np.where(missing[..., None], np.nan, points)
+
+
+@pytest.mark.parametrize("change", [gappy, halves])
+def test_mean_shape_and_crops_of_labels_with_missing_points(change):
+    points = shapes(60, noise=1.0)
+    mean, gaps = procrustes_mean(points), change(points)
+    assert np.isnan(gaps).any((1, 2)).all()  # no row is complete
+    assert np.linalg.norm(procrustes_mean(gaps) - mean, axis=1).max() < 0.03
+    alignment = Alignment(mean, 1.3, 96)
+    for crop, full in zip(alignment.maps_of_labels(gaps), alignment.maps(points), strict=True):
+        assert np.abs(crop.to_input(points[0]) - full.to_input(points[0])).max() < 4
+    assert alignment.maps(gaps[:1]) == [None]  # predicted, NaN has no crop
+    # the least squares over the labelled points alone
+    labelled = ~np.isnan(gaps[0, :, 0])
+    (expected,) = Alignment(mean[labelled], 1.3, 96).maps(points[:1, labelled])
+    (found,) = alignment.maps_of_labels(gaps[:1])
+    assert [found.a, found.b] == pytest.approx(
+        np.array([expected.a, expected.b]) * found.scale / expected.scale, rel=1e-6
+    )
+
+
+def test_two_labelled_points_are_not_enough():
+    points = shapes(3)
+    points[:, 2:] = np.nan
+    with pytest.raises(NoShape):
+        procrustes_mean(points)
+    assert Alignment(procrustes_mean(shapes(3)), 1.3, 96).maps_of_labels(points) == [None] * 3

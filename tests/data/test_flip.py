@@ -59,6 +59,12 @@ def test_one_percent_of_shifted_labels_changes_nothing(faces):
     assert np.array_equal(learn_flip_map(spoiled).flip_indices, flip_indices_of_template(971))
 
 
+def test_missing_points_leave_the_pairs_as_they_are(faces):
+    missing = np.random.default_rng(0).random(faces.shape[:2]) < 0.3
+    gaps = np.where(missing[..., None], np.nan, faces)
+    assert (learn_flip_map(gaps).flip_indices == flip_indices_of_template(971)).mean() > 0.97
+
+
 @pytest.mark.parametrize("n", [5, 20, 68, 300, 971])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_set_of_points_without_symmetry_is_refused(n, seed):

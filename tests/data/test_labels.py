@@ -79,9 +79,12 @@ BAD = {
     "a row of spaces": ("   ", "line 3: 1 fields found"),
     "another header": (HEADER, "line 3: point 0's x is 'Point_M0_X', a number expected"),
     "text": ("b.jpg\t1\t2\t3\tx4\t5\t6", "line 3: point 1's y is 'x4', a number expected"),
-    "gap": (value(""), X + "'', a number expected"),
-    "nan": (value("nan"), X + "'nan', a number expected"),
-    "upper-case NaN": (value("NaN"), X + "'NaN', a number expected"),
+    "half a point": (value(""), X + "missing: fill it in, or leave both coordinates blank"),
+    "half a nan": ("b.jpg\t1\t2\t3\t nan\t5\t6", "line 3: point 1's y is missing"),
+    "a sign before nan": (value("-nan"), X + "'-nan', a number expected"),
+    "another word": (value("NA"), X + "'NA', a number expected"),
+    "no point": ("b.jpg" + "\t" * 6, "line 3: no point is labelled: remove the line"),
+    "all labelled points equal": ("b.jpg\t7\t8\t\t\t7\t8", "line 3: all 2 points are (7, 8)"),
     "infinite": ("b.jpg\t1\t2\t3\t4\t5\t-inf", "line 3: point 2's y is -inf, a number between"),
     "infinity": (value("inf"), X + "inf, a number between -32767 and 32767 expected"),
     "hexadecimal": (value("0x1F"), X + "'0x1F'"),
@@ -324,3 +327,35 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         code = "from landmarks_fastai.data import labels, landmarks_csv; landmarks_csv.BLOCK = 1 << 20"
         peaks.append(peak_memory(f"{code}; labels.read_labels({str(csv)!r})"))
     assert sizes[1] - sizes[0] > 40e6 and peaks[1] - peaks[0] < 10e6
+
+
+@pytest.mark.parametrize("block", [1 << 23, 64])
+def test_blank_fields_and_nan_are_missing_points(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(landmarks_csv, "BLOCK", block)
+    rows = [ROW.format("a"), "b.jpg\t\t\t3\t4\t5\t6", "c.jpg\tnan\tNaN\t  \t\t-5\t6.5", "d.jpg\t1\t2\t3\t4\t NAN \t"]
+    csv, gap = write(tmp_path / "l.csv", *rows), [np.nan, np.nan]
+    expected = np.array([[[1, 2], [3, 4], [5, 6]], [gap, [3, 4], [5, 6]], [gap, gap, [-5, 6.5]], [[1, 2], [3, 4], gap]])
+    for labels_read in (read_labels(csv), read_labels(csv), pickle.loads(pickle.dumps(read_labels(csv)))):
+        assert np.array_equal([labels_read.points(i) for i in range(4)], expected, equal_nan=True)
+    frame = pd.DataFrame(expected.reshape(4, -1)).convert_dtypes()  # pd.NA
+    frame.insert(0, "file_name", list("abcd"))
+    assert frame_labels(frame).faults == {}
+    assert np.array_equal(frame_labels(frame).stored, expected, equal_nan=True)
+
+
+def test_a_dataframe_has_the_faults_of_a_csv(tmp_path):
+    rows = {
+        "half": "nan\t2\t3\t4",
+        "none": "nan\t" * 3 + "nan",
+        "zeros": "0\t0\t0\t0",
+        "far": "1\t2\t40000\t4",
+        "right": "1\t2\t3\t4",
+    }
+    csv = write(tmp_path / "l.csv", *(f"{name}\t{row}" for name, row in rows.items()), header="n\tx\ty\tx\ty")
+    faults = frame_labels(pd.read_csv(csv, sep="\t")).faults
+    assert faults == open_labels(csv).faults and len(faults) == 4
+    assert "point 0's x is inf" in frame_labels(pd.DataFrame([["a", np.inf, 1.0]])).faults[0]
+
+
+def test_complete_whole_numbers_are_stored_in_two_bytes(csv):
+    assert read_labels(csv).stored.dtype == np.int16

@@ -17,7 +17,7 @@ from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.synthetic.sample import make_sample
 from landmarks_fastai.training import stage
-from landmarks_fastai.training.confidence import predict_held_out
+from landmarks_fastai.training.confidence import calibration, predict_held_out
 from tests.helpers import ARCH, N_POINTS, QUICK, RUNS, best, check_equal, tensors
 
 STAGE = f"{QUICK} --align 1.05 --valid-pct 0.5 -e 4"
@@ -141,3 +141,13 @@ def test_a_checkpoint_that_lacks_its_spread_is_refused(confident_run, tmp_path):
     with pytest.raises(UserError, match="2 tensors differ, the first spread.image.weight"):
         read_checkpoint(tmp_path / "lacks.pth").model()
     assert Settings().confidence is False
+
+
+def test_a_landmark_without_validation_labels_has_the_factor_of_all():
+    ratios = np.random.default_rng(0).gamma(2, 1, (400, 3)) * [1, 4, 1]
+    ratios[:, 2] = np.nan
+    ratios[::2, 1] = np.nan
+    factors = calibration(ratios)
+    assert factors[2] == pytest.approx(np.nanquantile(ratios, 0.68))
+    alone = calibration(ratios[1::2, :2])
+    assert factors[0] < factors[2] < factors[1] and factors[1] == pytest.approx(alone[1], rel=0.15)

@@ -1,13 +1,20 @@
 "fastai's methods on our Learner: other fits, several fits, the flip test, results of a loader that is used again."
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.interpret import Interpretation
 from matplotlib import pyplot as plt
 
+from landmarks_fastai.data.align import alignment_of
+from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.errors import UserError
-from tests.helpers import small_learner
+from landmarks_fastai.metrics import AUC, FailureRate
+from landmarks_fastai.training.learner import landmark_learner, mean_shape
+from landmarks_fastai.utils.hardware import Machine
+from tests.helpers import ARCH, N_POINTS, frame_with_gaps, labels_of, silent, small_learner
 
 
 class Record(Callback):
@@ -83,3 +90,43 @@ def test_show_results_leaves_the_loader_as_it_is(drawn, tmp_path):
     learn.show_results(dl=learn.dls.valid, max_n=2, shuffle=False)
     plt.close("all")
     assert list(learn.validate()) == list(before)
+
+
+@pytest.mark.train
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_learner_trains_scores_and_draws_where_no_row_is_complete(drawn, tmp_path, capsys):
+    table = frame_with_gaps(drawn)
+    dls = landmark_dataloaders(
+        table, image_folder=drawn / "train/images", machine=Machine(workers=0), size=32, batch_size=8, arch=ARCH, seed=1
+    )
+    assert alignment_of(dls.settings, dls.facts) and dls.facts.flip_indices
+    missing = np.isnan(table.iloc[:, 1::2].to_numpy(float))
+    for row, points in zip(dls.train.get_idxs(), dls.train.one_batch()[1].isnan().any(-1), strict=False):
+        of_row = missing[row]
+        assert points.tolist() in (of_row.tolist(), of_row[list(dls.facts.flip_indices)].tolist())
+    learn = silent(landmark_learner(dls, weights="none", machine=Machine(workers=0), path=tmp_path, sched="plateau"))
+    start = learn.model[1][-1].bias.detach().reshape(-1, 2)
+    complete = pd.read_csv(labels_of(drawn), sep="\t")
+    others = landmark_dataloaders(
+        complete, image_folder=drawn / "train/images", machine=Machine(workers=0), size=32, batch_size=8
+    )
+    assert np.abs(start.numpy() - mean_shape(others.train.items, others.settings)).max() < 0.12
+    learn.metrics = [*learn.metrics, AUC(), FailureRate()]
+    learn.fit(2, 1e-3)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert np.isfinite(np.array(learn.recorder.values, float)).all()
+    valid = learn.dls.valid.items
+    points, truth = (
+        learn.predict_points([item.path for item in valid], flip_test=False),
+        [item.points for item in valid],
+    )
+    assert learn.validate()[1] == pytest.approx(np.nanmean((points - truth) ** 2), rel=1e-3)
+    labelled = int((~missing[32:]).sum())
+    assert valid.counted == f" ({labelled} of {8 * N_POINTS} points)"
+    learn.dls.train.show_batch(max_n=2)
+    learn.show_results(max_n=1, shuffle=False)
+    assert plt.gcf().axes[1].get_title().endswith(f" ({(~missing[32]).sum()} of {N_POINTS})")
+    losses = Interpretation.from_learner(learn)
+    assert losses.losses.isfinite().all()
+    losses.plot_top_losses(2)
+    plt.close("all")

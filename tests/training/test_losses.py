@@ -39,3 +39,38 @@ def test_truth_is_the_minimum_and_every_error_pulls_towards_it(loss):
     off = torch.tensor([0.3, -0.3, 9.0, -9.0], requires_grad=True)
     loss_function(Settings(loss=loss, size=SIZE))(off[None], torch.zeros(1, 4)).backward()
     assert torch.equal(off.grad.sign(), off.detach().sign())
+
+
+def gappy():
+    "Predictions, complete truth and truth with missing points, (3, 4, 2)."
+    generator = torch.Generator().manual_seed(0)
+    pred, truth = torch.randn(2, 3, 4, 2, generator=generator)
+    missing = torch.tensor([[0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    return pred.requires_grad_(), truth, truth.masked_fill(missing[..., None], torch.nan)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_missing_points_count_neither_in_the_loss_nor_in_the_gradient(loss, precision):
+    func, (pred, truth, gaps) = loss_function(Settings(loss=loss, size=SIZE)), gappy()
+    labelled = ~gaps.isnan()
+    value = func(pred.to(precision), gaps)
+    value.backward()
+    assert value.item() == pytest.approx(
+        func(pred.to(precision)[labelled][None], truth[labelled][None]).item(), rel=1e-6
+    )
+    assert pred.grad.isfinite().all() and torch.equal(pred.grad != 0, labelled)
+    func.reduction = "none"  # as `Interpretation`, which takes each image's mean
+    of_image = func(pred, gaps).flatten(1).mean(1)
+    func.reduction = "mean"
+    expected = [func(p[mask][None], t[mask][None]) for p, t, mask in zip(pred, truth, labelled, strict=True)]
+    assert torch.allclose(of_image, torch.stack(expected))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_and_gradient_of_complete_labels_are_those_of_the_plain_mean(loss):
+    func, (pred, truth, _) = loss_function(Settings(loss=loss, size=SIZE)), gappy()
+    value = func(pred, truth)
+    plain = func.func.of_error((pred - truth).reshape(-1) * (SIZE / 2)).mean()
+    assert torch.equal(value.as_subclass(torch.Tensor), plain)
+    assert torch.equal(*(torch.autograd.grad(v, pred)[0].as_subclass(torch.Tensor) for v in (value, plain)))

@@ -108,13 +108,12 @@ class Evaluation(Callback):
             return
         networks = [self.model, *([self.learn.average.network] if hasattr(self.learn, "average") else [])]
         self.extra = [metric for metric in self.learn.metrics if isinstance(metric, ImageMetric)]
-        shape = self.learn.facts.shape
         self.candidates = [
-            Candidate(network.eval(), [*default_metrics(shape), *map(copy.copy, self.extra)], [])
-            for network in networks
+            Candidate(network.eval(), [*default_metrics(), *map(copy.copy, self.extra)], []) for network in networks
         ]
         for metric in chain(*(candidate.metrics for candidate in self.candidates)):
             metric.reset()
+            metric.shape = self.learn.facts.shape
         self.alignment = alignment_of(self.learn.settings, self.learn.facts)
         self.flip_indices = self.learn.facts.flip_indices if self.learn.settings.tta else ()
 
