@@ -66,7 +66,9 @@ def plot_flip_map(shape: np.ndarray, flip_indices: np.ndarray) -> None:
 
 
 def plot_names(
-    panels: Sequence[tuple[np.ndarray, np.ndarray, str]],  # image (height, width, 3), points (n_points, 2) or NaN, title
+    panels: Sequence[
+        tuple[np.ndarray, np.ndarray, str]
+    ],  # image (height, width, 3), points (n_points, 2) or NaN, title
     names: Sequence[str],
 ) -> None:
     "Plot images with their points and the names of those into a new figure; of more than 100 points every tenth name."

@@ -154,7 +154,9 @@ def _check_rotation(labels: Labels, folder: Path, rows: Sequence[int]) -> None:
         x, y = np.nanmax(labels.points(row), axis=0)
         fit = f"the points of {len(as_shown)} images with EXIF rotation fit them as they are shown, not {stored}"
         first = f"{labels.place(row)}, {labels.name(row)} has points up to ({x:g}, {y:g})"
-        raise UserError(f"{fit}; the first: {first}. Landmarks are pixels {stored}: save the images without EXIF rotation")
+        raise UserError(
+            f"{fit}; the first: {first}. Landmarks are pixels {stored}: save the images without EXIF rotation"
+        )
 
 
 def inspect_image(path: str | Path) -> tuple[tuple[int, int], list[str]]:

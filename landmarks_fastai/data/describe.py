@@ -84,7 +84,11 @@ def _cells(labels: Labels, rows: Sequence[int], names: Sequence[str]) -> Iterato
     for row, name in zip(rows, names, strict=True):
         numbers = [] if labels.boxes is None else labels.boxes[row].tolist()
         numbers += labels.points(row).ravel().tolist()
-        yield [name, *([labels.groups[row]] if labels.groups else []), *(f"{v:.{DIGITS}f}" if v == v else "" for v in numbers)]
+        yield [
+            name,
+            *([labels.groups[row]] if labels.groups else []),
+            *(f"{v:.{DIGITS}f}" if v == v else "" for v in numbers),
+        ]
 
 
 def _coco(labels: Labels, rows: Sequence[int], names: Sequence[str], paths: Sequence[Path]) -> dict[str, Any]:
@@ -101,7 +105,10 @@ def _coco(labels: Labels, rows: Sequence[int], names: Sequence[str], paths: Sequ
         keypoints = np.column_stack([np.where(labelled[:, None], points, 0), 2 * labelled]).ravel()
         entry = {"id": len(annotations) + 1, "image_id": images[name]["id"], "category_id": 1, "iscrowd": 0}
         entry |= {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
-        entry |= {"num_keypoints": int(labelled.sum()), "keypoints": keypoints.astype(np.float64).round(DIGITS).tolist()}
+        entry |= {
+            "num_keypoints": int(labelled.sum()),
+            "keypoints": keypoints.astype(np.float64).round(DIGITS).tolist(),
+        }
         annotations.append(entry)
     skeleton = [[a + 1, b + 1] for a, b in labels.skeleton]
     category = {"id": 1, "name": "object", "keypoints": names_of_points(labels), "skeleton": skeleton}
