@@ -161,12 +161,15 @@ CASES = {
     "an empty line first": (whole_csv(lambda b: b"\n" + b), TRAIN, ["landmarks.csv is empty"]),
     "a header alone": (whole_csv(lambda b: b.split(b"\n")[0] + b"\n"), TRAIN, ["has a header but no rows"]),
     "no header": (whole_csv(lambda b: b.split(b"\n", 1)[1]), TRAIN, ["line 1 holds numbers: add a header line"]),
-    "commas throughout": (whole_csv(lambda b: b.replace(b"\t", b",")), TRAIN, ["line 1: 1 TAB-separated columns"]),
-    "an odd column": (whole_csv(lambda b: b.replace(b"\n", b"\t1\n").replace(b"\t1\n", b"\tx\n", 1)), TRAIN,
-                      ["line 1: 138 TAB-separated columns found"]),
+    "commas throughout, and no names of points": (
+        whole_csv(lambda b: _unnamed(b).replace(b"\t", b",")), TRAIN, ["line 1: 1 TAB-separated columns"],
+    ),
+    "an odd column, and no names of points": (
+        whole_csv(lambda b: _unnamed(b).replace(b"\n", b"\t1\n").replace(b"\t1\n", b"\tc\n", 1)), TRAIN,
+        ["line 1: 138 TAB-separated columns found"],
+    ),
     "UTF-16": (whole_csv(lambda b: b.decode().encode("utf-16")), TRAIN, ["line 1: not UTF-8 text"]),
     "UTF-16 without a mark": (whole_csv(lambda b: b.decode().encode("utf-16-le")), TRAIN, ["line 1: not UTF-8 text"]),
-    "line ends of old Macs": (whole_csv(lambda b: b.replace(b"\n", b"\r")), TRAIN, ["line 1 holds numbers"]),
     "a picture for a CSV": (whole_csv(lambda b: encoded("RGB", "JPEG")), TRAIN, ["line 1: not UTF-8 text"]),
     "a folder for a CSV": (
         lambda data, out: (labels_of(data).unlink(), labels_of(data).mkdir()), TRAIN, ["landmarks.csv not found"],
@@ -209,7 +212,7 @@ CASES = {
     # folders and flags
     "no data folder": (lambda data, out: shutil.rmtree(data), TRAIN, ["no such folder", "train/ and test/"]),
     "a file for a data folder": (
-        lambda data, out: (shutil.rmtree(data), data.write_text("")), TRAIN, ["no such folder", "train/ and test/"],
+        lambda data, out: (shutil.rmtree(data), data.write_text("")), TRAIN, ["data is empty: a header line"],
     ),
     "no train side": (lambda data, out: shutil.rmtree(data / "train"), TRAIN, ["landmarks.csv not found"]),
     "no image folder": (
@@ -288,6 +291,12 @@ CASES = {
 }  # fmt: skip
 
 
+def _unnamed(content):
+    "The CSV with a header that does not name x and y."
+    head, rest = content.split(b"\n", 1)
+    return b"\t".join([b"c"] * (head.count(b"\t") + 1)) + b"\n" + rest
+
+
 def _line(content, number, change):
     lines = content.split(b"\n")
     lines[number - 1] = change(lines[number - 1])
@@ -329,6 +338,9 @@ LEGAL = {
     "Windows' line ends": whole_csv(lambda b: b.replace(b"\n", b"\r\n")),
     "both line ends": whole_csv(lambda b: b.replace(b"\n", b"\r\n", 5)),
     "blank lines": whole_csv(lambda b: b.replace(b"\n", b"\n\n")),
+    "line ends of old Macs": whole_csv(lambda b: b.replace(b"\n", b"\r")),
+    "commas throughout": whole_csv(lambda b: b.replace(b"\t", b",")),
+    "an odd column": whole_csv(lambda b: b.replace(b"\n", b"\t1\n").replace(b"\t1\n", b"\tc\n", 1)),
     "no end of the last line": whole_csv(lambda b: b.rstrip(b"\n")),
     "a header with one name for all": whole_csv(
         lambda b: b"\t".join([b"x"] * (2 * N_POINTS + 1)) + b"\n" + b.split(b"\n", 1)[1]

@@ -159,7 +159,7 @@ def test_a_dataframe_gives_the_batches_of_its_folder(drawn, data):
     for a, b in zip(one.train, other.train, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     (data / "train" / "images" / table.iloc[3, 0]).unlink()
-    with pytest.raises(BadData, match="DataFrame line 3: image .* not found"):
+    with pytest.raises(BadData, match="DataFrame row 3: image .* not found"):
         landmark_dataloaders(table, image_folder=data / "train" / "images", size=32, batch_size=8)
     table.iloc[5, 7] = float("nan")
     skipped = landmark_dataloaders(

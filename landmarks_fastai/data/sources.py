@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from landmarks_fastai.data.formats import csv_tables, json_files, text_files, xml_files
-from landmarks_fastai.data.formats.table import DAMAGE, LabelTable, Rows, counted, read_json
+from landmarks_fastai.data.formats.table import DAMAGE, LabelTable, Rows, counted
 from landmarks_fastai.data.formats.text_files import IMAGES
 from landmarks_fastai.data.images import SIDEWAYS, exif_turn, open_undecoded
 from landmarks_fastai.data.labels import Labels, frame_labels, open_labels
@@ -73,9 +73,9 @@ def is_positional(csv: Path) -> bool:
     with suppress(UserError, OSError), open(csv, "rb") as f:
         if b"\r" in f.readline().rstrip(b"\r\n"):
             return False
-        columns, separator = csv_tables.split_header(csv_tables.first_line(csv))
+        columns, separator = csv_tables.split_header(line := csv_tables.first_line(csv))
         header = csv_tables.parse_header(columns, str(csv))
-        return not header.names or (separator == "\t" and header.positional)
+        return not header.names or (separator == "\t" and header.positional and not line.endswith("\t"))
     return True
 
 
@@ -91,33 +91,42 @@ def _read_table(source: Path, category: str) -> LabelTable:
 
 
 def _read_file(path: Path, rows: Rows, category: str) -> LabelTable:
-    check_folder(path.parent, "-d names a file in it")
+    kind, root = kind_of(path), path.parent
+    readers: dict[str, Callable[[], LabelTable]] = {
+        "COCO": lambda: json_files.read_coco(rows, [(path, "", False)], category),
+        "Label Studio": lambda: json_files.read_label_studio(rows, path),
+        "labelme": lambda: json_files.read_labelme(rows, [path], root),
+        "VIA": lambda: json_files.read_via(rows, path),
+        "CVAT": lambda: xml_files.read_cvat(rows, path, category),
+        "dlib": lambda: xml_files.read_dlib(rows, path, category),
+        "YOLO": lambda: text_files.read_yolo(rows, path, category),
+        "pts": lambda: text_files.read_pts(rows, [path], root),
+        "WFLW": lambda: text_files.read_wflw(rows, [path]),
+        "DeepLabCut": lambda: csv_tables.read_deeplabcut(rows, [path], root),
+        "CSV": lambda: csv_tables.read_plain(path),
+    }
+    return readers[kind]()
+
+
+def kind_of(path: Path) -> str:
+    "Return which tool's file this is. Raises `UserError` for another."
     suffix = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"{path}: no such folder or file; -d must be labels, or the folder that holds train/ and test/")
     if suffix in OTHER:
         raise UserError(f"{path}: {suffix} files are not read: {OTHER[suffix]}")
     if suffix == ".json":
-        kind = json_files.kind_of_json(path, content := read_json(path))
-        if kind == "COCO":
-            return json_files.read_coco(rows, [(path, "", False)], category)
-        if kind == "Label Studio":
-            return json_files.read_label_studio(rows, path, content)
-        return json_files.read_via(rows, path) if kind == "VIA" else json_files.read_labelme(rows, [path], path.parent)
+        return json_files.kind_of_json(path)
     if suffix == ".xml":
-        return (xml_files.read_cvat if xml_files.kind_of_xml(path) == "CVAT" else xml_files.read_dlib)(
-            rows, path, category
-        )
-    if suffix in (".yaml", ".yml"):
-        return text_files.read_yolo(rows, path, category)
-    if suffix == ".pts":
-        return text_files.read_pts(rows, [path], path.parent)
+        return xml_files.kind_of_xml(path)
+    if suffix in (".yaml", ".yml", ".pts"):
+        return "pts" if suffix == ".pts" else "YOLO"
     line = csv_tables.first_line(path)
     if text_files.is_wflw(line):
-        return text_files.read_wflw(rows, [path])
+        return "WFLW"
     if csv_tables.is_deeplabcut(path):
-        return csv_tables.read_deeplabcut(rows, [path], path.parent)
-    return json_files.read_via(rows, path) if "region_shape_attributes" in line else csv_tables.read_plain(path)
+        return "DeepLabCut"
+    return "VIA" if "region_shape_attributes" in line else "CSV"
 
 
 def _read_folder(folder: Path, rows: Rows, category: str) -> LabelTable:
@@ -138,27 +147,29 @@ def _read_folder(folder: Path, rows: Rows, category: str) -> LabelTable:
         return text_files.read_pts(rows, files, folder)
     if files := sorted(folder.rglob("list_98pt_*.txt")):
         return text_files.read_wflw(rows, [p for p in files if "rect_attr" in p.name] or files)
-    files = sorted(p for p in folder.rglob("*.json") if p.is_file())
-    if files and (labelme := [p for p in files if _is_labelme(p)]):
-        return json_files.read_labelme(rows, labelme, folder)
-    single = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in (".json", ".xml", ".csv", ".tsv")]
-    single = single or sorted((folder / "annotations").glob("*.json"))
-    if len(single) == 1:
-        return _read_file(single[0], rows, category)
+    kinds = {p: kind for p in [*folder.iterdir(), *folder.glob("annotations/*.json")] if (kind := _kind_or_none(p))}
+    others = sorted(p for p, kind in kinds.items() if kind != "labelme")
+    if not others and (files := sorted(p for p in folder.rglob("*.json") if _kind_or_none(p) == "labelme")):
+        return json_files.read_labelme(rows, files, folder)
+    if len(others) == 1:
+        return _read_file(others[0], rows, category)
     several = (
-        f": {', '.join(p.name for p in single[:9])}: name one of them" if single else ", nor labels of another tool"
+        f": {', '.join(p.name for p in others[:9])}: name one of them" if others else ", nor labels of another tool"
     )
-    hint = "docs/labels.md lists the formats"
-    raise UserError(
-        f"{folder / 'train' / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/{several}; {hint}"
-    )
+    missing = f"{folder / 'train' / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/"
+    raise UserError(f"{missing}{several}; docs/labels.md lists the formats")
 
 
-def _is_labelme(path: Path) -> bool:
+def _kind_or_none(path: Path) -> str | None:
+    "Return the kind of a file that may be of labels; None for others."
     with suppress(UserError):
-        content = read_json(path)
-        return isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys()
-    return False
+        if path.suffix.lower() in (".json", ".xml"):
+            return kind_of(path)
+        if path.suffix.lower() in (".csv", ".tsv"):
+            kind = kind_of(path)
+            columns, _ = csv_tables.split_header(csv_tables.first_line(path))
+            return kind if kind != "CSV" or csv_tables.parse_header(columns, "").names else None
+    return None
 
 
 # --- where the images are
@@ -227,10 +238,11 @@ def _search(names: Sequence[str], root: Path, known: dict[str, str]) -> None:
     files = defaultdict(list)
     for path in _image_files(root):
         files[_key(path.name)].append(path)
-    claimed, folders = defaultdict(set, {path: {name} for name, path in known.items()}), {}
-    for name in names:
-        if name in known:
-            continue
+    claims: dict[str, dict[str, float]] = defaultdict(dict)  # path -> name -> how much of the name is the path's
+    for name, path in known.items():
+        claims[path][name] = np.inf
+    folders: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for name in (name for name in names if name not in known):
         parts = [part for part in _parts(name) if part != ".."]
         elsewhere = name.startswith("/") or bool(PureWindowsPath(name).drive)
         paths = files[_key(parts[-1])] or (files[_key(re.sub(r"^[0-9a-f]{8}-", "", parts[-1]))] if elsewhere else [])
@@ -239,15 +251,14 @@ def _search(names: Sequence[str], root: Path, known: dict[str, str]) -> None:
             continue
         n, path = best[0]
         if n < min(len(parts), len(path.parts)):
-            here = folders.setdefault(tuple(parts[: len(parts) - n]), path.parts[: len(path.parts) - n])
-            if not elsewhere or here != path.parts[: len(path.parts) - n]:
+            here = path.parts[: len(path.parts) - n]
+            if not elsewhere or folders.setdefault(tuple(parts[: len(parts) - n]), here) != here:
                 continue
-        known[name] = path.as_posix()
-        claimed[known[name]].add(name)
-    for several in claimed.values():
-        if len({tuple(map(_key, _parts(name))) for name in several}) > 1:
-            for name in several - {known[n] for n in several}:  # a name that is the file's own keeps it
-                del known[name]
+        claims[path.as_posix()][name] = n
+    for path, lengths in claims.items():
+        longest = [name for name, n in lengths.items() if n == max(lengths.values())]
+        if max(lengths.values()) == np.inf or len({tuple(map(_key, _parts(name))) for name in longest}) == 1:
+            known |= dict.fromkeys(longest, path)
 
 
 def _common(path: Sequence[str], name: Sequence[str]) -> int:

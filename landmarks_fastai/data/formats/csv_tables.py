@@ -58,13 +58,13 @@ class Header:
     visible: list[int] = field(default_factory=list)  # of each point; -1: none
     box: list[int] = field(default_factory=list)
     group: int = -1
+    n_columns: int = 0
+    unused: list[str] = field(default_factory=list)
 
     @property
     def positional(self) -> bool:
         "Whether the table is file_name, x0, y0, x1, y1, … and nothing else."
         return self.file == 0 and self.xy == list(range(1, self.n_columns)) and not self.box and self.group < 0
-
-    n_columns: int = 0
 
 
 def parse_header(columns: Sequence[str], where: str) -> Header:
@@ -96,6 +96,7 @@ def parse_header(columns: Sequence[str], where: str) -> Header:
         k for k, name in enumerate(plain) if k not in used and name and not re.match(r"unnamed: \d+|index$", name)
     ]
     header.file = (named + others + [-1])[0]
+    header.unused = [columns[k] for k in others if k != header.file]
     return header
 
 
@@ -121,7 +122,9 @@ def read_plain(path: Path) -> LabelTable:
     "A CSV, TAB or comma, whose header names x and y of each point; counted from the pixel's centre."
     import pandas as pd
 
-    columns, separator = split_header(first_line(path))
+    columns, separator = split_header(line := first_line(path))
+    if not line.strip():
+        raise UserError(f"{path} is empty: a header line and one line per object are needed")
     header = parse_header(columns, f"{path} line 1")
     if not header.names:
         raise UserError(f"{path} line 1 names no points: x and y of each expected, as in nose_x, nose_y; {HINT}")
@@ -146,7 +149,9 @@ def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first
     files, places, points, boxes, groups, faults = [], [], [], [], [], {}
     left_out: Counter[str] = Counter()
     for chunk in chunks:
-        cells = np.strings.strip(chunk.to_numpy(dtype=np.str_, na_value="")) if len(chunk) else np.zeros((0, 0), str)
+        if not len(chunk):
+            continue
+        cells = np.strings.strip(chunk.to_numpy(dtype=np.str_, na_value=""))
         numbers = range(first, first + len(cells))
         first += len(cells)
         filled = (cells != "").any(1)
@@ -165,6 +170,8 @@ def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first
     if not files:
         why = "a header but no rows" if not sum(left_out.values()) else "no row with a point"
         raise UserError(f"{source} has {why}: one line per object is needed")
+    if header.unused:
+        left_out[f"columns ({', '.join(header.unused)[:200]})"] = len(header.unused)
     names = header.names if any(name != str(k) for k, name in enumerate(header.names)) else []
     return LabelTable(
         kind="CSV",

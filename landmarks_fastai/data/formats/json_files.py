@@ -24,6 +24,8 @@ from landmarks_fastai.data.formats.table import (
 from landmarks_fastai.data.formats.xml_files import label_studio_order
 from landmarks_fastai.errors import UserError
 
+OBJECT = {"object", "object_id", "group", "group_id", "id", "instance"}  # VIA: attributes that hardly name points
+
 
 def read_coco(rows: Rows, files: Iterable[tuple[Path, str, bool]], category: str) -> LabelTable:
     """COCO keypoints, counted from the pixel's centre. `files` are a path, its folder's name before file names, validation or not.
@@ -75,14 +77,14 @@ def _add_coco(rows: Rows, annotation: dict, prefix: str, image: dict, about: dic
     rows.add(prefix + image["file_name"], points, box or None, "", valid, name, size, fault)
 
 
-def read_label_studio(rows: Rows, path: Path, tasks: list[dict]) -> LabelTable:
+def read_label_studio(rows: Rows, path: Path) -> LabelTable:
     """Label Studio's export, JSON and JSON-MIN: percent of the picture as it is shown, counted from the pixel's edge.
 
     Points belong to the region of their parentID, else to the rectangle around them. Of several annotations of a picture
     the one that is the ground truth is read, else the latest.
     """
     rows.kind, rows.origin, rows.upright = "Label Studio", EDGE, True
-    for task in tasks:
+    for task in read_json(path):
         rows.place = f"task {task.get('id')}"
         results = _label_studio_results(rows, task)
         points, boxes, size = [], {}, (0, 0)
@@ -184,7 +186,7 @@ def read_via(rows: Rows, path: Path) -> LabelTable:
         r["shape_attributes"]["name"] not in ("point", "rect") for r in shapes
     )
     values = {key: {_via_value(r, key) for r in points} for key in {k for r in points for k in r["region_attributes"]}}
-    name_key = max(sorted(values), key=lambda key: len(values[key]), default="")
+    name_key = max(sorted(values), key=lambda key: (len(values[key]), key.lower() not in OBJECT), default="")
     name_key = name_key if len(values.get(name_key, ())) > 1 else ""  # one value of all points is not their name
     object_key = _via_object(pictures, sorted(values.keys() - {name_key}), name_key)
     for file, regions in pictures:
@@ -246,8 +248,9 @@ def _via_object(pictures: list[tuple[str, list[dict]]], keys: Iterable[str], nam
     return next((key for key in keys if not repeated(key)), "") if name_key and repeated("") else ""
 
 
-def kind_of_json(path: Path, content: Any) -> str:
+def kind_of_json(path: Path) -> str:
     "Return which tool's JSON this is. Raises `UserError` for another."
+    content = read_json(path)
     if isinstance(content, list) and content and all(isinstance(task, dict) for task in content):
         return "Label Studio"
     if isinstance(content, dict):
