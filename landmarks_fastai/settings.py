@@ -6,9 +6,12 @@ Every default is defined here, once.
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from landmarks_fastai.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FITS = ("crop", "pad", "squish")  # described in `pixel_map`, geometry.py
 OPTIMISERS = ("adamw", "adam", "sgd")
@@ -47,7 +50,7 @@ class _Record:
         "Return the names of its fields."
         return [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType] (subclasses are dataclasses)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "Self":
         "Return a copy with some fields changed. Raises `UserError` for an unknown field or a value out of range."
         if unknown := sorted(changes.keys() - set(self.names())):
             raise UserError(f"unknown setting: {', '.join(unknown)}")
@@ -59,7 +62,7 @@ class _Record:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
     @classmethod
-    def from_dict(cls, record: Any) -> Self:
+    def from_dict(cls, record: Any) -> "Self":
         """Create the value from a record of `to_dict`.
 
         Raises `UserError` if a field is missing, unknown or of the wrong type: the file is not trusted.

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 
 import pytest
 
@@ -13,6 +12,7 @@ import landmarks_fastai
 from landmarks_fastai.runs.run import Record, Run
 from tests.helpers import ROOT
 
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # which pytest brings
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 

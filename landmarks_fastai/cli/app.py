@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # in the message of an ImportError: the loader found no memory for a library
 NO_MEMORY = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
-STARTED = time.monotonic()  # --minutes includes the imports
+STARTED = time.monotonic()  # of the script: --minutes includes the imports that it makes
 
 
 def started(state: "State | None") -> float:
@@ -31,6 +31,8 @@ def started(state: "State | None") -> float:
 
 def run_main(main: Callable[[], None]) -> None:
     "Run a script's main function, and exit with a code of docs/operating.md if it raises."
+    global STARTED
+    STARTED = time.monotonic()  # a notebook's `%run` may be the second of its process
     _prepare_process()
     with stop_on_signal.handling():
         _run(main)
@@ -78,9 +80,9 @@ def _run(main):
 
 
 def _prepare_process():
-    os.environ["MPLBACKEND"] = (
-        "agg"  # scripts only write files; a notebook's kernel exports a backend that may be absent
-    )
+    if "ipykernel" not in sys.modules:  # not in the process of a notebook, by `%run`: its figures would disappear
+        # scripts only write files; a kernel exports a backend to `!python train.py` that may be absent there
+        os.environ["MPLBACKEND"] = "agg"
     # warnings of torch and fastai about their own code are nothing that a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -11,7 +11,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import MACHINE, flags_of
 from landmarks_fastai.settings import OUT, Settings
 from landmarks_fastai.utils.distributed import is_first, prints_line
-from landmarks_fastai.utils.hardware import AMP, Machine, find_gpu, why_no_gpu
+from landmarks_fastai.utils.hardware import AMP, Machine, find_gpu, gpu_count, why_no_gpu
 
 TRAINING = ["batch_size", "epochs", "repeats", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
             "step_size", "gamma", "seed"]  # fmt: skip
@@ -167,6 +167,8 @@ def prepared_machine(flags: dict[str, Any]) -> Machine:
         device = find_gpu() or "cpu"
         if device == "cpu" and is_first():
             print(f"warning: --gpu was given, {why_no_gpu()}: using the CPU", file=sys.stderr)
+        elif device == "cuda" and (gpus := gpu_count()) > 1:
+            print(f"note: --gpu uses one of {gpus} GPUs; docs/machines.md says how to use all", file=sys.stderr)
     machine = Machine(device, **{k: v for k, v in flags.items() if k in MACHINE - {"gpu"} and v is not None})
     machine.prepare()
     return machine

@@ -23,6 +23,7 @@ TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
 SIDEWAYS = {turn for value, turn in TURNS.items() if value >= 5}  # those that swap width and height
 # Pillow's decoders raise more than OSError for damaged files.
 REFUSALS = (
@@ -78,7 +79,7 @@ def is_16_bit(image: Image.Image) -> bool:
     "Return whether an opened image, not yet decoded, has 16 bits a channel."
     if image.mode == "I" and image.format == "PPM":  # mode I is a PGM's 16 bits, but a TIFF's 32
         return True
-    tiles = (str(tile.args) for tile in getattr(image, "tile", ()))
+    tiles = (str(tile[3]) for tile in getattr(image, "tile", ()))  # decoder, box, offset, arguments
     return image.mode.startswith("I;16") or any(re.search(r";16[BLN]?(?!\w)", args) for args in tiles)
 
 
@@ -96,7 +97,7 @@ def open_undecoded(path: str | Path, where: str = "") -> Iterator[ImageFile]:
             if image.format == "TIFF" and exif_turn(image) is not None:  # the only format that Pillow rotates by itself
                 image.info["rotated"] = image.getexif()[ORIENTATION]
                 image.getexif()[ORIENTATION] = 1
-                image._size = image._tile_size  # type: ignore[attr-defined] (of Pillow's TiffImageFile)
+                image._size = (image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT])  # type: ignore[attr-defined] (of TiffImageFile)
             yield image
     except FileNotFoundError:
         raise MissingImage(f"{where}image {path} not found") from None

@@ -172,8 +172,7 @@ def _digest(path: str) -> str:
     if not path:
         return ""
     try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as e:
         raise UserError(f"{path} cannot be read ({reason(e)}): if it is elsewhere now, say so with -pm") from None
 

@@ -156,6 +156,13 @@ def find_gpu() -> str | None:
     return "mps" if torch.backends.mps.is_available() else None
 
 
+def gpu_count() -> int:
+    "Return the number of CUDA devices that this process may use: one if torchrun started it."
+    import torch
+
+    return 1 if this_process().store else torch.cuda.device_count()
+
+
 def why_no_gpu() -> str:
     "Return why `find_gpu` found none."
     import torch

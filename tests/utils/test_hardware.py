@@ -236,6 +236,16 @@ def test_gpu_takes_mps_where_cuda_is_absent(apple, monkeypatch, capsys):
     assert hardware.find_gpu() == "cuda"
 
 
+def test_gpu_says_that_it_uses_one_of_two(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(hardware.Machine, "prepare", lambda machine: None)
+    assert on_gpu().device == "cuda"
+    assert capsys.readouterr().err.startswith("note: --gpu uses one of 2 GPUs")
+    monkeypatch.setattr(hardware, "this_process", lambda: Process(count=2, local_count=2, store=object()))
+    assert on_gpu().device == "cuda" and capsys.readouterr().err == ""
+
+
 def test_several_processes_are_refused_on_mps(apple, monkeypatch):
     monkeypatch.setattr(hardware, "this_process", lambda: Process(count=2, local_count=2, store=object()))
     with pytest.raises(UserError, match="need CUDA"):
