@@ -3,6 +3,7 @@
 A loss in pixels of the network's input would rank models differently: each image is resized by a factor of its own.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -149,7 +150,7 @@ class ImageMetric(Metric):
         self.reset()
 
     def reset(self) -> None:
-        self.total, self.weight, self.count = 0.0, 0.0, 0  # count: images
+        self.total, self.squares, self.weight, self.count = 0.0, 0.0, 0.0, 0  # count: images
 
     def add(self, pred: torch.Tensor, truth: torch.Tensor) -> None:
         "Add predicted and true points (batch, n, 2), pixels of the images as stored."
@@ -158,6 +159,7 @@ class ImageMetric(Metric):
         if self.pooled:
             weights = weights * (~truth.isnan()).to(values.dtype).mean((1, 2))
         self.total = self.total + torch.where(weights > 0, values * weights, 0).mean() * n
+        self.squares = self.squares + torch.where(weights > 0, values**2 * weights, 0).mean() * n
         self.weight, self.count = self.weight + weights.mean() * n, self.count + n
 
     def values(self, pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -166,6 +168,14 @@ class ImageMetric(Metric):
     @property
     def value(self) -> float | None:
         return float(self.total) / weight if (weight := float(self.weight)) else None
+
+    @property
+    def error(self) -> float:
+        "Standard error of the mean, from the spread over the images; infinite for fewer than two."
+        if self.count < 2 or self.value is None:
+            return math.inf
+        variance = max(0.0, float(self.squares) / float(self.weight) - self.value**2)
+        return math.sqrt(variance / (self.count - 1))
 
     @property
     def name(self) -> str:
@@ -181,7 +191,12 @@ class NMEMetric(ImageMetric):
 
 def sum_over_processes(metrics: Iterable[Any]) -> None:
     "Let metrics of `total` and `count`, as `ImageMetric` and fastai's `AvgLoss`, hold the sums over all processes."
-    names = [(metric, name) for metric in metrics for name in ("total", "weight", "count") if hasattr(metric, name)]
+    names = [
+        (metric, name)
+        for metric in metrics
+        for name in ("total", "squares", "weight", "count")
+        if hasattr(metric, name)
+    ]
     sums = all_reduce([float(getattr(*name)) for name in names]).tolist()
     for (metric, name), value in zip(names, sums, strict=True):
         setattr(metric, name, int(value) if name == "count" else value)

@@ -1,5 +1,7 @@
 "Metrics against values worked out by hand, in pixels of images of different sizes."
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -250,7 +252,18 @@ def test_sums_over_processes_may_hold_a_process_without_labels(monkeypatch):
     metric.add(torch.tensor(PRED), torch.tensor(TRUTH))
     other.add(torch.tensor(PRED), torch.tensor(TRUTH) * np.nan)
     before = metric.value
-    sums = [metric.total, metric.weight, metric.count]
+    sums = [metric.total, metric.squares, metric.weight, metric.count]
     monkeypatch.setattr("landmarks_fastai.metrics.all_reduce", lambda values: torch.tensor(values) + torch.tensor(sums))
     sum_over_processes([other])
     assert other.value == before and other.count == 8
+
+
+def test_standard_error_of_a_score():
+    truth, metric = torch.zeros(6, 4, 2), default_metrics()[0]
+    values = torch.tensor([1.0, 4, 2, 9, 3, 5])
+    for part in (slice(0, 2), slice(2, 6)):
+        metric.add(values[part, None, None].sqrt().expand(-1, 4, 2), truth[part])
+    assert metric.value == pytest.approx(4.0) and metric.error == pytest.approx(float(values.std()) / 6**0.5)
+    metric.reset()
+    metric.add(torch.ones(1, 4, 2), truth[:1])
+    assert metric.error == math.inf  # one image has no spread

@@ -43,6 +43,7 @@ class Scores(NamedTuple):
     nme: float  # normalised by the diagonal of the points' box; NaN if no image has one
     images: int
     unaligned: int  # images whose first pass made no plausible shape
+    error: float = math.inf  # standard error of the score, from its spread over the images
 
 
 def score_rows(
@@ -71,7 +72,7 @@ def score_rows(
 def scores_of(metrics: Sequence[ImageMetric], unaligned: int) -> Scores:
     "What `default_metrics` say, the first two of `metrics`."
     score, nme = (math.nan if metric.value is None else metric.value for metric in metrics[:2])
-    return Scores(score, nme, metrics[0].count, unaligned)
+    return Scores(score, nme, metrics[0].count, unaligned, metrics[0].error)
 
 
 def plot_rows(

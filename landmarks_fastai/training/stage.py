@@ -21,7 +21,7 @@ from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.predictor import Predictor
-from landmarks_fastai.inference.scoring import plot_rows, score_rows
+from landmarks_fastai.inference.scoring import Scores, plot_rows, score_rows
 from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from landmarks_fastai.runs.run import Run, typed_as
@@ -40,6 +40,7 @@ RESULTS_SHOWN = 6  # images in results.png
 BATCH_SHOWN = 9  # images in batch.png
 FOREVER = 10_000  # epochs of a stage with a time limit
 LOW, FEW_STEPS = 0.25, 10_000  # of `note_low_lr`: share of the default learning rate, number of steps
+UNCERTAIN = 0.1  # standard error of a score, as a share of it, that a note is printed from
 PICTURES = 5  # seconds for the plots at the end of a stage
 
 
@@ -77,6 +78,15 @@ def note_low_lr(learn: LandmarkLearner, default: float) -> None:
         print(
             f"note: {steps} steps are few for -lr {learn.settings.lr:g}: the network may still be far from its best at the "
             f"end; the default is -lr {default:g}",
+            flush=True,
+        )
+
+
+def note_few_images(scores: Scores) -> None:
+    "Print a note if the score of the validation images is uncertain."
+    if scores.error > UNCERTAIN * scores.score:
+        print(
+            f"note: {scores.images} validation images are few: the standard error of the score is {scores.error:.2g}",
             flush=True,
         )
 
@@ -151,6 +161,8 @@ def fit_stage(
     learn.remove_cbs([callbacks.Average])
     learn.metrics = metrics
     _check_saved(learn, run, settings, save.saved, stop_on_nan.step, previous, previous_scores)
+    if save.scores:
+        note_few_images(save.scores)
     return _report_best(learn, run)
 
 

@@ -180,10 +180,11 @@ class SaveBest(Callback):
     ):
         self.save_to, self.settings = run, settings
         self.best, self.saved = math.inf if best is None else best, False
+        self.scores: Scores | None = None  # of the epoch that was saved
 
     def after_epoch(self):
         evaluation = self.learn.evaluation
         if evaluation.scores and evaluation.scores.score < self.best:
-            self.best, self.saved = evaluation.scores.score, True
+            self.best, self.saved, self.scores = evaluation.scores.score, True, evaluation.scores
             score, nme, *_ = evaluation.scores
             write_checkpoint(self.save_to, evaluation.network, self.settings, self.learn.facts, score, nme, self.epoch)
