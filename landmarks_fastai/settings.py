@@ -107,6 +107,12 @@ class Settings(_Record):
     on_bad: str = _setting("stop", "bad labels or images: list them and stop, or skip these rows", "data", ON_BAD)
     valid_pct: float = _setting(0.2, "fraction of the rows held out for validation", "split", low=1e-6, high=0.999999)
     valid_random: bool = _setting(False, "hold out random rows instead of the last ones of the file", "split")
+    group: str = _setting(
+        "auto",
+        "what the split does not divide: auto (the source's groups, folders, clips), folder, clip, none, or a column",
+        "split",
+    )
+    valid: str = _setting("", "text file with the file names of the validation rows, one a line", "data")
     all_rows: bool = _setting(
         False, "train on the validation rows too; the score then is of rows that were trained on", "data"
     )

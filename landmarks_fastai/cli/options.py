@@ -17,7 +17,16 @@ TRAINING = ["batch_size", "epochs", "repeats", "minutes", "patience", "lr", "hea
             "step_size", "gamma", "seed"]  # fmt: skip
 IMAGES = ["align", "whole_pct", "aug", "degrade", "mirror", "ema", "tta", "confidence"]
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
-METAVARS = {"data": "SOURCE", "category": "NAME", "arch": "NAME", "head": "LAYERS", "lr": "X|find", "align": "X|off"}
+METAVARS = {
+    "data": "SOURCE",
+    "valid": "FILE",
+    "group": "COLUMN",
+    "category": "NAME",
+    "arch": "NAME",
+    "head": "LAYERS",
+    "lr": "X|find",
+    "align": "X|off",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +56,9 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             f = FIELDS[name]
             default = (defaults or {}).get(name) or ("off" if f.default is False else f.default)
-            kind = {"lr": learning_rate, "align": margin, "data": os.path.abspath}.get(name, type(f.default))
+            kind = {"lr": learning_rate, "align": margin, "data": os.path.abspath, "valid": os.path.abspath}.get(
+                name, type(f.default)
+            )
             if name in ("tta", "confidence"):  # a later stage may switch off what the checkpoint has
                 kwargs: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             elif kind is bool:

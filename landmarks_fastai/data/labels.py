@@ -53,6 +53,8 @@ class Labels:
     flip_indices: tuple[int, ...] = ()  # that the source gives
     skeleton: tuple[tuple[int, int], ...] = ()  # pairs of points that are joined
     turned: np.ndarray | None = None  # bool (rows,), whose points were turned back to the pixels as stored
+    earlier: Any = None  # `Sides` of the stage that this one starts from
+    held: dict[str, np.ndarray] = field(default_factory=dict)  # settings of the split -> which rows validate
     own_paths: bool = False  # absolute paths are allowed: the names are the user's own, not of a file
 
     def __len__(self) -> int:

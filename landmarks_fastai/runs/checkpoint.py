@@ -8,7 +8,9 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,6 +34,9 @@ class Checkpoint:
     score: float | None  # on the validation rows; None if `learn.save` wrote the file
     nme: float | None  # normalised by the diagonal of the box of the true points; None if no image has one, too
     epoch: int | None  # of the stage; -1: the loaded model, which no epoch beat
+    sides: tuple[np.ndarray, np.ndarray] | None = (
+        None  # digests of the rows trained and validated on: `Sides` of split.py
+    )
 
     @property
     def name(self) -> str:
@@ -86,9 +91,12 @@ def write_checkpoint(
     score: float | None,
     nme: float | None,
     epoch: int | None,
+    sides: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
     "Write best.pth, through a temporary file. Raises `UserError` if the disk is full."
     metadata = checkpoint_metadata(settings, facts, score, nme, epoch)
+    if sides:
+        metadata["sides"] = [torch.from_numpy(np.array(side)) for side in sides]
     run.write("best.pth", lambda path: _write(path, model, metadata))
 
 
@@ -118,7 +126,17 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         settings, facts = Settings.from_dict(metadata["settings"]), DataFacts.from_dict(metadata.get("facts"))
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    return Checkpoint(path, settings, facts, *numbers)
+    return Checkpoint(path, settings, facts, *numbers, _sides(path, metadata.get("sides")))
+
+
+def _sides(path: Path, stored: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    if stored is None:
+        return None
+    right = isinstance(stored, list) and len(stored) == 2 and all(isinstance(t, torch.Tensor) for t in stored)
+    if not right or any(t.dtype != torch.int64 or t.ndim != 1 for t in stored):
+        raise UserError(f"{path}: the digests of its rows are damaged: train again")
+    trained, validated = (t.numpy() for t in stored)
+    return trained, validated
 
 
 def find_checkpoint(name: str, out: str | os.PathLike) -> Checkpoint:

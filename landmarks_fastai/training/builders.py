@@ -9,10 +9,10 @@ from fastai.data.core import DataLoaders
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.block import landmark_dataloaders
-from landmarks_fastai.data.items import labelled_images
-from landmarks_fastai.data.split import split_rows
+from landmarks_fastai.data.items import LabelledImages, labelled_images
+from landmarks_fastai.data.split import Sides, divided_rows
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.runs.checkpoint import Checkpoint
+from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint
 from landmarks_fastai.runs.run import LISTING, Run
 from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.training.components import fixed_threads
@@ -33,8 +33,8 @@ def first_stage(
 ) -> LandmarkLearner:
     "A Learner of a first stage on the data of the settings, of a length that follows from the number of images."
     settings = settings.replace(split_seed=settings.seed)
-    images = rank0_first(lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=run.folder / LISTING))
-    n = len(split_rows(len(images), settings, images.left_out)[0])
+    images = stage_images(settings, run)
+    n = len(divided_rows(images, settings)[0])
     if typed is not None and n:
         settings = choose_length(settings, n, typed)
         print(describe_length(settings, n), flush=True)
@@ -45,10 +45,7 @@ def first_stage(
 
 def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner with the weights of a checkpoint, and the settings of a new stage. Raises `UserError` if they do not fit."
-    listing, category = run.folder / LISTING, settings.category
-    images = rank0_first(
-        lambda: labelled_images(settings.data, on_bad=settings.on_bad, listing=listing, category=category)
-    )
+    images = stage_images(settings, run, checkpoint.sides)
     if (n_points := images.labels.n_points) != (trained_on := checkpoint.facts.n_points):
         hint = f"to train a new head on its body: train.py -d … --weights {checkpoint.path}"
         raise UserError(
@@ -78,22 +75,30 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     except UserError as e:
         raise UserError(f"{run.folder / 'run.json'}: {e}; start over with --overwrite") from None
     settings = settings.replace(data=run.record.flags.get("data", settings.data))  # it may have been moved
-    listing, left_out = run.folder / LISTING, np.array(run.record.left_out, np.int64)
-    dls = rank0_first(
-        lambda: landmark_dataloaders(
-            settings.data, settings, facts, machine=machine, listing=listing, left_out=left_out
-        )
-    )
-    if dls.items.labels.identity != run.record.labels:
-        changed = f"{dls.items.labels.csv} has changed since the run {run.name} was stopped"
+    sides = read_checkpoint(run.record.checkpoint).sides if run.record.checkpoint else None
+    images = stage_images(settings, run, sides, np.array(run.record.left_out, np.int64))
+    if images.labels.identity != run.record.labels:
+        changed = f"{images.labels.csv} has changed since the run {run.name} was stopped"
         raise UserError(f"{changed}: restore it, or start over with --overwrite")
+    dls = rank0_first(lambda: landmark_dataloaders(images, settings, facts, machine=machine))
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
     learn.begin = state.place
-    if (threads := fixed_threads(learn)) != run.record.threads or not threads:
-        print(
-            "note: a resumed run is equal to the last bit only with the same --threads N before and after", flush=True
-        )
+    if machine.device == "cpu" and (not (threads := fixed_threads(learn)) or threads != run.record.threads):
+        print("note: equal to the last bit only with the same --threads N at the start and now", flush=True)
     return learn
+
+
+def stage_images(
+    settings: Settings,
+    run: Run,
+    sides: tuple[np.ndarray, np.ndarray] | None = None,  # digests of the rows of the stage before
+    left_out: np.ndarray | None = None,  # rows that a resumed run started without
+) -> LabelledImages:
+    "The checked images of a stage; those that an earlier stage had keep their side of the split."
+    words = {"on_bad": settings.on_bad, "listing": run.folder / LISTING, "left_out": left_out}
+    images = rank0_first(lambda: labelled_images(settings.data, category=settings.category, **words))
+    images.labels.earlier = sides and Sides(*sides)
+    return images
 
 
 def report_flip_map(dls: DataLoaders, run: Run, before: DataFacts | None = None) -> None:

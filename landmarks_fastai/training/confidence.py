@@ -64,7 +64,7 @@ def add_confidence(learn: LandmarkLearner, run: Run, best: Checkpoint) -> None:
     factors = calibration(ratios)
     with torch.no_grad():
         model.spread.landmarks.add_(torch.as_tensor(np.log(factors), device=learn.dls.device))
-    write_checkpoint(run, model, settings, facts, best.score, best.nme, best.epoch)
+    write_checkpoint(run, model, settings, facts, best.score, best.nme, best.epoch, best.sides)
     report(run, HeldOut(held_out.errors, held_out.spreads * factors), cross_fitted(ratios), settings.all_rows)
 
 

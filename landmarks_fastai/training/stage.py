@@ -19,6 +19,7 @@ from fastai.learner import ValueMetric
 from landmarks_fastai import plots
 from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.items import LabelledImage
+from landmarks_fastai.data.split import sides_of
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import Scores, plot_rows, score_rows
@@ -148,7 +149,8 @@ def fit_stage(
         learn.add_cb(callbacks.Average(settings.ema))
         learn.metrics = [*learn.metrics, ValueMetric(partial(learn.evaluation.first_pass, 1), "ema")]
     unfinished = settings.replace(confidence=False)  # the spread is fitted to the best epoch at the end
-    save = callbacks.SaveBest(run, unfinished, previous_scores[0] if previous_scores else None)
+    sides = sides_of(learn.dls.items, settings)
+    save = callbacks.SaveBest(run, unfinished, previous_scores[0] if previous_scores else None, sides)
     cbs = [stop_on_nan, save, history, *bars]
     if settings.patience:
         cbs.append(EarlyStoppingCallback("score", np.less, patience=settings.patience))
@@ -217,7 +219,7 @@ def _check_saved(
         model = previous.model()
         model.spread = None
         facts = previous.facts.replace(flip_indices=learn.facts.flip_indices)  # none with --mirror none
-        write_checkpoint(run, model, settings, facts, *previous_scores, -1)
+        write_checkpoint(run, model, settings, facts, *previous_scores, -1, sides_of(learn.dls.items, settings))
     if where:
         print(f"warning: {where}; the best before it is kept; {try_this}")
 

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.flip import average_flipped
 from landmarks_fastai.data.loader import LandmarkDL
+from landmarks_fastai.data.split import Sides
 from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.inference.scoring import Scores, score_rows, scores_of
 from landmarks_fastai.metrics import ImageMetric, default_metrics, points_in_image, sum_over_processes
@@ -177,8 +178,9 @@ class SaveBest(Callback):
         run: Run,
         settings: Settings,
         best: float | None = None,  # score to beat: the loaded model's
+        sides: Sides | None = None,  # of the rows
     ):
-        self.save_to, self.settings = run, settings
+        self.save_to, self.settings, self.sides = run, settings, sides
         self.best, self.saved = math.inf if best is None else best, False
         self.scores: Scores | None = None  # of the epoch that was saved
 
@@ -187,4 +189,6 @@ class SaveBest(Callback):
         if evaluation.scores and evaluation.scores.score < self.best:
             self.best, self.saved, self.scores = evaluation.scores.score, True, evaluation.scores
             score, nme, *_ = evaluation.scores
-            write_checkpoint(self.save_to, evaluation.network, self.settings, self.learn.facts, score, nme, self.epoch)
+            write_checkpoint(
+                self.save_to, evaluation.network, self.settings, self.learn.facts, score, nme, self.epoch, self.sides
+            )
