@@ -24,8 +24,6 @@ FEWEST = 8  # rows to validate on, where the share is the default and there are 
 CLIP = 3  # rows of a group on average, where the groups are guessed
 FEW_GROUPS = 5  # fewer groups that are guessed do not decide the split: it would be far from the share
 FRAME = re.compile(r"(.+?)[-_. ]+(?:frame|img|image)?[-_. ]*\d+", re.IGNORECASE)  # a name without suffix: its clip
-    r"(.+?)[-_. ]*(?:frame|img|image)?[-_. ]+\d+"
-)  # a name without its suffix: clip, number of the frame
 
 
 class Sides(NamedTuple):
