@@ -10,10 +10,10 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 from landmarks_fastai.data.align import alignment_of
-from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.data.block import landmark_dataloaders, mean_shape
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.metrics import AUC, FailureRate
-from landmarks_fastai.training.learner import landmark_learner, mean_shape
+from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.utils.hardware import Machine
 from tests.helpers import ARCH, N_POINTS, frame_with_gaps, labels_of, silent, small_learner
 
