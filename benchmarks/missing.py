@@ -4,9 +4,9 @@
     python benchmarks/missing.py
     python benchmarks/missing.py -d DIR --seeds 1
 
-resnet18 at 48 px from random weights, on drawn faces or on a folder in the competition's layout, whose last fifth of the
+A network at 48 px from random weights, on drawn faces or on a folder in the competition's layout, whose last fifth of the
 rows is held out. Each row of the table is the mean over the seeds; the ratio is to complete labels. Of the point that is
-labelled in one row of twenty its own score is given too. On one core about half a minute a network.
+labelled in one row of twenty its own score is given too. On one core about a minute a network.
 """
 
 import argparse
@@ -51,7 +51,7 @@ GAPS = {  # points (rows, n, 2), random numbers -> which are missing (rows, n)
 }
 
 
-def errors(table: pd.DataFrame, images: Path, gaps: str, seed: int, epochs: int) -> np.ndarray:
+def errors(table: pd.DataFrame, images: Path, gaps: str, seed: int, arch: str, epochs: int) -> np.ndarray:
     "Squared errors (rows, n_points, 2) of the held-out rows, in pixels of the images as stored."
     rng, kept = np.random.default_rng(seed), int(0.8 * len(table))
     points = table.iloc[:, 1:].to_numpy(np.float32).reshape(len(table), -1, 2)
@@ -59,10 +59,10 @@ def errors(table: pd.DataFrame, images: Path, gaps: str, seed: int, epochs: int)
     train[GAPS[gaps](train, rng)] = np.nan
     frame = pd.concat([table.iloc[:kept, :1], pd.DataFrame(train.reshape(kept, -1), table.index[:kept])], axis=1)
     with redirect_stdout(io.StringIO()):
-        machine = Machine(workers=0)
+        machine = Machine(workers=0, cache=True)
         settings = {"size": 48, "batch_size": 16, "seed": seed, "valid_pct": 0.05}
         dls = landmark_dataloaders(frame, image_folder=images, machine=machine, **settings)
-        learn = landmark_learner(dls, "resnet18", "none", machine=machine, sched="none")
+        learn = landmark_learner(dls, arch, "none", machine=machine, sched="none")
         with learn.no_bar(), learn.no_logging():
             learn.fit_one_cycle(epochs, 2e-3)
         pairs = list(predict_rows(learn.predictor(), labelled_images(table.iloc[kept:], images)))
@@ -74,6 +74,7 @@ def main():
     parser.add_argument("-d", "--data", type=Path, help="folder in the competition's layout (default: drawn faces)")
     parser.add_argument("--points", type=int, nargs="+", default=[68, 971], help="of the drawn faces")
     parser.add_argument("--rows", type=int, default=400, help="of the drawn faces")
+    parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("-e", "--epochs", type=int, default=20)
     args = parser.parse_args()
@@ -85,7 +86,9 @@ def main():
             table = pd.read_csv(data / "train" / "landmarks.csv", sep="\t")
             base = {}
             for gaps in GAPS:
-                found = [errors(table, data / "train/images", gaps, k, args.epochs) for k in range(args.seeds)]
+                found = [
+                    errors(table, data / "train/images", gaps, k, args.arch, args.epochs) for k in range(args.seeds)
+                ]
                 scores = {gaps: [e.mean() for e in found]}
                 if gaps in (next(iter(GAPS)), list(GAPS)[-1]):
                     scores |= {f"{gaps}: point {RARE}": [e[:, RARE].mean() for e in found]}

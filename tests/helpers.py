@@ -83,8 +83,8 @@ def frame_with_gaps(data, share=0.3, seed=0):
     table = pd.read_csv(labels_of(data), sep="\t")
     missing = np.random.default_rng(seed).random((len(table), N_POINTS)) < share
     missing[1:, 5] = True
-    table.iloc[:, 1:] = table.iloc[:, 1:].astype(float).mask(missing.repeat(2, 1))
-    return table
+    values = table.iloc[:, 1:].astype(float).mask(missing.repeat(2, 1))
+    return pd.concat([table.iloc[:, :1], values], axis=1)
 
 
 def write_labelled_images(folder, images, points):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from fastai.callback.schedule import SuggestionMethod
 from fastai.callback.training import BnFreeze, GradientAccumulation
@@ -27,15 +26,12 @@ from PIL import Image
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.align import alignment_of
-from landmarks_fastai.data.block import points_and_maps
-from landmarks_fastai.data.items import LabelledImages
+from landmarks_fastai.data.block import mean_shape
 from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.geometry import input_to_unit
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import plot_rows
 from landmarks_fastai.inference.torch_network import TorchNetwork
-from landmarks_fastai.missing import fill_missing
 from landmarks_fastai.models.heads import init_head
 from landmarks_fastai.models.networks import METADATA, build_model
 from landmarks_fastai.models.weights import input_stats, load_weights, read_state_dict
@@ -261,25 +257,6 @@ def normalize(dls: DataLoaders, mean: tuple, std: tuple) -> None:
         dl.after_batch.fs = L(f for f in dl.after_batch.fs if not isinstance(f, Normalize))
         dl.after_batch.add(Normalize.from_stats(mean, std, cuda=False))
         dl.device = dl.device  # moves the statistics there
-
-
-def mean_shape(images: LabelledImages, settings: Settings, shape: npt.ArrayLike = ()) -> np.ndarray:
-    """Return the mean landmarks of the images, (n_points, 2) in unit coordinates of the input.
-
-    Of at most 2,000 images: with more the mean changes by less than a hundredth of a face. Missing points are filled in
-    from a mean `shape`: a landmark that few images have would start where those few faces are.
-    """
-    total, shape = np.zeros((images.labels.n_points, 2)), np.reshape(shape, (-1, 2))
-    n = np.zeros(len(total), int)
-    for points, to_input in points_and_maps(images, settings):
-        points = fill_missing(points[None], shape)[0] if len(shape) else points
-        unit = input_to_unit(to_input.to_input(points.astype(np.float64)), settings.size)
-        labelled = ~np.isnan(unit[:, 0])
-        n += labelled
-        total[labelled] += unit[labelled]
-    mean = total / np.maximum(1, n)[:, None]
-    mean[n == 0] = mean[n > 0].mean(0) if n.any() else 0  # a point that no row has
-    return mean
 
 
 def check_batch(model: torch.nn.Module, settings: Settings) -> None:

@@ -134,8 +134,9 @@ def test_mean_shape_and_crops_of_labels_with_missing_points(change):
     assert np.isnan(gaps).any((1, 2)).all()  # no row is complete
     assert np.linalg.norm(procrustes_mean(gaps) - mean, axis=1).max() < 0.03
     alignment = Alignment(mean, 1.3, 96)
-    for crop, full in zip(alignment.maps_of_labels(gaps), alignment.maps(points), strict=True):
-        assert np.abs(crop.to_input(points[0]) - full.to_input(points[0])).max() < 4
+    crops = alignment.maps_of_labels(gaps), alignment.maps(points)
+    for row, crop, full in zip(points, *crops, strict=True):
+        assert np.abs(crop.to_input(row) - full.to_input(row)).max() < 4
     assert alignment.maps(gaps[:1]) == [None]  # predicted, NaN has no crop
     # the least squares over the labelled points alone
     labelled = ~np.isnan(gaps[0, :, 0])

@@ -5,14 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.data.block import landmark_dataloaders, mean_shape
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.data.split import split_rows
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.metrics import points_in_image
 from landmarks_fastai.settings import FITS, Settings
-from landmarks_fastai.training.learner import mean_shape
 from landmarks_fastai.utils import hardware
 from landmarks_fastai.utils.hardware import Machine
 from tests.helpers import N_POINTS, N_TRAIN, dot, write_labelled_images

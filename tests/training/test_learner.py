@@ -7,12 +7,13 @@ import torch
 from fastai.callback.core import Callback
 from fastai.interpret import Interpretation
 from matplotlib import pyplot as plt
+from torch import nn
 
 from landmarks_fastai.data.align import alignment_of
-from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.data.block import landmark_dataloaders, mean_shape
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.metrics import AUC, FailureRate
-from landmarks_fastai.training.learner import landmark_learner, mean_shape
+from landmarks_fastai.training.learner import landmark_learner
 from landmarks_fastai.utils.hardware import Machine
 from tests.helpers import ARCH, N_POINTS, frame_with_gaps, labels_of, silent, small_learner
 
@@ -105,7 +106,7 @@ def test_a_learner_trains_scores_and_draws_where_no_row_is_complete(drawn, tmp_p
         of_row = missing[row]
         assert points.tolist() in (of_row.tolist(), of_row[list(dls.facts.flip_indices)].tolist())
     learn = silent(landmark_learner(dls, weights="none", machine=Machine(workers=0), path=tmp_path, sched="plateau"))
-    start = learn.model[1][-1].bias.detach().reshape(-1, 2)
+    start = [m for m in learn.model[1] if isinstance(m, nn.Linear)][-1].bias.detach().reshape(-1, 2)
     complete = pd.read_csv(labels_of(drawn), sep="\t")
     others = landmark_dataloaders(
         complete, image_folder=drawn / "train/images", machine=Machine(workers=0), size=32, batch_size=8
