@@ -12,11 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from fastai.data.block import DataBlock
+from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
-from fastai.vision.core import PointScaler
-from fastai.vision.data import ImageBlock, PointBlock
-from fastcore.foundation import L
+from fastai.vision.data import ImageBlock
 
 from landmarks_fastai.data.align import DIGITS, MIN_GAIN, NoShape, alignment_of, procrustes_mean
 from landmarks_fastai.data.augment import Augment, BatchAugmentation
@@ -61,15 +59,15 @@ def landmark_block(
     if settings.degrade:
         augment.append(Degrade(settings.degrade, settings.seed))
     block = DataBlock(
-        blocks=[ImageBlock(PILInput), PointBlock],  # pyright: ignore[reportArgumentType] (it annotates an instance)
+        # not PointBlock: its PointScaler divides by the size alone, which takes a pixel's centre for its edge, half an input
+        # pixel off; and workers that are not forked, Python 3.14's default, cannot pickle its TensorPoint.create
+        blocks=[ImageBlock(PILInput), TransformBlock],  # pyright: ignore[reportArgumentType] (it annotates an instance)
         dl_type=LandmarkDL,  # pyright: ignore[reportArgumentType] (fastai annotates an instance, and takes a class)
         get_items=partial(labelled_images, on_bad=settings.on_bad, category=settings.category),
         get_x=OpenInput(inputs or Inputs(settings.fit, settings.size), alignment_of(settings, facts)),
         get_y=StoredPoints(),
         splitter=partial(split_items, settings=settings),
     )
-    # PointScaler divides by the size alone, which takes a pixel's centre for its edge: half an input pixel off
-    block.default_item_tfms = L(t for t in block.default_item_tfms if not isinstance(t, PointScaler))
     block.default_item_tfms += [PointsToUnit(settings.size)]
     block.default_batch_tfms += augment
     block.dls_kwargs = {

@@ -1,6 +1,6 @@
 """The transforms of an item: a labelled image -> (network input, unit points, map).
 
-`OpenInput` and `StoredPoints` are the getters of fastai's `ImageBlock` and `PointBlock`. `PointsToUnit`, the first item
+`OpenInput` and `StoredPoints` are the getters: of fastai's `ImageBlock`, and of the points. `PointsToUnit`, the first item
 transform, converts the points from pixels of the image as stored to unit coordinates, and adds the image's `PixelMap` to
 the item: metrics and predictions use its inverse.
 
@@ -82,7 +82,7 @@ class StoredPoints(Transform):
     input_types = (LabelledImage,)
 
     def encodes(self, item: LabelledImage):
-        return item.points
+        return TensorPoint(torch.from_numpy(item.points).float())
 
 
 class PointsToUnit(ItemTransform):

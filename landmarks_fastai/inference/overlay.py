@@ -34,7 +34,8 @@ def draw_points(
         radius = float(min(max(0.7, DOT * spacing), max(drawn.size) / 250))
         if confidence and each.confidence is not None:
             for (x, y), spread in zip(points.tolist(), (each.confidence * factor).tolist(), strict=True):
-                draw.circle((x, y), spread, outline=(255, 60, 60))
+                draw.ellipse((x - spread, y - spread, x + spread, y + spread), outline=(255, 60, 60))
+        outline = (0, 0, 0) if radius >= 3 else None
         for x, y in points.tolist():
-            draw.circle((x, y), radius, fill=colour, outline=(0, 0, 0) if radius >= 3 else None)
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline=outline)
     return drawn

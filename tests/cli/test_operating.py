@@ -192,8 +192,8 @@ def test_a_checkpoint_and_a_cache_under_a_cyrillic_name_in_the_c_locale(tmp_path
         "print(sys.getfilesystemencoding(), len(cache_places(path)), *read_state_dict(path))"
     )
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    (tmp_path / "code.py").write_text(code, encoding="utf-8")
-    out, err = python("exec(open('code.py', encoding='utf-8').read())", tmp_path, env=env).communicate()
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    out, err = python("exec(open('script.py', encoding='utf-8').read())", tmp_path, env=env).communicate()
     assert out.split() == ["ascii", "2", "a"], err
 
 
