@@ -163,6 +163,10 @@ def _covered_box(to_input: PixelMap, size: int) -> tuple[float, float, float, fl
     return left, top, right, bottom
 
 
+BOX_MARGIN = 1.25  # side of the input, as a multiple of the box's, where objects are cut from their boxes in training
+BOXED = (-1 / BOX_MARGIN, -1 / BOX_MARGIN, 1 / BOX_MARGIN, 1 / BOX_MARGIN)  # the box in such an input, unit coordinates
+
+
 def box_map(
     box: Box,  # of an object's points, pixels as stored
     points_box: tuple[float, ...],  # where the points' box lay in the training inputs, unit coordinates

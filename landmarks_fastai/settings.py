@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FITS = ("crop", "pad", "squish")  # described in `pixel_map`, geometry.py
+CROPS = ("auto", "image", "box")
 OPTIMISERS = ("adamw", "adam", "sgd")
 HEAD_INITS = ("mean", "random")
 LOSSES = ("l1", "smooth_l1", "mse", "wing")  # defined in training/losses.py
@@ -92,6 +93,9 @@ class Settings(_Record):
     )
     size: int = _setting(128, "side of the network's square input, in pixels", "input", low=8, high=4096)
     fit: str = _setting("crop", "how an image is fitted to the square input", "input", FITS)
+    crop: str = _setting(
+        "auto", "first view of an object: the whole image, or its box; auto: box if images hold several", "input", CROPS
+    )
     align: float = _setting(
         1.3, "second pass over aligned crops, this many times the size of the shape", "data", low=0.0, high=10.0
     )

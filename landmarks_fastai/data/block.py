@@ -27,12 +27,13 @@ from landmarks_fastai.data.split import split_items
 from landmarks_fastai.data.suspicions import check_labelled
 from landmarks_fastai.data.transforms import OpenInput, PILInput, PointsToUnit, StoredPoints
 from landmarks_fastai.errors import MissingImage, UserError
-from landmarks_fastai.geometry import PixelMap, input_to_unit, pixel_map
+from landmarks_fastai.geometry import BOX_MARGIN, BOXED, PixelMap, input_to_unit, pixel_map
 from landmarks_fastai.missing import MIN_POINTS, fill_missing, nan_mean
 from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.hardware import Machine
 
+SEVERAL = 0.05  # share of the rows beyond one an image from which objects are cut from their boxes
 MAX_OUTSIDE = 0.01  # share of the points outside of the input without a note; faces at an image's edge have some
 
 
@@ -64,7 +65,7 @@ def landmark_block(
         blocks=[ImageBlock(PILInput), TransformBlock],  # pyright: ignore[reportArgumentType] (it annotates an instance)
         dl_type=LandmarkDL,  # pyright: ignore[reportArgumentType] (fastai annotates an instance, and takes a class)
         get_items=partial(labelled_images, on_bad=settings.on_bad, category=settings.category),
-        get_x=OpenInput(inputs or Inputs(settings.fit, settings.size), alignment_of(settings, facts)),
+        get_x=OpenInput(inputs or Inputs(settings.fit, settings.size), alignment_of(settings, facts), settings),
         get_y=StoredPoints(),
         splitter=partial(split_items, settings=settings),
     )
@@ -104,6 +105,7 @@ def landmark_dataloaders(
     if isinstance(source, (str, Path)):
         settings = settings.replace(data=os.path.abspath(source or "."))
     images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, settings.category)
+    settings = settings.replace(crop=first_view(images, settings))
     facts = learn_facts(images, settings, facts)
     inputs = cached_inputs(images, settings, facts) if machine.cache else None
     block = landmark_block(settings, facts, item_tfms=item_tfms, batch_tfms=batch_tfms, inputs=inputs, machine=machine)
@@ -113,10 +115,23 @@ def landmark_dataloaders(
     return dls
 
 
+def first_view(images: LabelledImages, settings: Settings) -> str:
+    "Return what the first pass sees, `image` or `box`, and print it if it is a box."
+    crop = settings.crop
+    if crop == "auto":
+        names = images.labels.names
+        several = len(names) - len(np.unique(np.asarray(names)))
+        crop = "box" if several > SEVERAL * len(names) else "image"
+    if crop == "box":
+        kind = "the points'" if images.labels.boxes is None else "the source's"
+        print(f"objects are cut from {kind} boxes, {BOX_MARGIN} times as large; predictions need boxes too", flush=True)
+    return crop
+
+
 def cached_inputs(images: LabelledImages, settings: Settings, facts: DataFacts) -> Inputs:
     "The network inputs of the rows, with a cache of the whole images, and one of the aligned crops if there are any."
     folder, rows, key = images.folder, len(images.labels), {"labels": images.labels.identity}
-    whole = open_cache(folder, rows, settings.fit, settings.size, key)
+    whole = open_cache(folder, rows, "box" if settings.crop == "box" else settings.fit, settings.size, key)
     crops = None
     if alignment_of(settings, facts):
         key |= {"shape": zlib.crc32(repr(facts.shape).encode())}
@@ -154,7 +169,8 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
     if mean is None and facts.n_points >= MIN_POINTS and sampled:  # training reports that no image can be read
         with suppress(NoShape):
             mean = procrustes_mean(np.stack([points for points, _ in sampled]))
-    facts = facts.replace(points_box=points_box(sampled, settings.size, mean))
+    box = BOXED if settings.crop == "box" else points_box(sampled, settings.size, mean)
+    facts = facts.replace(points_box=tuple(round(edge, DIGITS) for edge in box))
     return facts if mean is None or not sampled else learn_alignment(facts, settings, sampled, mean)
 
 
@@ -204,7 +220,7 @@ def points_and_maps(images: LabelledImages, settings: Settings) -> Iterator[tupl
     for item in images.sample(ROWS):
         with suppress(UserError if settings.on_bad == "skip" else MissingImage):
             size, _ = item.picture.size_and_rotated()
-            yield item.points, pixel_map(*size, settings.fit, settings.size)
+            yield item.points, item.view(settings) or pixel_map(*size, settings.fit, settings.size)
 
 
 def mean_shape(images: LabelledImages, settings: Settings, shape: npt.ArrayLike = ()) -> np.ndarray:

@@ -118,14 +118,15 @@ class Inputs:
         row: int,
         path: str | Path,
         where: str = "",  # first words of an error message: file and line
-        crop: PixelMap | None = None,  # to the row's aligned crop; None: the whole image
+        crop: PixelMap | None = None,  # to the row's aligned crop; None: the first view
+        view: PixelMap | None = None,  # the first view; None: the whole image
     ) -> tuple[np.ndarray, PixelMap]:
         "Return the row's input, uint8 (size, size, 3) RGB, and its map from pixels of the image as stored."
         cache = self.crops if crop else self.cache
         stamp = image_stamp(path)  # before reading: if the file changes meanwhile, the record does not match it
         cached = cache.get(row, stamp) if cache else None
         if cached is None:
-            (cached,) = Picture(path, exif=False, where=where).inputs([crop], self.fit, self.size)
+            (cached,) = Picture(path, exif=False, where=where).inputs([crop or view], self.fit, self.size)
             if cache:
                 cache.put(row, stamp, *cached)
         return cached

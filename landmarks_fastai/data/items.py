@@ -17,6 +17,8 @@ from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.data.sources import read_frame, read_source
 from landmarks_fastai.data.suspicions import check_suspicions
 from landmarks_fastai.errors import SHOWN, BadData, Problem
+from landmarks_fastai.geometry import BOXED, Box, PixelMap, box_map
+from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.distributed import is_first
 
 
@@ -40,6 +42,25 @@ class LabelledImage:
     def points(self) -> np.ndarray:
         "Float32 (n_points, 2), pixels of the image as stored; NaN: missing."
         return self.images.labels.points(self.row)
+
+    @property
+    def box(self) -> Box:
+        """Left, top, right, bottom of the object, pixel edges of the image as stored: the source's box, or that of its points.
+
+        No side is less than a quarter of the other, or one pixel: the points may lie on a line.
+        """
+        boxes = self.images.labels.boxes
+        if boxes is not None and not np.isnan(boxes[self.row]).any():
+            low, high = boxes[self.row].reshape(2, 2).astype(float)
+        else:
+            low, high = np.fmin.reduce(self.points) + 0.5, np.fmax.reduce(self.points) + 0.5
+        half = np.maximum(high - low, max(1.0, (high - low).max() / 4)) / 2
+        left, top, right, bottom = (*((low + high) / 2 - half).tolist(), *((low + high) / 2 + half).tolist())
+        return left, top, right, bottom
+
+    def view(self, settings: Settings) -> PixelMap | None:
+        "Return the map of the first pass to the network's input: of the object's box; None: of the whole image."
+        return box_map(self.box, BOXED, settings.size) if settings.crop == "box" else None
 
     @property
     def where(self) -> str:

@@ -23,6 +23,7 @@ from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import IDENTITY, PixelMap, input_to_unit, unit_to_input
+from landmarks_fastai.settings import Settings
 
 
 class PILInput(PILImage):
@@ -51,9 +52,9 @@ class OpenInput(Transform):
 
     input_types = (LabelledImage, str, Path, Image.Image, np.ndarray)
 
-    def __init__(self, inputs: Inputs, alignment: Alignment | None = None):
+    def __init__(self, inputs: Inputs, alignment: Alignment | None = None, settings: Settings | None = None):
         super().__init__()
-        self.inputs, self.alignment = inputs, alignment
+        self.inputs, self.alignment, self.settings = inputs, alignment, settings or Settings()
 
     def encodes(self, item):
         try:
@@ -73,7 +74,7 @@ class OpenInput(Transform):
         crop = None
         if item.aligned and self.alignment:
             (crop,) = self.alignment.maps_of_labels(item.points[None])  # None: they have no plausible shape
-        return self.inputs(item.row, item.path, item.where, crop)
+        return self.inputs(item.row, item.path, item.where, crop, item.view(self.settings))
 
 
 class StoredPoints(Transform):

@@ -149,6 +149,11 @@ class Predictor:
         crops: "Iterable[PixelMap | None] | None" = None,  # of whole pictures whose first pass was made; None: no crop
     ) -> Iterator[PictureResult]:
         "Predict pictures one after the other, in constant memory. A picture that cannot be used gives a result with an error."
+        if not boxes and not self.detector:
+            for network in (n for n in self.networks if n.settings.crop == "box"):
+                raise UserError(
+                    f"{network.name} was trained on boxes: add --detect or --boxes CSV (in Python: a detector, boxes)"
+                )
         if boxes or self.detector:
             for network in (n for n in self.networks if not n.facts.points_box):
                 raise UserError(
@@ -178,7 +183,8 @@ class Predictor:
         results, objects = [], []
         for picture, crop in chunk:
             results.append(self._located(picture, boxes))
-            objects += [_Object(results[-1], prediction, crop) for prediction in results[-1].objects]
+            for prediction in results[-1].objects:
+                objects.append(_Object(results[-1], prediction, crop or self._view(0, prediction)))
         for n in range(len(self.networks)):
             self._passes(n, objects, first_pass)
         for obj in objects:
@@ -209,13 +215,17 @@ class Predictor:
             result.error = e.line
         return result
 
+    def _view(self, n: int, prediction: Prediction) -> PixelMap | None:
+        "The map of the n-th network's first pass: of the object's box; None: of the whole picture."
+        facts, size = self.networks[n].facts, self.networks[n].settings.size
+        return box_map(prediction.box, facts.points_box, size) if prediction.box else None
+
     def _passes(self, n: int, objects: list[_Object], first_pass: bool) -> None:
         "Predict objects by the n-th network, and mark those that have no aligned crop."
         settings, facts = self.networks[n].settings, self.networks[n].facts
         if first_pass:
             for obj in objects:
-                box = obj.prediction.box
-                obj.to_input = box_map(box, facts.points_box, settings.size) if box else None
+                obj.to_input = self._view(n, obj.prediction)
             self._one_pass(n, objects)
             alignment = alignment_of(settings, facts)
             objects = [obj for obj in objects if not obj.result.error]

@@ -28,12 +28,23 @@ def predict_rows(
     crops: Iterable[PixelMap | None] | None = None,  # of the last pass, if the first was made; None for whole images
 ) -> Iterator[tuple[LabelledImage, PictureResult]]:
     "Yield labelled images with their predictions, pixels of the images as stored; an image that cannot be read costs a warning."
-    pictures = (item.picture for item in items)
-    for item, result in zip(items, predictor.stream(pictures, crops=crops), strict=True):
+    for item, result in zip(items, predictor.stream(*pictures_and_boxes(predictor, items), crops), strict=True):
         if result.error:
             print(f"warning: {result.error}: it is not scored", file=sys.stderr, flush=True)
         else:
             yield item, result
+
+
+def pictures_and_boxes(predictor: Predictor, items: Iterable[Any]) -> tuple[Iterator[Picture], Any]:
+    "Return the pictures of items for `Predictor.stream`, and the function of their boxes if its network needs them."
+    pictures = (_BoxedPicture(item) if isinstance(item, LabelledImage) else Picture(item, exif=False) for item in items)
+    return pictures, (lambda picture: [picture.item.box]) if predictor.networks[0].settings.crop == "box" else None
+
+
+class _BoxedPicture(Picture):
+    def __init__(self, item: LabelledImage):
+        super().__init__(item.path, exif=False, where=item.where)
+        self.item = item
 
 
 class Scores(NamedTuple):
@@ -82,12 +93,13 @@ def plot_rows(
     """Plot the network's last input of each image with the predicted points and, if it is labelled, the true ones and its score."""
     network, panels = predictor.networks[0], []
     alignment, size = alignment_of(network.settings, network.facts), network.settings.size
-    pictures = (item.picture if isinstance(item, LabelledImage) else Picture(item, exif=False) for item in items)
-    for item, result in zip(items, predictor.stream(pictures), strict=True):
+    for item, result in zip(items, predictor.stream(*pictures_and_boxes(predictor, items)), strict=True):
         if result.error:  # the image has vanished, and the validation has printed a warning
             continue
         points = result.objects[0].points
         crop = alignment.maps(points[None])[0] if alignment else None
+        if crop is None and isinstance(item, LabelledImage):
+            crop = item.view(network.settings)
         ((pixels, to_input),) = result.picture.inputs([crop], network.settings.fit, size)
         truth, title = None, ""
         if isinstance(item, LabelledImage):

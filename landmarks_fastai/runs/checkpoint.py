@@ -96,7 +96,7 @@ def write_checkpoint(
     "Write best.pth, through a temporary file. Raises `UserError` if the disk is full."
     metadata = checkpoint_metadata(settings, facts, score, nme, epoch)
     if sides:
-        metadata["sides"] = [torch.from_numpy(np.array(side)) for side in sides]
+        metadata["sides"] = [side.tolist() for side in sides]
     run.write("best.pth", lambda path: _write(path, model, metadata))
 
 
@@ -132,10 +132,11 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
 def _sides(path: Path, stored: Any) -> tuple[np.ndarray, np.ndarray] | None:
     if stored is None:
         return None
-    right = isinstance(stored, list) and len(stored) == 2 and all(isinstance(t, torch.Tensor) for t in stored)
-    if not right or any(t.dtype != torch.int64 or t.ndim != 1 for t in stored):
-        raise UserError(f"{path}: the digests of its rows are damaged: train again")
-    trained, validated = (t.numpy() for t in stored)
+    try:
+        trained, validated = (np.array(side, np.int64) for side in stored)
+        assert trained.ndim == validated.ndim == 1
+    except (ValueError, TypeError, OverflowError, AssertionError):
+        raise UserError(f"{path}: the digests of its rows are damaged: train again") from None
     return trained, validated
 
 
