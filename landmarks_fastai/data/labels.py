@@ -138,14 +138,14 @@ def check_frame(labels: Labels) -> Labels:
     for row, name in enumerate(labels.names):
         if not name.strip():
             labels.faults.setdefault(row, "the file name is empty: fix or delete this row")
-    for row in np.flatnonzero((abs(labels.stored) > LIMIT).any((1, 2))).tolist():
-        labels.faults.setdefault(row, f"a coordinate is too large: {EXPECTED}")
-    mark_equal_points(labels)
+    check_values(labels)
     return labels
 
 
-def mark_equal_points(labels: Labels) -> None:
-    "Add a fault to each row whose points are all in one place: zeros, or an object that was not found."
+def check_values(labels: Labels) -> None:
+    "Add a fault to each row with a coordinate that is too large, or with all points in one place: zeros, or no object found."
+    for row in np.flatnonzero((abs(labels.stored) > LIMIT).any((1, 2))).tolist():
+        labels.faults.setdefault(row, f"a coordinate is too large, {EXPECTED}: fix or delete this row")
     equal = (labels.stored == labels.stored[:, :1]).all((1, 2)) & (labels.n_points > 1)
     for row in np.flatnonzero(equal).tolist():
         x, y = labels.stored[row, 0]

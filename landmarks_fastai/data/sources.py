@@ -20,7 +20,7 @@ from landmarks_fastai.data.formats import csv_tables, json_files, text_files, xm
 from landmarks_fastai.data.formats.table import DAMAGE, LabelTable, Rows, counted
 from landmarks_fastai.data.formats.text_files import IMAGES
 from landmarks_fastai.data.images import SIDEWAYS, exif_turn, open_undecoded
-from landmarks_fastai.data.labels import Labels, frame_labels, mark_equal_points, open_labels
+from landmarks_fastai.data.labels import Labels, check_values, frame_labels, open_labels
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.files import check_folder
 
@@ -358,7 +358,7 @@ def labels_of(table: LabelTable, rows: np.ndarray, source: Path) -> Labels:
     labels.point_names, labels.places, labels.boxes = table.names, of(table.places), of(table.boxes)
     labels.groups, labels.valid = of(table.groups), of(table.valid)
     labels.flip_indices, labels.skeleton = table.flip_indices, table.skeleton
-    mark_equal_points(labels)
+    check_values(labels)
     return labels
 
 
