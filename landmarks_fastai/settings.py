@@ -191,6 +191,8 @@ class DataFacts(_Record):
     flip_indices: tuple[int, ...] = ()  # index of the mirrored k-th point, for each k; empty: no flip map
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel of the body's input, in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # standard deviation, likewise
+    point_names: tuple[str, ...] = ()  # of the landmarks; empty: the source names none
+    skeleton: tuple[int, ...] = ()  # landmarks that a line joins: a0, b0, a1, b1, …
 
     def __post_init__(self) -> None:
         if type(self.n_points) is not int or not 0 <= self.n_points <= 100_000:
@@ -205,6 +207,13 @@ class DataFacts(_Record):
         box = self.points_box
         if not _are_numbers(box) or (box and not (len(box) == 4 and box[2] > box[0] and box[3] > box[1])):
             raise UserError(f"points_box is {box!r}: left, top, right, bottom expected")
+        if len(self.point_names) not in (0, self.n_points) or not all(
+            isinstance(name, str) for name in self.point_names
+        ):
+            raise UserError(f"point_names is not a list of {self.n_points} texts")
+        joined = self.skeleton
+        if len(joined) % 2 or not all(type(k) is int and 0 <= k < self.n_points for k in joined):
+            raise UserError(f"skeleton is not a list of pairs of {self.n_points} points")
         if not _are_numbers(self.shape) or len(self.shape) not in (0, 2 * self.n_points):
             raise UserError(f"shape is not a list of {self.n_points} points")
         check_flip_indices(self.flip_indices, self.n_points)

@@ -140,7 +140,7 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
     boxes, used = read_boxes(args.boxes) if args.boxes else None, set[str]()
     paths = find_pictures(args.paths, left_out=[run.folder, *run_folders(args.out)])
     results = results_of(paths, boxes, args, predictor, run)
-    with open_writer(args.format or "csv", run.folder, predictor.networks[0].facts.n_points, confidence) as (
+    with open_writer(args.format or "csv", run.folder, predictor.networks[0].facts, confidence) as (
         write,
         path,
     ):

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,10 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
     Mean shape and flip map are kept where they are `known`. Raises `UserError` for `tta` without mirroring.
     """
     images = images[split_items(images, settings)[0]]
-    facts = (known or DataFacts()).replace(n_points=images.labels.n_points)
+    labels = images.labels
+    facts = (known or DataFacts()).replace(n_points=labels.n_points)
+    if not facts.point_names:
+        facts = facts.replace(point_names=tuple(labels.point_names), skeleton=tuple(chain(*labels.skeleton)))
     mean = np.array(facts.shape).reshape(-1, 2) if facts.shape else None
     check_labelled(images.labels, images.rows)
     if not facts.flip_indices:

@@ -20,7 +20,7 @@ from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.hardware import available_cores
 
-FORMAT = 2  # of the metadata
+FORMAT = 3  # of the metadata
 METADATA = "landmarks_fastai"  # its key
 # Session options. The file is passed as bytes, and weights that it keeps in other files are looked up in this folder, which
 # does not exist: ONNX Runtime opens no other file, whatever the graph names. It refuses absolute paths and `..` by itself.

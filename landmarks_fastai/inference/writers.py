@@ -17,6 +17,7 @@ import numpy as np
 
 from landmarks_fastai.inference.predictor import PictureResult, Prediction
 from landmarks_fastai.runs.run import PREDICTIONS
+from landmarks_fastai.settings import DataFacts
 from landmarks_fastai.utils.files import atomic_write
 
 DIGITS = 3  # of a coordinate: a thousandth of a pixel
@@ -27,20 +28,24 @@ Write = Callable[[PictureResult], None]
 def open_writer(
     kind: str,  # one of `WRITERS`
     folder: Path,  # gets the file of `PREDICTIONS`, or a folder of .pts files
-    n_points: int,
+    facts: DataFacts,  # of the network: number and names of the points
     confidence: bool,  # whether the objects have a spread
 ) -> Iterator[tuple[Write, Path]]:
     "Yield a function that writes a result, and the path of the file. Files are written completely or not at all."
     with ExitStack() as files:
         path = folder / PREDICTIONS[kind]
-        yield WRITERS[kind](files, path, n_points, confidence), path
+        yield WRITERS[kind](files, path, facts, confidence), path
 
 
-def _csv(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
-    "One row an object: file_name, frame, object, x0, y0, …, then the spreads s0, …; empty cells for a picture without any."
+def _csv(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
+    """One row an object: file_name, frame, object, x0, y0, …, then the spreads s0, …; empty cells for a picture without any.
+
+    Columns of points that have names are NAME_x, NAME_y, NAME_s.
+    """
     table = csv.writer(files.enter_context(atomic_write(path)), lineterminator="\n")
-    columns = [f"{axis}{k}" for k in range(n_points) for axis in "xy"]
-    columns += [f"s{k}" for k in range(n_points)] if confidence else []
+    n, names = facts.n_points, facts.point_names
+    columns = [f"{names[k]}_{axis}" if names else f"{axis}{k}" for k in range(n) for axis in "xy"]
+    columns += [f"{names[k]}_s" if names else f"s{k}" for k in range(n)] if confidence else []
     table.writerow(["file_name", "frame", "object", *columns])
 
     def write(result: PictureResult) -> None:
@@ -54,7 +59,7 @@ def _csv(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write
     return write
 
 
-def _json(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
+def _json(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
     "A list with one entry a picture or frame, each with a list of its objects."
     add = _list(files, files.enter_context(atomic_write(path)))
 
@@ -72,11 +77,13 @@ def _object(prediction: Prediction, k: int) -> dict[str, Any]:
     return _without_none(entry | points)
 
 
-def _coco(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
+def _coco(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
     "COCO's keypoint format: images, annotations with keypoints x, y, 2 (visible), one category."
     file = files.enter_context(atomic_write(path))
-    names = [str(k) for k in range(n_points)]
-    category = {"id": 1, "name": "object", "keypoints": names, "skeleton": []}
+    n_points, joined = facts.n_points, [k + 1 for k in facts.skeleton]
+    names = facts.point_names or [str(k) for k in range(n_points)]
+    skeleton = list(zip(joined[::2], joined[1::2], strict=True))
+    category = {"id": 1, "name": "object", "keypoints": names, "skeleton": skeleton}
     file.write(f'{{"categories": {json.dumps([category])},\n"annotations": ')
     images: list[dict] = []  # without points: a hundred bytes a picture
     files.callback(lambda: file.write(f',\n"images": {json.dumps(images, ensure_ascii=False)}}}\n'))
@@ -95,11 +102,11 @@ def _coco(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Writ
     return write
 
 
-def _pts(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
+def _pts(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
     "A text file an object, as those of 300-W; spreads are the third number of a line. Earlier files are deleted."
     for earlier in path.rglob("*.pts"):
         earlier.unlink()
-    names = OutputNames(path)
+    names, n_points = OutputNames(path), facts.n_points
 
     def write(result: PictureResult) -> None:
         frame = "" if result.frame is None else f"_{result.frame:06}"
@@ -114,8 +121,9 @@ def _pts(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write
     return write
 
 
-def _npy(files: ExitStack, path: Path, n_points: int, confidence: bool) -> Write:
+def _npy(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
     "predictions.npy (objects, n_points, 2) and predictions.names.json, the file, frame and object of each row; NaN for none."
+    n_points = facts.n_points
     rows = files.enter_context(_npy_file(path, (n_points, 2)))
     spreads = files.enter_context(_npy_file(path.with_suffix(".confidence.npy"), (n_points,))) if confidence else None
     add = _list(files, files.enter_context(atomic_write(path.with_suffix(".names.json"))))

@@ -65,7 +65,7 @@ def add_confidence(learn: LandmarkLearner, run: Run, best: Checkpoint) -> None:
     with torch.no_grad():
         model.spread.landmarks.add_(torch.as_tensor(np.log(factors), device=learn.dls.device))
     write_checkpoint(run, model, settings, facts, best.score, best.nme, best.epoch, best.sides)
-    report(run, HeldOut(held_out.errors, held_out.spreads * factors), cross_fitted(ratios), settings.all_rows)
+    report(run, HeldOut(held_out.errors, held_out.spreads * factors), cross_fitted(ratios), best)
 
 
 def time_needed(learn: LandmarkLearner) -> float:
@@ -133,16 +133,18 @@ def cross_fitted(ratios: np.ndarray) -> np.ndarray:
     return calibrated
 
 
-def report(run: Run, held_out: HeldOut, ratios: np.ndarray, trained_on: bool) -> None:
+def report(run: Run, held_out: HeldOut, ratios: np.ndarray, best: Checkpoint) -> None:
     "Write confidence.csv, a line for each landmark, and print what it amounts to."
     errors, spreads = held_out
     table = {"mean_error": nan_mean(errors, 0), "median_spread": np.median(spreads, axis=0)}
     within = [np.where(np.isnan(ratios), np.nan, ratios <= n) for n in (1, 2)]
     table |= {f"within_{n}": nan_mean(values, 0) for n, values in enumerate(within, 1)}
     with atomic_write(run.folder / "confidence.csv") as f:
-        pd.DataFrame(table).to_csv(f, index_label="landmark", float_format="%.4g", lineterminator="\n")
+        pd.DataFrame(table, best.facts.point_names or None).to_csv(
+            f, index_label="landmark", float_format="%.4g", lineterminator="\n"
+        )
     rank = pd.Series(errors.ravel()).corr(pd.Series(spreads.ravel()), method="spearman")
-    images = "images that were trained on" if trained_on else "validation images"
+    images = "images that were trained on" if best.settings.all_rows else "validation images"
     print(
         f"confidence: median spread {np.median(spreads):.3g} px; in {len(errors)} {images} {nan_mean(within[0]):.1%} of the "
         f"points lie within one spread, {nan_mean(within[1]):.1%} within two; rank correlation with the error {rank:.2f}; "

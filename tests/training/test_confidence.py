@@ -65,7 +65,7 @@ def test_the_table_is_in_pixels_of_the_stored_image(confident_run, network, draw
     settings, facts, both = checkpoint.settings.replace(align=0.0), checkpoint.facts, PointsAndSpread(network)
     item = labelled_images(drawn)[1]
     held_out = predict_held_out(Predictor(TorchNetwork(both, settings, facts)), [item])
-    ((fitted, to_input),) = item.picture.inputs([None], **settings.of("input"))
+    ((fitted, to_input),) = item.picture.inputs([None], settings.fit, settings.size)
     pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None] / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ BOX = [  # left, top, right, bottom; with or without box_ or bbox_
     {"left", "x_min", "xmin", "min_x"}, {"top", "y_min", "ymin", "min_y"},
     {"right", "x_max", "xmax", "max_x"}, {"bottom", "y_max", "ymax", "max_y"},
 ]  # fmt: skip
+HEADS = ("scorer", "individuals", "bodyparts", "coords")  # DeepLabCut's rows
 MISSING = {"", "nan", "na", "n/a", "none", "null", "<na>"}
 CELLS = 2_000_000  # parsed at a time: bounds the memory
 HINT = "docs/labels.md lists the formats"
@@ -130,12 +132,15 @@ def read_plain(path: Path) -> LabelTable:
         raise UserError(f"{path} line 1 names no points: x and y of each expected, as in nose_x, nose_y; {HINT}")
     if header.file < 0:
         raise UserError(f"{path} line 1: no column of file names: name it file_name")
+    options = {
+        "sep": separator, "header": None, "skiprows": 1, "names": range(len(columns) + 1), "index_col": False, "dtype": str,
+        "na_filter": False, "skip_blank_lines": False, "chunksize": max(1, CELLS // len(columns)),
+    }  # fmt: skip
     try:
-        chunks = pd.read_csv(
-            path, sep=separator, header=None, skiprows=1, names=range(len(columns) + 1), index_col=False, dtype=str,
-            na_filter=False, skip_blank_lines=False, encoding="utf-8", chunksize=max(1, CELLS // len(columns)),
-        )  # fmt: skip
-        return table_of(header, chunks, "line {}", 2, path)
+        with warnings.catch_warnings():  # of a first row that is longer than the header, which is told by row
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)
+            with pd.read_csv(path, **options) as chunks:
+                return table_of(header, chunks, "line {}", 2, path)
     except pd.errors.EmptyDataError:
         raise UserError(f"{path} has a header but no rows: one line per object is needed") from None
     except UnicodeDecodeError:
@@ -233,9 +238,7 @@ def read_deeplabcut(rows: Rows, files: Iterable[Path], root: Path, order: Sequen
     rows.kind, rows.origin = "DeepLabCut CSV", CENTRE
     for path in files:
         lines = list(csv.reader(read_text(path).splitlines()))
-        heads = {}
-        while lines and lines[len(heads)][0] in ("scorer", "individuals", "bodyparts", "coords"):
-            heads[lines[len(heads)][0]] = lines[len(heads)]
+        heads = {line[0]: line for line in lines[:4] if line and line[0] in HEADS}
         parts, coords = heads["bodyparts"], heads["coords"]
         individuals, start = heads.get("individuals", [""] * len(parts)), coords.index("x")
         if len({*individuals[start:]} - {"single"}) > 0 and "single" in individuals[start:]:

@@ -20,7 +20,7 @@ from landmarks_fastai.errors import UserError
 CENTRE, EDGE, ONE = 0.0, 0.5, 1.0  # coordinates of the centre of the top-left pixel
 MAX_BYTES = 1 << 29  # of a JSON file: Python's objects take ten times as much; COCO's largest has 240 MB
 # What a damaged or foreign file makes a reader raise.
-DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
+DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, OSError)
 Box = Sequence[Any]  # left, top, right, bottom
 
 
@@ -211,9 +211,12 @@ def box_around(points: Iterable[Sequence[Any]], boxes: Iterable[Box]) -> Box | N
 
 def rotated_box(x: float, y: float, width: float, height: float, degrees: float, about: tuple[float, float]) -> Box:
     "Return the upright box around a box that is turned clockwise about a point."
+    if not degrees:
+        return x, y, x + width, y + height
     angle = np.radians(degrees)
-    corners = np.array([(x, y), (x + width, y), (x, y + height), (x + width, y + height)]) - about
-    turned = corners @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) + about
+    corners = np.subtract([(x, y), (x + width, y), (x, y + height), (x + width, y + height)], about)
+    with np.errstate(invalid="ignore"):  # of a file that says infinite: `checked` finds it
+        turned = corners @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) + about
     return [*turned.min(0).tolist(), *turned.max(0).tolist()]
 
 

@@ -89,7 +89,7 @@ def _add_yolo(rows: Rows, root: Path, file: str, valid: bool, classes: dict, n_p
     if "images" in parts[:-1]:  # ultralytics replaces the last one
         parts[len(parts) - 2 - parts[:-1][::-1].index("images")] = "labels"
     labels = root.joinpath(*parts)
-    if not labels.is_file():
+    if not os.path.isfile(labels):
         rows.left_out["images without labels"] += 1
         return
     group = "val" if valid else "train"

@@ -1,0 +1,47 @@
+"Names of points come out of a checkpoint, in the files of predictions; COCO's is read by the program itself."
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from landmarks_fastai.data.items import labelled_images
+from landmarks_fastai.data.pictures import Picture
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.inference.predictor import PictureResult, Prediction
+from landmarks_fastai.inference.writers import open_writer
+from landmarks_fastai.settings import DataFacts
+
+FACTS = DataFacts(n_points=3, point_names=("nose", "left eye", "right, eye"), skeleton=(0, 1, 0, 2))
+POINTS = np.array([[10.25, 20.5], [30, 41.125], [0, 7]], np.float32)
+
+
+def written(kind, folder, facts=FACTS):
+    result = PictureResult(Picture("a.png"), (60, 50), [Prediction(POINTS, confidence=np.ones(3, np.float32))])
+    with open_writer(kind, folder, facts, True) as (write, path):
+        write(result)
+    return path
+
+
+def test_columns_have_the_names_of_the_points(tmp_path):
+    header, row = written("csv", tmp_path).read_text().splitlines()
+    assert header.startswith('file_name,frame,object,nose_x,nose_y,left eye_x,left eye_y,"right, eye_x"')
+    assert header.endswith('nose_s,left eye_s,"right, eye_s"') and row.startswith("a.png,,0,10.250,20.500,")
+    assert written("csv", tmp_path, DataFacts(n_points=3)).read_text().startswith("file_name,frame,object,x0,y0,x1")
+
+
+def test_coco_is_read_again(tmp_path):
+    Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
+    path = written("coco", tmp_path)
+    (category,) = json.loads(path.read_text())["categories"]
+    assert category["keypoints"] == list(FACTS.point_names) and category["skeleton"] == [[1, 2], [1, 3]]
+    images = labelled_images(path)
+    assert images[0].points == pytest.approx(POINTS) and images[0].path == tmp_path / "a.png"
+    assert images.labels.point_names == FACTS.point_names and list(images.labels.skeleton) == [(0, 1), (0, 2)]
+
+
+def test_facts_are_checked():
+    for wrong in ({"point_names": ("a",)}, {"skeleton": (0,)}, {"skeleton": (0, 3)}, {"point_names": (1, 2, 3)}):
+        with pytest.raises(UserError):
+            FACTS.replace(**wrong)
