@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.data.image_search import resolve
 from landmarks_fastai.data.items import labelled_images
-from landmarks_fastai.data.sources import read_source, resolve
+from landmarks_fastai.data.sources import read_source
 from landmarks_fastai.data.suspicions import suspicions
 from landmarks_fastai.errors import BadData, UserError
 from tests.data.test_formats import A, annotation, coco, cvat, cvat_points, labelme, shapes, write_files
