@@ -1,12 +1,14 @@
 """A coverage-guided search for input that a parser answers with anything but its result or a `UserError`.
 
-`python tests/fuzz.py labels` feeds `landmarks.csv`, `python tests/fuzz.py points` `test_points.csv`; what follows goes
-to libFuzzer. See README.md beside this file.
+`python tests/fuzz.py labels` feeds `landmarks.csv`, `python tests/fuzz.py points` `test_points.csv`, `coco`, `yolo`,
+`csv` and so on the readers of other tools' labels (`FORMATS`); what follows goes to libFuzzer. See README.md beside this
+file.
 """
 
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import atheris
@@ -18,13 +20,23 @@ import pandas  # noqa: F401 - imported before the hooks: not to be counted as th
 import torch  # noqa: F401 - and it reads its own source, which the hooks do not let it
 
 atheris.enabled_hooks.add("RegEx")
-with atheris.instrument_imports(include=["landmarks_fastai.data.landmarks_csv", "landmarks_fastai.competition"]):
+PARTS = ["landmarks_fastai.data.landmarks_csv", "landmarks_fastai.competition", "landmarks_fastai.data.formats"]
+with atheris.instrument_imports(include=[*PARTS, "landmarks_fastai.data.sources"]):
     from landmarks_fastai import competition
-    from landmarks_fastai.data import landmarks_csv
+    from landmarks_fastai.data import landmarks_csv, sources
 from landmarks_fastai.errors import UserError  # noqa: E402
+from tests.data.test_formats import CASES, write_files  # noqa: E402
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 HEADER = {"labels": b"n\tx\ty\n", "points": b"n\tlist\n"}
+# Target -> a case of tests/data/test_formats.py, and the file of it that is changed
+FORMATS = {
+    "coco": ("COCO", "c.json"), "labelstudio": ("Label Studio", "s.json"), "labelme": ("labelme", "a.json"),
+    "via": ("VIA", "v.json"), "viacsv": ("VIA, CSV", "v.csv"), "cvat": ("CVAT, skeletons", "annotations.xml"),
+    "dlib": ("dlib", "d.xml"), "yaml": ("YOLO", "data.yaml"), "yolo": ("YOLO", "labels/a.txt"), "pts": (".pts", "a.pts"),
+    "wflw": ("WFLW", "w.txt"), "deeplabcut": ("DeepLabCut, several animals", "d.csv"),
+    "csv": ("CSV, visible, group, box, pandas' index, names that are quoted", "p.csv"),
+}  # fmt: skip
 SEEDS = {
     "labels": [
         b"a\t1\t2\nb\t-3\t4\n",
@@ -65,8 +77,22 @@ def check_points(csv: Path, data: bytes):
     assert (np.diff(test_points.lines.astype(np.int64)) > 0).all() and all(test_points.names)
 
 
+def check_source(target: str, work: Path, data: bytes):
+    "The rows of a source: points of float32, none infinite, a place for each row, faults of rows that exist."
+    case, name = FORMATS[target]
+    (work / name).write_bytes(data)
+    labels, _ = sources.read_source(work / CASES[case][0])
+    assert labels.stored.dtype == np.float32 and labels.stored.shape == (len(labels), labels.n_points, 2)
+    assert len(labels) == len(labels.places) == len(labels.names) and not np.isinf(labels.stored).any()
+    assert set(labels.faults) <= set(range(len(labels)))
+
+
 def feed(target: str, csv: Path, data: bytes):
     "One execution: the first byte says whether a right header stands above the rest."
+    if target in FORMATS:
+        with suppress(UserError):
+            check_source(target, csv.parent, data[1:])
+        return
     data = HEADER[target] + data[1:] if data[:1] < b"\xf0" else data[1:]
     with open(csv, "wb") as f:
         f.write(data)
@@ -77,8 +103,9 @@ def feed(target: str, csv: Path, data: bytes):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in HEADER:
-        sys.exit("usage: python tests/fuzz.py labels|points [libFuzzer's options and corpus folders]")
+    if len(sys.argv) < 2 or sys.argv[1] not in {**HEADER, **FORMATS}:
+        targets = "|".join([*HEADER, *FORMATS])
+        sys.exit(f"usage: python tests/fuzz.py {targets} [libFuzzer's options and corpus folders]")
     target = sys.argv.pop(1)
     with tempfile.TemporaryDirectory(prefix="fuzz", dir=MEMORY) as work:
         child = os.fork()  # libFuzzer ends its process without a word to Python
@@ -92,7 +119,13 @@ def search(target: str, work: Path):
     "Feed `target` until libFuzzer has had enough; does not return."
     csv, corpus = work / f"{target}.csv", work / "seeds"
     corpus.mkdir()
-    for k, seed in enumerate(SEEDS[target]):
+    seeds = SEEDS.get(target)
+    if target in FORMATS:
+        case, name = FORMATS[target]
+        _, files, rows = CASES[case]
+        seeds = [(write_files(work, files, sorted({image for image, _ in rows})) / name).read_bytes()]
+        sys.stdout = open(os.devnull, "w")  # what the source was taken for, a thousand times a second
+    for k, seed in enumerate(seeds):
         (corpus / str(k)).write_bytes(b"-" + seed)
     landmarks_csv.BLOCK = 48  # so that small files are cut too
     atheris.Setup([*sys.argv, str(corpus)], lambda data: feed(target, csv, data))

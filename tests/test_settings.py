@@ -10,7 +10,17 @@ from landmarks_fastai.settings import RECIPES, DataFacts, Settings
 
 def test_settings_survive_json():
     settings = Settings(arch="alexnet", lr=1e-3, valid_random=True, data="папка с пробелом")
-    facts = DataFacts(2, (0.0, 0.5, 1.0, -1.0), 3.1, (-1.0, -0.5, 1.0, 0.5), (1, 0), (0.5, 0.5, 0.5), (0.1, 0.2, 0.3), ("nose", "я"), (0, 1))
+    facts = DataFacts(
+        2,
+        (0.0, 0.5, 1.0, -1.0),
+        3.1,
+        (-1.0, -0.5, 1.0, 0.5),
+        (1, 0),
+        (0.5, 0.5, 0.5),
+        (0.1, 0.2, 0.3),
+        ("nose", "я"),
+        (0, 1),
+    )
     for value in (settings, facts):
         assert type(value).from_dict(json.loads(json.dumps(value.to_dict()))) == value
 

@@ -1,34 +1,24 @@
-"""Which reader a source of labels is for, and where its images are.
+"Which reader a source of labels is for: a file or a folder, as its tool wrote it."
 
-A source is a file or a folder as its tool wrote it. Names of images that are not found as they stand are understood where
-only one file can be meant: another prefix of folders, letters composed otherwise, `.JPG`, backslashes, quotes.
-"""
-
-import os
-import re
-import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from landmarks_fastai.data.formats import csv_tables, json_files, text_files, xml_files
 from landmarks_fastai.data.formats.table import DAMAGE, LabelTable, Rows, counted
-from landmarks_fastai.data.formats.text_files import IMAGES
-from landmarks_fastai.data.images import SIDEWAYS, exif_turn, open_undecoded
+from landmarks_fastai.data.image_search import find_images
 from landmarks_fastai.data.labels import Labels, frame_labels, open_labels
 from landmarks_fastai.data.landmarks_csv import find_point_faults
+from landmarks_fastai.data.stored_pixels import to_stored_pixels
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.files import check_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_FILES = 2_000_000  # of a folder that is searched for images
 COCO = "_annotations.coco.json"  # Roboflow's name, in a folder a split
 OTHER = {
     ".zip": "unpack it and name the folder",
@@ -38,7 +28,6 @@ OTHER = {
     ".slp": "convert it: sio convert labels.slp -o labels.json --to coco",
     ".mat": "save the labels as a CSV: docs/labels.md lists the formats",
 }
-Turn = Image.Transpose | None
 
 
 def read_source(source: Path, category: str = "", image_folder: Path | None = None) -> tuple[Labels, Path]:
@@ -170,182 +159,6 @@ def _kind_or_none(path: Path) -> str | None:
             columns, _ = csv_tables.split_header(csv_tables.first_line(path))
             return kind if kind != "CSV" or csv_tables.parse_header(columns, "").names else None
     return None
-
-
-# --- where the images are
-
-
-def find_images(table: LabelTable, roots: Sequence[Path], source: Path) -> tuple[Path, list[str]]:
-    """Set the table's file names to those of images below the first root that has any.
-
-    Returns the root, and for each row an empty text, or the name that is not found. Raises `UserError` if no image is found.
-    """
-    distinct = dict.fromkeys(table.files)
-    for root in roots:
-        names = resolve(list(distinct), root)
-        if any(names.values()):
-            missing = ["" if names[name] else name for name in table.files]
-            table.files = [names[name] or name for name in table.files]
-            return root, missing
-    leaving = next((n for n in distinct if _parts(n)[0] == ".."), None)
-    name, hint = (
-        leaving or next(iter(distinct)),
-        "put the labels beside the images, with the names that the images have",
-    )
-    where = (
-        f"{name!r} leaves the folder of the labels"
-        if leaving
-        else f"none of {len(distinct)} images is found, as {name!r}"
-    )
-    raise UserError(f"{source}: {where}; looked in {roots[0]}: {hint}")
-
-
-def resolve(names: Sequence[str], root: Path) -> dict[str, str]:
-    "Return the path below the root that each name means, or an empty text."
-    known: dict[str, str] = {}
-    for name in names:
-        path = "/".join(_parts(name))
-        inside = os.path.isabs(name) and Path(os.path.normpath(name)).is_relative_to(root.absolute())
-        if inside:
-            path = Path(os.path.normpath(name)).relative_to(root.absolute()).as_posix()
-        exact = [name] if not os.path.isabs(name) and ".." not in PureWindowsPath(name).parts else []
-        with suppress(ValueError):  # a NUL
-            for tried in [*exact, path] if inside or not name.startswith(("/", "..")) else exact:
-                if not tried.startswith("..") and os.path.isfile(root / tried):
-                    known[name] = tried
-                    break
-    if len(known) < len(names):
-        _search(names, root, known)
-    return {name: known.get(name, "") for name in names}
-
-
-def _parts(name: str) -> list[str]:
-    "Return the folders and the name of a path as any system writes it: without quotes, drive and root; `..` stays in front."
-    text = os.path.normpath(name.strip().strip("\"'").replace("\\", "/").strip())
-    parts = PureWindowsPath(text)
-    return [part for part in parts.parts if part != parts.anchor] or ["."]
-
-
-def _key(part: str) -> str:
-    return unicodedata.normalize("NFC", part).casefold()
-
-
-def _search(names: Sequence[str], root: Path, known: dict[str, str]) -> None:
-    """Add names to `known` that end like exactly one path below the root, whose file no other name means.
-
-    Either is a whole end of the other; only the folders of another machine may differ, each for one folder here.
-    """
-    files = defaultdict(list)
-    for path in _image_files(root):
-        files[_key(path.name)].append(path)
-    claims: dict[str, dict[str, float]] = defaultdict(dict)  # path -> name -> how much of the name is the path's
-    for name, path in known.items():
-        claims[path][name] = np.inf
-    folders: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for name in (name for name in names if name not in known):
-        parts = [part for part in _parts(name) if part != ".."]
-        elsewhere = name.startswith("/") or bool(PureWindowsPath(name).drive)
-        paths = files[_key(parts[-1])] or (files[_key(re.sub(r"^[0-9a-f]{8}-", "", parts[-1]))] if elsewhere else [])
-        best = sorted(((_common(path.parts, parts), path) for path in paths), key=lambda pair: -pair[0])
-        if not best or (len(best) > 1 and best[0][0] == best[1][0]):
-            continue
-        n, path = best[0]
-        if n < min(len(parts), len(path.parts)):
-            here = path.parts[: len(path.parts) - n]
-            if not elsewhere or folders.setdefault(tuple(parts[: len(parts) - n]), here) != here:
-                continue
-        claims[path.as_posix()][name] = n
-    for path, lengths in claims.items():
-        longest = [name for name, n in lengths.items() if n == max(lengths.values())]
-        if max(lengths.values()) == np.inf or len({tuple(map(_key, _parts(name))) for name in longest}) == 1:
-            known |= dict.fromkeys(longest, path)
-
-
-def _common(path: Sequence[str], name: Sequence[str]) -> int:
-    "Return how many parts at the end are equal; at least 1."
-    pairs = zip(path[::-1], name[::-1], strict=False)
-    return max(1, next((k for k, (a, b) in enumerate(pairs) if _key(a) != _key(b)), min(len(path), len(name))))
-
-
-def _image_files(root: Path) -> Iterator[PurePosixPath]:
-    count = 0
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        for file in files:
-            if os.path.splitext(file)[1].lower() in IMAGES:
-                yield below / file
-        if (count := count + len(files)) > MAX_FILES:
-            return
-
-
-# --- pixels of the images as stored
-
-
-def to_stored_pixels(table: LabelTable, folder: Path, rows: Sequence[int]) -> np.ndarray:
-    """Turn the coordinates of a source into pixels of the images as stored; return whether each row was turned by EXIF.
-
-    The picture is taken as shown if the tool shows it so, unless the size that the source says is that of the stored one.
-    """
-    table.points -= 0 if table.fractions else np.float32(table.origin)
-    turned, others = np.zeros(len(table.files), bool), []
-    if not table.fractions and not table.upright and (table.sizes is None or not table.sizes.any()):
-        return turned
-    opened: dict[str, tuple[tuple[int, int], Turn]] = {}
-    for row in rows:
-        name = table.files[row]
-        if name not in opened:
-            opened[name] = (0, 0), None
-            with suppress(UserError), open_undecoded(folder / name) as image:  # `check_images` tells what is wrong
-                opened[name] = image.size, exif_turn(image)
-        (width, height), turn = opened[name]
-        if not width:
-            continue
-        said = tuple(table.sizes[row]) if table.sizes is not None else (0, 0)
-        shown = (height, width) if turn in SIDEWAYS else (width, height)
-        turns = turn is not None and (table.upright or said == shown)
-        if turn in SIDEWAYS and width != height and said in ((width, height), (height, width)):
-            turns = said == shown
-        if all(said) and said not in ((width, height), shown):
-            others.append(row)
-        if table.fractions:
-            table.points[row] = table.points[row] * (shown if turns else (width, height)) - table.origin
-            if table.boxes is not None:
-                table.boxes[row] *= (shown if turns else (width, height)) * 2
-        if turns:
-            _turn_back(table, row, turn, (width, height))
-            turned[row] = True
-    if n := turned.sum():
-        print(
-            f"note: {n} rows are of pictures with EXIF rotation: their points were turned back to the pixels as stored"
-        )
-    if others:
-        row, n = others[0], len(others)
-        said = " x ".join(f"{v:g}" for v in table.sizes[row]) if table.sizes is not None else ""
-        size = " x ".join(map(str, opened[table.files[row]][0]))
-        print(
-            f"note: {n} rows are of images of another size than labelled, as {table.files[row]}: {size}, {said} in the labels"
-        )
-    return turned
-
-
-def _turn_back(table: LabelTable, row: int, turn: Turn, size: tuple[int, int]) -> None:
-    "Turn a row's points and box from the picture as shown to the image as stored."
-    table.points[row] = stored_points(table.points[row], turn, size, 1)
-    if table.boxes is not None:
-        corners = stored_points(table.boxes[row].reshape(2, 2), turn, size, 0)
-        table.boxes[row] = [*corners.min(0), *corners.max(0)]
-
-
-def stored_points(points: np.ndarray, turn: Turn, size: tuple[int, int], pixel: int) -> np.ndarray:
-    "Map (n, 2) of a picture as shown to the image of this size as stored; `pixel` is 1 for pixels, 0 for edges."
-    x, y = points[:, ::-1].T if turn in SIDEWAYS else points.T
-    flips = Image.Transpose
-    if turn in (flips.FLIP_LEFT_RIGHT, flips.ROTATE_180, flips.ROTATE_90, flips.TRANSVERSE):
-        x = size[0] - pixel - x
-    if turn in (flips.FLIP_TOP_BOTTOM, flips.ROTATE_180, flips.ROTATE_270, flips.TRANSVERSE):
-        y = size[1] - pixel - y
-    return np.stack([x, y], 1)
 
 
 def labels_of(table: LabelTable, rows: np.ndarray, source: Path) -> Labels:

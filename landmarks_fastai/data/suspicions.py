@@ -73,14 +73,19 @@ def _fractions(points: np.ndarray) -> str:
 
 
 def _planar(points: np.ndarray) -> str:
-    "x of all points, then y of all points."
+    """x of all points, then y of all points.
+
+    Read as pairs, these are either much larger (x and y of a place far from the diagonal are mixed), or of no common shape.
+    """
     values = points.reshape(len(points), -1)
     values = values[np.isfinite(values).all(1)]
     if len(values) < FEW or points.shape[1] < 3:
         return ""
-    half, pairs = values.shape[1] // 2, _residual(values[:, 0::2] + 1j * values[:, 1::2])
-    planar = _residual(values[:, :half] + 1j * values[:, half:])
-    if planar > 0.25 * pairs or pairs < 0.02:
+    half = values.shape[1] // 2
+    pairs, planar = values[:, 0::2] + 1j * values[:, 1::2], values[:, :half] + 1j * values[:, half:]
+    growth = np.median(pairs.var(1)) / max(1e-9, np.median(planar.var(1)))
+    shapeless = _residual(pairs) > max(0.02, 4 * _residual(planar))
+    if growth < 2.25 and not (shapeless and growth > 0.7):
         return ""
     return f"the objects have a common shape only if x of all points stands before y of all points: {COLUMNS}"
 
@@ -98,14 +103,16 @@ def _residual(shapes: np.ndarray) -> float:
 
 
 def _box(points: np.ndarray) -> str:
-    "A box before or after the points: two corners, or a corner and a size."
-    if points.shape[1] < 6:
+    "A box before or after the points: two corners, or a corner and a size. It fits the others closely in each row."
+    if points.shape[1] < 6 or len(points) < 10:
         return ""
-    for where, (a, b), rest in (("first", points[:, :2].swapaxes(0, 1), points[:, 2:]),
-                                ("last", points[:, -2:].swapaxes(0, 1), points[:, :-2])):  # fmt: skip
+    sides = ("first", points[:, :2], points[:, 2:]), ("last", points[:, -2:], points[:, :-2])
+    for where, box, rest in sides:
         low, high = np.nanmin(rest, axis=1), np.nanmax(rest, axis=1)
-        for corner in (b, a + b):
-            if (a <= low + 1).all() and (corner >= high - 1).all() and (b != low).any():
+        slack = (high - low) / 2 + 2
+        for corner in (box[:, 1], box[:, 0] + box[:, 1]):
+            before, after = low - box[:, 0], corner - high
+            if min(before.min(), after.min()) >= -1 and (before < slack).all() and (after < slack).all():
                 return (
                     f"the {where} four numbers are a box around the others: name the columns left, top, right, bottom"
                 )

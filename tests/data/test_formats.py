@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from landmarks_fastai.data.labels import Labels
-from landmarks_fastai.data.sources import read_source, stored_points
+from landmarks_fastai.data.sources import read_source
+from landmarks_fastai.data.stored_pixels import stored_points
 from landmarks_fastai.errors import UserError
 
 SIZE = 64, 48

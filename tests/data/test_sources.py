@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from landmarks_fastai.data.block import landmark_dataloaders
+from landmarks_fastai.data.image_search import resolve
 from landmarks_fastai.data.items import labelled_images
-from landmarks_fastai.data.sources import read_source, resolve
+from landmarks_fastai.data.sources import read_frame, read_source
 from landmarks_fastai.data.suspicions import suspicions
 from landmarks_fastai.errors import BadData, UserError
 from tests.data.test_formats import A, annotation, coco, cvat, cvat_points, labelme, shapes, write_files
@@ -225,11 +226,19 @@ def test_labels_that_are_probably_not_points_stop_training(run_script, tmp_path,
 
 
 def test_labels_that_are_points_are_not_suspicious(tmp_path, drawn):
-    for header, rows in LAYOUTS.values():
-        if kind := [h for h in header if h.endswith("likelihood")]:
-            assert kind
-        assert not suspicions(labelled_images(competition(tmp_path / str(len(rows[0])), header, rows)).labels)
+    far, bent = (
+        shape_rows() + (900, 300),
+        shape_rows() * np.random.default_rng(1).uniform(0.3, 1.7, (12, 6, 1)) + (900, 300),
+    )
+    corners = np.concatenate([shape_rows().min(1, keepdims=True) - 5 + (300, 300), shape_rows() + (300, 300)], 1)
+    for points in (shape_rows(), far, bent, bent + (-600, 0), corners):
+        frame = pd.DataFrame(points.reshape(12, -1))
+        frame.insert(0, "file_name", "a.png")
+        assert not suspicions(read_frame(frame))
     assert not suspicions(labelled_images(drawn).labels)
+    planar = pd.DataFrame(far.swapaxes(1, 2).reshape(12, -1))
+    planar.insert(0, "file_name", "a.png")
+    assert "x of all points stands before" in suspicions(read_frame(planar))[0]
 
 
 def test_point_of_no_training_row_is_named(tmp_path):

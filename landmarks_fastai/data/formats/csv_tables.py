@@ -46,7 +46,7 @@ BOX = [  # left, top, right, bottom; with or without box_ or bbox_
 ]  # fmt: skip
 HEADS = ("scorer", "individuals", "bodyparts", "coords")  # DeepLabCut's rows
 MISSING = {"", "nan", "na", "n/a", "none", "null", "<na>"}
-CELLS = 2_000_000  # parsed at a time: bounds the memory
+CELLS, WIDTH = 100_000, 1000  # parsed at a time, characters of a cell: 400 MB at most
 HINT = "docs/labels.md lists the formats"
 
 
@@ -156,16 +156,18 @@ def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first
     for chunk in chunks:
         if not len(chunk):
             continue
-        cells = np.strings.strip(chunk.to_numpy(dtype=np.str_, na_value=""))
-        numbers = range(first, first + len(cells))
+        texts = chunk.to_numpy(dtype=object, na_value="")
+        if max(map(len, texts.flat)) > WIDTH:
+            raise UserError(f"{source} has a field of more than {WIDTH} characters, at or after {place.format(first)}")
+        cells = np.strings.strip(texts.astype(np.str_))
+        numbers, filled = np.arange(first, first + len(cells)), (cells != "").any(1)
         first += len(cells)
-        filled = (cells != "").any(1)
         xy, problems = _numbers(cells[filled], header)
         kept = np.isfinite(xy).any((1, 2)) | np.isin(np.arange(len(xy)), list(problems))
         left_out["rows without a point"] += int((~kept).sum())
         faults |= {len(files) + int(kept[:row].sum()): text for row, text in problems.items()}
         rows = cells[filled][kept]
-        places += [place.format(n) for n in np.array(numbers)[filled][kept]]
+        places += [place.format(n) for n in numbers[filled][kept]]
         files += rows[:, header.file].tolist()
         points.append(xy[kept])
         if header.box:
@@ -188,7 +190,6 @@ def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first
         groups=groups or None,
         faults=faults,
         left_out=dict(left_out),
-        origin=CENTRE,
     )
 
 
@@ -241,17 +242,18 @@ def read_deeplabcut(rows: Rows, files: Iterable[Path], root: Path, order: Sequen
         heads = {line[0]: line for line in lines[:4] if line and line[0] in HEADS}
         parts, coords = heads["bodyparts"], heads["coords"]
         individuals, start = heads.get("individuals", [""] * len(parts)), coords.index("x")
-        if len({*individuals[start:]} - {"single"}) > 0 and "single" in individuals[start:]:
-            rows.left_out["unique bodyparts"] += len(
-                {parts[k] for k in range(start, len(parts)) if individuals[k] == "single"}
-            )
+        single = {part for part, i in zip(parts, individuals, strict=False) if i == "single"}
+        if single and {*individuals[start:]} != {"single"}:
+            rows.left_out["unique bodyparts"] += len(single)
             individuals = ["" if i == "single" else i for i in individuals]
         columns: dict[str, dict[str, dict[str, int]]] = {}
         for k in range(start, len(coords)):
             if "individuals" not in heads or individuals[k]:
                 columns.setdefault(individuals[k], {}).setdefault(parts[k], {})[coords[k]] = k
         for number, cells in enumerate(lines[len(heads) :], len(heads) + 1):
-            rows.place = f"{path.relative_to(root).as_posix()} line {number}"
+            rows.place = (
+                f"line {number}" if path == rows.source else f"{path.relative_to(root).as_posix()} line {number}"
+            )
             if any(cells[start:]):
                 _add_deeplabcut(rows, cells, start, columns)
             else:

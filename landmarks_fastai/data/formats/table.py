@@ -112,47 +112,49 @@ class Rows:
         """
         category = self._chosen(category)
         rows = [row for row in self.rows if row.category == category]
-        named = any(row.names for row in rows)
-        names = list(self.names.get(category, ())) if named else []
         seen = dict.fromkeys(name for row in rows for name in row.names)
-        names += [name for name in dict.fromkeys(order) if name in seen and name not in names]
-        names += [name for name in seen if name not in set(names)]
-        lengths = Counter(len(row.points) for row in rows)
-        n_points = len(names) if named else lengths.most_common(1)[0][0]
-        if n_points * len(rows) > 1 << 28:  # 2 GB: of a file that gives every object points of its own
-            raise UserError(
-                f"{self.source}: {n_points} different points in {len(rows)} rows: is each point named alike?"
-            )
-        index, faults = {name: k for k, name in enumerate(names)}, {}
-        points = np.full((len(rows), n_points, 2), np.nan, np.float32)
-        boxes = np.full((len(rows), 4), np.nan, np.float32)
-        for k, row in enumerate(rows):
-            if not row.fault and not named and len(row.points) != n_points:
-                row.fault = f"it has {len(row.points)} points, {n_points} as in most rows expected"
-            if row.fault:
-                faults[k] = f"{row.fault}: fix or remove it"
-                points[k] = 0
-                continue
-            points[k, [index[name] for name in row.names] if named else slice(None)] = row.points
-            if row.box is not None and float(row.box[2]) > float(row.box[0]) and float(row.box[3]) > float(row.box[1]):
-                boxes[k] = [float(v) for v in row.box]
+        listed = self.names.get(category, ()) if seen else ()
+        names = tuple(dict.fromkeys([*listed, *(name for name in order if name in seen), *seen]))
+        points, boxes, faults = self._arrays(rows, names)
         bones = [tuple(int(v) for v in bone) for bone in self.skeletons.get(category, ())]
         return LabelTable(
             kind=self.kind,
-            names=tuple(names),
+            names=names,
             files=[row.file for row in rows],
             points=points,
             places=[row.place for row in rows],
             boxes=None if np.isnan(boxes).all() else boxes,
             groups=[row.group for row in rows] if any(row.group for row in rows) else None,
             valid=np.array([row.valid for row in rows]) if any(row.valid for row in rows) else None,
-            skeleton=tuple((a, b) for a, b in bones if 0 <= min(a, b) and max(a, b) < n_points),
+            skeleton=tuple((a, b) for a, b in bones if 0 <= min(a, b) and max(a, b) < points.shape[1]),
             faults=faults,
             left_out=dict(self.left_out),
             origin=self.origin,
             upright=self.upright,
             sizes=np.array([[checked(v, True)[0] for v in row.size] for row in rows]),
         )
+
+    def _arrays(self, rows: list[_Row], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        "Return the points, boxes and faults of rows, whose points are named, or as many as in most of them."
+        n_points = len(names) or Counter(len(row.points) for row in rows).most_common(1)[0][0]
+        if n_points * len(rows) > 1 << 28:  # 2 GB: of a file that gives every object points of its own
+            shape = f"{n_points} different points in {len(rows)} rows"
+            raise UserError(f"{self.source}: {shape}: is each point named alike?")
+        index, faults = {name: k for k, name in enumerate(names)}, {}
+        points = np.full((len(rows), n_points, 2), np.nan, np.float32)
+        boxes = np.full((len(rows), 4), np.nan, np.float32)
+        for k, row in enumerate(rows):
+            if not names and len(row.points) != n_points:
+                row.fault = row.fault or f"it has {len(row.points)} points, {n_points} as in most rows expected"
+            if row.fault:
+                faults[k] = f"{row.fault}: fix or remove it"
+                points[k] = 0
+                continue
+            points[k, [index[name] for name in row.names] if names else slice(None)] = row.points
+            if row.box is not None:
+                left, top, right, bottom = map(float, row.box)
+                boxes[k] = (left, top, right, bottom) if right > left and bottom > top else np.nan
+        return points, boxes, faults
 
     def _chosen(self, category: str) -> str:
         counts = Counter(row.category for row in self.rows)

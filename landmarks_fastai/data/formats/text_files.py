@@ -164,7 +164,7 @@ def read_wflw(rows: Rows, files: Iterable[Path]) -> LabelTable:
     rows.kind, rows.origin = "WFLW", CENTRE
     for path in files:
         for number, line in enumerate(read_text(path).splitlines(), 1):
-            rows.place = f"{path.name} line {number}"
+            rows.place = f"line {number}" if path == rows.source else f"{path.name} line {number}"
             if line.strip():
                 fields = line.split(None, 206)
                 fields = fields if len(fields) == 207 else line.split(None, 196)

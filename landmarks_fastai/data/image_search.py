@@ -1,0 +1,125 @@
+"""Where the images of a source of labels are.
+
+Names that are not found as they stand are understood where only one file can be meant: another prefix of folders, letters
+composed otherwise, `.JPG`, backslashes, quotes.
+"""
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+from landmarks_fastai.data.formats.table import LabelTable
+from landmarks_fastai.data.formats.text_files import IMAGES
+from landmarks_fastai.errors import UserError
+
+MAX_FILES = 2_000_000  # of a folder that is searched for images
+
+
+def find_images(table: LabelTable, roots: Sequence[Path], source: Path) -> tuple[Path, list[str]]:
+    """Set the table's file names to those of images below the first root that has any.
+
+    Returns the root, and for each row an empty text, or the name that is not found. Raises `UserError` if no image is found.
+    """
+    distinct = dict.fromkeys(table.files)
+    for root in roots:
+        names = resolve(list(distinct), root)
+        if any(names.values()):
+            missing = ["" if names[name] else name for name in table.files]
+            table.files = [names[name] or name for name in table.files]
+            return root, missing
+    leaving = next((n for n in distinct if _parts(n)[0] == ".."), None)
+    name, hint = (
+        leaving or next(iter(distinct)),
+        "put the labels beside the images, with the names that the images have",
+    )
+    where = (
+        f"{name!r} leaves the folder of the labels"
+        if leaving
+        else f"none of {len(distinct)} images is found, as {name!r}"
+    )
+    raise UserError(f"{source}: {where}; looked in {roots[0]}: {hint}")
+
+
+def resolve(names: Sequence[str], root: Path) -> dict[str, str]:
+    "Return the path below the root that each name means, or an empty text."
+    known: dict[str, str] = {}
+    for name in names:
+        path = "/".join(_parts(name))
+        inside = os.path.isabs(name) and Path(os.path.normpath(name)).is_relative_to(root.absolute())
+        if inside:
+            path = Path(os.path.normpath(name)).relative_to(root.absolute()).as_posix()
+        exact = [name] if not os.path.isabs(name) and ".." not in PureWindowsPath(name).parts else []
+        with suppress(ValueError):  # a NUL
+            for tried in [*exact, path] if inside or not name.startswith(("/", "..")) else exact:
+                if not tried.startswith("..") and os.path.isfile(root / tried):
+                    known[name] = tried
+                    break
+    if len(known) < len(names):
+        _search(names, root, known)
+    return {name: known.get(name, "") for name in names}
+
+
+def _parts(name: str) -> list[str]:
+    "Return the folders and the name of a path as any system writes it: without quotes, drive and root; `..` stays in front."
+    text = os.path.normpath(name.strip().strip("\"'").replace("\\", "/").strip())
+    parts = PureWindowsPath(text)
+    return [part for part in parts.parts if part != parts.anchor] or ["."]
+
+
+def _key(part: str) -> str:
+    return unicodedata.normalize("NFC", part).casefold()
+
+
+def _search(names: Sequence[str], root: Path, known: dict[str, str]) -> None:
+    """Add names to `known` that end like exactly one path below the root, whose file no other name means.
+
+    Either is a whole end of the other; only the folders of another machine may differ, each for one folder here.
+    """
+    files = defaultdict(list)
+    for path in _image_files(root):
+        files[_key(path.name)].append(path)
+    claims: dict[str, dict[str, float]] = defaultdict(dict)  # path -> name -> how much of the name is the path's
+    for name, path in known.items():
+        claims[path][name] = np.inf
+    folders: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for name in (name for name in names if name not in known):
+        parts = [part for part in _parts(name) if part != ".."]
+        elsewhere = name.startswith("/") or bool(PureWindowsPath(name).drive)
+        paths = files[_key(parts[-1])] or (files[_key(re.sub(r"^[0-9a-f]{8}-", "", parts[-1]))] if elsewhere else [])
+        best = sorted(((_common(path.parts, parts), path) for path in paths), key=lambda pair: -pair[0])
+        if not best or (len(best) > 1 and best[0][0] == best[1][0]):
+            continue
+        n, path = best[0]
+        if n < min(len(parts), len(path.parts)):
+            here = path.parts[: len(path.parts) - n]
+            if not elsewhere or folders.setdefault(tuple(parts[: len(parts) - n]), here) != here:
+                continue
+        claims[path.as_posix()][name] = n
+    for path, lengths in claims.items():
+        longest = [name for name, n in lengths.items() if n == max(lengths.values())]
+        if max(lengths.values()) == np.inf or len({tuple(map(_key, _parts(name))) for name in longest}) == 1:
+            known |= dict.fromkeys(longest, path)
+
+
+def _common(path: Sequence[str], name: Sequence[str]) -> int:
+    "Return how many parts at the end are equal; at least 1."
+    pairs = zip(path[::-1], name[::-1], strict=False)
+    return max(1, next((k for k, (a, b) in enumerate(pairs) if _key(a) != _key(b)), min(len(path), len(name))))
+
+
+def _image_files(root: Path) -> Iterator[PurePosixPath]:
+    count = 0
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        for file in files:
+            if os.path.splitext(file)[1].lower() in IMAGES:
+                yield below / file
+        if (count := count + len(files)) > MAX_FILES:
+            return
