@@ -3,7 +3,7 @@
 Maps, warps and flips carry NaN unchanged. What counts points leaves it out by these functions.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -45,19 +45,20 @@ def fill_missing(
     It is laid by the similarity of least squared distances (Procrustes analysis, Gower 1975). Points that are filled in do
     not change that similarity. A row with fewer than three labelled points keeps its NaN.
     """
-    where = np.where
+    where: Any = np.where
+    xy, mean = cast(Any, points), cast(Any, shape)
     if not isinstance(points, np.ndarray):
         import torch
 
         where = torch.where
-    missing = points != points  # NaN
+    missing = xy != xy  # NaN
     if isinstance(points, np.ndarray) and not missing.any():  # of a tensor it would wait for the GPU
         return points
     with np.errstate(all="ignore"):
         n = (~missing).sum(-2)[:, None]
-        centre = where(missing, 0.0, points).sum(-2)[:, None] / n
-        centred = shape - where(missing, 0.0, shape).sum(-2)[:, None] / n  # about the labelled points of each row
-        offset, fitted = where(missing, 0.0, points - centre), where(missing, 0.0, centred)
+        centre = where(missing, 0.0, xy).sum(-2)[:, None] / n
+        centred = mean - where(missing, 0.0, mean).sum(-2)[:, None] / n  # about the labelled points of each row
+        offset, fitted = where(missing, 0.0, xy - centre), where(missing, 0.0, centred)
         square = (fitted**2).sum(-1).sum(-1)
         # points = [[a, -b], [b, a]] shape + centre
         a = ((offset * fitted).sum(-1).sum(-1) / square)[:, None, None]
@@ -65,4 +66,4 @@ def fill_missing(
         turned = a * centred + centre
         turned[..., 0] -= b * centred[..., 1]
         turned[..., 1] += b * centred[..., 0]
-    return where(missing, where(n >= MIN_POINTS, turned, float("nan")), points)
+    return where(missing, where(n >= MIN_POINTS, turned, float("nan")), xy)

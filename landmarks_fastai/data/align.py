@@ -100,7 +100,7 @@ def procrustes_mean(shapes: np.ndarray) -> np.ndarray:
     for _ in range(GAPPY_PASSES if gaps else PASSES):
         before = mean
         if gaps:
-            turned = np.where(missing, np.nan, _normalised(fill_missing(points, np.stack([mean.real, mean.imag], -1))))
+            turned = np.where(missing, np.nan, _normalised(fill_missing(points, as_points(mean))))
         turn = rotation_onto(turned, mean)
         aligned = turned * turn[:, None]
         far = nan_mean(abs(aligned - mean), 1)
@@ -113,7 +113,12 @@ def procrustes_mean(shapes: np.ndarray) -> np.ndarray:
             break
     upright = nan_mean(turn.conj())
     mean = mean * (upright / abs(upright) if abs(upright) > 1e-6 else 1)
-    return np.stack([mean.real, mean.imag], -1)
+    return as_points(mean)
+
+
+def as_points(shape: np.ndarray) -> np.ndarray:
+    "Points (…, n, 2) of a complex shape (…, n)."
+    return np.stack([np.real(shape), np.imag(shape)], -1)
 
 
 def _normalised(points: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from landmarks_fastai.data.align import NoShape, procrustes_mean, rotation_onto
+from landmarks_fastai.data.align import NoShape, as_points, procrustes_mean, rotation_onto
 
 if TYPE_CHECKING:  # predictions with ONNX Runtime need no torch
     import torch
@@ -65,7 +65,7 @@ def learn_flip_map(
         raise NoFlipMap(
             f"mirrored points miss their partners by {miss:.3f} of the shape's radius; neighbours are {spacing:.3f} apart"
         )
-    return FlipMap(flip_indices, _xy(mean), miss)
+    return FlipMap(flip_indices, as_points(mean), miss)
 
 
 def _best_reflection(mean: np.ndarray) -> tuple[np.ndarray, float, float]:
@@ -77,12 +77,12 @@ def _best_reflection(mean: np.ndarray) -> tuple[np.ndarray, float, float]:
     # scipy's type information lacks this name
     from scipy.spatial import cKDTree  # pyright: ignore[reportAttributeAccessIssue]
 
-    xy = _xy(mean)
+    xy = as_points(mean)
     tree = cKDTree(xy)
     spacing = float(np.median(tree.query(xy, 2)[0][:, 1]))
     degrees = np.arange(-90, 90)
     # nearest neighbours find the axis a thousand times faster than one-to-one matches
-    nearest = np.array([np.square(tree.query(_xy(_reflect(mean, d)))[0]).mean() for d in degrees])
+    nearest = np.array([np.square(tree.query(as_points(_reflect(mean, d)))[0]).mean() for d in degrees])
     upright = _match(mean, degrees[np.where(abs(degrees) <= 30, nearest, np.inf).argmin()], tree)
     if upright[1] <= min(FIT_RADIUS, FIT_SPACING * spacing) or abs(degrees[nearest.argmin()]) <= 30:
         return *upright, spacing
@@ -100,7 +100,7 @@ def _match(mean: np.ndarray, degrees: Any, tree: Any) -> tuple[np.ndarray, float
 
     turn, flip_indices = np.exp(2j * np.deg2rad(degrees)), np.empty(0, np.int64)
     for _ in range(20):
-        near = tree.query(_xy(-mean.conj() * turn))[1]
+        near = tree.query(as_points(-mean.conj() * turn))[1]
         turn = rotation_onto(-mean.conj(), mean[near])
     for _ in range(5):
         before = flip_indices
@@ -110,10 +110,6 @@ def _match(mean: np.ndarray, degrees: Any, tree: Any) -> tuple[np.ndarray, float
         if np.array_equal(flip_indices, before):
             break
     return flip_indices, float(np.sqrt((abs(mean + mean[flip_indices].conj() * turn) ** 2).mean()))
-
-
-def _xy(shape: np.ndarray) -> np.ndarray:
-    return np.stack([np.real(shape), np.imag(shape)], -1)
 
 
 def average_flipped(points: Values, mirrored: Values, flip_indices: Sequence[int]) -> Values:

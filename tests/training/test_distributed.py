@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ import torch
 from landmarks_fastai.data.augment import Augment
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.degrade import Degrade
+from landmarks_fastai.settings import Settings
+from landmarks_fastai.training.callbacks import distributed
+from landmarks_fastai.training.losses import loss_function
+from landmarks_fastai.utils.distributed import Process
 from tests.helpers import (
     LIMIT,
     LINUX,
@@ -96,6 +101,22 @@ def test_shares_of_processes_make_up_the_batches_of_one(drawn):
     valid = sorted(row for p in parts for row in p.valid.get_idxs())
     assert valid == sorted(one.valid.get_idxs())
     assert [len(p.valid) for p in parts] == [len(list(p.valid)) for p in parts]
+
+
+def test_shares_with_unequal_numbers_of_labelled_points_have_the_loss_of_one_batch(monkeypatch):
+    func, (pred, truth) = loss_function(Settings()), torch.rand(2, 4, 5, 2)
+    truth[:2, :3] = torch.nan
+    total = (~truth.isnan()).sum()
+    monkeypatch.setattr(distributed, "all_reduce", lambda labelled: total)
+    monkeypatch.setattr(distributed, "this_process", lambda: Process(count=2))
+    losses = []
+    for half in (slice(0, 2), slice(2, 4)):
+        loss, callback = func(pred[half], truth[half]), distributed.DistributedTraining()
+        callback.learn = SimpleNamespace(training=True, yb=(truth[half],), loss=loss, loss_grad=loss)
+        callback.after_loss()
+        assert torch.equal(callback.learn.loss, callback.learn.loss_grad)
+        losses.append(float(callback.learn.loss))
+    assert np.mean(losses) == pytest.approx(float(func(pred, truth)), rel=1e-6)
 
 
 def test_first_batch_of_a_share_is_that_of_a_resumed_epoch(drawn):
