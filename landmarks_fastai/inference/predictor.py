@@ -46,7 +46,8 @@ class Prediction:
     aligned: bool = True  # False: the first pass made no plausible shape, and its points are used
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.points, dtype, copy=copy)
+        points = np.asarray(self.points, dtype)
+        return points.copy() if copy else points
 
 
 @dataclass

@@ -1,13 +1,16 @@
 "The scripts in the environments of users: variables of a notebook, empty variables, earlier predictions, other places."
 
+import multiprocessing.spawn
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from landmarks_fastai.cli import app
 from tests.helpers import LINUX, QUICK, ROOT
 
 
@@ -19,6 +22,19 @@ def test_the_backend_of_a_notebook_is_not_used(drawn, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "runs/m/results.png").stat().st_size > 10_000
+
+
+def test_a_script_in_the_process_of_a_notebook(monkeypatch):
+    "`%run` may be the second of its process, shows figures after it, and its `__main__` has no `__spec__`."
+    main = types.ModuleType("__main__")
+    del main.__spec__
+    for name, module in (("__main__", main), ("ipykernel", types.ModuleType("ipykernel"))):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setattr(app, "STARTED", before := app.STARTED)
+    app.run_main(lambda: None)
+    assert os.environ["MPLBACKEND"] == "module://matplotlib_inline.backend_inline"
+    assert app.STARTED > before and multiprocessing.spawn.get_preparation_data("x")["name"] == "x"
 
 
 @pytest.mark.parametrize(
