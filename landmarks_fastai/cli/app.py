@@ -80,9 +80,8 @@ def _run(main):
 
 
 def _prepare_process():
-    vars(sys.modules["__main__"]).setdefault(
-        "__spec__", None
-    )  # IPython's `%run` leaves it out; spawned processes read it
+    # IPython's `%run` leaves it out; spawned processes read it
+    vars(sys.modules["__main__"]).setdefault("__spec__", None)
     if "ipykernel" not in sys.modules:  # not in the process of a notebook, by `%run`: its figures would disappear
         # scripts only write files; a kernel exports a backend to `!python train.py` that may be absent there
         os.environ["MPLBACKEND"] = "agg"

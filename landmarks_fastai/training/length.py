@@ -19,7 +19,9 @@ def choose_length(settings: Settings, images: int, typed: Collection[str] = ()) 
     """
     if settings.epochs * images >= STEPS * settings.batch_size:
         return settings
-    changes = {"sched": "onecycle", "batch_size": 16, "whole_pct": 0.25}
+    # 150 photographs, 800 steps, score on 435 others: 15.9 with the rate of 2e-3; 12.5 with 4e-3; 11.0 with 8e-3; 15.5 with
+    # 1.6e-2; 7.8 with 8e-3 and stronger augmentation
+    changes = {"sched": "onecycle", "batch_size": 16, "lr": 8e-3, "aug": 1.5}
     settings = settings.replace(**{k: v for k, v in changes.items() if k not in typed})
     repeats = max(1, round(VALIDATED * settings.batch_size / images))
     steps = max(1, images * repeats // settings.batch_size)
