@@ -127,7 +127,7 @@ def save_figure(path: Path) -> None:
 def svg(
     draw: Callable[["Axes"], None],  # plots on the axes
     name: str,  # of the figure, of which the ids in the SVG are made
-    size: tuple[float, float] = (4.4, 3.2),  # inches
+    size: tuple[float, float] = (3.6, 2.7),  # inches
 ) -> str:
     "Return a figure as an `<svg>` element for a page: text and axes have the page's text colour, the background is clear."
     from matplotlib import rc_context
@@ -166,19 +166,24 @@ def draw_scores(
         ax.legend(fontsize=9)
 
 
-def draw_landmarks(ax: "Axes", shape: np.ndarray, errors: np.ndarray, ranked: Sequence[int]) -> None:
+def draw_landmarks(ax: "Axes", shape: np.ndarray, errors: np.ndarray, named: Sequence[int]) -> None:
     """Plot the landmarks' errors (n_points,), NaN: none, on the mean shape (n_points, 2), y down.
 
-    Five sizes and colours, with their largest error in the legend; `ranked` landmarks have their rank beside them.
+    Five sizes and colours, with their largest error in the legend. The numbers of the `named` landmarks stand beside the
+    shape, each joined to its point: neighbours would cover each other's.
     """
     limits = np.nanquantile(errors, LEVELS)
-    small = 2.0 if len(shape) > 200 else 4.0
+    small = 1.8 if len(shape) > 200 else 4.0
     for k, colour in enumerate(LEVEL_COLOURS):
         points = shape[(errors <= limits[k]) & (errors > (limits[k - 1] if k else -1.0))]
         label = f"\u2264 {limits[k]:.3g} px"
-        ax.plot(*points.T, "o", ms=small * (1 + 0.4 * k), c=colour, mew=0, label=label)
-    for rank, landmark in enumerate(ranked, 1):
-        ax.annotate(str(rank), shape[landmark], xytext=(3, 3), textcoords="offset points", fontsize=9, weight="bold")
+        ax.plot(*points.T, "o", ms=small * (1 + 0.35 * k), c=colour, mew=0, label=label)
+    (left, top), (right, bottom) = shape.min(0), shape.max(0)
+    heights = np.linspace(top, bottom, len(named))
+    for landmark, y in zip(sorted(named, key=lambda k: shape[k, 1]), heights, strict=True):
+        x = right + 0.12 * (right - left)
+        ax.plot([shape[landmark, 0], x], [shape[landmark, 1], y], c=INK, lw=0.5, alpha=0.6)
+        ax.text(x + 0.02 * (right - left), y, str(landmark), va="center", fontsize=9)
     ax.set_aspect("equal")
     ax.invert_yaxis()
     ax.set_axis_off()

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,14 +24,15 @@ from landmarks_fastai.inference.row_errors import RowErrors, circumstances
 from landmarks_fastai.inference.scoring import Scores, predict_rows, score_rows
 from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.runs.checkpoint import Checkpoint
-from landmarks_fastai.runs.run import Record, Run, command_of, read_record
+from landmarks_fastai.runs.run import Record, Run, read_record
 from landmarks_fastai.utils.files import write_text
 from landmarks_fastai.utils.hardware import Machine
 
 PICTURES = (6, 3, 3)  # worst, around the median, best
 SIDE = 320  # of a picture, in pixels
 MARGIN = 1.25  # side of a picture, as a multiple of that of the box of all its points
-POINTS = 1000  # drawn in a picture, at the most
+FIGURE = (3.6, 2.7)  # inches
+POINTS, LINES = 1000, 150  # drawn in a picture, at the most; more lines hide the face
 WORST = 10  # landmarks in the table
 SAMPLE = 1000  # images whose pixels are looked at for brightness and sharpness: 2 to 10 ms each
 THRESHOLD = 0.08  # of AUC and failure rate, as in `metrics.auc`
@@ -41,7 +43,7 @@ AGAINST = {"size": "size of the object, px", "tilt": "tilt, degrees", "brightnes
 class Stage(NamedTuple):
     "What a run's folder says about its stage."
 
-    name: str
+    run: Run
     record: Record | None
     history: pd.DataFrame  # history.csv; empty if there is none
 
@@ -64,7 +66,7 @@ class Stage(NamedTuple):
 
     @property
     def command(self) -> str:
-        return command_of(self.record, self.name) if self.record else ""
+        return self.run.start_command(self.record) if self.record else ""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -80,8 +82,10 @@ def stages_of(folder: Path) -> list[Stage]:
             history = pd.read_csv(folder / "history.csv", dtype={"time": str})
         except (OSError, ValueError):
             history = pd.DataFrame()
-        record = read_record(Run(folder.parent, folder.name))
-        stages.insert(0, Stage(folder.name, record, history))
+        run, record = Run(folder.parent, folder.name), None
+        with suppress(UserError):
+            record = read_record(run)
+        stages.insert(0, Stage(run, record, history))
         if not record or not record.checkpoint:
             break
         folder = Path(record.checkpoint).parent
@@ -105,9 +109,9 @@ def write_report(
     figures = {"scores": _scores_figure(stages)} if any(len(stage.scores) for stage in stages) else {}
     if facts.shape:
         shape = np.array(facts.shape).reshape(-1, 2)
-        figures["landmarks"] = _figure(plots.draw_landmarks, "landmarks", (4.4, 4.8), shape, by_landmark, ranked)
+        figures["landmarks"] = _figure(plots.draw_landmarks, "landmarks", (3.6, 4.2), shape, by_landmark, ranked)
     if len(nmes):
-        figures["cumulative"] = _figure(plots.draw_cumulative, "cumulative", (4.4, 3.2), nmes, THRESHOLD)
+        figures["cumulative"] = _figure(plots.draw_cumulative, "cumulative", FIGURE, nmes, THRESHOLD)
     landmarks = [(_name(facts.point_names, k), by_landmark[k], counts[k]) for k in ranked]
     chosen = errors.chosen(*PICTURES)
     items = [errors.items[place] for group in chosen for place in group]
@@ -173,7 +177,7 @@ def _scores_figure(stages: Sequence[Stage]) -> Markup:
         (str(k), np.arange(end - len(stage.scores), end), stage.scores)
         for k, (stage, end) in enumerate(zip(stages, ends, strict=True), 1)
     ]
-    return _figure(plots.draw_scores, "scores", (4.4, 3.2), curves)
+    return _figure(plots.draw_scores, "scores", FIGURE, curves)
 
 
 def _against(errors: RowErrors, checkpoint: Checkpoint) -> list[tuple[str, int, Markup]]:
@@ -194,7 +198,7 @@ def _against(errors: RowErrors, checkpoint: Checkpoint) -> list[tuple[str, int, 
         known = table.dropna(subset=name)
         if len(known) > 1:
             x, y = known[name].to_numpy(), known.nme.to_numpy()
-            figures.append((name, len(known), _figure(plots.draw_against, name, (3.6, 2.7), x, y, label)))
+            figures.append((name, len(known), _figure(plots.draw_against, name, FIGURE, x, y, label)))
     return figures
 
 
@@ -209,8 +213,9 @@ def _picture(item: LabelledImage, result: PictureResult) -> dict[str, Any]:
     shown = slice(None, None, -(-len(truth) // POINTS))
     ends = [to_input.to_input(xy[shown].astype(float)) + 0.5 for xy in (truth, points)]
     labelled = ~np.isnan(ends[0][:, 0])
+    joined = np.hstack(ends)[labelled]
     squares = np.square(points - truth)[~np.isnan(truth[:, 0])]
-    lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in np.hstack(ends)[labelled])
+    lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in joined[:: max(1, -(-len(joined) // LINES))])
     return {
         "image": base64.b64encode(jpeg.getvalue()).decode(), "side": SIDE, "name": labels.name(item.row),
         "where": labels.where(item.row), "group": labels.groups[item.row] if labels.groups is not None else "",

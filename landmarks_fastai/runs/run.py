@@ -94,18 +94,6 @@ def versions() -> dict[str, str]:
     return {"landmarks_fastai": __version__, "Python": platform.python_version(), **packages}
 
 
-def command_of(record: Record, name: str) -> str:
-    "The command that starts the run of a record."
-    words = [typed_as(record.script), "-n", shlex.quote(name)]
-    for name_of_flag, value in record.flags.items():
-        flag = flags_of(name_of_flag)[0]
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-"))
-        else:
-            words += [flag, shlex.quote(str(value))]
-    return " ".join(words)
-
-
 def is_plain_name(name: str) -> bool:
     "Return whether a folder may have this name on every system: it is not hidden, and does not lead elsewhere."
     plain = name and not name.startswith(".") and not re.search(r'[/\\:*?"<>|\x00-\x1f]', name)
@@ -146,6 +134,17 @@ class Run:
     def resume_command(self) -> str:
         "The command that resumes the run, for the current folder."
         return f"{typed_as(self.record.script)} --resume -n {shlex.quote(self.name)}{self.out_flag}"
+
+    def start_command(self, record: Record) -> str:
+        "The command that starts the run as its record says."
+        words = [typed_as(record.script), "-n", shlex.quote(self.name)]
+        for name, value in record.flags.items():
+            flag = flags_of(name)[0]
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-"))
+            else:
+                words += [flag, shlex.quote(str(value))]
+        return " ".join(words) + self.out_flag
 
     @property
     def out_flag(self) -> str:

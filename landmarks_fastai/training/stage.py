@@ -156,6 +156,8 @@ def fit_stage(
     sides = sides_of(learn.dls.items, settings)
     save = callbacks.SaveBest(run, unfinished, previous_scores[0] if previous_scores else None, sides)
     cbs = [stop_on_nan, save, history, *bars]
+    if learn.machine.log:
+        cbs.append(callbacks.TensorBoard(run, settings))
     if settings.patience:
         cbs.append(EarlyStoppingCallback("score", np.less, patience=settings.patience))
     if state and (state.metadata.get("ended") or (state.place[0] >= settings.epochs and not settings.minutes)):
@@ -200,6 +202,8 @@ def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
     if is_first():
         plot_rows(predictor, [valid[place] for places in errors.chosen(*RESULTS_SHOWN) for place in places])
         plots.save_figure(run.folder / "results.png")
+        if learn.machine.log:
+            callbacks.add_results(run, best.settings.epochs)
         _write_page(run, best, predictor, errors, scores)
     return best
 
