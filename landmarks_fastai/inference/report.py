@@ -135,10 +135,15 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
 
     `data` is the source of labels if it is not where the stage had it. Raises `UserError` if it does not fit.
     """
-    settings, facts = checkpoint.settings.replace(valid=""), checkpoint.facts  # the checkpoint knows the sides of the rows
+    settings, facts = (
+        checkpoint.settings.replace(valid=""),
+        checkpoint.facts,
+    )  # the checkpoint knows the sides of the rows
     images = labelled_images(settings.data if data is None else data, on_bad="skip", category=settings.category)
     if images.labels.n_points != facts.n_points:
-        raise UserError(f"{images.labels.csv} has {images.labels.n_points} points, {checkpoint.path} predicts {facts.n_points}")
+        raise UserError(
+            f"{images.labels.csv} has {images.labels.n_points} points, {checkpoint.path} predicts {facts.n_points}"
+        )
     images.labels.earlier = checkpoint.sides and Sides(*checkpoint.sides)
     items = images[divided_rows(images, settings.replace(all_rows=False))[1]]
     predictor = Predictor(open_checkpoint(checkpoint, machine), machine=machine, batch_size=settings.batch_size)
@@ -155,7 +160,13 @@ def write_comparison(path: Path, checkpoints: Sequence[Checkpoint]) -> None:
     scores = [np.concatenate([stage.scores for stage in stages]) for stages in runs]
     curves = [(str(k), np.arange(len(values)), values) for k, values in enumerate(scores, 1)]
     figure = _figure(plots.draw_scores, "scores", (6.4, 4.0), curves)
-    _write(path, "runs", name=", ".join(c.name for c in checkpoints), runs=list(zip(checkpoints, runs, strict=True)), figure=figure)
+    _write(
+        path,
+        "runs",
+        name=", ".join(c.name for c in checkpoints),
+        runs=list(zip(checkpoints, runs, strict=True)),
+        figure=figure,
+    )
 
 
 def _write(path: Path, kind: str, **values: Any) -> None:
@@ -163,7 +174,9 @@ def _write(path: Path, kind: str, **values: Any) -> None:
         loader=jinja2.PackageLoader("landmarks_fastai.inference", "."), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters["g"] = lambda value, digits=4: "–" if value is None or not np.isfinite(value) else f"{value:.{digits}g}"
+    environment.filters["g"] = lambda value, digits=4: (
+        "–" if value is None or not np.isfinite(value) else f"{value:.{digits}g}"
+    )
     write_text(path, environment.get_template("report.html").render(kind=kind, **values))
 
 

@@ -81,5 +81,9 @@ def circumstances(item: LabelledImage, facts: DataFacts, size: int, fit: str) ->
     grey = pixels[edge : size - edge, edge : size - edge].mean(2)
     gradient = np.hypot(*np.gradient(grey)).mean()
     sharpness = float(100 * gradient / max(1.0, grey.std()))
-    return {"size": ((right - left) * (bottom - top)) ** 0.5, "tilt": tilt, "brightness": float(grey.mean()), "sharpness": sharpness}
-
+    return {
+        "size": ((right - left) * (bottom - top)) ** 0.5,
+        "tilt": tilt,
+        "brightness": float(grey.mean()),
+        "sharpness": sharpness,
+    }

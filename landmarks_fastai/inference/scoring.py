@@ -64,7 +64,8 @@ def score_rows(
     crops: Iterable[PixelMap | None] | None = None,  # as in `predict_rows`
     metrics: Sequence[ImageMetric] = (),  # that the points are added to
     between: Callable[[], None] = lambda: None,  # called after every few images
-    collect: Callable[[LabelledImage, PictureResult], None] | None = None,  # called with every image, as `RowErrors.add`
+    collect: Callable[[LabelledImage, PictureResult], None]
+    | None = None,  # called with every image, as `RowErrors.add`
 ) -> Scores:
     "Score predictions of labelled images. Raises `UserError` if no image can be read."
     metrics, unaligned = [*default_metrics(predictor.networks[0].facts.shape), *metrics], 0

@@ -213,7 +213,9 @@ def _write_page(run: Run, best: Checkpoint, predictor: Predictor, errors: RowErr
     try:
         write_report(run.folder / "report.html", best, predictor, errors, scores)
     except Exception as e:
-        print(f"warning: {run.folder / 'report.html'} was not written: {one_line(reason(e))}", file=sys.stderr, flush=True)
+        print(
+            f"warning: {run.folder / 'report.html'} was not written: {one_line(reason(e))}", file=sys.stderr, flush=True
+        )
 
 
 def _check_saved(

@@ -104,7 +104,9 @@ class Machine:
         if self.amp == "fp16" and self.device == "cpu":
             raise UserError("--amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp")
         if self.log and not find_spec(self.log):
-            raise UserError(f"--log {self.log}: the package is not installed: pip install {self.log}, or run without --log")
+            raise UserError(
+                f"--log {self.log}: the package is not installed: pip install {self.log}, or run without --log"
+            )
         keep_freed_memory()
         set_max_pixels(round(1e6 * self.max_pixels))
         if self.threads:

@@ -37,7 +37,7 @@ def test_scalars_settings_and_the_results_picture(run_script, drawn, monkeypatch
     code, out, err = run_script(f"train.py {QUICK} -e 2 --log tensorboard -n t -d", drawn)
     assert (code, err) == (0, "")
     history = pd.read_csv(RUNS / "t/history.csv").drop(columns=["epoch", "time"])
-    scalars = {(name, epoch): value for kind, name, value, epoch in Writer.kept if kind == "add_scalar"}
+    scalars = {(args[0], args[2]): args[1] for kind, *args in Writer.kept if kind == "add_scalar"}
     assert scalars == {(c, k): pytest.approx(history[c][k]) for c in history for k in range(2)}
     (settings,) = (args[1] for kind, *args in Writer.kept if kind == "add_text")
     assert json.loads(settings.strip("`").removeprefix("json"))["epochs"] == 2
