@@ -185,11 +185,13 @@ def _figure(draw: Any, name: str, size: tuple[float, float], *values: Any) -> Ma
 
 
 def _scores_figure(stages: Sequence[Stage]) -> Markup:
-    ends = np.cumsum([len(stage.scores) for stage in stages])
-    curves = [
-        (str(k), np.arange(end - len(stage.scores), end), stage.scores)
-        for k, (stage, end) in enumerate(zip(stages, ends, strict=True), 1)
-    ]
+    "A curve a stage, over the epochs of all; a later one begins with the loaded model."
+    curves, end = [], 0
+    for k, stage in enumerate(stages, 1):
+        loaded = stage.record.loaded[:1] if end and stage.record and stage.record.loaded else []
+        scores = np.array([*loaded, *stage.scores], float)
+        curves.append((str(k), np.arange(end - len(loaded), end + len(stage.scores)), scores))
+        end += len(stage.scores)
     return _figure(plots.draw_scores, "scores", FIGURE, curves)
 
 

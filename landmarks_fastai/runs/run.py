@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from landmarks_fastai import __version__
+import landmarks_fastai
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import OUT, Settings
 from landmarks_fastai.utils.distributed import is_first, this_process
@@ -91,7 +91,7 @@ def typed_as(script: str) -> str:
 def versions() -> dict[str, str]:
     "The versions that a run depends on."
     packages = {name: metadata.version(name) for name in ("torch", "torchvision", "fastai", "timm", "numpy")}
-    return {"landmarks_fastai": __version__, "Python": platform.python_version(), **packages}
+    return {"landmarks_fastai": landmarks_fastai.__version__, "Python": platform.python_version(), **packages}
 
 
 def is_plain_name(name: str) -> bool:
