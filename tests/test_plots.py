@@ -63,9 +63,11 @@ def test_show_results_plots_truth_and_prediction_with_the_score(learn, tmp_path)
 
 def test_title_shows_the_score_of_the_image(learn):
     learn.show_results(max_n=8, shuffle=False)
-    shown = [float(ax.get_title().split()[1]) for ax in plt.gcf().axes if ax.get_title().startswith("score")]
+    titles = [ax.get_title() for ax in plt.gcf().axes if ax.get_title().startswith("score")]
+    shown = [float(title.split()[1]) for title in titles]
     plt.close()
     assert np.mean(shown) == pytest.approx(learn.validate()[1], rel=1e-3)
+    assert [title.split("\n")[1] for title in titles] == [item.path.name for item in learn.dls.valid.items]
 
 
 def test_show_batch_plots_the_stored_pixels(learn):

@@ -11,7 +11,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.run import MACHINE, flags_of
 from landmarks_fastai.settings import OUT, Settings
 from landmarks_fastai.utils.distributed import is_first, prints_line
-from landmarks_fastai.utils.hardware import AMP, Machine, find_gpu, gpu_count, why_no_gpu
+from landmarks_fastai.utils.hardware import AMP, LOGS, Machine, find_gpu, gpu_count, why_no_gpu
 
 TRAINING = ["batch_size", "epochs", "repeats", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
             "step_size", "gamma", "seed"]  # fmt: skip
@@ -104,6 +104,8 @@ class Parser(argparse.ArgumentParser):
         switch("--pin-memory", True, "with a GPU: pin memory of the batches")
         switch("--tf32", True, "with a GPU that has it: allow TF32 matrix multiplication")
         if training:
+            about = "also write scalars, settings and results.png for this program, into runs/NAME (default: none)"
+            add("--log", choices=LOGS, help=about)
             about = "save the state for --resume every MIN minutes, and after each epoch"
             minutes = number(float, 0, 1e6, "number of minutes")
             add("--save-every", type=minutes, metavar="MIN", help=f"{about} (default: {Machine.save_every:g})")

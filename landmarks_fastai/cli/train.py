@@ -25,8 +25,8 @@ def train_parser() -> options.Parser:
         "Train a network that finds many landmarks in a picture: the first stage.\n\n"
         "Without -d it makes a small set of drawn faces (once) and trains on them.",
         "Reads DIR/train/landmarks.csv and DIR/train/images; writes the folder runs/NAME: best.pth (the checkpoint),\n"
-        "history.csv, batch.png (a training batch), mirror.png (the flip map), results.png (targets and predictions),\n"
-        f"lr.png (--lr find). The next stage: {typed_as('finetune.py')} -pm NAME",
+        "history.csv, batch.png (a training batch), mirror.png (the flip map), report.html (where and when it errs),\n"
+        f"results.png (the worst, median and best images), lr.png (--lr find). The next stage: {typed_as('finetune.py')} -pm NAME",
     )
     about = "best: the defaults below; baseline: the published entry (default: best)"
     parser.add_argument("--recipe", choices=RECIPES, help=about)

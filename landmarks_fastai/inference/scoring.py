@@ -13,13 +13,14 @@ from landmarks_fastai import plots
 from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.data.pictures import Picture
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import UserError, one_line
 from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
 from landmarks_fastai.metrics import ImageMetric, default_metrics, sum_over_processes
 from landmarks_fastai.utils.distributed import all_reduce
 
 ADDED = 64  # images whose points are given to the metrics together
+NAME_SHOWN = 40  # characters of a file name above its picture
 
 
 def predict_rows(
@@ -63,11 +64,15 @@ def score_rows(
     crops: Iterable[PixelMap | None] | None = None,  # as in `predict_rows`
     metrics: Sequence[ImageMetric] = (),  # that the points are added to
     between: Callable[[], None] = lambda: None,  # called after every few images
+    collect: Callable[[LabelledImage, PictureResult], None]
+    | None = None,  # called with every image, as `RowErrors.add`
 ) -> Scores:
     "Score predictions of labelled images. Raises `UserError` if no image can be read."
     metrics, unaligned = [*default_metrics(predictor.networks[0].facts.shape), *metrics], 0
     batches: Any = chunked(predict_rows(predictor, items, crops), ADDED)
     for batch in batches:
+        for row in batch if collect else ():
+            collect(*row)
         pred = np.stack([result.objects[0].points for _, result in batch])
         truth = np.stack([item.points for item, _ in batch])
         for metric in metrics:
@@ -90,7 +95,10 @@ def plot_rows(
     predictor: Predictor,
     items: Sequence[Any],  # labelled images, or paths, PIL images and arrays, which have no true points
 ) -> None:
-    """Plot the network's last input of each image with the predicted points and, if it is labelled, the true ones and its score."""
+    """Plot the network's last input of each image with the predicted points.
+
+    Of a labelled image, the true points, its score and the end of its file name too.
+    """
     network, panels = predictor.networks[0], []
     alignment, size = alignment_of(network.settings, network.facts), network.settings.size
     for item, result in zip(items, predictor.stream(*pictures_and_boxes(predictor, items)), strict=True):
@@ -105,6 +113,8 @@ def plot_rows(
         if isinstance(item, LabelledImage):
             labelled, error = ~np.isnan(item.points[:, 0]), np.square(points - item.points)
             n = "" if labelled.all() else f" ({labelled.sum()} of {len(labelled)})"
-            truth, title = to_input.to_input(item.points), f"score {error[labelled].mean():.4g}{n}"
+            name = item.images.labels.name(item.row)
+            short = name if len(name) <= NAME_SHOWN else f"…{name[1 - NAME_SHOWN :]}"
+            truth, title = to_input.to_input(item.points), f"score {error[labelled].mean():.4g}{n}\n{one_line(short)}"
         panels.append((pixels, truth, to_input.to_input(points), title))
     plots.plot_predictions(panels)

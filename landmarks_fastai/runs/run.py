@@ -7,6 +7,7 @@ second can be resumed.
 import dataclasses
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -14,9 +15,11 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import landmarks_fastai
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import OUT, Settings
 from landmarks_fastai.utils.distributed import is_first, this_process
@@ -63,6 +66,7 @@ class Record:
     left_out: list[int] = field(default_factory=list)  # rows that are neither trained on nor validated on
     threads: int = 0  # of PyTorch on the CPU; 0: as many as other programs left free
     loaded: Any = None  # score and NME of the checkpoint that a later stage starts from
+    versions: dict[str, str] = field(default_factory=dict)  # of what the fit began with: Python, PyTorch, …
     ended: bool = False
 
     @property
@@ -82,6 +86,12 @@ def typed_as(script: str) -> str:
         return f"torchrun{machines} --nproc-per-node {process.local_count} {script}"
     installed = Path(sys.argv[0]).stem.startswith("landmarks-")
     return f"landmarks-{Path(script).stem}" if installed else f"python {script}"
+
+
+def versions() -> dict[str, str]:
+    "The versions that a run depends on."
+    packages = {name: metadata.version(name) for name in ("torch", "torchvision", "fastai", "timm", "numpy")}
+    return {"landmarks_fastai": landmarks_fastai.__version__, "Python": platform.python_version(), **packages}
 
 
 def is_plain_name(name: str) -> bool:
@@ -124,6 +134,17 @@ class Run:
     def resume_command(self) -> str:
         "The command that resumes the run, for the current folder."
         return f"{typed_as(self.record.script)} --resume -n {shlex.quote(self.name)}{self.out_flag}"
+
+    def start_command(self, record: Record) -> str:
+        "The command that starts the run as its record says."
+        words = [typed_as(record.script), "-n", shlex.quote(self.name)]
+        for name, value in record.flags.items():
+            flag = flags_of(name)[0]
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-"))
+            else:
+                words += [flag, shlex.quote(str(value))]
+        return " ".join(words) + self.out_flag
 
     @property
     def out_flag(self) -> str:

@@ -1,10 +1,11 @@
 """One stage of training: fit, save the best epoch, plot its results, print the next commands.
 
 The best epoch is the one with the best score on the validation rows. The run's folder gets best.pth, history.csv,
-results.png and batch.png (a training batch).
+report.html, results.png and batch.png (a training batch).
 """
 
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ from landmarks_fastai import plots
 from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.items import LabelledImage
 from landmarks_fastai.data.split import sides_of
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import UserError, one_line
 from landmarks_fastai.inference.predictor import Predictor
+from landmarks_fastai.inference.report import write_report
+from landmarks_fastai.inference.row_errors import RowErrors
 from landmarks_fastai.inference.scoring import Scores, plot_rows, score_rows
 from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from landmarks_fastai.runs.run import Run, typed_as
+from landmarks_fastai.runs.run import Run, typed_as, versions
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
@@ -34,10 +37,11 @@ from landmarks_fastai.training.confidence import REGRESSION, add_confidence, tim
 from landmarks_fastai.training.learner import LandmarkLearner, load_best
 from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.distributed import barrier, is_first
+from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.memory import within_memory
 
-RESULTS_SHOWN = 6  # images in results.png
+RESULTS_SHOWN = (2, 2, 2)  # images in results.png: the worst, around the median, the best
 BATCH_SHOWN = 9  # images in batch.png
 FOREVER = 10_000  # epochs of a stage with a time limit
 LOW, FEW_STEPS = 0.25, 10_000  # of `note_low_lr`: share of the default learning rate, number of steps
@@ -152,6 +156,8 @@ def fit_stage(
     sides = sides_of(learn.dls.items, settings)
     save = callbacks.SaveBest(run, unfinished, previous_scores[0] if previous_scores else None, sides)
     cbs = [stop_on_nan, save, history, *bars]
+    if learn.machine.log:
+        cbs.append(callbacks.TensorBoard(run, settings))
     if settings.patience:
         cbs.append(EarlyStoppingCallback("score", np.less, patience=settings.patience))
     if state and (state.metadata.get("ended") or (state.place[0] >= settings.epochs and not settings.minutes)):
@@ -172,31 +178,44 @@ def _write_record(learn: LandmarkLearner, run: Run, settings: Settings, loaded: 
     "Add to run.json what --resume needs."
     images, chosen = learn.dls.items, {"settings": settings.to_dict(), "facts": learn.facts.to_dict()}
     data = {"labels": images.labels.identity, "left_out": images.left_out.tolist(), "threads": fixed_threads(learn)}
-    run.write_record(replace(run.record, loaded=loaded, **chosen, **data))
+    run.write_record(replace(run.record, loaded=loaded, versions=versions(), **chosen, **data))
 
 
 def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
-    "Load the run's checkpoint, write results.png, print the score with the flip test, and add the confidence."
+    "Load the run's checkpoint, add the confidence, score it with the flip test, write results.png and report.html."
     barrier()  # the first process has written the checkpoint
     best = read_checkpoint(run.folder / "best.pth")
     if best.settings.of("input") == learn.settings.of("input"):
         load_best(learn, best.path)
-    flips, tta = bool(best.facts.flip_indices), best.settings.tta
-    if is_first():
-        valid = learn.dls.valid
-        shown = valid.shuffle_fn(range(len(valid.items)))[:RESULTS_SHOWN]
-        plot_rows(_predictor(learn, best, tta), [valid.items[row] for row in shown])
-        plots.save_figure(run.folder / "results.png")
-    if flips and not tta:
-        scores = score_rows(_predictor(learn, best, True), _validation_items(learn))
-        report_unaligned(scores.unaligned, scores.images)
-        print(f"with the flip test it scores {scores.score:.6g}{learn.dls.valid.items.counted}")
     if learn.settings.confidence:
         if is_first():
             add_confidence(learn, run, best)
         barrier()
         best = read_checkpoint(run.folder / "best.pth")
+    flips, valid = bool(best.facts.flip_indices), learn.dls.valid.items
+    predictor, errors = _predictor(learn, best, flips), RowErrors(valid, best.facts)
+    scores = score_rows(predictor, _validation_items(learn), collect=errors.add)
+    errors.gather()
+    if flips and not best.settings.tta:
+        report_unaligned(scores.unaligned, scores.images)
+        print(f"with the flip test it scores {scores.score:.6g}{valid.counted}")
+    if is_first():
+        plot_rows(predictor, [valid[place] for places in errors.chosen(*RESULTS_SHOWN) for place in places])
+        plots.save_figure(run.folder / "results.png")
+        if learn.machine.log:
+            callbacks.add_results(run, best.settings.epochs)
+        _write_page(run, best, predictor, errors, scores)
     return best
+
+
+def _write_page(run: Run, best: Checkpoint, predictor: Predictor, errors: RowErrors, scores: Scores) -> None:
+    "Write report.html; print a warning if that fails: the stage is not lost by it."
+    try:
+        write_report(run.folder / "report.html", best, predictor, errors, scores)
+    except Exception as e:
+        print(
+            f"warning: {run.folder / 'report.html'} was not written: {one_line(reason(e))}", file=sys.stderr, flush=True
+        )
 
 
 def _check_saved(
@@ -249,7 +268,7 @@ def _saving_state(
 def _fit(learn: LandmarkLearner, settings: Settings, cbs: list[Callback], started: float, state: State | None) -> None:
     epochs = settings.epochs
     if settings.minutes:
-        after = 2.5 if learn.facts.flip_indices and not settings.tta else 0.0
+        after = 2.5 if learn.facts.flip_indices and not settings.tta else 1.2  # the pass of `_report_best`
         deadline = started + 60 * settings.minutes - PICTURES
         if settings.confidence:
             after, deadline = after + time_needed(learn), deadline - REGRESSION
@@ -268,7 +287,7 @@ def report(run: Run, best: Checkpoint, machine: Machine, counted: str = "") -> s
     held = " on rows that were trained on" if best.settings.all_rows else ""
     return (
         f"run {run.name}: score {best.score:.6g}{counted}{nme}{held} ({when})\n"
-        f"look at {run.folder / 'results.png'}; epochs in {run.folder / 'history.csv'}\n"
+        f"look at {run.folder / 'report.html'} and results.png; epochs in {run.folder / 'history.csv'}\n"
         f"next stage:  {typed_as('finetune.py')} {pm}\n"
         f"submission:  {typed_as('predict.py')} {pm}"
     )

@@ -11,6 +11,7 @@ import re
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from landmarks_fastai.errors import UserError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 AMP = ("auto", "off", "bf16", "fp16")
+LOGS = ("tensorboard",)
 # Turing without tensor cores: fp16 convolutions give NaN (pytorch issues 69449, 77955); Ultralytics' check_amp refuses
 # the same cards by name.
 NAN_IN_FP16 = re.compile(r"\bGTX 16[356]0\b|\bT(400|500|550|600|1000|1200|2000)\b", re.IGNORECASE)
@@ -43,6 +45,7 @@ class Machine:
     # px, 543 kB on disk), so 0.6 GB a worker with 64, which accepts images of 61-megapixel cameras.
     max_pixels: float = 64.0
     threads: int = 0  # of PyTorch on the CPU; 0: as many as other programs leave free
+    log: str = ""  # one of `LOGS`; empty: none
     save_every: float = 5.0  # minutes between two saves of a stage's state; it is also saved after each epoch
 
     @property
@@ -100,6 +103,10 @@ class Machine:
         "Apply the settings to this process, before a network is created. Raises `UserError` for what the machine cannot do."
         if self.amp == "fp16" and self.device == "cpu":
             raise UserError("--amp fp16 is for a GPU: use --amp bf16 on a CPU, or run without --amp")
+        if self.log and not find_spec(self.log):
+            raise UserError(
+                f"--log {self.log}: the package is not installed: pip install {self.log}, or run without --log"
+            )
         keep_freed_memory()
         set_max_pixels(round(1e6 * self.max_pixels))
         if self.threads:

@@ -153,7 +153,7 @@ def test_overwriting_removes_all_files_of_the_old_run(run_script, drawn, finishe
     assert (RUNS / "o/mirror.json").exists()
     assert run_script(f"train.py {QUICK} --mirror none --overwrite -n o -d", drawn)[0] == 0
     assert sorted(p.name for p in (RUNS / "o").iterdir()) == [
-        "batch.png", "best.pth", "history.csv", "results.png", "run.json",
+        "batch.png", "best.pth", "history.csv", "report.html", "results.png", "run.json",
     ]  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def test_the_checkpoint_is_tensors_and_their_meaning(quick_run):
     metadata = state.pop(METADATA)
     assert metadata == json.loads(json.dumps(metadata)) and all(isinstance(t, torch.Tensor) for t in state.values())
     assert metadata["facts"]["n_points"] == N_POINTS and metadata["settings"]["size"] == 32
-    files = "batch.png best.pth history.csv mirror.json mirror.png results.png run.json".split()
+    files = "batch.png best.pth history.csv mirror.json mirror.png report.html results.png run.json".split()
     assert sorted(p.name for p in quick_run.iterdir()) == files
 
 

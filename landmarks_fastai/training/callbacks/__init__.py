@@ -13,4 +13,5 @@ from landmarks_fastai.training.callbacks.progress import (  # noqa: F401
     show_progress,
 )
 from landmarks_fastai.training.callbacks.schedules import PlateauLR, StepLR, StopOnNaN, TimeLimit  # noqa: F401
+from landmarks_fastai.training.callbacks.tensorboard import TensorBoard, add_results  # noqa: F401
 from landmarks_fastai.training.callbacks.threads import FollowLoad, follows_load  # noqa: F401

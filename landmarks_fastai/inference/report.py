@@ -1,0 +1,249 @@
+"The page of a run, runs/NAME/report.html: what it scores, where it errs, and how to make it again; and a page of several runs."
+
+import base64
+import io
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from PIL import Image
+
+from landmarks_fastai import plots
+from landmarks_fastai.data.items import LabelledImage, labelled_images
+from landmarks_fastai.data.split import Sides, divided_rows
+from landmarks_fastai.errors import UserError
+from landmarks_fastai.geometry import IDENTITY
+from landmarks_fastai.inference.predictor import PictureResult, Predictor
+from landmarks_fastai.inference.row_errors import RowErrors, circumstances
+from landmarks_fastai.inference.scoring import Scores, predict_rows, score_rows
+from landmarks_fastai.inference.torch_network import open_checkpoint
+from landmarks_fastai.runs.checkpoint import Checkpoint
+from landmarks_fastai.runs.run import Record, Run, read_record
+from landmarks_fastai.utils.files import write_text
+from landmarks_fastai.utils.hardware import Machine
+
+PICTURES = (6, 3, 3)  # worst, around the median, best
+SIDE = 320  # of a picture, in pixels
+MARGIN = 1.25  # side of a picture, as a multiple of that of the box of all its points
+FIGURE = (3.6, 2.7)  # inches
+POINTS, LINES = 1000, 150  # drawn in a picture, at the most; more lines hide the face
+WORST = 10  # landmarks in the table
+SAMPLE = 1000  # images whose pixels are looked at for brightness and sharpness: 2 to 10 ms each
+THRESHOLD = 0.08  # of AUC and failure rate, as in `metrics.auc`
+AGAINST = {"size": "size of the object, px", "tilt": "tilt, degrees", "brightness": "brightness, 0 to 255",
+           "sharpness": "sharpness, %", "spread": "spread / box diagonal"}  # fmt: skip
+
+
+class Stage(NamedTuple):
+    "What a run's folder says about its stage."
+
+    run: Run
+    record: Record | None
+    history: pd.DataFrame  # history.csv; empty if there is none
+
+    @property
+    def scores(self) -> np.ndarray:
+        "The score of each epoch; NaN: not finite."
+        return pd.to_numeric(self.history.get("score", pd.Series(dtype=float)), errors="coerce").to_numpy(float)
+
+    @property
+    def best(self) -> float:
+        "The score of the stage's checkpoint: of the best epoch, or of the loaded model if that is better."
+        loaded = self.record.loaded[0] if self.record and self.record.loaded else np.inf
+        return float(np.fmin.reduce([*self.scores, loaded]))
+
+    @property
+    def seconds(self) -> int:
+        "The time of its epochs."
+        times = self.history.get("time", pd.Series(dtype=str)).astype(str)
+        return sum(reduce(lambda total, part: 60 * total + int(part), time.split(":"), 0) for time in times)
+
+    @property
+    def command(self) -> str:
+        return self.run.start_command(self.record) if self.record else ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return (self.record.settings if self.record else None) or {}
+
+
+def stages_of(folder: Path) -> list[Stage]:
+    "The stages that led to a run, the first one first, as far as their folders are still there."
+    stages, seen = [], set()
+    while folder.is_dir() and folder not in seen:
+        seen.add(folder)
+        try:
+            history = pd.read_csv(folder / "history.csv", dtype={"time": str})
+        except (OSError, ValueError):
+            history = pd.DataFrame()
+        run, record = Run(folder.parent, folder.name), None
+        with suppress(UserError):
+            record = read_record(run)
+        stages.insert(0, Stage(run, record, history))
+        if not record or not record.checkpoint:
+            break
+        folder = Path(record.checkpoint).parent
+    return stages
+
+
+def write_report(
+    path: Path,  # of the page
+    checkpoint: Checkpoint,
+    predictor: Predictor,  # of the checkpoint
+    errors: RowErrors,  # of the validation images
+    scores: Scores,  # of the same pass
+) -> None:
+    "Write the page of a run. Raises `UserError` for a record or an image that cannot be read."
+    stages = stages_of(checkpoint.path.parent)
+    table, facts = errors.table, checkpoint.facts
+    nmes = table.nme.dropna().to_numpy()
+    by_landmark, counts = errors.landmark_errors, errors.landmarks[1].astype(int)
+    known = np.flatnonzero(counts)
+    ranked = known[np.argsort(-by_landmark[known])][:WORST].tolist()
+    figures = {"scores": _scores_figure(stages)} if any(len(stage.scores) for stage in stages) else {}
+    if facts.shape:
+        shape = np.array(facts.shape).reshape(-1, 2)
+        figures["landmarks"] = _figure(plots.draw_landmarks, "landmarks", (3.6, 4.2), shape, by_landmark, ranked)
+    if len(nmes):
+        figures["cumulative"] = _figure(plots.draw_cumulative, "cumulative", FIGURE, nmes, THRESHOLD)
+    landmarks = [(_name(facts.point_names, k), by_landmark[k], counts[k]) for k in ranked]
+    chosen = errors.chosen(*PICTURES)
+    items = [errors.items[place] for group in chosen for place in group]
+    pictures = {item.row: _picture(item, result) for item, result in predict_rows(predictor, items)}
+    rows = [[errors.items[place].row for place in group] for group in chosen]
+    groups = [[pictures[row] for row in group if row in pictures] for group in rows]
+    _write(
+        path,
+        "run",
+        name=checkpoint.name, checkpoint=checkpoint, stages=stages, scores=scores, figures=figures, against=_against(errors, checkpoint),
+        flip_test=bool(facts.flip_indices) and not checkpoint.settings.tta,
+        n_points=int(counts.sum()), complete=counts.sum() == len(table) * facts.n_points, n_nmes=len(nmes),
+        auc=np.clip(1 - nmes / THRESHOLD, 0, None).mean() if len(nmes) else np.nan,
+        failures=(nmes > THRESHOLD).mean() if len(nmes) else np.nan, threshold=THRESHOLD, landmarks=landmarks,
+        groups=dict(zip(("worst", "middle", "best"), groups, strict=True)),
+    )  # fmt: skip
+
+
+def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine) -> Path:
+    """Predict the validation images of a checkpoint and write the page beside it; returns its path.
+
+    `data` is the source of labels if it is not where the stage had it. Raises `UserError` if it does not fit.
+    """
+    settings, facts = (
+        checkpoint.settings.replace(valid=""),
+        checkpoint.facts,
+    )  # the checkpoint knows the sides of the rows
+    images = labelled_images(settings.data if data is None else data, on_bad="skip", category=settings.category)
+    if images.labels.n_points != facts.n_points:
+        raise UserError(
+            f"{images.labels.csv} has {images.labels.n_points} points, {checkpoint.path} predicts {facts.n_points}"
+        )
+    images.labels.earlier = checkpoint.sides and Sides(*checkpoint.sides)
+    items = images[divided_rows(images, settings.replace(all_rows=False))[1]]
+    predictor = Predictor(open_checkpoint(checkpoint, machine), machine=machine, batch_size=settings.batch_size)
+    errors = RowErrors(items, facts)
+    scores = score_rows(predictor, items, collect=errors.add)
+    path = checkpoint.path.with_name("report.html")
+    write_report(path, checkpoint, predictor, errors, scores)
+    return path
+
+
+def write_comparison(path: Path, checkpoints: Sequence[Checkpoint]) -> None:
+    "Write a page of several runs: a table, and the scores of their epochs."
+    runs = [stages_of(checkpoint.path.parent) for checkpoint in checkpoints]
+    scores = [np.concatenate([stage.scores for stage in stages]) for stages in runs]
+    curves = [(str(k), np.arange(len(values)), values) for k, values in enumerate(scores, 1)]
+    figure = _figure(plots.draw_scores, "scores", (6.4, 4.0), curves)
+    _write(
+        path,
+        "runs",
+        name=", ".join(c.name for c in checkpoints),
+        runs=list(zip(checkpoints, runs, strict=True)),
+        figure=figure,
+    )
+
+
+def _write(path: Path, kind: str, **values: Any) -> None:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("landmarks_fastai.inference", "."), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters["g"] = lambda value, digits=4: (
+        "–" if value is None or not np.isfinite(value) else f"{value:.{digits}g}"
+    )
+    write_text(path, environment.get_template("report.html").render(kind=kind, **values))
+
+
+def _figure(draw: Any, name: str, size: tuple[float, float], *values: Any) -> Markup:
+    return Markup(plots.svg(lambda ax: draw(ax, *values), name, size))
+
+
+def _scores_figure(stages: Sequence[Stage]) -> Markup:
+    "A curve a stage, over the epochs of all; a later one begins with the loaded model."
+    curves, end = [], 0
+    for k, stage in enumerate(stages, 1):
+        loaded = stage.record.loaded[:1] if end and stage.record and stage.record.loaded else []
+        scores = np.array([*loaded, *stage.scores], float)
+        curves.append((str(k), np.arange(end - len(loaded), end + len(stage.scores)), scores))
+        end += len(stage.scores)
+    return _figure(plots.draw_scores, "scores", FIGURE, curves)
+
+
+def _against(errors: RowErrors, checkpoint: Checkpoint) -> list[tuple[str, int, Markup]]:
+    "Figures of the error over what may cause it: name, number of images, figure."
+    table = errors.table.dropna(subset="nme")
+    table = table.iloc[:: max(1, -(-len(table) // SAMPLE))].copy()
+    settings, causes = checkpoint.settings, []
+    for place in table.index:
+        try:
+            causes.append(circumstances(errors.items[place], checkpoint.facts, settings.size, settings.fit))
+        except UserError:  # the image has vanished
+            causes.append({})
+    table = table.join(pd.DataFrame(causes, table.index, [name for name in AGAINST if name != "spread"]))
+    diagonal = 2**0.5 * table["size"]
+    table["spread"] /= diagonal
+    figures = []
+    for name, label in AGAINST.items():
+        known = table.dropna(subset=name)
+        if len(known) > 1:
+            x, y = known[name].to_numpy(), known.nme.to_numpy()
+            figures.append((name, len(known), _figure(plots.draw_against, name, FIGURE, x, y, label)))
+    return figures
+
+
+def _picture(item: LabelledImage, result: PictureResult) -> dict[str, Any]:
+    labels, truth, points = item.images.labels, item.points, result.objects[0].points
+    both = np.concatenate([truth[~np.isnan(truth[:, 0])], points[np.isfinite(points[:, 0])]]).astype(float)
+    low, high = both.min(0), both.max(0)
+    side = MARGIN * max(4.0, *(high - low))
+    left, top = (low + high + 1 - side) / 2
+    ((pixels, to_input),) = result.picture.inputs([IDENTITY.after_resize(SIDE / side, left=left, top=top)], "pad", SIDE)
+    Image.fromarray(pixels).save(jpeg := io.BytesIO(), "JPEG", quality=80)
+    shown = slice(None, None, -(-len(truth) // POINTS))
+    ends = [to_input.to_input(xy[shown].astype(float)) + 0.5 for xy in (truth, points)]
+    labelled = ~np.isnan(ends[0][:, 0])
+    joined = np.hstack(ends)[labelled]
+    squares = np.square(points - truth)[~np.isnan(truth[:, 0])]
+    lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in joined[:: max(1, -(-len(joined) // LINES))])
+    return {
+        "image": base64.b64encode(jpeg.getvalue()).decode(), "side": SIDE, "name": labels.name(item.row),
+        "where": labels.where(item.row), "group": labels.groups[item.row] if labels.groups is not None else "",
+        "score": squares.mean(), "labelled": len(squares), "total": len(truth), "lines": lines,
+        "truth": _dots(ends[0][labelled]), "predicted": _dots(ends[1][labelled]), "unlabelled": _dots(ends[1][~labelled]),
+        "width": 2.2 if len(truth) > 200 else 4 if len(truth) > 20 else 6,
+    }  # fmt: skip
+
+
+def _dots(points: np.ndarray) -> str:
+    "The path of round dots: lines without length."
+    return "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)
+
+
+def _name(names: Sequence[str], k: int) -> str:
+    return f"{k} {names[k]}" if names else str(k)
