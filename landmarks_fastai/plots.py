@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -134,7 +134,7 @@ def svg(
     from matplotlib.figure import Figure
 
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "legend.frameon": False}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "legend.frameon": False}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25, "grid.color": INK}
     with rc_context(style | dict.fromkeys(inked, INK)):
         figure = Figure(size, layout="constrained")
@@ -159,7 +159,9 @@ def draw_scores(
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         ax.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if values.max() < 12 * values.min() else "")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="score")
     ax.grid(True, which="major")
     if len(curves) > 1:

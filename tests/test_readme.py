@@ -71,7 +71,8 @@ def test_every_flag_that_is_named_exists(page, helps):
 def test_the_command_lines_of_the_three_stages_parse():
     "Those of the README, and the published entry's; each later stage loads the run before."
     for page, data in (("README.md", "DIR"), ("docs/baseline.md", "")):
-        lines = re.findall(r"^python (train|finetune|predict)\.py +(.+)$", PAGES[page], re.M)[:4]
+        part = PAGES[page].split("## The three stages")[-1]
+        lines = re.findall(r"^python (train|finetune|predict)\.py +(.+)$", part, re.M)[:4]
         assert [script for script, _ in lines] == ["train", "finetune", "finetune", "predict"]
         stages = [PARSERS[script]().parse_args(shlex.split(line)) for script, line in lines]
         assert stages[0].data == os.path.abspath(data)

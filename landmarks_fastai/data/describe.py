@@ -100,7 +100,8 @@ def _coco(labels: Labels, rows: Sequence[int], names: Sequence[str], paths: Sequ
         points = labels.points(row)
         labelled = np.isfinite(points).all(1)
         box = [np.nan] if labels.boxes is None else labels.boxes[row]
-        box = box if np.isfinite(box).all() else [*np.nanmin(points, axis=0), *np.nanmax(points, axis=0)]
+        if not np.isfinite(box).all():
+            box = np.concatenate([np.nanmin(points, axis=0), np.nanmax(points, axis=0)])
         left, top, right, bottom = np.round(np.asarray(box, np.float64), DIGITS).tolist()
         keypoints = np.column_stack([np.where(labelled[:, None], points, 0), 2 * labelled]).ravel()
         entry = {"id": len(annotations) + 1, "image_id": images[name]["id"], "category_id": 1, "iscrowd": 0}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -164,7 +164,7 @@ def _kind_or_none(path: Path) -> str | None:
 def labels_of(table: LabelTable, rows: np.ndarray, source: Path) -> Labels:
     "Return the labels of some rows of a table."
 
-    def of(values):
+    def of(values: Any) -> Any:
         return None if values is None else values[rows] if isinstance(values, np.ndarray) else [values[k] for k in rows]
 
     faults = {k: table.faults[row] for k, row in enumerate(rows.tolist()) if row in table.faults}

@@ -39,7 +39,7 @@ def to_stored_pixels(table: LabelTable, folder: Path, rows: Sequence[int]) -> np
         if not size[0]:
             continue
         said = (0, 0) if table.sizes is None else tuple(table.sizes[row])
-        shown = size[::-1] if turn in SIDEWAYS else size
+        shown = (size[1], size[0]) if turn in SIDEWAYS else size
         if all(said) and said not in (size, shown):
             others.append(f"{name}: {size[0]} x {size[1]}, {said[0]:g} x {said[1]:g} in the labels")
         turned[row] = _is_turned(table.upright, said, size, shown, turn)

@@ -50,7 +50,8 @@ class Stage(NamedTuple):
     @property
     def scores(self) -> np.ndarray:
         "The score of each epoch; NaN: not finite."
-        return pd.to_numeric(self.history.get("score", pd.Series(dtype=float)), errors="coerce").to_numpy(float)
+        values = self.history["score"] if "score" in self.history else pd.Series(dtype=float)
+        return np.asarray(pd.to_numeric(values, errors="coerce"), float)
 
     @property
     def best(self) -> float:
@@ -61,7 +62,7 @@ class Stage(NamedTuple):
     @property
     def seconds(self) -> int:
         "The time of its epochs."
-        times = self.history.get("time", pd.Series(dtype=str)).astype(str)
+        times = [str(time) for time in self.history["time"]] if "time" in self.history else []
         return sum(reduce(lambda total, part: 60 * total + int(part), time.split(":"), 0) for time in times)
 
     @property
@@ -148,7 +149,7 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
     items = images[divided_rows(images, settings.replace(all_rows=False))[1]]
     predictor = Predictor(open_checkpoint(checkpoint, machine), machine=machine, batch_size=settings.batch_size)
     errors = RowErrors(items, facts)
-    scores = score_rows(predictor, items, collect=errors.add)
+    scores = score_rows(predictor, list(items), collect=errors.add)
     path = checkpoint.path.with_name("report.html")
     write_report(path, checkpoint, predictor, errors, scores)
     return path

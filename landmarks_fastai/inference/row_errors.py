@@ -46,7 +46,8 @@ class RowErrors:
     @property
     def table(self) -> pd.DataFrame:
         "A line an image that was predicted: score, NME, number of labelled points, mean spread (NaN: no confidence)."
-        return pd.DataFrame(self.values[:, 1:], columns=COLUMNS)[self.values[:, 0] > 0]
+        rows = np.flatnonzero(self.values[:, 0] > 0)
+        return pd.DataFrame(self.values[rows, 1:], rows, COLUMNS)
 
     @property
     def landmark_errors(self) -> np.ndarray:

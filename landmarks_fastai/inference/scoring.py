@@ -71,8 +71,9 @@ def score_rows(
     metrics, unaligned = [*default_metrics(predictor.networks[0].facts.shape), *metrics], 0
     batches: Any = chunked(predict_rows(predictor, items, crops), ADDED)
     for batch in batches:
-        for row in batch if collect else ():
-            collect(*row)
+        if collect:
+            for row in batch:
+                collect(*row)
         pred = np.stack([result.objects[0].points for _, result in batch])
         truth = np.stack([item.points for item, _ in batch])
         for metric in metrics:

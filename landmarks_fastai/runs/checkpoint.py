@@ -119,14 +119,14 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if metadata.get("format") != FORMAT:
         version = f"another version of this program (format {metadata.get('format')})"
         raise UserError(f"{path} was written by {version}: train again")
-    numbers = [metadata.get(name) for name in ("score", "nme_box_diag", "epoch")]
+    score, nme, epoch = numbers = [metadata.get(name) for name in ("score", "nme_box_diag", "epoch")]
     if not all(n is None or (isinstance(n, (int, float)) and abs(n) < 1e18) for n in numbers):  # False for NaN too
         raise UserError(f"{path}: score, nme_box_diag and epoch must be finite numbers")
     try:
         settings, facts = Settings.from_dict(metadata["settings"]), DataFacts.from_dict(metadata.get("facts"))
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    return Checkpoint(path, settings, facts, *numbers, _sides(path, metadata.get("sides")))
+    return Checkpoint(path, settings, facts, score, nme, epoch, _sides(path, metadata.get("sides")))
 
 
 def _sides(path: Path, stored: Any) -> tuple[np.ndarray, np.ndarray] | None:

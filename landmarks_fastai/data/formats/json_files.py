@@ -139,7 +139,7 @@ def _task_image(task: dict) -> str:
     texts = [text for text in values.values() if isinstance(text, str)]
     images = [text for text in texts if Path(urlsplit(text).query or urlsplit(text).path).suffix[1:].isalnum()]
     url = values.get("image") or (images or [task.get("file_upload")])[0]
-    parts = urlsplit(url)
+    parts = urlsplit(str(url or ""))
     path = parts.query.removeprefix("d=") if parts.query.startswith("d=") else parts.path
     return unquote(path) if not (parts.scheme or path != parts.path) else "/" + unquote(path).lstrip("/")
 
