@@ -205,6 +205,7 @@ def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
         if learn.machine.log:
             callbacks.add_results(run, best.settings.epochs)
         _write_page(run, best, predictor, errors, scores)
+    barrier()  # a process that ends while another is at work aborts in gloo's threads
     return best
 
 
