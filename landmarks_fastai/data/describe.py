@@ -92,7 +92,8 @@ def _cells(labels: Labels, rows: Sequence[int], names: Sequence[str]) -> Iterato
 
 
 def _coco(labels: Labels, rows: Sequence[int], names: Sequence[str], paths: Sequence[Path]) -> dict[str, Any]:
-    images, annotations = {}, []
+    images: dict[str, Any] = {}
+    annotations: list[Any] = []
     for row, name, path in zip(rows, names, paths, strict=True):
         if name not in images:
             with open_undecoded(path) as image:
@@ -103,7 +104,7 @@ def _coco(labels: Labels, rows: Sequence[int], names: Sequence[str], paths: Sequ
         if not np.isfinite(box).all():
             box = np.concatenate([np.nanmin(points, axis=0), np.nanmax(points, axis=0)])
         left, top, right, bottom = np.round(np.asarray(box, np.float64), DIGITS).tolist()
-        keypoints = np.column_stack([np.where(labelled[:, None], points, 0), 2 * labelled]).ravel()
+        keypoints = np.column_stack([np.nan_to_num(points), 2 * labelled]).ravel()
         entry = {"id": len(annotations) + 1, "image_id": images[name]["id"], "category_id": 1, "iscrowd": 0}
         entry |= {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
         entry |= {

@@ -44,7 +44,7 @@ def to_stored_pixels(table: LabelTable, folder: Path, rows: Sequence[int]) -> np
             others.append(f"{name}: {size[0]} x {size[1]}, {said[0]:g} x {said[1]:g} in the labels")
         turned[row] = _is_turned(table.upright, said, size, shown, turn)
         if table.fractions:
-            sides = np.float32(shown if turned[row] else size)
+            sides = np.array(shown if turned[row] else size, np.float32)
             table.points[row] = table.points[row] * sides - table.origin
             if table.boxes is not None:
                 table.boxes[row] *= np.tile(sides, 2)
