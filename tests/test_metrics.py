@@ -182,6 +182,10 @@ def test_metrics_are_float64_on_the_device_and_on_the_cpu_for_mps(device):
 
     with FakeTensorMode():
         unit, maps = torch.empty(2, 5, 2, device=device), torch.empty(2, 6, device=device)
+        try:
+            unit.as_subclass(torch.Tensor)
+        except RuntimeError as e:
+            pytest.skip(f"fake tensors of torch 2.8 and earlier: {e}")
         points = points_in_image(unit.bfloat16(), maps, 32)
     assert points.dtype == torch.float64 and points.device.type == ("cpu" if device == "mps" else device)
 

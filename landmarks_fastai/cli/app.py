@@ -85,7 +85,9 @@ def _prepare_process():
     if "ipykernel" not in sys.modules:  # not in the process of a notebook, by `%run`: its figures would disappear
         # scripts only write files; a kernel exports a backend to `!python train.py` that may be absent there
         os.environ["MPLBACKEND"] = "agg"
-    # warnings of torch and fastai about their own code are nothing that a user can act on
+    # warnings of torch and fastai about their own code are nothing that a user can act on; workers that are not forked, as on
+    # Python 3.14, import them again
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("stdin", "stdout", "stderr"):  # None if closed, as in a daemon; no other file may get its number

@@ -145,7 +145,9 @@ def quiet() -> Iterator[None]:
 
 
 def check_packages() -> None:
-    "Raise `UserError` if a package of the extra `export` is not installed."
+    "Raise `UserError` if a package of the extra `export` is not installed, or torch is too old for it."
+    if torch.__version__ < "2.7":  # its exporter fails with every onnxscript that runs with protobuf 7
+        raise UserError(f"exporting needs torch 2.7 or later, {torch.__version__} is installed")
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(name)

@@ -1,6 +1,6 @@
 """A Learner whose fit can start in the middle of an epoch, and all private names of fastai that this program uses.
 
-Checked with fastai 2.8.1 and 2.8.12: `Learner._do_fit`, `_with_events`, `validation_context`; `DataLoader.fake_l`, `_device`.
+Checked with fastai 2.8.10 and 2.8.12: `Learner._do_fit`, `_with_events`, `validation_context`; `DataLoader.fake_l`, `_device`.
 `tests/utils/test_fastai_internals.py` fails if a later version changes them.
 """
 

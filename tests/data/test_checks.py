@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import shutil
 
 import numpy as np
@@ -347,7 +348,8 @@ def test_name_outside_the_folder_is_not_opened(tmp_path, name):
     (tmp_path / "test_points.csv").write_text(f"file_name\tpoint_index_list\n{name}\t[0]\n")
     test_points = competition.read_test_points(tmp_path / "test_points.csv")
     faults = checks.check_images(test_points, images)
-    assert list(faults) == [0] and "leaves the image folder" in faults[0]
+    wanted = "(leaves the image folder|cannot be accessed)" if name == "circle" else "leaves the image folder"
+    assert list(faults) == [0] and re.search(wanted, faults[0])  # Python 3.13 resolves a circle without an error
 
 
 def delete_in_epoch(epoch, paths):

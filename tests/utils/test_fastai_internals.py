@@ -1,4 +1,4 @@
-"""The private names of fastai that `ResumableLearner` relies on, as they were read in fastai 2.8.1 and 2.8.12.
+"""The private names of fastai that `ResumableLearner` relies on, as they were read in fastai 2.8.10 and 2.8.12.
 
 A test here that fails after an upgrade of fastai says which of them has changed.
 """
