@@ -14,7 +14,8 @@ DECAY, STEPS = 0.9, 4
 # A plain one, and those that hold integers. A network of each of 110 families of torchvision and timm gave no more kinds.
 ARCHS = ["swin_t", "swin_v2_t", "maxvit_t", "resnet18", "timm:levit_128s", "timm:tiny_vit_5m_224", "timm:test_coatnet",
          "timm:test_vit_relpos"]  # fmt: skip
-ARCHS = [arch for arch in ARCHS if not arch.startswith("timm:") or timm.is_model(arch[5:])]  # the last two: from timm 1.0.31
+# the last two: from timm 1.0.31
+ARCHS = [arch for arch in ARCHS if not arch.startswith("timm:") or timm.is_model(arch[5:])]
 
 
 @pytest.fixture(autouse=True)
