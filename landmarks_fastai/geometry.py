@@ -182,6 +182,19 @@ def box_map(
     return IDENTITY.after_resize(scale, left=input_left, top=input_top)
 
 
+def square_map(
+    points: np.ndarray,  # (n, 2) pixels; NaN: missing
+    margin: float,  # side of the square, as a multiple of the longer side of the points' box
+    size: int,  # of the view
+    least: float,  # side of the square, at least
+) -> PixelMap:
+    "Return the map to a square view around points."
+    low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
+    side = max(margin * float((high - low).max()), least)
+    left, top = ((low + high + 1 - side) / 2).tolist()
+    return IDENTITY.after_resize(size / side, left=left, top=top)
+
+
 def input_to_unit(points: Coordinates, size: int) -> Coordinates:
     "Convert points (…, 2) in pixels of a `size` x `size` input to unit coordinates, [-1, 1] from edge to edge."
     return (points + 0.5) * (2 / size) - 1

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from fastai.learner import Metric
@@ -43,6 +44,11 @@ def _float64(tensor, device):
 def mean_squared_error(pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     "The competition's score of each image: mean over its labelled coordinates; (batch, n, 2) pixels -> (batch,)."
     return labelled_mean((pred - truth) ** 2, ~truth.isnan(), (1, 2))
+
+
+def image_score(pred: np.ndarray, truth: np.ndarray) -> float:
+    "`mean_squared_error` of one image, of points (n, 2) in pixels."
+    return float(mean_squared_error(torch.from_numpy(pred[None]), torch.from_numpy(truth[None])))
 
 
 def nme(

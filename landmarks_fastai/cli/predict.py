@@ -140,21 +140,13 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
     boxes, used = read_boxes(args.boxes) if args.boxes else None, set[str]()
     paths = find_pictures(args.paths, left_out=[run.folder, *run_folders(args.out)])
     results = results_of(paths, boxes, args, predictor, run)
-    with open_writer(args.format or "csv", run.folder, predictor.networks[0].facts, confidence) as (
-        write,
-        path,
-    ):
+    facts = predictor.networks[0].facts
+    with open_writer(args.format or "csv", run.folder, facts, confidence) as (write, path):
         for result in results:
             write(result)
+            print_problems(result, "face" if args.detect else "box")
             used |= {result.source, Path(result.source).name}
-            if any(p.box and not _overlaps(p.box, result.size) for p in result.objects):
-                print(f"note: {result.source}: a box lies outside of the picture", file=sys.stderr, flush=True)
             of_video = result.frame is not None
-            if result.error:
-                print(f"error: {result.error}", file=sys.stderr, flush=True)
-            elif not result.objects and not of_video:
-                kind = "face" if args.detect else "box"
-                print(f"note: {result.source}: no {kind} found", file=sys.stderr, flush=True)
             n_pictures += not of_video and not is_video(Path(result.source))
             n_frames += of_video
             n_objects += len(result.objects)
@@ -174,6 +166,16 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
         print(f"the EXIF rotation of {n_rotated} pictures was applied: their points are of the picture as it is shown")
     if n_bad:
         raise UserError(f"{n_bad} of the files could not be used, or not to their end: see above")
+
+
+def print_problems(result: "PictureResult", kind: str) -> None:
+    "Print what is wrong with a result; `kind` is what gives the boxes of objects, a face or a box."
+    if any(p.box and not _overlaps(p.box, result.size) for p in result.objects):
+        print(f"note: {result.source}: a box lies outside of the picture", file=sys.stderr, flush=True)
+    if result.error:
+        print(f"error: {result.error}", file=sys.stderr, flush=True)
+    elif not result.objects and result.frame is None:
+        print(f"note: {result.source}: no {kind} found", file=sys.stderr, flush=True)
 
 
 def _overlaps(box: "Box", size: tuple[int, int]) -> bool:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from landmarks_fastai import plots
+from landmarks_fastai.data.formats.written import DIGITS, coco_annotation, coco_category, csv_columns
 from landmarks_fastai.data.images import open_undecoded
 from landmarks_fastai.data.labels import Labels
 from landmarks_fastai.data.pictures import Picture
-from landmarks_fastai.geometry import IDENTITY
+from landmarks_fastai.geometry import square_map
 from landmarks_fastai.utils.files import atomic_write
 
 DRAWN, SIDE, MARGIN = 6, 480, 1.4  # rows; pixels of a view; times the size of the points' box
-DIGITS = 3  # of a coordinate
 
 
 def names_of_points(labels: Labels) -> list[str]:
@@ -48,10 +48,7 @@ def draw_rows(labels: Labels, folder: Path, rows: Sequence[int], path: Path) -> 
     panels = []
     for row in rows[:: -(-len(rows) // DRAWN)]:
         points = labels.points(row)
-        low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
-        side = max(MARGIN * float((high - low).max()), 32.0)
-        left, top = (low + high) / 2 + 0.5 - side / 2
-        view = IDENTITY.after_resize(SIDE / side, left=float(left), top=float(top))
+        view = square_map(points, MARGIN, SIDE, 32.0)
         ((pixels, to_input),) = Picture(folder / labels.name(row), exif=False).inputs([view], "pad", SIDE)
         panels.append((pixels, to_input.to_input(points), f"{labels.name(row)}, {labels.where(row)}"))
     plots.plot_names(panels, names_of_points(labels))
@@ -76,9 +73,7 @@ def write_labels(labels: Labels, folder: Path, rows: Sequence[int], path: Path) 
 
 
 def _cells(labels: Labels, rows: Sequence[int], names: Sequence[str]) -> Iterator[list[str]]:
-    points = labels.point_names
-    columns = [f"{name}_{axis}" for name in points for axis in "xy"]
-    columns = columns or [f"{axis}{k}" for k in range(labels.n_points) for axis in "xy"]
+    columns = csv_columns(labels.point_names, labels.n_points)
     group = ["group"] if labels.groups else []
     yield ["file_name", *group, *(["left", "top", "right", "bottom"] if labels.boxes is not None else []), *columns]
     for row, name in zip(rows, names, strict=True):
@@ -98,20 +93,7 @@ def _coco(labels: Labels, rows: Sequence[int], names: Sequence[str], paths: Sequ
         if name not in images:
             with open_undecoded(path) as image:
                 images[name] = {"id": len(images) + 1, "file_name": name, "width": image.width, "height": image.height}
-        points = labels.points(row)
-        labelled = np.isfinite(points).all(1)
-        box = [np.nan] if labels.boxes is None else labels.boxes[row]
-        if not np.isfinite(box).all():
-            box = np.concatenate([np.nanmin(points, axis=0), np.nanmax(points, axis=0)])
-        left, top, right, bottom = np.round(np.asarray(box, np.float64), DIGITS).tolist()
-        keypoints = np.column_stack([np.nan_to_num(points), 2 * labelled]).ravel()
-        entry = {"id": len(annotations) + 1, "image_id": images[name]["id"], "category_id": 1, "iscrowd": 0}
-        entry |= {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
-        entry |= {
-            "num_keypoints": int(labelled.sum()),
-            "keypoints": keypoints.astype(np.float64).round(DIGITS).tolist(),
-        }
-        annotations.append(entry)
-    skeleton = [[a + 1, b + 1] for a, b in labels.skeleton]
-    category = {"id": 1, "name": "object", "keypoints": names_of_points(labels), "skeleton": skeleton}
+        box = None if labels.boxes is None or np.isnan(labels.boxes[row]).any() else labels.boxes[row]
+        annotations.append(coco_annotation(len(annotations) + 1, images[name]["id"], labels.points(row), box))
+    category = coco_category(labels.point_names, labels.n_points, labels.skeleton)
     return {"images": list(images.values()), "annotations": annotations, "categories": [category]}

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 5  # of the cache file; a file with another number is parsed again
+
+
+class Sides(NamedTuple):
+    "Digests of the file names of a stage's rows, int64: later stages leave each on its side of the split."
+
+    trained: np.ndarray
+    validated: np.ndarray
 
 
 @dataclass(eq=False)
@@ -53,7 +60,7 @@ class Labels:
     flip_indices: tuple[int, ...] = ()  # that the source gives
     skeleton: tuple[tuple[int, int], ...] = ()  # pairs of points that are joined
     turned: np.ndarray | None = None  # bool (rows,), whose points were turned back to the pixels as stored
-    earlier: Any = None  # `Sides` of the stage that this one starts from
+    earlier: "Sides | None" = None  # of the stage that this one starts from
     held: dict[str, np.ndarray] = field(default_factory=dict)  # settings of the split -> which rows validate
     own_paths: bool = False  # absolute paths are allowed: the names are the user's own, not of a file
 

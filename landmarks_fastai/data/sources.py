@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from landmarks_fastai.data.formats import csv_tables, json_files, text_files, xml_files
-from landmarks_fastai.data.formats.table import DAMAGE, LabelTable, Rows, counted
+from landmarks_fastai.data.formats.table import DAMAGE, LabelTable, Rows, counted, read_json
 from landmarks_fastai.data.image_search import find_images
 from landmarks_fastai.data.labels import Labels, frame_labels, open_labels
 from landmarks_fastai.data.landmarks_csv import find_point_faults
@@ -77,6 +77,8 @@ def _read_table(source: Path, category: str) -> LabelTable:
         raise UserError(
             f"{source}{rows.place and ' ' + rows.place}: damaged, or not as {rows.kind} has it ({what})"
         ) from None
+    finally:
+        read_json.cache_clear()  # of a large file, gigabytes
 
 
 def _read_file(path: Path, rows: Rows, category: str) -> LabelTable:
@@ -138,7 +140,8 @@ def _read_folder(folder: Path, rows: Rows, category: str) -> LabelTable:
         return text_files.read_wflw(rows, [p for p in files if "rect_attr" in p.name] or files)
     kinds = {p: kind for p in [*folder.iterdir(), *folder.glob("annotations/*.json")] if (kind := _kind_or_none(p))}
     others = sorted(p for p, kind in kinds.items() if kind != "labelme")
-    if not others and (files := sorted(p for p in folder.rglob("*.json") if _kind_or_none(p) == "labelme")):
+    below = () if others else sorted(folder.rglob("*.json"))
+    if files := [p for p in below if (kinds[p] if p in kinds else _kind_or_none(p)) == "labelme"]:
         return json_files.read_labelme(rows, files, folder)
     if len(others) == 1:
         return _read_file(others[0], rows, category)

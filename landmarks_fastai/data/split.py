@@ -8,14 +8,13 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from landmarks_fastai.data.items import LabelledImages
-from landmarks_fastai.data.labels import Labels
+from landmarks_fastai.data.labels import Labels, Sides
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.files import reason
@@ -24,13 +23,6 @@ FEWEST = 8  # rows to validate on, where the share is the default and there are 
 CLIP = 3  # rows of a group on average, where the groups are guessed
 FEW_GROUPS = 5  # fewer groups that are guessed do not decide the split: it would be far from the share
 FRAME = re.compile(r"(.+?)[-_. ]+(?:frame|img|image)?[-_. ]*\d+", re.IGNORECASE)  # a name without suffix: its clip
-
-
-class Sides(NamedTuple):
-    "Digests of the file names of a stage's rows, int64: later stages leave each on its side."
-
-    trained: np.ndarray
-    validated: np.ndarray
 
 
 def split_rows(
@@ -97,36 +89,50 @@ def divided_rows(items: LabelledImages, settings: Settings) -> tuple[np.ndarray,
 
 def _held_rows(labels: Labels, settings: Settings) -> np.ndarray:
     "Return which rows validate, bool (rows,)."
-    names = [labels.name(row) for row in range(len(labels))]
-    groups, held = group_rows(labels, names, settings), np.zeros(len(names), bool)
+    names, own = [labels.name(row) for row in range(len(labels))], None
     if settings.valid:
-        held = _named_rows(settings.valid, names)
+        own = _named_rows(settings.valid, names)
     elif labels.valid is not None and labels.valid.any() and not labels.valid.all():
-        held = labels.valid
-        print(f"the source names {held.sum()} validation rows", flush=True)
-    elif labels.earlier is None:
-        held[split_rows(len(names), settings.replace(all_rows=False), groups=groups)[1]] = True
-    if labels.earlier is None:
-        return held
+        own = labels.valid
+        print(f"the source names {own.sum()} validation rows", flush=True)
+    if labels.earlier is not None:
+        return _held_rows_of_later_stage(labels, names, settings, own)
+    if own is not None:
+        return own
+    held = np.zeros(len(names), bool)
+    held[split_rows(len(names), settings.replace(all_rows=False), groups=group_rows(labels, names, settings))[1]] = True
+    return held
+
+
+def _held_rows_of_later_stage(
+    labels: Labels,
+    names: Sequence[str],
+    settings: Settings,
+    own: np.ndarray | None,  # which rows the user or the source says; None: neither does
+) -> np.ndarray:
+    "As `_held_rows`: rows of the earlier stage keep their side, new ones are on that of their group, or are divided."
+    assert labels.earlier is not None
     of_rows = digests(names)
     trained, validated = (np.isin(of_rows, side) for side in labels.earlier)
-    if settings.valid and (moved := held & trained).any():
+    if settings.valid and own is not None and (moved := own & trained).any():
         row = int(moved.argmax())
         raise UserError(
             f"--valid {settings.valid}: {moved.sum()} rows were trained on by an earlier stage, as {labels.place(row)} "
             f"({names[row]}): remove them from the file, or train a first stage"
         )
-    new = np.flatnonzero(~trained & ~validated)
-    if len(new) and not settings.valid:
-        known = np.flatnonzero(validated) if groups is None else np.flatnonzero(np.isin(groups, groups[validated]))
+    held, new = validated.copy(), np.flatnonzero(~trained & ~validated)
+    if not len(new):
+        return held
+    if own is not None:
+        held[new] = own[new]
+    else:
+        groups = group_rows(labels, names, settings)
         within = None if groups is None else np.unique(groups[new], return_inverse=True)[1]
         held[new[split_rows(len(new), settings.replace(all_rows=False), groups=within)[1]]] = True
-        if groups is not None:  # a new row of a known group is on the group's side
+        if groups is not None:
             held[new] &= ~np.isin(groups[new], groups[trained])
-            held[np.intersect1d(new, known)] = True
-    held = (held & ~trained) | validated
-    if len(new):
-        print(f"{len(new)} of {len(names)} rows are new: {held[new].sum()} of them validate", flush=True)
+            held[new] |= np.isin(groups[new], groups[validated])
+    print(f"{len(new)} of {len(names)} rows are new: {held[new].sum()} of them validate", flush=True)
     return held
 
 

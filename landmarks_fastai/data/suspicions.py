@@ -33,9 +33,13 @@ def check_labelled(labels: Labels, rows: np.ndarray) -> None:
     "Raise `UserError` for a point that none of the rows to train on has."
     if labels.stored.dtype != np.float32:  # whole numbers: of a file without gaps
         return
-    rows = np.setdiff1d(rows, list(labels.faults))
-    missing = np.flatnonzero(np.isnan(labels.stored[rows]).any(-1).all(0)) if len(rows) else ()
-    if len(missing):
+    rows, unseen = np.setdiff1d(rows, list(labels.faults)), np.ones(labels.n_points, bool)
+    for start in range(0, len(rows), SAMPLE):  # of most files the first rows have every point
+        unseen &= np.isnan(labels.stored[rows[start : start + SAMPLE]]).any(-1).all(0)
+        if not unseen.any():
+            return
+    if len(rows):
+        missing = np.flatnonzero(unseen)
         names = [labels.point_names[k] if labels.point_names else str(k) for k in missing]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise UserError(

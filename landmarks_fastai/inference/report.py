@@ -16,13 +16,14 @@ from PIL import Image
 
 from landmarks_fastai import plots
 from landmarks_fastai.data.items import LabelledImage, labelled_images
-from landmarks_fastai.data.split import Sides, divided_rows
+from landmarks_fastai.data.split import divided_rows
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.geometry import IDENTITY
+from landmarks_fastai.geometry import square_map
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
 from landmarks_fastai.inference.row_errors import RowErrors, circumstances
 from landmarks_fastai.inference.scoring import Scores, predict_rows, score_rows
 from landmarks_fastai.inference.torch_network import open_checkpoint
+from landmarks_fastai.metrics import image_score
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.runs.run import Record, Run, read_record
 from landmarks_fastai.utils.files import write_text
@@ -136,16 +137,14 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
 
     `data` is the source of labels if it is not where the stage had it. Raises `UserError` if it does not fit.
     """
-    settings, facts = (
-        checkpoint.settings.replace(valid=""),
-        checkpoint.facts,
-    )  # the checkpoint knows the sides of the rows
+    settings = checkpoint.settings.replace(valid="")  # the checkpoint knows the sides of the rows
+    facts = checkpoint.facts
     images = labelled_images(settings.data if data is None else data, on_bad="skip", category=settings.category)
     if images.labels.n_points != facts.n_points:
         raise UserError(
             f"{images.labels.csv} has {images.labels.n_points} points, {checkpoint.path} predicts {facts.n_points}"
         )
-    images.labels.earlier = checkpoint.sides and Sides(*checkpoint.sides)
+    images.labels.earlier = checkpoint.sides
     items = images[divided_rows(images, settings.replace(all_rows=False))[1]]
     predictor = Predictor(open_checkpoint(checkpoint, machine), machine=machine, batch_size=settings.batch_size)
     errors = RowErrors(items, facts)
@@ -220,22 +219,19 @@ def _against(errors: RowErrors, checkpoint: Checkpoint) -> list[tuple[str, int, 
 
 def _picture(item: LabelledImage, result: PictureResult) -> dict[str, Any]:
     labels, truth, points = item.images.labels, item.points, result.objects[0].points
-    both = np.concatenate([truth[~np.isnan(truth[:, 0])], points[np.isfinite(points[:, 0])]]).astype(float)
-    low, high = both.min(0), both.max(0)
-    side = MARGIN * max(4.0, *(high - low))
-    left, top = (low + high + 1 - side) / 2
-    ((pixels, to_input),) = result.picture.inputs([IDENTITY.after_resize(SIDE / side, left=left, top=top)], "pad", SIDE)
+    both = np.concatenate([truth, np.where(np.isfinite(points), points, np.nan)]).astype(float)
+    view = square_map(both, MARGIN, SIDE, 4.0 * MARGIN)
+    ((pixels, to_input),) = result.picture.inputs([view], "pad", SIDE)
     Image.fromarray(pixels).save(jpeg := io.BytesIO(), "JPEG", quality=80)
     shown = slice(None, None, -(-len(truth) // POINTS))
     ends = [to_input.to_input(xy[shown].astype(float)) + 0.5 for xy in (truth, points)]
     labelled = ~np.isnan(ends[0][:, 0])
     joined = np.hstack(ends)[labelled]
-    squares = np.square(points - truth)[~np.isnan(truth[:, 0])]
     lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in joined[:: max(1, -(-len(joined) // LINES))])
     return {
         "image": base64.b64encode(jpeg.getvalue()).decode(), "side": SIDE, "name": labels.name(item.row),
         "where": labels.where(item.row), "group": labels.groups[item.row] if labels.groups is not None else "",
-        "score": squares.mean(), "labelled": len(squares), "total": len(truth), "lines": lines,
+        "score": image_score(points, truth), "labelled": int((~np.isnan(truth[:, 0])).sum()), "total": len(truth), "lines": lines,
         "truth": _dots(ends[0][labelled]), "predicted": _dots(ends[1][labelled]), "unlabelled": _dots(ends[1][~labelled]),
         "width": 2.2 if len(truth) > 200 else 4 if len(truth) > 20 else 6,
     }  # fmt: skip

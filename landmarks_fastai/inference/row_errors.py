@@ -7,7 +7,7 @@ import torch
 from landmarks_fastai.data.items import LabelledImage, LabelledImages
 from landmarks_fastai.geometry import BOXED, box_map
 from landmarks_fastai.inference.predictor import PictureResult
-from landmarks_fastai.metrics import nme
+from landmarks_fastai.metrics import image_score, nme
 from landmarks_fastai.settings import DataFacts
 from landmarks_fastai.utils.distributed import all_reduce
 
@@ -31,7 +31,7 @@ class RowErrors:
         truth, (prediction,) = item.points, result.objects
         distance = np.linalg.norm(prediction.points - truth, axis=1)
         labelled = ~np.isnan(truth[:, 0])
-        score = np.square(prediction.points - truth)[labelled].mean()
+        score = image_score(prediction.points, truth)
         box_nme = nme(prediction.points[None], truth[None], shape=self.facts.shape).item()
         spread = np.nan if prediction.confidence is None else prediction.confidence.mean()
         self.values[self.places[item.row]] = 1, score, box_nme, labelled.sum(), spread

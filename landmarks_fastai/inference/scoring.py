@@ -16,7 +16,7 @@ from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError, one_line
 from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
-from landmarks_fastai.metrics import ImageMetric, default_metrics, sum_over_processes
+from landmarks_fastai.metrics import ImageMetric, default_metrics, image_score, sum_over_processes
 from landmarks_fastai.utils.distributed import all_reduce
 
 ADDED = 64  # images whose points are given to the metrics together
@@ -112,10 +112,10 @@ def plot_rows(
         ((pixels, to_input),) = result.picture.inputs([crop], network.settings.fit, size)
         truth, title = None, ""
         if isinstance(item, LabelledImage):
-            labelled, error = ~np.isnan(item.points[:, 0]), np.square(points - item.points)
+            labelled, score = ~np.isnan(item.points[:, 0]), image_score(points, item.points)
             n = "" if labelled.all() else f" ({labelled.sum()} of {len(labelled)})"
             name = item.images.labels.name(item.row)
             short = name if len(name) <= NAME_SHOWN else f"…{name[1 - NAME_SHOWN :]}"
-            truth, title = to_input.to_input(item.points), f"score {error[labelled].mean():.4g}{n}\n{one_line(short)}"
+            truth, title = to_input.to_input(item.points), f"score {score:.4g}{n}\n{one_line(short)}"
         panels.append((pixels, truth, to_input.to_input(points), title))
     plots.plot_predictions(panels)

@@ -15,12 +15,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from landmarks_fastai.data.formats.written import DIGITS, coco_annotation, coco_category, csv_columns, rounded
 from landmarks_fastai.inference.predictor import PictureResult, Prediction
 from landmarks_fastai.runs.run import PREDICTIONS
 from landmarks_fastai.settings import DataFacts
 from landmarks_fastai.utils.files import atomic_write
 
-DIGITS = 3  # of a coordinate: a thousandth of a pixel
 Write = Callable[[PictureResult], None]
 
 
@@ -43,9 +43,8 @@ def _csv(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Wr
     Columns of points that have names are NAME_x, NAME_y, NAME_s.
     """
     table = csv.writer(files.enter_context(atomic_write(path)), lineterminator="\n")
-    n, names = facts.n_points, facts.point_names
-    columns = [f"{names[k]}_{axis}" if names else f"{axis}{k}" for k in range(n) for axis in "xy"]
-    columns += [f"{names[k]}_s" if names else f"s{k}" for k in range(n)] if confidence else []
+    columns = csv_columns(facts.point_names, facts.n_points)
+    columns += csv_columns(facts.point_names, facts.n_points, "s") if confidence else []
     table.writerow(["file_name", "frame", "object", *columns])
 
     def write(result: PictureResult) -> None:
@@ -72,18 +71,16 @@ def _json(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> W
 
 
 def _object(prediction: Prediction, k: int) -> dict[str, Any]:
-    entry = {"object": _number(prediction, k), "box": _rounded(prediction.box), "score": _rounded(prediction.score)}
-    points = {"points": _rounded(prediction.points), "confidence": _rounded(prediction.confidence)}
+    entry = {"object": _number(prediction, k), "box": rounded(prediction.box), "score": rounded(prediction.score)}
+    points = {"points": rounded(prediction.points), "confidence": rounded(prediction.confidence)}
     return _without_none(entry | points)
 
 
 def _coco(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
     "COCO's keypoint format: images, annotations with keypoints x, y, 2 (visible), one category."
     file = files.enter_context(atomic_write(path))
-    n_points, joined = facts.n_points, [k + 1 for k in facts.skeleton]
-    names = facts.point_names or [str(k) for k in range(n_points)]
-    skeleton = list(zip(joined[::2], joined[1::2], strict=True))
-    category = {"id": 1, "name": "object", "keypoints": names, "skeleton": skeleton}
+    skeleton = list(zip(facts.skeleton[::2], facts.skeleton[1::2], strict=True))
+    category = coco_category(facts.point_names, facts.n_points, skeleton)
     file.write(f'{{"categories": {json.dumps([category])},\n"annotations": ')
     images: list[dict] = []  # without points: a hundred bytes a picture
     files.callback(lambda: file.write(f',\n"images": {json.dumps(images, ensure_ascii=False)}}}\n'))
@@ -92,12 +89,8 @@ def _coco(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> W
     def write(result: PictureResult) -> None:
         images.append(_without_none({"id": len(images) + 1} | _image(result)))
         for prediction in result.objects:
-            size = np.ptp(prediction.points, axis=0)
-            keypoints = np.column_stack([prediction.points, np.full(n_points, 2)]).ravel()
-            entry = {"id": next(numbers), "image_id": len(images), "category_id": 1, "iscrowd": 0}
-            entry |= {"bbox": _rounded([*prediction.points.min(0), *size]), "area": _rounded(size.prod())}
-            entry |= {"num_keypoints": n_points, "keypoints": _rounded(keypoints)}
-            add(_without_none(entry | {"score": prediction.score, "confidence": _rounded(prediction.confidence)}))
+            entry = coco_annotation(next(numbers), len(images), prediction.points)
+            add(_without_none(entry | {"score": prediction.score, "confidence": rounded(prediction.confidence)}))
 
     return write
 
@@ -212,7 +205,3 @@ def _number(prediction: Prediction, k: int) -> int:
 
 def _without_none(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if value is not None}
-
-
-def _rounded(values: Any) -> Any:
-    return None if values is None else np.asarray(values, np.float64).round(DIGITS).tolist()

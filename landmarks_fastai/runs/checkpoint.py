@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from landmarks_fastai.data.labels import Sides
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.models.networks import METADATA, SPREAD, LandmarkNetwork, build_model
 from landmarks_fastai.models.weights import read_state_dict
@@ -34,9 +35,7 @@ class Checkpoint:
     score: float | None  # on the validation rows; None if `learn.save` wrote the file
     nme: float | None  # normalised by the diagonal of the box of the true points; None if no image has one, too
     epoch: int | None  # of the stage; -1: the loaded model, which no epoch beat
-    sides: tuple[np.ndarray, np.ndarray] | None = (
-        None  # digests of the rows trained and validated on: `Sides` of split.py
-    )
+    sides: Sides | None = None  # of the rows that it was trained and validated on
 
     @property
     def name(self) -> str:
@@ -91,7 +90,7 @@ def write_checkpoint(
     score: float | None,
     nme: float | None,
     epoch: int | None,
-    sides: tuple[np.ndarray, np.ndarray] | None = None,
+    sides: Sides | None = None,
 ) -> None:
     "Write best.pth, through a temporary file. Raises `UserError` if the disk is full."
     metadata = checkpoint_metadata(settings, facts, score, nme, epoch)
@@ -129,7 +128,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(path, settings, facts, score, nme, epoch, _sides(path, metadata.get("sides")))
 
 
-def _sides(path: Path, stored: Any) -> tuple[np.ndarray, np.ndarray] | None:
+def _sides(path: Path, stored: Any) -> Sides | None:
     if stored is None:
         return None
     try:
@@ -137,7 +136,7 @@ def _sides(path: Path, stored: Any) -> tuple[np.ndarray, np.ndarray] | None:
         assert trained.ndim == validated.ndim == 1
     except (ValueError, TypeError, OverflowError, AssertionError):
         raise UserError(f"{path}: the digests of its rows are damaged: train again") from None
-    return trained, validated
+    return Sides(trained, validated)
 
 
 def find_checkpoint(name: str, out: str | os.PathLike) -> Checkpoint:

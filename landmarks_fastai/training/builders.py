@@ -10,7 +10,8 @@ from fastai.data.core import DataLoaders
 from landmarks_fastai import plots
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.items import LabelledImages, labelled_images
-from landmarks_fastai.data.split import Sides, divided_rows
+from landmarks_fastai.data.labels import Sides
+from landmarks_fastai.data.split import divided_rows
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint
 from landmarks_fastai.runs.run import LISTING, Run
@@ -91,13 +92,13 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
 def stage_images(
     settings: Settings,
     run: Run,
-    sides: tuple[np.ndarray, np.ndarray] | None = None,  # digests of the rows of the stage before
+    sides: Sides | None = None,  # of the rows of the stage before
     left_out: np.ndarray | None = None,  # rows that a resumed run started without
 ) -> LabelledImages:
     "The checked images of a stage; those that an earlier stage had keep their side of the split."
     words = {"on_bad": settings.on_bad, "listing": run.folder / LISTING, "left_out": left_out}
     images = rank0_first(lambda: labelled_images(settings.data, category=settings.category, **words))
-    images.labels.earlier = sides and Sides(*sides)
+    images.labels.earlier = sides
     return images
 
 

@@ -168,7 +168,7 @@ def fit_stage(
             _fit(learn, settings, [*cbs, *state_cbs], started, state)
     learn.remove_cbs([callbacks.Average])
     learn.metrics = metrics
-    _check_saved(learn, run, settings, save.saved, stop_on_nan.step, previous, previous_scores)
+    _check_saved(learn, run, settings, save, stop_on_nan.step, previous, previous_scores)
     if save.scores:
         note_few_images(save.scores)
     return _report_best(learn, run)
@@ -223,7 +223,7 @@ def _check_saved(
     learn: LandmarkLearner,
     run: Run,
     settings: Settings,
-    saved: bool,  # whether an epoch was saved
+    save: callbacks.SaveBest,
     nan_step: tuple[int, int] | None,  # epoch and step of a loss that was NaN or infinite
     previous: Checkpoint | None,
     previous_scores: tuple[float, float] | None,
@@ -231,7 +231,7 @@ def _check_saved(
     "If no epoch was saved, save the loaded model, or raise `UserError`; print a warning if the loss was NaN or infinite."
     where = f"the loss became NaN or infinite in epoch {nan_step[0]}, step {nan_step[1]}" if nan_step else ""
     try_this = "try a lower -lr" + (", or --amp off" if learn.machine.precision != "off" else "")
-    if not saved:
+    if not save.saved:
         if previous is None or previous_scores is None:
             (run.folder / "state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
@@ -239,7 +239,7 @@ def _check_saved(
         model = previous.model()
         model.spread = None
         facts = previous.facts.replace(flip_indices=learn.facts.flip_indices)  # none with --mirror none
-        write_checkpoint(run, model, settings, facts, *previous_scores, -1, sides_of(learn.dls.items, settings))
+        write_checkpoint(run, model, settings, facts, *previous_scores, -1, save.sides)
     if where:
         print(f"warning: {where}; the best before it is kept; {try_this}")
 

@@ -114,6 +114,14 @@ def test_rows_of_an_earlier_stage_keep_their_side(tmp_path, capsys):
         held(after, valid=str(file))
 
 
+def test_new_rows_are_on_the_side_that_the_source_says(capsys):
+    before, after = (items_of([f"{k}x.jpg" for k in range(n)]) for n in (50, 100))
+    after.labels.earlier, after.labels.valid = sides_of(before, Settings()), np.arange(100) % 25 == 0
+    assert held(after)[0] == {f"{k}x.jpg" for k in (*range(40, 50), 50, 75)}  # row 0 was trained on
+    out = capsys.readouterr().out
+    assert "50 of 100 rows are new: 2 of them validate" in out and "divide" not in out
+
+
 def test_new_rows_join_the_side_of_their_group():
     before = items_of([f"{k}x.jpg" for k in range(60)], [f"{k // 6}" for k in range(60)])
     after = items_of([f"{k}x.jpg" for k in range(90)], [f"{k % 60 // 6}" for k in range(90)])

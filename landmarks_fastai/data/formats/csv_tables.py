@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from landmarks_fastai.data.formats.table import CENTRE, LabelTable, Rows, checked, read_text
+from landmarks_fastai.data.landmarks_csv import LIMIT
 from landmarks_fastai.errors import UserError
 
 if TYPE_CHECKING:
@@ -156,10 +157,9 @@ def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first
     for chunk in chunks:
         if not len(chunk):
             continue
-        texts = chunk.to_numpy(dtype=object, na_value="")
-        if max(map(len, texts.flat)) > WIDTH:
-            raise UserError(f"{source} has a field of more than {WIDTH} characters, at or after {place.format(first)}")
-        cells = np.strings.strip(texts.astype(np.str_))
+        cells = _stripped(
+            chunk, f"{source} has a field of more than {WIDTH} characters, at or after {place.format(first)}"
+        )
         numbers, filled = np.arange(first, first + len(cells)), (cells != "").any(1)
         first += len(cells)
         xy, problems = _numbers(cells[filled], header)
@@ -193,6 +193,14 @@ def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first
     )
 
 
+def _stripped(chunk: "pd.DataFrame", too_wide: str) -> np.ndarray:
+    "Return the cells of rows of texts, (rows, columns), without spaces around them."
+    texts = chunk.to_numpy(dtype=object, na_value="")
+    if max(map(len, texts.flat)) > WIDTH:
+        raise UserError(too_wide)
+    return np.strings.strip(texts.astype(np.str_))
+
+
 def _numbers(cells: np.ndarray, header: Header) -> tuple[np.ndarray, dict[int, str]]:
     "Return points (rows, n_points, 2), NaN where they are missing, and the first fault of each faulty row."
     texts = cells[:, header.xy]
@@ -204,7 +212,7 @@ def _numbers(cells: np.ndarray, header: Header) -> tuple[np.ndarray, dict[int, s
     values, faults = np.full(texts.shape, np.nan), {}
     try:
         values[~missing] = texts[~missing].astype(np.float64)
-        right = missing | (abs(values) <= 32767)
+        right = missing | (abs(values) <= LIMIT)
     except ValueError:
         right = np.zeros_like(missing)
     for row in np.flatnonzero(~right.all(1)).tolist():

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,7 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text") from None
 
 
+@lru_cache(maxsize=1)  # it is parsed to tell its format, then to read it; `sources.py` clears it
 def read_json(path: Path) -> Any:
     "Parse a JSON file. Raises `UserError` with the place of a fault."
     try:

@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from landmarks_fastai.data.align import alignment_of
 from landmarks_fastai.data.flip import average_flipped
+from landmarks_fastai.data.labels import Sides
 from landmarks_fastai.data.loader import LandmarkDL
-from landmarks_fastai.data.split import Sides
 from landmarks_fastai.geometry import PixelMap
 from landmarks_fastai.inference.scoring import Scores, score_rows, scores_of
 from landmarks_fastai.metrics import ImageMetric, default_metrics, points_in_image, sum_over_processes

@@ -59,11 +59,10 @@ def follows_load() -> bool:
 def seconds_of_others() -> float:
     "CPU seconds that other programs have used on the cores of this process since the machine was started."
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(available_cores())
-    times = [psutil.cpu_times(percpu=True)[core] for core in cores]
+    times = psutil.cpu_times(percpu=True)
     # guest is a part of user; a hypervisor's steal counts as another program's
-    busy = sum(
-        sum(core) - core.idle - sum(getattr(core, k, 0.0) for k in ("iowait", "guest", "guest_nice")) for core in times
-    )
+    ignored = ("idle", "iowait", "guest", "guest_nice")
+    busy = sum(sum(times[core]) - sum(getattr(times[core], k, 0.0) for k in ignored) for core in cores)
     own = time.process_time()
     for child in psutil.Process().children(recursive=True):  # the processes that decode images
         with suppress(psutil.Error):
