@@ -116,7 +116,9 @@ class Settings(_Record):
         "what the split does not divide: auto (the source's groups, folders, clips), folder, clip, none, or a column",
         "split",
     )
-    valid: str = _setting("", "text file with the file names of the validation rows, one a line", "data")
+    valid: str = _setting(
+        "", "the validation rows: labels of their own, or a text file with a file name a line", "data"
+    )
     all_rows: bool = _setting(
         False, "train on the validation rows too; the score then is of rows that were trained on", "data"
     )

@@ -19,7 +19,7 @@ IMAGES = ["align", "whole_pct", "aug", "degrade", "mirror", "ema", "tta", "confi
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 METAVARS = {
     "data": "SOURCE",
-    "valid": "FILE",
+    "valid": "SOURCE",
     "group": "COLUMN",
     "category": "NAME",
     "arch": "NAME",

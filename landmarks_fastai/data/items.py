@@ -14,7 +14,7 @@ import pandas as pd
 from landmarks_fastai.data.checks import check_images, write_listing
 from landmarks_fastai.data.labels import Labels
 from landmarks_fastai.data.pictures import Picture
-from landmarks_fastai.data.sources import read_frame, read_source
+from landmarks_fastai.data.sources import is_labels, join_valid, read_frame, read_source
 from landmarks_fastai.data.suspicions import check_suspicions
 from landmarks_fastai.errors import SHOWN, BadData, Problem
 from landmarks_fastai.geometry import BOXED, Box, PixelMap, box_map
@@ -133,6 +133,7 @@ def labelled_images(
     listing: Path | None = None,
     left_out: np.ndarray | None = None,
     category: str = "",  # of the objects, where the source has several
+    valid: str = "",  # another source, whose rows validate; a text file of names is for `split.py`
 ) -> LabelledImages:
     """Check all rows of a source: a file or folder of labels in one of the formats of docs/labels.md, or a DataFrame.
 
@@ -145,6 +146,8 @@ def labelled_images(
         labels, folder = read_frame(source), Path(image_folder or ".")
     else:
         labels, folder = read_source(Path(source or "."), category, Path(image_folder) if image_folder else None)
+    if valid and is_labels(Path(valid)):
+        labels, folder = join_valid(labels, folder, Path(valid), category)
     check_suspicions(labels)
     image_faults = check_images(labels, folder)
     if left_out is not None:

@@ -1,5 +1,6 @@
 "Which reader a source of labels is for: a file or a folder, as its tool wrote it."
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +56,63 @@ def read_source(source: Path, category: str = "", image_folder: Path | None = No
     what = f"{table.kind}: {len(labels)} rows, {images} images, {labels.n_points} points"
     print(what + (f"; left out: {said}" if (said := counted(table.left_out)) else ""), flush=True)
     return labels, folder
+
+
+def is_labels(path: Path) -> bool:
+    "Return whether a path is a source of labels, and not a text file of file names."
+    if path.is_dir() or path.suffix.lower() in (*OTHER, ".json", ".xml", ".yaml", ".yml", ".pts"):
+        return path.exists()
+    with suppress(UserError):
+        return text_files.is_wflw(line := csv_tables.first_line(path)) or len(csv_tables.split_header(line)[0]) > 2
+    return False
+
+
+def join_valid(labels: Labels, folder: Path, valid: Path, category: str = "") -> tuple[Labels, Path]:
+    """Return the labels and their folder with the rows of `valid`, another source, which validate.
+
+    Images that both have validate with the rows of the first. Raises `UserError` if the points are not the same.
+    """
+    other, other_folder = read_source(valid, category)
+    names, added = (np.array(list(part.point_names), str) for part in (labels, other))
+    if other.n_points != labels.n_points or (len(names) and len(added) and set(names) != set(added)):
+        said = [", ".join(part.point_names[:9]) or f"{part.n_points} points" for part in (other, labels)]
+        raise UserError(f"--valid {valid} has other points ({said[0]}) than {labels.csv} ({said[1]})")
+    order = [list(added).index(name) for name in names] if len(names) and len(added) else slice(None)
+    parts, folders = (labels, other), [os.path.abspath(folder), os.path.abspath(other_folder)]
+    root = Path(os.path.commonpath(folders))
+    paths = [
+        [os.path.relpath(os.path.join(at, part.name(k)), root) for k in range(len(part))]
+        for part, at in zip(parts, folders, strict=True)
+    ]
+    first = set(paths[0])
+    keep = [slice(None), np.array([path not in first for path in paths[1]], bool)]
+
+    def joined(values: Callable[[Labels], Any], missing: Any) -> Any:
+        "An array of each row's value, or None where neither source has it."
+        if all(values(part) is None for part in parts):
+            return None
+        return np.concatenate([
+            (np.full((len(part), *np.shape(missing)), missing) if values(part) is None else np.asarray(values(part)))[k]
+            for part, k in zip(parts, keep, strict=True)
+        ])  # fmt: skip
+
+    result = Labels(
+        labels.csv,
+        joined(lambda part: paths[part is other], "").tolist(),
+        joined(lambda part: part.lines, 0),
+        np.concatenate([labels.stored, other.stored[keep[1]][:, order]]),
+    )
+    n, rows = len(labels), np.flatnonzero(keep[1])
+    result.places = [labels.where(k) for k in range(n)] + [f"with --valid {other.csv}, {other.where(k)}" for k in rows]
+    result.faults = labels.faults | {n + k: other.faults[row] for k, row in enumerate(rows) if row in other.faults}
+    result.boxes = joined(lambda part: part.boxes, np.full(4, np.nan, np.float32))
+    result.groups = joined(lambda part: part.groups, "")
+    result.turned = joined(lambda part: part.turned, False)
+    named = set(paths[1])
+    result.valid = np.array([path in named for path in result.names], bool)
+    result.point_names = labels.point_names or other.point_names
+    result.flip_indices, result.skeleton = labels.flip_indices, labels.skeleton
+    return result, root
 
 
 def is_positional(csv: Path) -> bool:

@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from landmarks_fastai.data.items import LabelledImages
 from landmarks_fastai.data.labels import Labels, Sides
+from landmarks_fastai.data.sources import is_labels
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.files import reason
@@ -90,11 +91,12 @@ def divided_rows(items: LabelledImages, settings: Settings) -> tuple[np.ndarray,
 def _held_rows(labels: Labels, settings: Settings) -> np.ndarray:
     "Return which rows validate, bool (rows,)."
     names, own = [labels.name(row) for row in range(len(labels))], None
-    if settings.valid:
+    if settings.valid and not is_labels(Path(settings.valid)):
         own = _named_rows(settings.valid, names)
-    elif labels.valid is not None and labels.valid.any() and not labels.valid.all():
+    elif labels.valid is not None and (settings.valid or (labels.valid.any() and not labels.valid.all())):
         own = labels.valid
-        print(f"the source names {own.sum()} validation rows", flush=True)
+        who = f"--valid {settings.valid}" if settings.valid else "the source"
+        print(f"{who} names {own.sum()} validation rows", flush=True)
     if labels.earlier is not None:
         return _held_rows_of_later_stage(labels, names, settings, own)
     if own is not None:

@@ -12,9 +12,11 @@ from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.image_search import resolve
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.data.sources import read_frame, read_source
+from landmarks_fastai.data.split import divided_rows
 from landmarks_fastai.data.suspicions import suspicions
 from landmarks_fastai.errors import BadData, UserError
-from tests.data.test_formats import A, annotation, coco, cvat, cvat_points, labelme, shapes, write_files
+from landmarks_fastai.settings import Settings
+from tests.data.test_formats import A, B, annotation, coco, cvat, cvat_points, labelme, shapes, write_files
 from tests.helpers import QUICK, check_refused
 
 E_ACUTE = "é"  # one letter
@@ -75,6 +77,32 @@ def test_names_that_leave_the_folder_are_refused(tmp_path):
     write_files(tmp_path, {"d/e/f/c.json": coco(annotation(A), file="../../../../a.png")})
     with pytest.raises(UserError, match="'../../../../a.png' leaves the folder of the labels"):
         read_source(tmp_path / "d" / "e" / "f" / "c.json")
+
+
+def test_validation_rows_of_another_source(tmp_path, capsys):
+    "Files of a folder each, points in another order; images that both have validate with the first one's rows."
+    first = coco(annotation(A), annotation(B, image_id=2), keypoints=("nose", "tail"))
+    first["images"] = [{"id": k, "file_name": f"{'ab'[k - 1]}.png"} for k in (1, 2)]
+    other = coco(annotation(A, ("tail", "nose"), bbox=[1, 2, 3, 4]), keypoints=("tail", "nose"), file="c.png")
+    write_files(tmp_path, {"my train/t.json": first}, ["my train/a.png", "my train/b.png"])
+    write_files(tmp_path, {"val/v.json": other}, ["val/c.png"])
+    train, valid = tmp_path / "my train/t.json", tmp_path / "val/v.json"
+    images = labelled_images(train, valid=str(valid))
+    assert [item.path.relative_to(tmp_path).as_posix() for item in images] == [
+        "my train/a.png", "my train/b.png", "val/c.png",
+    ]  # fmt: skip
+    assert [side.tolist() for side in divided_rows(images, Settings(valid=str(valid)))] == [[0, 1], [2]]
+    assert (images[2].points == images[0].points).all() and images[2].box == (1, 2, 4, 6)
+    assert f"{train} with --valid {valid}, annotation 7" in images[2].where
+    assert "names 1 validation rows" in capsys.readouterr().out
+    write_files(tmp_path, {"my train/v.csv": "file_name,nose_x,nose_y,tail_x,tail_y\nb.png,1,2,3,4\n"}, [])
+    images = labelled_images(train, valid=str(tmp_path / "my train/v.csv"))
+    assert images.labels.valid.tolist() == [False, True] and (images[1].points[1] == B["tail"]).all()
+    write_files(
+        tmp_path, {"val/w.json": coco(annotation({"eye": (1, 2)}, ("eye",)), keypoints=("eye",))}, ["val/a.png"]
+    )
+    with pytest.raises(UserError, match="w.json has other points .eye. than .*t.json .nose, tail."):
+        labelled_images(train, valid=str(tmp_path / "val/w.json"))
 
 
 FOLDERS = {

@@ -85,7 +85,7 @@ def test_named_rows_validate(tmp_path):
     with pytest.raises(UserError, match="1 names are not among the rows, as other.jpg"):
         held(items_of(names), valid=str(path))
     with pytest.raises(UserError, match="cannot be read"):
-        held(items_of(names), valid=str(tmp_path))
+        held(items_of(names), valid=str(tmp_path / "none.txt"))
 
 
 def test_the_source_may_name_its_validation_rows(capsys):
