@@ -34,7 +34,6 @@ from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.hardware import Machine
 
-SEVERAL = 0.05  # share of the rows beyond one an image from which objects are cut from their boxes
 MAX_OUTSIDE = 0.01  # share of the points outside of the input without a note; faces at an image's edge have some
 
 
@@ -121,9 +120,7 @@ def first_view(images: LabelledImages, settings: Settings) -> str:
     "Return what the first pass sees, `image` or `box`, and print it if it is a box."
     crop = settings.crop
     if crop == "auto":
-        names = images.labels.names
-        several = len(names) - len(np.unique(np.asarray(names)))
-        crop = "box" if several > SEVERAL * len(names) else "image"
+        crop = "box" if images.labels.several else "image"
     if crop == "box":
         kind = "the points'" if images.labels.boxes is None else "the source's"
         print(f"objects are cut from {kind} boxes, {BOX_MARGIN} times as large; predictions need boxes too", flush=True)

@@ -196,7 +196,9 @@ def _is_animated(image: ImageFile) -> bool:
 
 
 def _print_repeated(labels: Labels) -> None:
-    "Print how many rows name an image that an earlier row names."
+    "Print how many rows name an image that an earlier row names, where few do."
+    if labels.several:
+        return
     first_rows = np.unique([hash(labels.name(row)) for row in range(len(labels))], return_index=True)[1]
     repeated = np.setdiff1d(np.arange(len(labels)), first_rows)
     if len(repeated):

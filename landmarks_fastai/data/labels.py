@@ -26,6 +26,7 @@ from landmarks_fastai.utils.files import atomic_write, cache_places, check_folde
 if TYPE_CHECKING:
     import pandas as pd
 
+SEVERAL = 0.05  # share of the rows beyond one an image from which they are taken for several objects, not for a mistake
 FORMAT = 5  # of the cache file; a file with another number is parsed again
 
 
@@ -74,6 +75,11 @@ class Labels:
     @property
     def n_points(self) -> int:
         return self.stored.shape[1]
+
+    @cached_property
+    def several(self) -> bool:
+        "Whether many images have several rows."
+        return len(self) - len(np.unique(np.asarray(self.names))) > SEVERAL * len(self)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

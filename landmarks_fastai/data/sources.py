@@ -103,8 +103,8 @@ def join_valid(labels: Labels, folder: Path, valid: Path, category: str = "") ->
         np.concatenate([labels.stored, other.stored[keep[1]][:, order]]),
     )
     n, rows = len(labels), np.flatnonzero(keep[1])
-    result.places = [labels.where(k) for k in range(n)] + [f"with --valid {other.csv}, {other.where(k)}" for k in rows]
-    result.faults = labels.faults | {n + k: other.faults[row] for k, row in enumerate(rows) if row in other.faults}
+    result.places = [labels.where(k) for k in range(n)] + [f"with --valid {other.csv}, {other.where(k)}" for k in rows.tolist()]
+    result.faults = labels.faults | {n + k: other.faults[row] for k, row in enumerate(rows.tolist()) if row in other.faults}
     result.boxes = joined(lambda part: part.boxes, np.full(4, np.nan, np.float32))
     result.groups = joined(lambda part: part.groups, "")
     result.turned = joined(lambda part: part.turned, False)
@@ -226,7 +226,7 @@ def labels_of(table: LabelTable, rows: np.ndarray, source: Path) -> Labels:
     "Return the labels of some rows of a table."
 
     def of(values: Any) -> Any:
-        return None if values is None else values[rows] if isinstance(values, np.ndarray) else [values[k] for k in rows]
+        return None if values is None else values[rows] if isinstance(values, np.ndarray) else [values[k] for k in rows.tolist()]
 
     faults = {k: table.faults[row] for k, row in enumerate(rows.tolist()) if row in table.faults}
     labels = Labels(source, of(table.files), rows, np.ascontiguousarray(table.points[rows]), faults)  # pyright: ignore
