@@ -195,6 +195,7 @@ class DataFacts(_Record):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # standard deviation, likewise
     point_names: tuple[str, ...] = ()  # of the landmarks; empty: the source names none
     skeleton: tuple[int, ...] = ()  # landmarks that a line joins: a0, b0, a1, b1, …
+    category: str = ""  # of the objects, as the source names it
 
     def __post_init__(self) -> None:
         if type(self.n_points) is not int or not 0 <= self.n_points <= 100_000:
@@ -213,6 +214,8 @@ class DataFacts(_Record):
             isinstance(name, str) for name in self.point_names
         ):
             raise UserError(f"point_names is not a list of {self.n_points} texts")
+        if not isinstance(self.category, str):
+            raise UserError(f"category is {self.category!r}: a text expected")
         joined = self.skeleton
         if len(joined) % 2 or not all(type(k) is int and 0 <= k < self.n_points for k in joined):
             raise UserError(f"skeleton is not a list of pairs of {self.n_points} points")

@@ -148,6 +148,8 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
     facts = (known or DataFacts()).replace(n_points=labels.n_points)
     if not facts.point_names:
         facts = facts.replace(point_names=tuple(labels.point_names), skeleton=tuple(chain(*labels.skeleton)))
+    if not facts.category:
+        facts = facts.replace(category=labels.category)
     mean = np.array(facts.shape).reshape(-1, 2) if facts.shape else None
     check_labelled(images.labels, images.rows)
     if not facts.flip_indices:

@@ -95,5 +95,5 @@ def _coco(labels: Labels, rows: Sequence[int], names: Sequence[str], paths: Sequ
                 images[name] = {"id": len(images) + 1, "file_name": name, "width": image.width, "height": image.height}
         box = None if labels.boxes is None or np.isnan(labels.boxes[row]).any() else labels.boxes[row]
         annotations.append(coco_annotation(len(annotations) + 1, images[name]["id"], labels.points(row), box))
-    category = coco_category(labels.point_names, labels.n_points, labels.skeleton)
+    category = coco_category(labels.point_names, labels.n_points, labels.skeleton, labels.category)
     return {"images": list(images.values()), "annotations": annotations, "categories": [category]}

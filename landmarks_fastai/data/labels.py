@@ -60,6 +60,7 @@ class Labels:
     valid: np.ndarray | None = None  # bool (rows,), the source's own validation rows
     flip_indices: tuple[int, ...] = ()  # that the source gives
     skeleton: tuple[tuple[int, int], ...] = ()  # pairs of points that are joined
+    category: str = ""  # of the objects; "" if the source names none
     turned: np.ndarray | None = None  # bool (rows,), whose points were turned back to the pixels as stored
     earlier: "Sides | None" = None  # of the stage that this one starts from
     held: dict[str, np.ndarray] = field(default_factory=dict)  # settings of the split -> which rows validate

@@ -103,15 +103,19 @@ def join_valid(labels: Labels, folder: Path, valid: Path, category: str = "") ->
         np.concatenate([labels.stored, other.stored[keep[1]][:, order]]),
     )
     n, rows = len(labels), np.flatnonzero(keep[1])
-    result.places = [labels.where(k) for k in range(n)] + [f"with --valid {other.csv}, {other.where(k)}" for k in rows.tolist()]
-    result.faults = labels.faults | {n + k: other.faults[row] for k, row in enumerate(rows.tolist()) if row in other.faults}
+    result.places = [labels.where(k) for k in range(n)] + [
+        f"with --valid {other.csv}, {other.where(k)}" for k in rows.tolist()
+    ]
+    result.faults = labels.faults | {
+        n + k: other.faults[row] for k, row in enumerate(rows.tolist()) if row in other.faults
+    }
     result.boxes = joined(lambda part: part.boxes, np.full(4, np.nan, np.float32))
     result.groups = joined(lambda part: part.groups, "")
     result.turned = joined(lambda part: part.turned, False)
     named = set(paths[1])
     result.valid = np.array([path in named for path in result.names], bool)
     result.point_names = labels.point_names or other.point_names
-    result.flip_indices, result.skeleton = labels.flip_indices, labels.skeleton
+    result.flip_indices, result.skeleton, result.category = labels.flip_indices, labels.skeleton, labels.category
     return result, root
 
 
@@ -226,13 +230,19 @@ def labels_of(table: LabelTable, rows: np.ndarray, source: Path) -> Labels:
     "Return the labels of some rows of a table."
 
     def of(values: Any) -> Any:
-        return None if values is None else values[rows] if isinstance(values, np.ndarray) else [values[k] for k in rows.tolist()]
+        return (
+            None
+            if values is None
+            else values[rows]
+            if isinstance(values, np.ndarray)
+            else [values[k] for k in rows.tolist()]
+        )
 
     faults = {k: table.faults[row] for k, row in enumerate(rows.tolist()) if row in table.faults}
     labels = Labels(source, of(table.files), rows, np.ascontiguousarray(table.points[rows]), faults)  # pyright: ignore
     labels.point_names, labels.places, labels.boxes = table.names, of(table.places), of(table.boxes)
     labels.groups, labels.valid = of(table.groups), of(table.valid)
-    labels.flip_indices, labels.skeleton = table.flip_indices, table.skeleton
+    labels.flip_indices, labels.skeleton, labels.category = table.flip_indices, table.skeleton, table.category
     labels.faults = find_point_faults(labels.stored) | labels.faults
     return labels
 

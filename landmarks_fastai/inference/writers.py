@@ -80,7 +80,7 @@ def _coco(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> W
     "COCO's keypoint format: images, annotations with keypoints x, y, 2 (visible), one category."
     file = files.enter_context(atomic_write(path))
     skeleton = list(zip(facts.skeleton[::2], facts.skeleton[1::2], strict=True))
-    category = coco_category(facts.point_names, facts.n_points, skeleton)
+    category = coco_category(facts.point_names, facts.n_points, skeleton, facts.category)
     file.write(f'{{"categories": {json.dumps([category])},\n"annotations": ')
     images: list[dict] = []  # without points: a hundred bytes a picture
     files.callback(lambda: file.write(f',\n"images": {json.dumps(images, ensure_ascii=False)}}}\n'))

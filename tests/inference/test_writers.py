@@ -13,7 +13,7 @@ from landmarks_fastai.inference.predictor import PictureResult, Prediction
 from landmarks_fastai.inference.writers import open_writer
 from landmarks_fastai.settings import DataFacts
 
-FACTS = DataFacts(n_points=3, point_names=("nose", "left eye", "right, eye"), skeleton=(0, 1, 0, 2))
+FACTS = DataFacts(n_points=3, point_names=("nose", "left eye", "right, eye"), skeleton=(0, 1, 0, 2), category="dog")
 POINTS = np.array([[10.25, 20.5], [30, 41.125], [0, 7]], np.float32)
 
 
@@ -34,14 +34,34 @@ def test_columns_have_the_names_of_the_points(tmp_path):
 def test_coco_is_read_again(tmp_path):
     Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
     path = written("coco", tmp_path)
-    (category,) = json.loads(path.read_text())["categories"]
-    assert category["keypoints"] == list(FACTS.point_names) and category["skeleton"] == [[1, 2], [1, 3]]
+    written_file = json.loads(path.read_text())
+    (category,), (entry,), (image,) = (written_file[k] for k in ("categories", "annotations", "images"))
+    # what CVAT's importer (datumaro/plugins/coco_format/extractor.py) refuses a file without
+    assert {"id", "name", "keypoints", "skeleton"} <= set(category) and {"id", "width", "height", "file_name"} <= set(
+        image
+    )
+    assert {"id", "image_id", "category_id", "iscrowd", "keypoints", "segmentation", "bbox"} <= set(entry)
+    assert (
+        category["name"] == "dog"
+        and category["keypoints"] == list(FACTS.point_names)
+        and category["skeleton"] == [[1, 2], [1, 3]]
+    )
     images = labelled_images(path)
     assert images[0].points == pytest.approx(POINTS) and images[0].path == tmp_path / "a.png"
-    assert images.labels.point_names == FACTS.point_names and list(images.labels.skeleton) == [(0, 1), (0, 2)]
+    assert (
+        images.labels.category == "dog"
+        and images.labels.point_names == FACTS.point_names
+        and list(images.labels.skeleton) == [(0, 1), (0, 2)]
+    )
 
 
 def test_facts_are_checked():
-    for wrong in ({"point_names": ("a",)}, {"skeleton": (0,)}, {"skeleton": (0, 3)}, {"point_names": (1, 2, 3)}):
+    for wrong in (
+        {"point_names": ("a",)},
+        {"skeleton": (0,)},
+        {"skeleton": (0, 3)},
+        {"point_names": (1, 2, 3)},
+        {"category": 1},
+    ):
         with pytest.raises(UserError):
             FACTS.replace(**wrong)

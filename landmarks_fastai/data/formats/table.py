@@ -39,6 +39,7 @@ class LabelTable:
     valid: np.ndarray | None = None  # bool (rows,), the source's own validation rows
     flip_indices: tuple[int, ...] = ()  # () if the source gives none
     skeleton: tuple[tuple[int, int], ...] = ()
+    category: str = ""  # of the objects; "" if the source names none
     faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with it
     left_out: dict[str, int] = field(default_factory=dict)  # what no row is made of -> how many
     origin: float = CENTRE
@@ -128,6 +129,7 @@ class Rows:
             groups=[row.group for row in rows] if any(row.group for row in rows) else None,
             valid=np.array([row.valid for row in rows]) if any(row.valid for row in rows) else None,
             skeleton=tuple((a, b) for a, b in bones if 0 <= min(a, b) and max(a, b) < points.shape[1]),
+            category=category,
             faults=faults,
             left_out=dict(self.left_out),
             origin=self.origin,

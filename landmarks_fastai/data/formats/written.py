@@ -23,10 +23,12 @@ def coco_category(
     names: Sequence[str],  # of the points; empty: they have numbers
     n_points: int,
     skeleton: Sequence[Sequence[int]],  # pairs of points that a line joins
+    name: str = "",
 ) -> dict[str, Any]:
     "Return the one category of a COCO file, whose skeleton counts from 1."
     keypoints = list(names) or [str(k) for k in range(n_points)]
-    return {"id": 1, "name": "object", "keypoints": keypoints, "skeleton": [[a + 1, b + 1] for a, b in skeleton]}
+    bones = [[a + 1, b + 1] for a, b in skeleton]
+    return {"id": 1, "name": name or "object", "keypoints": keypoints, "skeleton": bones}
 
 
 def coco_annotation(
@@ -35,12 +37,15 @@ def coco_annotation(
     points: np.ndarray,  # (n_points, 2) pixels; NaN: missing
     box: Sequence[float] | np.ndarray | None = None,  # left, top, right, bottom; None: of the points
 ) -> dict[str, Any]:
-    "Return the annotation of an object: a missing point is 0, 0, 0, another has the visibility 2."
+    """Return the annotation of an object: a missing point is 0, 0, 0, another has the visibility 2.
+
+    CVAT's importer refuses annotations without a segmentation, and takes an empty one.
+    """
     labelled = ~np.isnan(points).any(1)
     edges = np.concatenate([np.nanmin(points, axis=0), np.nanmax(points, axis=0)]) if box is None else box
     left, top, right, bottom = np.asarray(edges, np.float64).tolist()
     keypoints = np.column_stack([np.nan_to_num(points), 2 * labelled]).ravel()
-    entry = {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0}
+    entry = {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0, "segmentation": []}
     entry |= {
         "bbox": rounded([left, top, right - left, bottom - top]),
         "area": rounded((right - left) * (bottom - top)),
