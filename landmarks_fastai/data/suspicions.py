@@ -25,7 +25,9 @@ def suspicions(labels: Labels) -> list[str]:
     if len(rows) < FEW:
         return []
     points = labels.stored[rows].astype(np.float64)
-    tests = (_visibility, _missing_numbers, _fractions, _planar, _box)
+    if text := _fractions(points):  # the other tests count in pixels
+        return [text]
+    tests = (_visibility, _missing_numbers, _planar, _box)
     return [text for test in tests if (text := test(points))]
 
 
