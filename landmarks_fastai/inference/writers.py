@@ -7,8 +7,9 @@ every format.
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
@@ -77,13 +78,16 @@ def _object(prediction: Prediction, k: int) -> dict[str, Any]:
 
 
 def _coco(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
-    "COCO's keypoint format: images, annotations with keypoints x, y, 2 (visible), one category."
+    """COCO's keypoint format: images, annotations with keypoints x, y, 2 (visible), one category.
+
+    File names are relative to the folder that all pictures are in: CVAT compares their last parts with its own names.
+    """
     file = files.enter_context(atomic_write(path))
     skeleton = list(zip(facts.skeleton[::2], facts.skeleton[1::2], strict=True))
     category = coco_category(facts.point_names, facts.n_points, skeleton, facts.category)
     file.write(f'{{"categories": {json.dumps([category])},\n"annotations": ')
     images: list[dict] = []  # without points: a hundred bytes a picture
-    files.callback(lambda: file.write(f',\n"images": {json.dumps(images, ensure_ascii=False)}}}\n'))
+    files.callback(lambda: file.write(f',\n"images": {json.dumps(_in_common_folder(images), ensure_ascii=False)}}}\n'))
     add, numbers = _list(files, file), count(1)
 
     def write(result: PictureResult) -> None:
@@ -192,6 +196,14 @@ class OutputNames:
                 folder.mkdir(parents=True, exist_ok=True)
                 return made
         raise AssertionError
+
+
+def _in_common_folder(images: list[dict]) -> list[dict]:
+    "Return the images with file names relative to the folder that all are in, where there is one."
+    with suppress(ValueError):  # no images, absolute and relative paths, several drives
+        common = os.path.commonpath([os.path.dirname(image["file_name"]) for image in images])
+        return [image | {"file_name": Path(image["file_name"]).relative_to(common).as_posix()} for image in images]
+    return images
 
 
 def _image(result: PictureResult) -> dict[str, Any]:

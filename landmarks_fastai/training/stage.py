@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from fastai.callback.core import Callback
@@ -286,9 +287,12 @@ def report(run: Run, best: Checkpoint, machine: Machine, counted: str = "") -> s
     pm = f"-pm {shlex.quote(run.name)}{run.out_flag}{gpu}"
     nme = "" if best.nme is None else f", nme_box_diag {best.nme:.4g}"
     held = " on rows that were trained on" if best.settings.all_rows else ""
+    test = Path(best.settings.data, "test").is_dir()
+    last = "submission:  " if test else "predictions: "
+    pictures = "" if test else " PICTURES" + (" --boxes CSV" if best.settings.crop == "box" else "")
     return (
         f"run {run.name}: score {best.score:.6g}{counted}{nme}{held} ({when})\n"
         f"look at {run.folder / 'report.html'} and results.png; epochs in {run.folder / 'history.csv'}\n"
         f"next stage:  {typed_as('finetune.py')} {pm}\n"
-        f"submission:  {typed_as('predict.py')} {pm}"
+        f"{last}{typed_as('predict.py')} {pm}{pictures}"
     )

@@ -1,6 +1,7 @@
 "Names of points come out of a checkpoint, in the files of predictions; COCO's is read by the program itself."
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +54,23 @@ def test_coco_is_read_again(tmp_path):
         and images.labels.point_names == FACTS.point_names
         and list(images.labels.skeleton) == [(0, 1), (0, 2)]
     )
+
+
+@pytest.mark.parametrize(
+    "names, written_names",
+    [
+        (["rest/a.jpg", "rest/b c.jpg"], ["a.jpg", "b c.jpg"]),
+        (["/x/rest/a.jpg", "/x/more/y/a.jpg"], ["rest/a.jpg", "more/y/a.jpg"]),
+        (["a.jpg", "more/a.jpg"], ["a.jpg", "more/a.jpg"]),
+        (["/x/a.jpg", "more/a.jpg"], ["/x/a.jpg", "more/a.jpg"]),
+        ([], []),
+    ],
+)
+def test_coco_has_no_folder_that_all_pictures_are_in(tmp_path, names, written_names):
+    with open_writer("coco", tmp_path, FACTS, False) as (write, path):
+        for name in names:
+            write(PictureResult(Picture(Path(name)), (60, 50), [Prediction(POINTS)]))
+    assert [image["file_name"] for image in json.loads(path.read_text())["images"]] == written_names
 
 
 def test_facts_are_checked():
