@@ -34,6 +34,22 @@ def within_memory(learn: Any) -> Iterator[None]:  # a `LandmarkLearner`
         raise UserError(f"-b {settings.batch_size}: not enough memory for such a batch: {hint}") from None
 
 
+def peak_memory(device: str = "cpu") -> float:
+    "Return the most memory that this process has used, in MB: with CUDA that of its tensors on the GPU."
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:  # VmHWM: unlike `getrusage`'s figure it begins anew with the process, not with its parent's
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # not Linux
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 1e6
+
+
 def out_of_memory(error: Exception) -> bool:
     "Return whether an error says that the main process or the GPU has too little memory."
     import torch
