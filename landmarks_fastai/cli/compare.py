@@ -106,8 +106,6 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     combinations = [first, *(first | {flag: value} for flag, values in varied.items() for value in values[1:])]
     if args.grid:
         combinations = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    if len(combinations) * args.seeds < 2:
-        raise UserError("nothing to compare: give a flag several values, as --arch resnet18 resnet34, or --seeds 3")
 
     def label(values: dict[str, str]) -> str:  # those that are not the first ones, or all
         changed = {flag: value for flag, value in values.items() if value != first[flag]} or values
@@ -116,19 +114,28 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     planned = []
     for seed, values in itertools.product(range(args.seed, args.seed + args.seeds), combinations):
         words = words_of(flags | {flag: [value] for flag, value in values.items()} | {"--seed": [str(seed)]})
-        typed = options.typed_flags(parser.parse_args(words))
+        parsed = parser.parse_args(words)
+        if parsed.overwrite or parsed.resume:
+            parser.error("--overwrite and --resume are for a single run: the same command continues a comparison")
+        typed = options.typed_flags(parsed)
         if not later:
             train.first_settings(typed)
         name = f"{runs.plain_name(re.sub('(^| )-+', ' ', label(values)).strip())[:150]}_seed_{seed}"
         stages = [name, *(f"{name}_stage_{k}" for k in range(2, args.stages + 1))]
         about = {"label": label(values), "values": values, "seed": seed, "minutes": typed.get("minutes", 0)}
         planned.append(about | {"script": script, "words": words, "stages": stages, "failed": ""})
+    if len(planned) < 2:
+        raise UserError("nothing to compare: give a flag several values, as --arch resnet18 resnet34, or --seeds 3")
     if len({run["stages"][0] for run in planned}) < len(planned):
         raise UserError("two combinations would have the same name of a run: compare them by themselves")
     groups = {"": {run["label"]: run["label"] for run in planned}}
     if not args.grid and len(varied) > 1:
         groups = {flag: {v: label(first | {flag: v}) for v in values} for flag, values in varied.items()}
-    kept = {flag: v[:1] for flag, v in flags.items() if flag.strip("-").replace("-", "_") in {*runs.MACHINE, "minutes"}}
+    kept = {
+        flag: v[:1]
+        for flag, v in flags.items()
+        if flag.removeprefix("--no").strip("-").replace("-", "_") in {*runs.MACHINE, "minutes"}
+    }
     return {"groups": groups, "later": words_of(kept), "runs": planned}
 
 
@@ -151,12 +158,14 @@ def run_all(folder: Path, plan: dict[str, Any], jobs: int | None, finished: Call
     def run_one(run: dict[str, Any]) -> str:
         "Run the stages of a run that are not finished; return the line of what failed."
         gpu, line, script, words = places.get(), "", run["script"], run["words"]
-        for name in run["stages"]:
-            if not results_of(folder, [name]) and not line:
-                line = run_stage(script, name, [*machine, *words], {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-            script, words = "finetune.py", ["-pm", str(folder / name / "best.pth"), *plan["later"]]
-        places.put(gpu)
-        return line
+        try:
+            for name in run["stages"]:
+                if not line and not results_of(folder, [name]):
+                    line = run_stage(script, name, [*machine, *words], {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+                script, words = "finetune.py", ["-pm", str(folder / name / "best.pth"), *plan["later"]]
+            return line
+        finally:
+            places.put(gpu)
 
     def run_stage(script: str, name: str, words: list[str], env: dict[str, str]) -> str:
         "Run a stage in a process, whose output is added to NAME.log; return its error's line."
@@ -175,6 +184,8 @@ def run_all(folder: Path, plan: dict[str, Any], jobs: int | None, finished: Call
             # in a session of its own: it gets a Ctrl-C once, by the end of its stdin
             files = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "start_new_session": True}
             processes.append(process := subprocess.Popen(command, env=os.environ | env, **files))
+            if stopping.is_set():
+                process.stdin.close()
             status = process.wait()
             log.seek(begin)
             lines = [line.strip() for line in log if line.strip()]
@@ -197,6 +208,7 @@ def run_all(folder: Path, plan: dict[str, Any], jobs: int | None, finished: Call
                 )
                 finished()
         except BaseException:
+            print("stopping: the runs save their states, and the same command continues", file=sys.stderr, flush=True)
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
