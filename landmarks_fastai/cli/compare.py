@@ -71,11 +71,15 @@ class Parser(options.Parser):
 def split_flags(words: Sequence[str]) -> dict[str, list[str]]:
     "Flag -> values, of a command line. Raises `UserError` for a word before the first flag."
     flags: dict[str, list[str]] = {}
+    flag = ""
     for word in words:
-        if word[:1] != "-" and not flags:
+        if word[:1] == "-":
+            flag, *value = word.split("=", 1)
+            flags[flag] = value
+        elif flag:
+            flags[flag].append(word)
+        else:
             raise UserError(f"unrecognized argument: {word}")
-        flag, *value = word.split("=", 1) if word[:1] == "-" else [[*flags][-1], word]
-        flags.setdefault(flag, []).extend(value)
     return {flag: list(dict.fromkeys(values)) for flag, values in flags.items()}
 
 
@@ -208,11 +212,11 @@ def run_all(folder: Path, plan: dict[str, Any], jobs: int | None, finished: Call
                 )
                 finished()
         except BaseException:
-            print("stopping: the runs save their states, and the same command continues", file=sys.stderr, flush=True)
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.stdin.close()
+            print("stopping: the runs save their states, and the same command continues", file=sys.stderr, flush=True)
             raise
 
 
