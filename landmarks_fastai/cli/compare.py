@@ -31,6 +31,7 @@ from landmarks_fastai.utils.hardware import available_cores, gpu_count
 if TYPE_CHECKING:
     import pandas as pd
 
+LATER = {*runs.MACHINE, "minutes"}  # flags that the later stages of a run get, too
 PACKAGES = str(Path(__file__).resolve().parents[2])
 
 
@@ -50,13 +51,7 @@ class Parser(options.Parser):
         add("-n", "--name", required=True, help="name of the comparison and of its folder")
         add("--grid", action="store_true", help="all combinations (default: one factor at a time)")
         add("--seeds", type=count, default=1, metavar="N", help="runs of each combination (default: 1)")
-        add(
-            "--seed",
-            type=int,
-            default=0,
-            metavar="N",
-            help="random seed of the first; the others count on (default: 0)",
-        )
+        add("--seed", type=int, default=0, metavar="N", help="random seed of the first; others count on (default: 0)")
         about = "stages of a run; the later ones as finetune.py makes them without flags (default: 1)"
         add("--stages", type=count, default=1, metavar="N", help=about)
         about = "runs side by side, each with its share of the cores (default: 1; with --gpu, one on each GPU)"
@@ -135,11 +130,7 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     groups = {"": {run["label"]: run["label"] for run in planned}}
     if not args.grid and len(varied) > 1:
         groups = {flag: {v: label(first | {flag: v}) for v in values} for flag, values in varied.items()}
-    kept = {
-        flag: v[:1]
-        for flag, v in flags.items()
-        if flag.removeprefix("--no").strip("-").replace("-", "_") in {*runs.MACHINE, "minutes"}
-    }
+    kept = {k: v[:1] for k, v in flags.items() if re.sub("^--(no-)?", "", k).replace("-", "_") in LATER}
     return {"groups": groups, "later": words_of(kept), "runs": planned}
 
 
@@ -206,10 +197,8 @@ def run_all(folder: Path, plan: dict[str, Any], jobs: int | None, finished: Call
                 run, left = futures[future], (time.monotonic() - begun) / k * (len(missing) - k) / 60
                 run["failed"] = future.result()
                 said = run["failed"] or f"score {results_of(folder, run['stages'])['score']:.6g}"
-                print(
-                    f"{k} of {len(missing)}: {run['label']}, seed {run['seed']}: {said}; {left:.1f} minutes left",
-                    flush=True,
-                )
+                about = f"{run['label']}, seed {run['seed']}: {said}"
+                print(f"{k} of {len(missing)}: {about}; {left:.1f} minutes left", flush=True)
                 finished()
         except BaseException:
             stopping.set()
