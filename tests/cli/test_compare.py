@@ -65,7 +65,7 @@ def test_one_factor_at_a_time_around_the_first_values():
     assert words[0] == "-d x --arch a --opt adamw -e 2 --seed 5"
     assert words[4] == "-d x --arch a --opt adamw --freeze -e 2 --seed 5"
     assert words[8] == "-d x --arch a --opt adam -e 2 --seed 6"
-    assert planned("-d x -b 8 --arch a b -b 4 16")[1]["runs"][1]["words"] == "-d x -b 4 --arch b --seed 0".split()
+    assert planned("-d x -b 8 --arch a b -b 4 16")[1]["runs"][2]["words"] == "-d x -b 4 --arch b --seed 0".split()
     assert plan["groups"]["--opt"] == {"adamw": labels[0], "adam": "--opt adam"}
 
 
