@@ -178,7 +178,8 @@ def run_all(folder: Path, plan: dict[str, Any], jobs: int | None, finished: Call
             begin = log.seek(0, os.SEEK_END)
             # in a session of its own: it gets a Ctrl-C once, by the end of its stdin
             files = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "start_new_session": True}
-            processes.append(process := subprocess.Popen(command, env=os.environ | env, **files))
+            process: Any = subprocess.Popen(command, env=os.environ | env, **files)
+            processes.append(process)
             if stopping.is_set():
                 process.stdin.close()
             status = process.wait()
@@ -237,8 +238,8 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
     with process_lock(Path(args.out, f".{args.name}.lock")) as locked:
         if not locked:
             raise UserError(f"-n {args.name}: another process is running it: let it end; --show shows what there is")
-        before: dict[str, Any] = runs.read_plan(folder) if folder.exists() else {"runs": []}
-        words_before = {run["stages"][0]: run["words"] for run in before["runs"]}
+        before: list[dict[str, Any]] = runs.read_plan(folder)["runs"] if folder.exists() else []
+        words_before = {run["stages"][0]: run["words"] for run in before}
         for name, planned in ((run["stages"][0], run["words"]) for run in plan["runs"]):
             if words_before.get(name, planned) != planned:
                 was = f"its run {name} was started with {shlex.join(words_before[name])}"
