@@ -233,7 +233,8 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
         raise UserError(f"-n {args.name!r} is not a plain file name: choose a short name without / and other marks")
     if args.show:
         return folder, write_leaderboard(folder)
-    plan = make_plan(args, split_flags(rest)) | {"command": f"python -m landmarks_fastai.compare {shlex.join(words)}"}
+    plan = make_plan(args, split_flags(rest))
+    plan["command"] = f"python -m landmarks_fastai.compare {shlex.join(words)}"
     os.makedirs(args.out, exist_ok=True)
     with process_lock(Path(args.out, f".{args.name}.lock")) as locked:
         if not locked:
