@@ -1,7 +1,7 @@
 "Train a network that finds many landmarks in a picture, on fastai."
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "landmark_block", "landmark_dataloaders", "landmark_learner"]
+__all__ = ["Predictor", "compare", "landmark_block", "landmark_dataloaders", "landmark_learner"]
 
 
 def __getattr__(name: str):
@@ -14,6 +14,10 @@ def __getattr__(name: str):
         from landmarks_fastai.training.learner import landmark_learner
 
         return landmark_learner
+    if name == "compare":
+        from landmarks_fastai.cli.compare import compare
+
+        return compare
     if name == "Predictor":
         from landmarks_fastai.inference.predictor import Predictor
 

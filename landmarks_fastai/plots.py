@@ -153,12 +153,7 @@ def draw_scores(
     for k, (label, epochs, scores) in enumerate(curves):
         marker = "o" if len(scores) < 30 else ""
         ax.plot(epochs, scores, marker=marker, ms=3.5, lw=1.6, c=COLOURS[k % len(COLOURS)], label=label)
-    values = np.concatenate([scores for _, _, scores in curves])
-    values = values[np.isfinite(values) & (values > 0)]
-    if len(values) and values.max() > 4 * values.min():
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        ax.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if values.max() < 12 * values.min() else "")
+    _score_axis(ax, np.concatenate([scores for _, _, scores in curves]))
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -166,6 +161,25 @@ def draw_scores(
     ax.grid(True, which="major")
     if len(curves) > 1:
         ax.legend(fontsize=9)
+
+
+def _score_axis(ax: "Axes", values: np.ndarray) -> None:
+    values = values[np.isfinite(values) & (values > 0)]
+    if len(values) and values.max() > 4 * values.min():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        ax.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if values.max() < 12 * values.min() else "")
+
+
+def draw_tradeoff(ax: "Axes", points: np.ndarray) -> None:
+    "Plot numbered points (n, 3): minutes, score, standard deviation of the score, NaN: not known."
+    for k, (minutes, score, spread) in enumerate(points):
+        colour = COLOURS[k % len(COLOURS)]
+        ax.errorbar(minutes, score, None if np.isnan(spread) else spread, fmt="o", ms=4, capsize=3, c=colour)
+        ax.annotate(str(k + 1), (minutes, score), xytext=(5, 4), textcoords="offset points")
+    _score_axis(ax, points[:, 1])
+    ax.set(xlabel="minutes", ylabel="score")
+    ax.grid(True, which="major")
 
 
 def draw_landmarks(ax: "Axes", shape: np.ndarray, errors: np.ndarray, named: Sequence[int]) -> None:

@@ -78,7 +78,7 @@ class _Record:
 class Settings(_Record):
     """The settings of one stage, checked when they are created. Raises `UserError` for a value out of range.
 
-    The defaults are the published entry's, except where a measurement found something better (`benchmarks/score.py`);
+    The defaults are the published entry's, except where a measurement found something better (`benchmarks/score.md`);
     `RECIPES["baseline"]` restores the entry's.
     """
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 
+from landmarks_fastai.cli.compare import Parser
 from landmarks_fastai.cli.export import export_parser
 from landmarks_fastai.cli.finetune import finetune_parser
 from landmarks_fastai.cli.predict import predict_parser
@@ -49,7 +50,7 @@ def helps(capsys):
     from landmarks_fastai.synthetic import sample
 
     for parse in (
-        *(parser().parse_args for parser in (*PARSERS.values(), export_parser)),
+        *(parser().parse_args for parser in (*PARSERS.values(), export_parser, Parser)),
         sample.main,
         competition.main,
     ):

@@ -156,16 +156,19 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
     return path
 
 
-def write_comparison(path: Path, checkpoints: Sequence[Checkpoint]) -> None:
-    "Write a page of several runs: a table, and the scores of their epochs."
+def write_comparison(path: Path, checkpoints: Sequence[Checkpoint], board: dict[str, Any] | None = None) -> None:
+    "Write a page of several runs: a table, and the scores of their epochs; of a comparison its leaderboard first."
     runs = [stages_of(checkpoint.path.parent) for checkpoint in checkpoints]
     scores = [np.concatenate([stage.scores for stage in stages]) for stages in runs]
     curves = [(str(k), np.arange(len(values)), values) for k, values in enumerate(scores, 1)]
-    figure = _figure(plots.draw_scores, "scores", (6.4, 4.0), curves)
+    figure = _figure(plots.draw_scores, "scores", (6.4, 4.0), curves) if curves else ""
+    if board:
+        board["figure"] = _figure(plots.draw_tradeoff, "tradeoff", (6.4, 4.0), board["points"])
     _write(
         path,
         "runs",
-        name=", ".join(c.name for c in checkpoints),
+        name=board["name"] if board else ", ".join(c.name for c in checkpoints),
+        board=board,
         runs=list(zip(checkpoints, runs, strict=True)),
         figure=figure,
     )

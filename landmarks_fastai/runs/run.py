@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -29,6 +29,7 @@ from landmarks_fastai.utils.hardware import Machine
 MAX_NAME = 200  # bytes of a run's name: with suffixes it must fit into a file system's 255
 SAVED = ("best.pth", "state.safetensors")  # a run without either has saved nothing
 LISTING = "bad.csv"
+PLAN = "compare.json"  # of a comparison
 OVERLAY = "overlay"  # folder of the copies with points
 # Format -> the file of a prediction's points; a folder for pts.
 PREDICTIONS = {
@@ -67,6 +68,7 @@ class Record:
     threads: int = 0  # of PyTorch on the CPU; 0: as many as other programs left free
     loaded: Any = None  # score and NME of the checkpoint that a later stage starts from
     versions: dict[str, str] = field(default_factory=dict)  # of what the fit began with: Python, PyTorch, …
+    results: dict[str, Any] = field(default_factory=dict)  # of a finished stage: score, images a second, memory, …
     ended: bool = False
 
     @property
@@ -185,6 +187,30 @@ def read_record(run: Run) -> Record | None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is not the record of a run ({reason(e)}): start over with --overwrite") from None
     return record
+
+
+def results_of(out: Path, names: Iterable[str]) -> dict[str, Any]:
+    "The results of a run and its later stages, with the minutes of all; empty if one of them is not finished."
+    results: list[dict[str, Any]] = []
+    for name in names:
+        record, file = read_record(Run(out, name)), out / name / "best.pth"
+        if not (record and record.ended and record.results and file.exists()):
+            return {}
+        results.append(
+            record.results | {"file_mb": file.stat().st_size / 1e6, "parameters": record.results["parameters"] / 1e6}
+        )
+    return results[-1] | {"minutes": sum(stage["minutes"] for stage in results)}
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    "Read the plan of a comparison, as cli/compare.py makes it. Raises `UserError` if there is none, or a damaged one."
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        return {key: plan[key] for key in ("command", "groups", "later", "runs")}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(
+            f"{folder} is not the folder of a comparison ({PLAN}: {reason(e)}): check -n and --out"
+        ) from None
 
 
 def stopped_runs(out: str | os.PathLike) -> str:

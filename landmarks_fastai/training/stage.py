@@ -40,7 +40,7 @@ from landmarks_fastai.training.state import State
 from landmarks_fastai.utils.distributed import barrier, is_first
 from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.hardware import Machine
-from landmarks_fastai.utils.memory import within_memory
+from landmarks_fastai.utils.memory import peak_memory, within_memory
 
 RESULTS_SHOWN = (2, 2, 2)  # images in results.png: the worst, around the median, the best
 BATCH_SHOWN = 9  # images in batch.png
@@ -156,7 +156,7 @@ def fit_stage(
     unfinished = settings.replace(confidence=False)  # the spread is fitted to the best epoch at the end
     sides = sides_of(learn.dls.items, settings)
     save = callbacks.SaveBest(run, unfinished, previous_scores[0] if previous_scores else None, sides)
-    cbs = [stop_on_nan, save, history, *bars]
+    cbs = [stop_on_nan, save, speed := callbacks.Speed(), history, *bars]
     if learn.machine.log:
         cbs.append(callbacks.TensorBoard(run, settings))
     if settings.patience:
@@ -172,7 +172,7 @@ def fit_stage(
     _check_saved(learn, run, settings, save, stop_on_nan.step, previous, previous_scores)
     if save.scores:
         note_few_images(save.scores)
-    return _report_best(learn, run)
+    return _report_best(learn, run, started, speed)
 
 
 def _write_record(learn: LandmarkLearner, run: Run, settings: Settings, loaded: tuple[float, float] | None) -> None:
@@ -182,8 +182,8 @@ def _write_record(learn: LandmarkLearner, run: Run, settings: Settings, loaded: 
     run.write_record(replace(run.record, loaded=loaded, versions=versions(), **chosen, **data))
 
 
-def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
-    "Load the run's checkpoint, add the confidence, score it with the flip test, write results.png and report.html."
+def _report_best(learn: LandmarkLearner, run: Run, started: float, speed: callbacks.Speed) -> Checkpoint:
+    "Load the best, add the confidence, score it with the flip test, write results.png, report.html and the record's results."
     barrier()  # the first process has written the checkpoint
     best = read_checkpoint(run.folder / "best.pth")
     if best.settings.of("input") == learn.settings.of("input"):
@@ -195,7 +195,9 @@ def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
         best = read_checkpoint(run.folder / "best.pth")
     flips, valid = bool(best.facts.flip_indices), learn.dls.valid.items
     predictor, errors = _predictor(learn, best, flips), RowErrors(valid, best.facts)
+    began = time.monotonic()
     scores = score_rows(predictor, _validation_items(learn), collect=errors.add)
+    rates = {"train_images_s": speed.images_s, "predict_images_s": scores.images / (time.monotonic() - began)}
     errors.gather()
     if flips and not best.settings.tta:
         report_unaligned(scores.unaligned, scores.images)
@@ -206,6 +208,10 @@ def _report_best(learn: LandmarkLearner, run: Run) -> Checkpoint:
         if learn.machine.log:
             callbacks.add_results(run, best.settings.epochs)
         _write_page(run, best, predictor, errors, scores)
+    if run.record:
+        results = {"score": best.score, "nme_box_diag": best.nme, "minutes": (time.monotonic() - started) / 60} | rates
+        size = {"parameters": sum(p.numel() for p in learn.model.parameters())}
+        run.write_record(replace(run.record, results=results | size | {"memory_mb": peak_memory(learn.machine.device)}))
     barrier()  # a process that ends while another is at work aborts in gloo's threads
     return best
 

@@ -3,8 +3,10 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.distributed import this_process
@@ -32,6 +34,18 @@ def within_memory(learn: Any) -> Iterator[None]:  # a `LandmarkLearner`
             raise
         hint = "try a smaller -b, and --accumulate for the same steps"
         raise UserError(f"-b {settings.batch_size}: not enough memory for such a batch: {hint}") from None
+
+
+def peak_memory(device: str) -> float:
+    "Return the most memory that this process has used, in MB: with CUDA that of its tensors on the GPU. Not on Linux: that of now."
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    with suppress(OSError, StopIteration), open("/proc/self/status") as status:
+        # VmHWM: unlike `getrusage`'s figure it begins anew with the process, not with its parent's
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -8,6 +8,7 @@ from landmarks_fastai.training.callbacks.progress import (  # noqa: F401
     History,
     PlainLines,
     ProgressTable,
+    Speed,
     no_bars,
     plain_line,
     show_progress,

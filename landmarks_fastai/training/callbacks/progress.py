@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.learner import Learner, Recorder
 
 from landmarks_fastai.runs.run import Run
+from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import write_text
 
 
@@ -36,6 +38,27 @@ class History(CSVLogger):
 
     def after_fit(self):
         self.learn.logger = self.old_logger
+
+
+class Speed(Callback):
+    "Count the training images of all processes, and the seconds from the reading of their batches to the step."
+
+    images, seconds = 0, 0.0
+
+    def before_train(self):
+        self.began = time.monotonic()
+
+    def after_batch(self):
+        if self.training:
+            self.images += len(self.xb[0]) * this_process().count
+
+    def after_train(self):
+        self.seconds += time.monotonic() - self.began
+
+    @property
+    def images_s(self) -> float | None:
+        "Images a second; None before the first."
+        return self.images / self.seconds if self.images else None
 
 
 class ProgressTable(ProgressCallback):

@@ -1,0 +1,110 @@
+"The leaderboard of a comparison: leaderboard.csv, leaderboard.md and leaderboard.html in its folder."
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from landmarks_fastai.inference.report import write_comparison
+from landmarks_fastai.runs.checkpoint import read_checkpoint
+from landmarks_fastai.runs.run import read_plan, results_of
+from landmarks_fastai.utils.files import atomic_write, write_text
+
+CONFIDENCE = 0.95  # of the interval of a difference
+TITLES = {"combination": "combination", "score": "score", "nme_box_diag": "NME (box_diag)", "parameters": "M weights",
+          "train_images_s": "train images/s", "predict_images_s": "predict images/s", "minutes": "minutes",
+          "memory_mb": "memory MB", "file_mb": "file MB"}  # fmt: skip
+NOTE = (
+    "Score: mean and standard deviation over the seeds, on the validation rows, without the flip test. Images a second: of "
+    "training's batches; of the prediction from files to points, with the flip test where there is a flip map. Minutes: of "
+    "all stages of a seed. Memory: the most that the process used, with --gpu its tensors."
+)
+RULE = "Better: the 95% confidence interval of the difference of the mean scores (Welch) leaves out 0, each pair by itself."
+
+
+def leaderboard(folder: Path) -> pd.DataFrame:
+    """The leaderboard of a comparison's folder so far, a row a combination, the best mean score first.
+
+    Columns: `combination`, and the flags that differ; `score`, the mean over the seeds, `score_sd`, its standard deviation,
+    `scores`, of each seed, `seeds`, their number; `failed`, the lines of runs that failed; means over the seeds of
+    `nme_box_diag`, `parameters` (millions), `train_images_s`, `predict_images_s`, `minutes` (of all stages), `memory_mb`, `file_mb`.
+    """
+    rows = {}
+    for run in read_plan(folder)["runs"]:
+        row = rows.setdefault(run["label"], {"combination": run["label"], **run["values"], "results": [], "failed": []})
+        results = results_of(folder, run["stages"])
+        row["results"] += [results] if results else []
+        row["failed"] += [f"seed {run['seed']}: {run['failed']}"] if run["failed"] and not results else []
+    for row in rows.values():
+        results = pd.DataFrame(row.pop("results"), columns=[*TITLES][1:], dtype=float)
+        scores = results["score"].to_list()
+        row |= {"score": 0.0, "score_sd": results["score"].std(), "seeds": len(scores), **results.mean()}
+        row |= {"scores": " ".join(map(str, scores)), "failed": "; ".join(row["failed"])}
+    return pd.DataFrame([*rows.values()]).sort_values("score", kind="stable", ignore_index=True)
+
+
+def is_larger(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Return whether the means of two samples of scores differ by more than their spread over the seeds.
+
+    They do if the 95% confidence interval of the difference of the means leaves out 0: Welch's t interval, for samples of
+    unequal variances (B. L. Welch 1947, Biometrika 34, 28-35), by `scipy.stats.ttest_ind`. Each pair is tested by itself: of
+    twenty pairs of equals one is expected to be told apart by chance.
+    """
+    from scipy.stats import ttest_ind
+
+    if np.ptp(a) + np.ptp(b) == 0:
+        return a[0] != b[0]
+    low, high = ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
+    return not low <= 0 <= high
+
+
+def differences(samples: Mapping[str, Sequence[float]]) -> list[str]:
+    "Say of each name, the best mean score first, which of those after it are worse, by `is_larger`, and which may not be."
+    known = sorted((name for name in samples if len(samples[name]) > 1), key=lambda name: float(np.mean(samples[name])))
+    seeds, sentences = " or ".join(map(str, sorted({len(samples[name]) for name in known}))), []
+    for k, name in enumerate(known):
+        worse = [other for other in known[k + 1 :] if is_larger(samples[name], samples[other])]
+        same = [other for other in known[k + 1 :] if other not in worse]
+        sentences += [f"{name} is better than {_join(worse)}."] if worse else []
+        sentences += [f"{name} and {_join(same)} cannot be told apart with {seeds} seeds."] if len(same) == 1 else []
+        sentences += [f"{name} cannot be told apart from {_join(same)} with {seeds} seeds."] if len(same) > 1 else []
+    return sentences
+
+
+def _join(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def write_leaderboard(folder: Path) -> pd.DataFrame:
+    "Write the three files, of the runs that are finished, and return the `leaderboard`. Raises `UserError` without a plan."
+    plan, board = read_plan(folder), leaderboard(folder)
+    with atomic_write(folder / "leaderboard.csv") as file:
+        board.to_csv(file, index=False, lineterminator="\n")
+    samples = {k: [*map(float, text.split())] for k, text in zip(board["combination"], board["scores"], strict=True)}
+    said = [
+        f"{flag}: {sentence}".removeprefix(": ")
+        for flag, labels in plan["groups"].items()
+        for sentence in differences({value: samples[label] for value, label in labels.items()})
+    ] or ["No combination has two seeds yet, which it takes to know the spread: --seeds 3."]
+    said += [f"Failed: {row['combination']}, {row['failed']}" for row in board.to_dict("records") if row["failed"]]
+    rows = [["", *TITLES.values()], *([str(k), *_cells(row)] for k, row in enumerate(board.to_dict("records"), 1))]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    table = "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
+    parts = [f"# {folder.name}", f"    {plan['command']}", table, NOTE, RULE, "\n".join(f"- {line}" for line in said)]
+    write_text(folder / "leaderboard.md", "\n\n".join(parts) + "\n")
+    first = {run["label"]: run["stages"] for run in reversed(plan["runs"])}  # the first seed of each
+    finished = [first[label] for label in board["combination"] if results_of(folder, first[label])]
+    checkpoints = [read_checkpoint(folder / stages[-1] / "best.pth") for stages in finished]
+    points = board.dropna(subset="score")[["minutes", "score", "score_sd"]].to_numpy(float)
+    more = {"name": folder.name, "command": plan["command"], "rows": rows, "note": NOTE, "rule": RULE, "said": said}
+    write_comparison(folder / "leaderboard.html", checkpoints, more | {"points": points})
+    return board
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if not row["seeds"]:
+        return [row["combination"], "failed" if row["failed"] else "not run yet", *[""] * (len(TITLES) - 2)]
+    spread = f" ± {row['score_sd']:.2g} ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
+    return [row["combination"], f"{row['score']:.4g}{spread}", *(f"{row[name]:.4g}" for name in [*TITLES][2:])]
