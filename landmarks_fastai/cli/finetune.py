@@ -69,7 +69,8 @@ def main() -> None:
 
         from landmarks_fastai.runs.checkpoint import read_checkpoint
         from landmarks_fastai.training.builders import later_stage, resumed_stage
-        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report, score_loaded
+        from landmarks_fastai.training.length import note_low_lr
+        from landmarks_fastai.training.stage import find_lr, fit_stage, report, score_loaded
         from landmarks_fastai.training.state import read_state
 
         flags = run.record.flags  # with --resume those of the run's start

@@ -83,7 +83,8 @@ def main() -> None:
         print(f"run {run.name}", flush=True)
 
         from landmarks_fastai.training.builders import first_stage, resumed_stage
-        from landmarks_fastai.training.stage import find_lr, fit_stage, note_low_lr, report
+        from landmarks_fastai.training.length import note_low_lr
+        from landmarks_fastai.training.stage import find_lr, fit_stage, report
         from landmarks_fastai.training.state import read_state
 
         flags = run.record.flags  # with --resume those of the run's start

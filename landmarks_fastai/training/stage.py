@@ -45,7 +45,6 @@ from landmarks_fastai.utils.memory import peak_memory, within_memory
 RESULTS_SHOWN = (2, 2, 2)  # images in results.png: the worst, around the median, the best
 BATCH_SHOWN = 9  # images in batch.png
 FOREVER = 10_000  # epochs of a stage with a time limit
-LOW, FEW_STEPS = 0.25, 10_000  # of `note_low_lr`: share of the default learning rate, number of steps
 UNCERTAIN = 0.1  # standard error of a score, as a share of it, that a note is printed from
 PICTURES = 5  # seconds for the plots at the end of a stage
 
@@ -70,22 +69,6 @@ def find_lr(learn: LandmarkLearner, run: Run) -> float:
         plots.save_figure(run.folder / "lr.png")
     print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
     return rate
-
-
-def note_low_lr(learn: LandmarkLearner, default: float) -> None:
-    """Print a note if the learning rate is far below the default and the stage has few steps.
-
-    Measured scores with the published entry's 3e-4 and the default of 2e-3: 7.74 and 3.93 after 670 steps on 2,175
-    photographs, 7.78 and 5.23 after 1,780 steps on 19,000 drawn faces. The entry made 98,000 steps; nothing between was
-    measured.
-    """
-    steps = learn.settings.epochs * len(learn.dls.train) // learn.settings.accumulate
-    if learn.settings.lr <= LOW * default and steps < FEW_STEPS and not learn.settings.minutes:
-        print(
-            f"note: {steps} steps are few for -lr {learn.settings.lr:g}: the network may still be far from its best at the "
-            f"end; the default is -lr {default:g}",
-            flush=True,
-        )
 
 
 def note_few_images(scores: Scores) -> None:

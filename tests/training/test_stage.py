@@ -15,7 +15,8 @@ from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.training.learner import load_best
-from landmarks_fastai.training.stage import fit_stage, note_low_lr
+from landmarks_fastai.training.length import note_low_lr
+from landmarks_fastai.training.stage import fit_stage
 from tests.helpers import N_POINTS, QUICK, RUNS, check_equal, check_refused, equal_tensors, small_learner, tensors
 
 
