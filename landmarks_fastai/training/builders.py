@@ -96,7 +96,12 @@ def stage_images(
     left_out: np.ndarray | None = None,  # rows that a resumed run started without
 ) -> LabelledImages:
     "The checked images of a stage; those that an earlier stage had keep their side of the split."
-    words = {"on_bad": settings.on_bad, "listing": run.folder / LISTING, "left_out": left_out}
+    words = {
+        "on_bad": settings.on_bad,
+        "listing": run.folder / LISTING,
+        "left_out": left_out,
+        "exclude": settings.exclude,
+    }
     images = rank0_first(lambda: labelled_images(settings.data, category=settings.category, **words))
     images.labels.earlier = sides
     return images
