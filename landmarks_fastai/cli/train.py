@@ -34,14 +34,14 @@ def train_parser() -> options.Parser:
     options.add_name(parser.add_settings("data", names, {"data": "drawn faces", "category": "the only one"}))
     network = parser.add_settings("network", ["arch", "head", "init_head", "freeze", *names_of("input")])
     about = "weights of the body: imagenet, none, or a .safetensors or .pth file (default: imagenet; drawn faces: none)"
-    network.add_argument("--weights", type=_weights, metavar="W", help=about)
+    network.add_argument("--weights", type=weights_of, metavar="W", help=about)
     parser.add_settings("training", options.TRAINING)
     parser.add_settings("augmentation and evaluation", options.IMAGES)
     parser.add_machine()
     return parser
 
 
-def _weights(text: str) -> str:
+def weights_of(text: str) -> str:
     return text if text in ("", "imagenet", "none") else os.path.abspath(text)
 
 
