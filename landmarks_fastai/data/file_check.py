@@ -20,7 +20,7 @@ from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.hardware import available_cores
 from landmarks_fastai.utils.parallel import bar, threaded_map
 
-SIDE, SEEN = 16, 64  # places of the hash along a side; pixels of the picture that borders are looked for in
+SIDE, SEEN = 16, 32  # places of the hash along a side; pixels of the picture that borders are looked for in
 NEAR = 15  # of 256 bits: of 16 parts of the hash one at least is the same
 NEIGHBOURS = 64  # of a picture in the order of a part that it is compared with
 DARK, BORDER = 10, 0.03  # mean brightness of a line of a black border; its width, as a share of the side

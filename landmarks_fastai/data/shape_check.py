@@ -82,7 +82,9 @@ class ShapeModel:
         rest = aligned - self.mean
         numbers = rest @ self.basis.T
         left = (rest - numbers @ self.basis).reshape(len(aligned), -1, 2)
-        return left if plain else np.einsum("nab,mnb->mna", self.others, left), numbers[:, len(self.moves) :]
+        if not plain:
+            left = self.others[:, :, 0] * left[..., :1] + self.others[:, :, 1] * left[..., 1:]
+        return left, numbers[:, len(self.moves) :]
 
     def left(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return how far points (rows, n, 2) are from where the others predict them, and how far the components are from 0.
@@ -91,8 +93,8 @@ class ShapeModel:
         """
         aligned, back, _ = self._aligned(points)
         left, numbers = self._left(aligned)
-        usual = np.hypot(self.usual, (ROUNDING / abs(back)[:, None]).astype(np.float32))
-        ratios = np.where(np.isnan(points[..., 0]), np.nan, np.linalg.norm(left, axis=-1) / usual)
+        usual = self.usual**2 + np.square(ROUNDING / abs(back)[:, None], dtype=np.float32, casting="same_kind")
+        ratios = np.where(np.isnan(points[..., 0]), np.nan, np.sqrt((left[..., 0] ** 2 + left[..., 1] ** 2) / usual))
         return ratios, np.sqrt((numbers**2 / self.variances).sum(1))
 
     def scores(self, points: np.ndarray) -> np.ndarray:
@@ -102,10 +104,10 @@ class ShapeModel:
             return scores
         ratios, components = self.left(points[usable])
         labelled = ~np.isnan(ratios)
-        level = np.maximum(1, np.nanmedian(ratios, 1))  # where all points are unusual, none is
-        n = np.maximum(2, (GROUP * labelled.sum(1)).astype(int))
-        top = -np.partition(-np.where(labelled, ratios, 0), range(n.max()), 1)[:, : n.max()] / level[:, None]
-        group = np.where(np.arange(n.max()) < n[:, None], top, 0).sum(1) / n
+        ordered, count = np.sort(np.where(labelled, ratios, -1), 1), labelled.sum(1)
+        median = np.take_along_axis(ordered, ratios.shape[1] - 1 - count[:, None] // 2, 1)
+        top, n = ordered[:, ::-1] / np.maximum(1, median), np.maximum(2, (GROUP * count).astype(int))
+        group = np.where(np.arange(n.max()) < n[:, None], top[:, : n.max()], 0).sum(1) / n
         scores[usable] = np.stack([np.sqrt(nan_mean(ratios**2, 1)), components, group, top[:, 0]], 1)
         return scores
 
