@@ -21,7 +21,7 @@ GROUP = 0.04  # share of the points whose mean is the score of a group: 40 of 97
 SCORES = ("whole", "components", "group", "point")
 OFF = 6.0  # times what is usual for a landmark, from which on a point is named
 EXPLAINED = 0.4  # share of what is left of a row: less with other names of the points is an explanation
-NAMED = 8  # points in a reason
+NAMED, STEPS = 8, 6  # points in a reason; fits that it is found by
 
 
 class ShapeModel:
@@ -53,8 +53,11 @@ class ShapeModel:
             if count > 0:
                 _, values, components = randomized_svd(rest, count, random_state=0)
                 self._set_basis(components, values**2 / len(rest))
-            left = np.linalg.norm(self._left(aligned)[0], axis=(1, 2))
-            kept = left <= np.quantile(left, 1 - TRIMMED)
+            left, numbers = self._left(aligned)
+            # a wrong row may have a component of its own, and little left
+            far = [np.linalg.norm(left, axis=(1, 2)), np.sqrt((numbers**2 / self.variances).sum(1))]
+            far = np.max([values / max(1e-9, np.median(values)) for values in far], 0)
+            kept = far <= np.quantile(far, 1 - TRIMMED)
         self.usual = np.median(np.linalg.norm(self._left(aligned[kept])[0], axis=-1), axis=0)
 
     def _set_basis(self, components: np.ndarray, variances: np.ndarray) -> None:
@@ -113,13 +116,15 @@ class ShapeModel:
 
     def explain(self, points: np.ndarray, names: Sequence[str]) -> tuple[str, list[int], np.ndarray]:
         "Return what is wrong with the points (n, 2) of a row in words, which landmarks, and where all should be, (n, 2) pixels."
-        ratios, _ = (values[0] for values in self.left(points[None]))
-        suspects = np.argsort(-np.nan_to_num(ratios))[: len(points) // 4]  # not counted where the others are fitted
-        suspects = suspects[ratios[suspects] > 2]
-        others = points.copy()
-        others[suspects] = np.nan
-        expected, usual = self._expected(others)
-        far = np.nan_to_num(np.linalg.norm(points - expected, axis=1))
+        far, usual = self.left(points[None])[0][0], np.ones(len(points))
+        for _ in range(
+            STEPS
+        ):  # the quarter that fits worst does not count where the others are fitted (Rousseeuw 1999)
+            others, worst = points.copy(), np.argsort(-np.nan_to_num(far / usual))[: len(points) // 4]
+            others[worst] = np.nan
+            expected, usual = self._expected(others)
+            far = np.linalg.norm(points - expected, axis=1)
+        far = np.nan_to_num(far)
         worst = np.argsort(-far / usual)[:2]
         swapped = points.copy()
         swapped[worst] = points[worst[::-1]]
@@ -130,7 +135,7 @@ class ShapeModel:
         before = self.scores(points[None])[0]
         for reason, others in renamed.items():
             after = self.scores(others[None])[0] / before
-            if after.min() < EXPLAINED and after.max() < 1:
+            if after.min() < EXPLAINED and after[:2].max() < 1:
                 return reason, worst.tolist() if others is swapped else [], others
         off = np.flatnonzero(far > OFF * usual)
         if not len(off) or len(off) > len(points) // 2:
