@@ -88,15 +88,16 @@ def damaged_images(args, seed: int, folder: Path):
     return images[np.setdiff1d(images.rows, images.left_out)], kinds
 
 
-def found(diagnosis, kinds: dict[int, str]) -> dict[str, list[bool]]:
-    "Whether each damaged row is among the first of the ranking, or refused by the check before training, by kind."
-    images, count = diagnosis.images, int(np.ceil(FIRST * len(diagnosis.images.labels)))
-    first = {*images.rows[diagnosis.order[:count]].tolist(), *images.left_out.tolist()}
+def found(images, values: np.ndarray, kinds: dict[int, str]) -> dict[str, list[bool]]:
+    "Whether each damaged row is among the first of the ranking by `values`, or refused by the check before training, by kind."
+    order, count = np.argsort(-np.fmax.reduce(values, 1), kind="stable"), int(np.ceil(FIRST * len(images.labels)))
+    first = {*images.rows[order[:count]].tolist(), *images.left_out.tolist()}
     return {kind: [row in first for row, k in kinds.items() if k == kind] for kind in KINDS}
 
 
 def recall(args) -> None:
     from landmarks_fastai.data.file_check import image_facts
+    from landmarks_fastai.data.shape_check import SCORES
     from landmarks_fastai.inference.doctor import Diagnosis
     from landmarks_fastai.settings import Settings
     from landmarks_fastai.utils.hardware import Machine
@@ -109,26 +110,21 @@ def recall(args) -> None:
             if args.folds and not checkpoints:
                 checkpoints = networks(args, images, folder, Settings, machine)
             start, cpu = time.monotonic(), time.process_time()
-            facts = image_facts(images)
-            lists = {
-                "points": Diagnosis(images, (), machine),
-                "points and place": Diagnosis(images, (), machine, facts),
-            }
+            diagnosis = Diagnosis(images, checkpoints, machine, image_facts(images))
             times.append((time.monotonic() - start, time.process_time() - cpu))
-            if checkpoints:
-                lists["joined"] = Diagnosis(images, checkpoints, machine, facts)
-        for name, diagnosis in lists.items():
-            for kind, hits in found(diagnosis, kinds).items():
-                results.setdefault(name, {}).setdefault(kind, []).extend(hits)
-            print(
-                f"# seed {seed}, {name}: {np.mean([r for k in found(diagnosis, kinds).values() for r in k]):.3f}",
-                file=sys.stderr,
-            )
+        n = len(SCORES)
+        lists = {"points": slice(n), "points and place": slice(n + 1), "joined": slice(None)}
+        for name, columns in list(lists.items())[: 3 if checkpoints else 2]:
+            hits = found(images, diagnosis.values[:, columns], kinds)
+            for kind in KINDS:
+                results.setdefault(name, {}).setdefault(kind, []).extend(hits[kind])
+            print(f"# seed {seed}, {name}: {np.mean(sum(hits.values(), [])):.3f}", file=sys.stderr, flush=True)
     table = [[kind, *(f"{sum(r[kind])} of {len(r[kind])}" for r in results.values())] for kind in KINDS]
     table.append(["all", *(f"{100 * np.mean(sum(r.values(), [])):.1f}%" for r in results.values())])
     print_table(["damage", *results], table)
+    what = "with" if checkpoints else "without"
     print(
-        f"without a network, twice: {np.mean([t for t, _ in times]):.1f} s, {np.mean([c for _, c in times]):.1f} s of CPU time"
+        f"{what} networks: {np.mean([t for t, _ in times]):.1f} s, {np.mean([c for _, c in times]):.1f} s of CPU time a set"
     )
 
 
