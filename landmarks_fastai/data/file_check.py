@@ -103,10 +103,8 @@ def describe_files(images: LabelledImages, facts: ImageFacts) -> Iterator[str]:
         read & one & (abs(aspect - np.median(aspect[read])) > OTHER_ASPECT), "images of another aspect than most"
     )
     yield said(read & one & facts.border, "images with a black border")
-    outside = np.concatenate(
-        [((p < -0.5).any(-1) | (p > s[:, None] - 0.5).any(-1)).any(1) for p, s in _with_sizes(images, facts)]
-    )
-    yield said(read & outside, "rows with points outside of their image")
+    outside = [((p < -0.5) | (p > s[:, None] - 0.5)).any(axis=(1, 2)) for p, s in _with_sizes(images, facts)]
+    yield said(read & np.concatenate(outside), "rows with points outside of their image")
     exact, near = np.unique(facts.digest, return_inverse=True)[1].ravel(), near_duplicates(facts.hash)
     valid = np.isin(rows, divided_rows(images.all_rows, Settings())[1])
     for what, group in (("the same file", exact), ("nearly the same", near)):

@@ -140,8 +140,8 @@ class ShapeModel:
         off = np.flatnonzero(far > OFF * usual)
         if not len(off) or len(off) > len(points) // 2:
             return "a shape unlike the others", [], expected
-        off = off[np.argsort(-(far / usual)[off])].tolist()
-        shown = ", ".join(names[k] for k in off[:NAMED]) + (" …" if len(off) > NAMED else "")
+        off: list[int] = off[np.argsort(-(far / usual)[off])].tolist()
+        shown = ", ".join([names[k] for k in off[:NAMED]]) + (" …" if len(off) > NAMED else "")
         what, them = (
             (f"point {shown} is", "it") if len(off) == 1 else (f"{len(off)} points ({shown}) are up to", "them")
         )

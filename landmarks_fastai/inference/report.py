@@ -140,11 +140,8 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
     """
     settings = checkpoint.settings.replace(valid="")  # the checkpoint knows the sides of the rows
     facts = checkpoint.facts
-    source, words = (
-        settings.data if data is None else data,
-        {"category": settings.category, "exclude": settings.exclude},
-    )
-    images = labelled_images(source, on_bad="skip", **words)
+    source, category = settings.data if data is None else data, settings.category
+    images = labelled_images(source, on_bad="skip", category=category, exclude=settings.exclude)
     if images.labels.n_points != facts.n_points:
         raise UserError(
             f"{images.labels.csv} has {images.labels.n_points} points, {checkpoint.path} predicts {facts.n_points}"
