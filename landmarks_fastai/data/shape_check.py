@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from landmarks_fastai.data.align import as_points, normalised, procrustes_mean, rotation_onto
-from landmarks_fastai.data.flip import ROWS, NoFlipMap, learn_flip_map
+from landmarks_fastai.data.flip import NoFlipMap, learn_flip_map
 from landmarks_fastai.data.labels import Labels
 from landmarks_fastai.missing import MIN_POINTS, fill_missing, nan_mean
 
-COMPONENTS, FIT_ROWS, CHUNK = 20, 5000, 1000  # rows
+COMPONENTS, FIT_ROWS, CHUNK = 20, 1500, 1000  # rows
 PASSES, TRIMMED = 3, 0.05  # fits of the components; share of the rows that the next fit leaves out
 ROUNDING = 0.3  # pixels: root mean square error of a coordinate that is rounded to whole pixels
 GROUP = 0.04  # share of the points whose mean is the score of a group: 40 of 971
@@ -33,9 +33,9 @@ class ShapeModel:
 
         points = points[has_shape(points)]
         rows, n = points.shape[:2]
-        self.shape = procrustes_mean(points[:ROWS])
+        self.shape = procrustes_mean(points)
         try:
-            self.flip_indices = learn_flip_map(points[:ROWS]).flip_indices
+            self.flip_indices = learn_flip_map(points).flip_indices
         except NoFlipMap:
             self.flip_indices = None
         self.mean = self.shape.ravel().astype(np.float32)

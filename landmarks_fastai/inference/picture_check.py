@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from landmarks_fastai.data.items import LabelledImage, LabelledImages
-from landmarks_fastai.data.shape_check import CHUNK, calibrated
+from landmarks_fastai.data.shape_check import CHUNK
 from landmarks_fastai.data.split import digests
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.predictor import Predictor
@@ -19,6 +19,9 @@ from landmarks_fastai.missing import MIN_POINTS
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.utils.hardware import Machine
 
+# Of the logarithms: a shift of ten times the median counts as 7.7 standard deviations. Of 5 x 22 damaged photographs 0.3 found
+# 93%, 0.4 91%, the spread over the rows, as for shapes, 80%.
+WIDTH = 0.3
 SCORES = ("shift", "size", "turn", "places")
 ALL = 4.0  # calibrated score: a row whose scores are all above has labels of another object
 DIRECTIONS = ("right", "lower right", "bottom", "lower left", "left", "upper left", "top", "upper right")
@@ -70,9 +73,9 @@ def unseen_rows(images: LabelledImages, checkpoints: Sequence[Checkpoint]) -> li
 
 
 def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], machine: Machine) -> np.ndarray:
-    "Return the calibrated `SCORES` of the images (rows, 4); NaN: every checkpoint was trained on the row."
+    "Return `SCORES` of the images (rows, 4); NaN: every checkpoint was trained on the row."
     scores = np.full((len(images), len(SCORES)), np.nan)
-    places = {int(row): k for k, row in enumerate(images.rows)}
+    of_row = {int(row): k for k, row in enumerate(images.rows)}
     for part, predictor in _judges(images, checkpoints, machine):
         # in random order: what is usual for a landmark is learned from the first rows
         order = np.random.default_rng(0).permutation(len(part))
@@ -91,17 +94,17 @@ def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], ma
                 unit = np.maximum(usual * radius, 0.1)
             else:
                 unit = np.stack(confidences)
-            whole = np.sqrt((unit**2).mean(1))
+            whole, radius = np.sqrt((unit**2).mean(1)), radius[:, 0]
+            similarity = [(*m.shift, np.log(max(m.size, 1e-3)) * m.radius, m.turn * m.radius) for m in misfits]
             rows += [row for row, *_ in found]
-            values += zip(
-                [np.linalg.norm(m.shift) for m in misfits] / whole,
-                [abs(np.log(max(m.size, 1e-3))) * m.radius for m in misfits] / whole,
-                [abs(m.turn) * m.radius for m in misfits] / whole,
-                np.sqrt(np.nanmean((rest / unit) ** 2, 1)),
-                strict=True,
-            )
+            values.append(np.column_stack([similarity / whole[:, None], np.sqrt(np.nanmean((rest / unit) ** 2, 1))]))
         if rows:
-            scores[[places[row] for row in rows]] = calibrated(np.array(values))
+            x, y, size, turn, places = np.concatenate(values).T
+            x, y, size, turn = (
+                value - np.median(value) for value in (x, y, size, turn)
+            )  # what the network has of its own
+            sizes = np.column_stack([np.hypot(x, y), abs(size), abs(turn), places])
+            scores[[of_row[row] for row in rows]] = np.log(np.maximum(sizes / np.median(sizes, 0), 1e-9)) / WIDTH
     return scores
 
 
