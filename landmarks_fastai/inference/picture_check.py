@@ -3,12 +3,13 @@
 It finds what has a right shape: another face's labels, points shifted as a whole, on another object, too large or small.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from fastcore.basics import chunked
 
-from landmarks_fastai.data.items import LabelledImage, LabelledImages
+from landmarks_fastai.data.items import LabelledImages
 from landmarks_fastai.data.shape_check import CHUNK
 from landmarks_fastai.data.split import digests
 from landmarks_fastai.errors import UserError
@@ -80,13 +81,15 @@ def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], ma
         # in random order: what is usual for a landmark is learned from the first rows
         order = np.random.default_rng(0).permutation(len(part))
         rows, values = [], []
-        for batch in _batches(predict_rows(predictor, [part[int(k)] for k in order])):
+        batches: Any = chunked(predict_rows(predictor, [part[int(k)] for k in order]), CHUNK)
+        for batch in batches:
             found = [
-                (item.row, m, confidence) for item, points, confidence in batch if (m := misfit(item.points, points))
+                (item.row, misfit(item.points, result.objects[0].points), result.objects[0]) for item, result in batch
             ]
+            found = [(row, m, prediction.confidence) for row, m, prediction in found if m]
             if not found:
                 continue
-            _, misfits, confidences = zip(*found, strict=True)
+            misfits, confidences = [m for _, m, _ in found], [confidence for _, _, confidence in found]
             rest, radius = np.stack([m.rest for m in misfits]), np.array([m.radius for m in misfits])[:, None]
             if confidences[0] is None:
                 if not values:
@@ -100,9 +103,8 @@ def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], ma
             values.append(np.column_stack([similarity / whole[:, None], np.sqrt(np.nanmean((rest / unit) ** 2, 1))]))
         if rows:
             x, y, size, turn, places = np.concatenate(values).T
-            x, y, size, turn = (
-                value - np.median(value) for value in (x, y, size, turn)
-            )  # what the network has of its own
+            # a network's own shift, of all its predictions, is not the labels'
+            x, y, size, turn = (value - np.median(value) for value in (x, y, size, turn))
             sizes = np.column_stack([np.hypot(x, y), abs(size), abs(turn), places])
             scores[[of_row[row] for row in rows]] = np.log(np.maximum(sizes / np.median(sizes, 0), 1e-9)) / WIDTH
     return scores
@@ -115,18 +117,6 @@ def _judges(
         if len(part):
             network = open_checkpoint(checkpoint, machine)
             yield part, Predictor(network, machine=machine, batch_size=checkpoint.settings.batch_size)
-
-
-def _batches(results: Iterable) -> Iterator[list[tuple[LabelledImage, np.ndarray, np.ndarray | None]]]:
-    batch = []
-    for item, result in results:
-        (prediction,) = result.objects
-        batch.append((item, prediction.points, prediction.confidence))
-        if len(batch) == CHUNK:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def predictions(images: LabelledImages, checkpoints: Sequence[Checkpoint], machine: Machine) -> dict[int, np.ndarray]:
