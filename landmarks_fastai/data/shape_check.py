@@ -137,10 +137,9 @@ class ShapeModel:
             after = self.scores(others[None])[0] / before
             if after.min() < EXPLAINED and after[:2].max() < 1:
                 return reason, worst.tolist() if others is swapped else [], others
-        off = np.flatnonzero(far > OFF * usual)
-        if not len(off) or len(off) > len(points) // 2:
+        off: list[int] = [int(k) for k in np.argsort(-far / usual) if far[k] > OFF * usual[k]]
+        if not off or len(off) > len(points) // 2:
             return "a shape unlike the others", [], expected
-        off: list[int] = off[np.argsort(-(far / usual)[off])].tolist()
         shown = ", ".join([names[k] for k in off[:NAMED]]) + (" …" if len(off) > NAMED else "")
         what, them = (
             (f"point {shown} is", "it") if len(off) == 1 else (f"{len(off)} points ({shown}) are up to", "them")
