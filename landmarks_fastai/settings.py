@@ -109,6 +109,9 @@ class Settings(_Record):
     )
     category: str = _setting("", "category of the objects, where the labels have several", "data")
     on_bad: str = _setting("stop", "bad labels or images: list them and stop, or skip these rows", "data", ON_BAD)
+    exclude: str = _setting(
+        "", "text file of rows to leave out, as the doctor's exclude.txt: a file name a line", "data"
+    )
     valid_pct: float = _setting(0.2, "fraction of the rows held out for validation", "split", low=1e-6, high=0.999999)
     valid_random: bool = _setting(False, "hold out random rows instead of the last ones of the file", "split")
     group: str = _setting(
@@ -162,6 +165,11 @@ class Settings(_Record):
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check(f, getattr(self, f.name))
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        "The settings, by name, that say which rows of a source there are: arguments of `labelled_images`."
+        return {name: getattr(self, name) for name in ("category", "valid", "exclude")}
 
     def of(self, *parts: str) -> dict[str, Any]:
         "Return the settings of some parts, by name; see `names_of`."

@@ -28,7 +28,9 @@ def finetune_parser() -> options.Parser:
         "freeze": "off",
     }
     training = parser.add_settings(
-        "training", [*options.TRAINING, "data", "category", "on_bad", "freeze", "valid", "all_rows"], defaults
+        "training",
+        [*options.TRAINING, "data", "category", "on_bad", "exclude", "freeze", "valid", "all_rows"],
+        defaults,
     )
     parser.add_settings("augmentation and evaluation", [*names_of("input"), *options.IMAGES], defaults)
     options.add_name(training)

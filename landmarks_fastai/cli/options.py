@@ -20,6 +20,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 METAVARS = {
     "data": "SOURCE",
     "valid": "SOURCE",
+    "exclude": "FILE",
     "group": "COLUMN",
     "category": "NAME",
     "arch": "NAME",
@@ -56,9 +57,13 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             f = FIELDS[name]
             default = (defaults or {}).get(name) or ("off" if f.default is False else f.default)
-            kind = {"lr": learning_rate, "align": margin, "data": os.path.abspath, "valid": os.path.abspath}.get(
-                name, type(f.default)
-            )
+            kind = {
+                "lr": learning_rate,
+                "align": margin,
+                "data": os.path.abspath,
+                "valid": os.path.abspath,
+                "exclude": os.path.abspath,
+            }.get(name, type(f.default))
             if name in ("tta", "confidence"):  # a later stage may switch off what the checkpoint has
                 kwargs: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             elif kind is bool:

@@ -30,18 +30,18 @@ def train_parser() -> options.Parser:
     )
     about = "best: the defaults below; baseline: the published entry (default: best)"
     parser.add_argument("--recipe", choices=RECIPES, help=about)
-    names = ["data", "category", "on_bad", "valid_pct", "valid_random", "group", "valid", "all_rows"]
+    names = ["data", "category", "on_bad", "exclude", "valid_pct", "valid_random", "group", "valid", "all_rows"]
     options.add_name(parser.add_settings("data", names, {"data": "drawn faces", "category": "the only one"}))
     network = parser.add_settings("network", ["arch", "head", "init_head", "freeze", *names_of("input")])
     about = "weights of the body: imagenet, none, or a .safetensors or .pth file (default: imagenet; drawn faces: none)"
-    network.add_argument("--weights", type=_weights, metavar="W", help=about)
+    network.add_argument("--weights", type=weights_of, metavar="W", help=about)
     parser.add_settings("training", options.TRAINING)
     parser.add_settings("augmentation and evaluation", options.IMAGES)
     parser.add_machine()
     return parser
 
 
-def _weights(text: str) -> str:
+def weights_of(text: str) -> str:
     return text if text in ("", "imagenet", "none") else os.path.abspath(text)
 
 

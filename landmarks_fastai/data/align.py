@@ -87,7 +87,7 @@ def procrustes_mean(shapes: np.ndarray) -> np.ndarray:
     points = np.asarray(shapes, np.float64)
     missing = np.isnan(points[..., 0])
     enough = (~missing).sum(1) >= min(MIN_POINTS, points.shape[1])
-    turned = _normalised(points[enough])
+    turned = normalised(points[enough])
     different = np.isfinite(turned).any(1)
     points, missing, turned = points[enough][different], missing[enough][different], turned[different]
     if not len(points):
@@ -100,7 +100,7 @@ def procrustes_mean(shapes: np.ndarray) -> np.ndarray:
     for _ in range(GAPPY_PASSES if gaps else PASSES):
         before = mean
         if gaps:
-            turned = np.where(missing, np.nan, _normalised(fill_missing(points, as_points(mean))))
+            turned = np.where(missing, np.nan, normalised(fill_missing(points, as_points(mean))))
         turn = rotation_onto(turned, mean)
         aligned = turned * turn[:, None]
         far = nan_mean(abs(aligned - mean), 1)
@@ -121,7 +121,7 @@ def as_points(shape: np.ndarray) -> np.ndarray:
     return np.stack([np.real(shape), np.imag(shape)], -1)
 
 
-def _normalised(points: np.ndarray) -> np.ndarray:
+def normalised(points: np.ndarray) -> np.ndarray:
     "Complex shapes (rows, n), centred and of radius 1, of points (rows, n, 2); NaN where all points of a row are equal."
     shapes = points @ [1, 1j]
     shapes = shapes - nan_mean(shapes, 1)[:, None]

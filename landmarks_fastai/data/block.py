@@ -64,7 +64,7 @@ def landmark_block(
         # pixel off; and workers that are not forked, Python 3.14's default, cannot pickle its TensorPoint.create
         blocks=[ImageBlock(PILInput), TransformBlock],  # pyright: ignore[reportArgumentType] (it annotates an instance)
         dl_type=LandmarkDL,  # pyright: ignore[reportArgumentType] (fastai annotates an instance, and takes a class)
-        get_items=partial(labelled_images, on_bad=settings.on_bad, category=settings.category, valid=settings.valid),
+        get_items=partial(labelled_images, on_bad=settings.on_bad, **settings.rows),
         get_x=OpenInput(inputs or Inputs(settings.fit, settings.size), alignment_of(settings, facts), settings),
         get_y=StoredPoints(),
         splitter=partial(split_items, settings=settings),
@@ -104,8 +104,7 @@ def landmark_dataloaders(
     settings = (settings or Settings()).replace(**changes)
     if isinstance(source, (str, Path)):
         settings = settings.replace(data=os.path.abspath(source or "."))
-    words = settings.category, settings.valid
-    images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, *words)
+    images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, **settings.rows)
     settings = settings.replace(crop=first_view(images, settings))
     facts = learn_facts(images, settings, facts)
     inputs = cached_inputs(images, settings, facts) if machine.cache else None

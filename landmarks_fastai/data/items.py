@@ -3,6 +3,7 @@
 All rows are checked before training. Bad rows stop the program with a list of all of them, or are skipped.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from landmarks_fastai.data.labels import Labels
 from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.data.sources import is_labels, join_valid, read_frame, read_source
 from landmarks_fastai.data.suspicions import check_suspicions
-from landmarks_fastai.errors import SHOWN, BadData, Problem
+from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
 from landmarks_fastai.geometry import BOXED, Box, PixelMap, box_map
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.distributed import is_first
+from landmarks_fastai.utils.files import reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ def labelled_images(
     left_out: np.ndarray | None = None,
     category: str = "",  # of the objects, where the source has several
     valid: str = "",  # another source, whose rows validate; a text file of names is for `split.py`
+    exclude: str | Path = "",  # file that names rows to leave out
 ) -> LabelledImages:
     """Check all rows of a source: a file or folder of labels in one of the formats of docs/labels.md, or a DataFrame.
 
@@ -152,7 +155,8 @@ def labelled_images(
     image_faults = check_images(labels, folder)
     if left_out is not None:
         return LabelledImages(labels, folder, left_out, listing)
-    faults = dict(sorted((labels.faults | image_faults).items()))
+    excluded = excluded_rows(exclude, labels) if exclude else np.zeros(0, np.int64)
+    faults = {row: fault for row, fault in sorted((labels.faults | image_faults).items()) if row not in excluded}
     problems = [labels.problem(row, text) for row, text in faults.items()]
     stop = on_bad == "stop" or len(faults) == len(labels)
     if listing and is_first():  # the first process writes the list
@@ -164,4 +168,41 @@ def labelled_images(
         raise BadData(problems, len(faults), "--on-bad skip" if len(faults) < len(labels) else "", listing)
     if faults:
         print(f"{len(faults)} of {len(labels)} rows are bad and left out" + (f": {listing}" if listing else ""))
-    return LabelledImages(labels, folder, np.array(list(faults), np.int64), listing)
+    return LabelledImages(labels, folder, np.union1d(np.array(list(faults), np.int64), excluded), listing)
+
+
+def excluded_rows(path: str | Path, labels: Labels) -> np.ndarray:
+    """Return the rows that a text file names, and print how many.
+
+    A line is a file name, for all rows of the image, or one row's `row_key`. Raises `UserError` for any other line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--exclude {path} cannot be read ({reason(e)}): a text file of file names expected") from None
+    rows: dict[str, list[int]] = {}
+    for row in range(len(labels)):
+        rows.setdefault(labels.name(row), []).append(row)
+    excluded = set()
+    for number, line in enumerate(lines, 1):
+        key = line.rstrip("\r")
+        name, _, k = key.rpartition("\t")
+        found = rows.get(key) or rows.get(name, [])[int(k) - 1 : int(k)] if k.isdecimal() else rows.get(key, [])
+        if not found and key.strip():
+            raise UserError(
+                f"--exclude {path} line {number}: {labels.csv} has no row {key.strip()[:80]!r}: remove the line"
+            )
+        excluded.update(found)
+    print(f"{len(excluded)} of {len(labels)} rows are excluded by {path}", flush=True)
+    return np.array(sorted(excluded), np.int64)
+
+
+def row_keys(labels: Labels) -> list[str]:
+    "Return what names each row in a file of --exclude: file name; of several objects of an image TAB and a number from 1 too."
+    names = [labels.name(row) for row in range(len(labels))]
+    total, seen = Counter(names), Counter()
+    keys = []
+    for name in names:
+        seen[name] += 1
+        keys.append(f"{name}\t{seen[name]}" if total[name] > 1 else name)
+    return keys

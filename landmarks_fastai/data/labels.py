@@ -7,6 +7,7 @@ row of points has a checksum of its own, which is compared when the row is read.
 
 import hashlib
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -122,6 +123,11 @@ class Labels:
                 break
             self.stored = _renew(renew, self.csv, self.identity).stored
         return self.stored[row].astype(np.float32)
+
+    def release(self) -> None:
+        "Give back the memory of the points that were read from a cache file: it counts as the process's until then."
+        with suppress(AttributeError, ValueError):  # points in memory; Windows
+            self.stored.base._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
 
 def _renew(renew: Callable[[Path], Labels], csv: Path, identity: dict[str, Any]) -> Labels:

@@ -62,7 +62,7 @@ def split_rows(
 def split_items(items: LabelledImages, settings: Settings) -> tuple[list[int], list[int]]:
     "The `splitter` of a DataBlock. Raises `UserError` if a part has no rows, or training less than one batch."
     train, valid = divided_rows(items, settings)
-    bad = f", {len(items.left_out)} of them bad," if len(items.left_out) else ""
+    bad = f", {len(items.left_out)} of them left out," if len(items.left_out) else ""
     csv, size = items.labels.csv, settings.batch_size
     n = f"{csv}: {len(items)} rows{bad}"
     if not len(train):

@@ -19,7 +19,7 @@ from landmarks_fastai.data.items import LabelledImage, labelled_images
 from landmarks_fastai.data.split import divided_rows
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import square_map
-from landmarks_fastai.inference.predictor import PictureResult, Predictor
+from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.row_errors import RowErrors, circumstances
 from landmarks_fastai.inference.scoring import Scores, predict_rows, score_rows
 from landmarks_fastai.inference.torch_network import open_checkpoint
@@ -117,12 +117,13 @@ def write_report(
     landmarks = [(_name(facts.point_names, k), by_landmark[k], counts[k]) for k in ranked]
     chosen = errors.chosen(*PICTURES)
     items = [errors.items[place] for group in chosen for place in group]
-    pictures = {item.row: _picture(item, result) for item, result in predict_rows(predictor, items)}
+    pictures = {item.row: draw_item(item, result.objects[0].points) for item, result in predict_rows(predictor, items)}
     rows = [[errors.items[place].row for place in group] for group in chosen]
     groups = [[pictures[row] for row in group if row in pictures] for group in rows]
-    _write(
+    write_page(
         path,
-        "run",
+        "report.html",
+        kind="run",
         name=checkpoint.name, checkpoint=checkpoint, stages=stages, scores=scores, figures=figures, against=_against(errors, checkpoint),
         flip_test=bool(facts.flip_indices) and not checkpoint.settings.tta,
         n_points=int(counts.sum()), complete=counts.sum() == len(table) * facts.n_points, n_nmes=len(nmes),
@@ -140,8 +141,7 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
     settings = checkpoint.settings.replace(valid="")  # the checkpoint knows the sides of the rows
     facts = checkpoint.facts
     source = settings.data if data is None else data
-    valid = checkpoint.settings.valid
-    images = labelled_images(source, on_bad="skip", category=settings.category, valid=valid)
+    images = labelled_images(source, on_bad="skip", **checkpoint.settings.rows)
     if images.labels.n_points != facts.n_points:
         raise UserError(
             f"{images.labels.csv} has {images.labels.n_points} points, {checkpoint.path} predicts {facts.n_points}"
@@ -164,9 +164,10 @@ def write_comparison(path: Path, checkpoints: Sequence[Checkpoint], board: dict[
     figure = _figure(plots.draw_scores, "scores", (6.4, 4.0), curves) if curves else ""
     if board:
         board["figure"] = _figure(plots.draw_tradeoff, "tradeoff", (6.4, 4.0), board["points"])
-    _write(
+    write_page(
         path,
-        "runs",
+        "report.html",
+        kind="runs",
         name=board["name"] if board else ", ".join(c.name for c in checkpoints),
         board=board,
         runs=list(zip(checkpoints, runs, strict=True)),
@@ -174,7 +175,8 @@ def write_comparison(path: Path, checkpoints: Sequence[Checkpoint], board: dict[
     )
 
 
-def _write(path: Path, kind: str, **values: Any) -> None:
+def write_page(path: Path, template: str, **values: Any) -> None:
+    "Write a page of a template beside this file."
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("landmarks_fastai.inference", "."), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -182,7 +184,7 @@ def _write(path: Path, kind: str, **values: Any) -> None:
     environment.filters["g"] = lambda value, digits=4: (
         "–" if value is None or not np.isfinite(value) else f"{value:.{digits}g}"
     )
-    write_text(path, environment.get_template("report.html").render(kind=kind, **values))
+    write_text(path, environment.get_template(template).render(**values))
 
 
 def _figure(draw: Any, name: str, size: tuple[float, float], *values: Any) -> Markup:
@@ -222,22 +224,28 @@ def _against(errors: RowErrors, checkpoint: Checkpoint) -> list[tuple[str, int, 
     return figures
 
 
-def _picture(item: LabelledImage, result: PictureResult) -> dict[str, Any]:
-    labels, truth, points = item.images.labels, item.points, result.objects[0].points
+def draw_item(item: LabelledImage, points: np.ndarray, joined: Sequence[int] = ()) -> dict[str, Any]:
+    """Return what the page's macro `photo` shows of an image: its label, and points (n, 2) to compare it with; NaN: not known.
+
+    Lines join the two of `joined` landmarks; without them those of every few.
+    """
+    labels, truth = item.images.labels, item.points
     both = np.concatenate([truth, np.where(np.isfinite(points), points, np.nan)]).astype(float)
     view = square_map(both, MARGIN, SIDE, 4.0 * MARGIN)
-    ((pixels, to_input),) = result.picture.inputs([view], "pad", SIDE)
+    ((pixels, to_input),) = item.picture.inputs([view], "pad", SIDE)
     Image.fromarray(pixels).save(jpeg := io.BytesIO(), "JPEG", quality=80)
     shown = slice(None, None, -(-len(truth) // POINTS))
     ends = [to_input.to_input(xy[shown].astype(float)) + 0.5 for xy in (truth, points)]
-    labelled = ~np.isnan(ends[0][:, 0])
-    joined = np.hstack(ends)[labelled]
-    lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in joined[:: max(1, -(-len(joined) // LINES))])
+    labelled, known = (~np.isnan(xy[:, 0]) for xy in ends)
+    pairs = np.hstack([to_input.to_input(xy[list(joined)].astype(float)) + 0.5 for xy in (truth, points)])
+    pairs = pairs if len(joined) else np.hstack(ends)[labelled & known]
+    lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in pairs[:: max(1, -(-len(pairs) // LINES))])
     return {
         "image": base64.b64encode(jpeg.getvalue()).decode(), "side": SIDE, "name": labels.name(item.row),
         "where": labels.where(item.row), "group": labels.groups[item.row] if labels.groups is not None else "",
         "score": image_score(points, truth), "labelled": int((~np.isnan(truth[:, 0])).sum()), "total": len(truth), "lines": lines,
-        "truth": _dots(ends[0][labelled]), "predicted": _dots(ends[1][labelled]), "unlabelled": _dots(ends[1][~labelled]),
+        "truth": _dots(ends[0][labelled]), "predicted": _dots(ends[1][labelled & known]),
+        "unlabelled": _dots(ends[1][~labelled & known]),
         "width": 2.2 if len(truth) > 200 else 4 if len(truth) > 20 else 6,
     }  # fmt: skip
 

@@ -97,8 +97,7 @@ def stage_images(
 ) -> LabelledImages:
     "The checked images of a stage; those that an earlier stage had keep their side of the split."
     words = {"on_bad": settings.on_bad, "listing": run.folder / LISTING, "left_out": left_out}
-    chosen = {"category": settings.category, "valid": settings.valid}
-    images = rank0_first(lambda: labelled_images(settings.data, **chosen, **words))
+    images = rank0_first(lambda: labelled_images(settings.data, **settings.rows, **words))
     images.labels.earlier = sides
     return images
 

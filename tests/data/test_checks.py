@@ -238,7 +238,7 @@ def test_skipping_all_validation_rows_is_an_error(run_script, data):
     for row in range(32, 40):
         row_image(data, row).unlink()
     result = run_script(f"train.py {QUICK} --on-bad skip -n r -d", data)
-    check_refused(result, "40 rows, 8 of them bad, leave none to validate on")
+    check_refused(result, "40 rows, 8 of them left out, leave none to validate on")
     for row in range(32):
         row_image(data, row).unlink()
     code, _, err = run_script(f"train.py {QUICK} --on-bad skip -n r -d", data)
