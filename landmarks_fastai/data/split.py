@@ -82,13 +82,13 @@ def divided_rows(items: LabelledImages, settings: Settings) -> tuple[np.ndarray,
     """
     labels, key = items.labels, repr((settings.of("split"), settings.valid, settings.split_seed))
     if key not in labels.held:
-        labels.held[key] = _held_rows(labels, settings)
+        labels.held[key] = _held_rows(labels, settings, items.left_out)
     held, rows = labels.held[key], np.arange(len(labels))
     train = rows if settings.all_rows else rows[~held]
     return np.setdiff1d(train, items.left_out), np.setdiff1d(rows[held], items.left_out)
 
 
-def _held_rows(labels: Labels, settings: Settings) -> np.ndarray:
+def _held_rows(labels: Labels, settings: Settings, left_out: np.ndarray) -> np.ndarray:
     "Return which rows validate, bool (rows,)."
     names, own = [labels.name(row) for row in range(len(labels))], None
     if settings.valid and not is_labels(Path(settings.valid)):
@@ -98,7 +98,7 @@ def _held_rows(labels: Labels, settings: Settings) -> np.ndarray:
         who = f"--valid {settings.valid}" if settings.valid else "the source"
         print(f"{who} names {own.sum()} validation rows", flush=True)
     if labels.earlier is not None:
-        return _held_rows_of_later_stage(labels, names, settings, own)
+        return _held_rows_of_later_stage(labels, names, settings, own, left_out)
     if own is not None:
         return own
     held = np.zeros(len(names), bool)
@@ -111,6 +111,7 @@ def _held_rows_of_later_stage(
     names: Sequence[str],
     settings: Settings,
     own: np.ndarray | None,  # which rows the user or the source says; None: neither does
+    left_out: np.ndarray,  # rows that are not counted in the line
 ) -> np.ndarray:
     "As `_held_rows`: rows of the earlier stage keep their side, new ones are on that of their group, or are divided."
     assert labels.earlier is not None
@@ -134,7 +135,8 @@ def _held_rows_of_later_stage(
         if groups is not None:
             held[new] &= ~np.isin(groups[new], groups[trained])
             held[new] |= np.isin(groups[new], groups[validated])
-    print(f"{len(new)} of {len(names)} rows are new: {held[new].sum()} of them validate", flush=True)
+    if len(new := np.setdiff1d(new, left_out)):
+        print(f"{len(new)} of {len(names)} rows are new: {held[new].sum()} of them validate", flush=True)
     return held
 
 

@@ -4,6 +4,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -139,7 +140,9 @@ class LandmarkLearner(ResumableLearner):
                     f"{path} has another {', '.join(differ)} than this Learner: create its DataLoaders with the settings "
                     "and facts of read_checkpoint(path), or load the weights alone with check=False"
                 )
-        return super().load(file, *args, **kwargs)
+        with warnings.catch_warnings():  # `save` stores no optimizer
+            warnings.filterwarnings("ignore", "Saved file doesn't contain an optimizer state")
+            return super().load(file, *args, **kwargs)
 
     def lr_find(
         self,
