@@ -1,12 +1,14 @@
 "What is wrong in the labels: `python -m landmarks_fastai.doctor SOURCE`."
 
 import os
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 from landmarks_fastai.cli import app, options
 from landmarks_fastai.cli.train import weights_of
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.utils.files import write_text
 
 SHOWN = 10  # rows that are printed
 
@@ -28,9 +30,11 @@ def doctor_parser() -> options.Parser:
     )
     about = "a trained run, for the rows that it was not trained on; may be given several times"
     parser.add_checkpoint(about, action="append")
+    about = "train N seeds with and N without the training rows of exclude.txt, and compare; results of -n are taken where they are"
+    parser.add_argument("--prove", type=count, metavar="N", help=about)
     parser.add_argument("-n", "--name", default="doctor", help="name of the folder of the results (default: doctor)")
     parser.add_argument("--overwrite", action="store_true", help="replace results of that name")
-    group = parser.add_argument_group("networks of --folds").add_argument
+    group = parser.add_argument_group("networks of --folds and --prove").add_argument
     group("--arch", default="resnet18", metavar="NAME", help="network (default: resnet18)")
     about = "weights of the body: imagenet, none, or a .safetensors or .pth file (default: imagenet)"
     group("--weights", type=weights_of, default="imagenet", metavar="W", help=about)
@@ -42,6 +46,14 @@ def doctor_parser() -> options.Parser:
 def main() -> None:
     args = doctor_parser().parse_args()
     folder = Path(args.out, args.name)
+    if not args.prove or args.overwrite or not (folder / "exclude.txt").exists():
+        diagnose(args, folder)
+    if args.prove:
+        prove(args, folder)
+
+
+def diagnose(args: Namespace, folder: Path) -> None:
+    "Write the files of the doctor into the folder, and print the first rows. Raises `UserError` where it has some."
     if (folder / "doctor.csv").exists() and not args.overwrite:
         raise UserError(
             f"{folder} has results, and exclude.txt may have been edited: choose another -n, or add --overwrite"
@@ -75,6 +87,34 @@ def main() -> None:
     print(
         f"look at {folder / 'doctor.html'}; edit {folder / 'exclude.txt'}, then train with --exclude {folder / 'exclude.txt'}"
     )
+
+
+def prove(args: Namespace, folder: Path) -> None:
+    """Compare trainings with and without the training rows of exclude.txt, and print their leaderboard.
+
+    The validation rows are the same in both: only so can the scores be compared. Raises `UserError` if no training row is named.
+    """
+    from landmarks_fastai.cli.compare import compare
+    from landmarks_fastai.data.items import excluded_rows, labelled_images, row_keys
+    from landmarks_fastai.data.split import divided_rows
+    from landmarks_fastai.settings import Settings
+
+    source, named = os.path.abspath(args.source), folder / "exclude.txt"
+    images = labelled_images(source, on_bad="skip", category=args.category or "")
+    training = set(divided_rows(images, Settings())[0].tolist())
+    rows = [row for row in excluded_rows(named, images.labels).tolist() if row in training]
+    if not rows:
+        raise UserError(f"{named} names no training row: there is nothing to prove")
+    keys = row_keys(images.labels)
+    lists = [folder / "exclude_nothing.txt", folder / "exclude_training.txt"]
+    for path, listed in zip(lists, ([], rows), strict=True):
+        write_text(path, "".join(f"{keys[row]}\n" for row in listed))
+    chosen = {"arch": args.arch, "weights": args.weights, "size": args.size, "on_bad": "skip"}
+    chosen |= {"category": args.category} if args.category else {}
+    name = f"{args.name}_prove"
+    compare(name, data=source, exclude=[str(path) for path in lists], seeds=args.prove, out=args.out, **chosen)
+    board = Path(args.out, name, "leaderboard")
+    print(f"\n{board.with_suffix('.md').read_text(encoding='utf-8')}\nlook at {board.with_suffix('.html')}")
 
 
 command = partial(app.run_main, main)

@@ -184,6 +184,27 @@ def test_the_command_finds_what_is_damaged_and_writes_its_files(run_script, data
     assert run_script(f"{COMMAND} {data} --overwrite")[0] == 0
 
 
+def test_proof_compares_with_and_without_the_training_rows_of_the_list(run_script, data, monkeypatch):
+    names, called = row_names(data), []
+    folder = RUNS / "doctor"
+    folder.mkdir(parents=True)
+    (folder / "exclude.txt").write_text(f"{names[3]}\n{names[35]}\n")  # the second validates
+
+    def compare(name, **flags):
+        called.append((name, flags, csv_lines(folder / "exclude_training.txt")))
+        (RUNS / name).mkdir()
+        (RUNS / name / "leaderboard.md").write_text("the table")
+
+    monkeypatch.setattr("landmarks_fastai.cli.compare.compare", compare)
+    code, out, err = run_script(f"{COMMAND} {data} --prove 2 --arch resnet18 --weights none --size 32")
+    assert (code, err) == (0, "") and "the table" in out and "1. " not in out  # the list is taken as it is
+    ((name, flags, listed),) = called
+    assert name == "doctor_prove" and flags["seeds"] == 2 and flags["size"] == 32 and flags["data"] == str(data)
+    assert [csv_lines(path) for path in flags["exclude"]] == [[], [names[3]]] and listed == [names[3]]
+    (folder / "exclude.txt").write_text(f"{names[35]}\n")
+    check_refused(run_script(f"{COMMAND} {data} --prove 2"), "names no training row")
+
+
 def test_mistakes_are_one_line(run_script, runs, drawn, tmp_path):
     check_refused(run_script(f"{COMMAND} {tmp_path / 'none'}"), "no such folder")
     (tmp_path / "a.csv").write_text("file_name,a_x,a_y\n")
