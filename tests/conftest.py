@@ -11,6 +11,10 @@ os.environ["MPLBACKEND"] = "Agg"  # before anything draws
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the processes of `-n auto` share the cores
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are beside the package, not modules of it
 
+# a shell without job control starts what runs in the background with Ctrl-C ignored, and the scripts of the tests inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest
 
 pytest.register_assert_rewrite("tests.helpers")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -301,8 +302,12 @@ def test_a_signal_to_the_process_group_stops_the_drawing(tmp_path, number, code)
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    while len(list(tmp_path.rglob("*.jpg"))) < 20 and process.poll() is None:
-        time.sleep(0.05)
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    try:
+        while len(list(tmp_path.rglob("*.jpg"))) < 20 and process.poll() is None:
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert (process.returncode, err) == (code, "stopped\n") and not list(tmp_path.iterdir())
