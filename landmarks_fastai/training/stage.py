@@ -180,7 +180,7 @@ def _report_best(learn: LandmarkLearner, run: Run, started: float, speed: callba
     predictor, errors = _predictor(learn, best, flips), RowErrors(valid, best.facts)
     began = time.monotonic()
     scores = score_rows(predictor, _validation_items(learn), collect=errors.add)
-    rates = {"train_images_s": speed.images_s, "predict_images_s": scores.images / (time.monotonic() - began)}
+    rates = {"train_images_s": speed.images_s, "predict_images_s": scores.images / max(1e-9, time.monotonic() - began)}
     errors.gather()
     if flips and not best.settings.tta:
         report_unaligned(scores.unaligned, scores.images)

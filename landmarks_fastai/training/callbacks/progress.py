@@ -58,7 +58,7 @@ class Speed(Callback):
     @property
     def images_s(self) -> float | None:
         "Images a second; None before the first."
-        return self.images / self.seconds if self.images else None
+        return self.images / self.seconds if self.seconds else None
 
 
 class ProgressTable(ProgressCallback):
