@@ -12,6 +12,7 @@ from tests.helpers import ROOT
 @pytest.mark.slow
 def test_three_stages(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("MPLBACKEND")  # the kernel's shows figures
     (tmp_path / "docs").mkdir()
     notebook = nbformat.read(ROOT / "docs/three_stages.ipynb", 4)
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path / "docs")}}).execute()

@@ -264,8 +264,10 @@ def test_interrupted_at_five_moments_the_leaderboard_is_the_same(drawn, tmp_path
     out = finished(begin(tmp_path / "b"))
     assert "resuming at epoch" in "".join(log.read_text() for log in folder.glob("*.log"))
     boards = [pd.read_csv(tmp_path / name / "runs" / "c" / "leaderboard.csv") for name in "ab"]
-    columns = ["combination", "--arch", "score", "scores", "seeds", "nme_box_diag", "parameters", "file_mb"]
+    columns = ["combination", "--arch", "score", "scores", "seeds", "nme_box_diag", "parameters"]
     assert boards[0][columns].equals(boards[1][columns])
+    # the archive of torch.save is aligned after the name of a temporary file, whose length differs
+    assert boards[0].file_mb.tolist() == pytest.approx(boards[1].file_mb.tolist(), abs=0.001)
     for stage in stages:
         shutil.copytree(tmp_path / "a" / "runs" / "c" / stage, folder / "whole")
         check_equal(stage, "whole", folder)
