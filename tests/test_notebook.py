@@ -22,7 +22,7 @@ def test_three_stages(tmp_path, monkeypatch):
         assert any(call in source for source in pictures), call
     text = "".join(o.get("text", "") for outs in outputs.values() for o in outs if o.output_type == "stream")
     scores = [
-        float(score) for score in re.findall(r"score value: ([0-9.]+)", text)
+        float(score) for score in re.findall(r"score value: ([0-9]+[.][0-9]+)", text)
     ]  # SaveModelCallback prints each best
     assert scores[-1] < scores[0] / 4
     (distance,) = (o["data"]["text/plain"] for o in outputs[notebook.cells[-1].source] if "data" in o)
