@@ -26,4 +26,4 @@ def test_three_stages(tmp_path, monkeypatch):
     ]  # SaveModelCallback prints each best
     assert scores[-1] < scores[0] / 4
     (distance,) = (o["data"]["text/plain"] for o in outputs[notebook.cells[-1].source] if "data" in o)
-    assert float(re.search(r"[0-9.e-]+", distance)[0]) < 0.01
+    assert float(re.search(r"[0-9]+[.][0-9e-]+", distance)[0]) < 0.01
