@@ -24,6 +24,6 @@ def test_three_stages(tmp_path, monkeypatch):
     scores = [
         float(score) for score in re.findall(r"score value: ([0-9]+[.][0-9]+)", text)
     ]  # SaveModelCallback prints each best
-    assert scores[-1] < scores[0] / 4
+    assert scores[-1] < scores[0] / 2
     (distance,) = (o["data"]["text/plain"] for o in outputs[notebook.cells[-1].source] if "data" in o)
     assert float(re.search(r"[0-9]+[.][0-9e-]+", distance)[0]) < 0.01
