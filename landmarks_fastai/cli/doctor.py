@@ -59,6 +59,8 @@ def diagnose(args: Namespace, folder: Path) -> None:
             f"{folder} has results, and exclude.txt may have been edited: choose another -n, or add --overwrite"
         )
 
+    import numpy as np
+
     from landmarks_fastai.data.file_check import describe_files, image_facts
     from landmarks_fastai.data.items import labelled_images
     from landmarks_fastai.inference.doctor import Diagnosis, write_diagnosis
@@ -68,7 +70,7 @@ def diagnose(args: Namespace, folder: Path) -> None:
     machine = options.prepared_machine(options.typed_flags(args))
     source = os.path.abspath(args.source)
     images = labelled_images(source, on_bad="skip", category=args.category or "")
-    images = images[[row for row in range(len(images)) if row not in set(images.left_out.tolist())]]
+    images = images[np.setdiff1d(np.arange(len(images)), images.left_out)]
     facts = image_facts(images)
     lines = list(describe_files(images, facts))
     print("\n".join(lines), flush=True)

@@ -199,7 +199,7 @@ def _print_repeated(labels: Labels) -> None:
     "Print how many rows name an image that an earlier row names, where few do."
     if labels.several:
         return
-    first_rows = np.unique([hash(labels.name(row)) for row in range(len(labels))], return_index=True)[1]
+    first_rows = np.unique(list(map(hash, labels.all_names())), return_index=True)[1]
     repeated = np.setdiff1d(np.arange(len(labels)), first_rows)
     if len(repeated):
         first = f"{labels.place(repeated[0])}, {labels.name(repeated[0])}"

@@ -156,7 +156,8 @@ def labelled_images(
     if left_out is not None:
         return LabelledImages(labels, folder, left_out, listing)
     excluded = excluded_rows(exclude, labels) if exclude else np.zeros(0, np.int64)
-    faults = {row: fault for row, fault in sorted((labels.faults | image_faults).items()) if row not in excluded}
+    unseen = set(excluded.tolist())
+    faults = {row: fault for row, fault in sorted((labels.faults | image_faults).items()) if row not in unseen}
     problems = [labels.problem(row, text) for row, text in faults.items()]
     stop = on_bad == "stop" or len(faults) == len(labels)
     if listing and is_first():  # the first process writes the list
@@ -181,8 +182,8 @@ def excluded_rows(path: str | Path, labels: Labels) -> np.ndarray:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--exclude {path} cannot be read ({reason(e)}): a text file of file names expected") from None
     rows: dict[str, list[int]] = {}
-    for row in range(len(labels)):
-        rows.setdefault(labels.name(row), []).append(row)
+    for row, name in enumerate(labels.all_names()):
+        rows.setdefault(name, []).append(row)
     excluded = set()
     for number, line in enumerate(lines, 1):
         key = line.rstrip("\r")
@@ -199,7 +200,7 @@ def excluded_rows(path: str | Path, labels: Labels) -> np.ndarray:
 
 def row_keys(labels: Labels) -> list[str]:
     "Return what names each row in a file of --exclude: file name; of several objects of an image TAB and a number from 1 too."
-    names = [labels.name(row) for row in range(len(labels))]
+    names = labels.all_names()
     total, seen = Counter(names), Counter()
     keys = []
     for name in names:

@@ -100,6 +100,10 @@ class Labels:
         name = self.names[row]
         return name if isinstance(name, str) else name.decode("utf-8", "replace")
 
+    def all_names(self) -> list[str]:
+        "Return the file names of all rows."
+        return [self.name(row) for row in range(len(self))]
+
     def line(self, row: int) -> int:
         "Return the line number of a row in the CSV."
         return int(self.lines[row])

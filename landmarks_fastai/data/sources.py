@@ -81,7 +81,7 @@ def join_valid(labels: Labels, folder: Path, valid: Path, category: str = "") ->
     parts, folders = (labels, other), [os.path.abspath(folder), os.path.abspath(other_folder)]
     root = Path(os.path.commonpath(folders))
     paths = [
-        [os.path.relpath(os.path.join(at, part.name(k)), root) for k in range(len(part))]
+        [os.path.relpath(os.path.join(at, name), root) for name in part.all_names()]
         for part, at in zip(parts, folders, strict=True)
     ]
     first = set(paths[0])

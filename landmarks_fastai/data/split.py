@@ -90,7 +90,7 @@ def divided_rows(items: LabelledImages, settings: Settings) -> tuple[np.ndarray,
 
 def _held_rows(labels: Labels, settings: Settings, left_out: np.ndarray) -> np.ndarray:
     "Return which rows validate, bool (rows,)."
-    names, own = [labels.name(row) for row in range(len(labels))], None
+    names, own = labels.all_names(), None
     if settings.valid and not is_labels(Path(settings.valid)):
         own = _named_rows(settings.valid, names)
     elif labels.valid is not None and (settings.valid or (labels.valid.any() and not labels.valid.all())):
@@ -205,7 +205,7 @@ def digests(names: Sequence[str]) -> np.ndarray:
 
 def sides_of(items: LabelledImages, settings: Settings) -> Sides:
     "Return the sides of the rows, for a checkpoint."
-    of_rows = digests([items.labels.name(row) for row in range(len(items.labels))])
+    of_rows = digests(items.labels.all_names())
     train, valid = divided_rows(items, settings.replace(all_rows=False))
     earlier = items.labels.earlier or Sides(of_rows[:0], of_rows[:0])  # rows that are no longer there count too
     return Sides(*(np.union1d(of_rows[rows], side) for rows, side in zip((train, valid), earlier, strict=True)))

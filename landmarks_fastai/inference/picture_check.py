@@ -57,7 +57,7 @@ def unseen_rows(images: LabelledImages, checkpoints: Sequence[Checkpoint]) -> li
 
     Raises `UserError` for a checkpoint that does not say what it was trained on, or fits other labels.
     """
-    of_rows = digests([images.labels.name(row) for row in range(len(images.labels))])[images.rows]
+    of_rows = digests(images.labels.all_names())[images.rows]
     left, parts = np.ones(len(of_rows), bool), []
     for checkpoint in checkpoints:
         if checkpoint.facts.n_points != images.labels.n_points:

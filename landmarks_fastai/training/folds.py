@@ -27,7 +27,7 @@ def train_folds(
     folder: Path,  # of the networks' runs
 ) -> list[Checkpoint]:
     "Train a network for each fold of the rows on the others; images and groups are not divided. Raises `UserError`."
-    names = [images.labels.name(row) for row in range(len(images.labels))]
+    names = images.labels.all_names()
     groups = group_rows(images.labels, names, settings)
     groups = np.arange(len(names)) if groups is None else groups
     fold = np.random.default_rng(0).permutation(groups.max() + 1)[groups] % count
