@@ -21,7 +21,7 @@ from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
 from landmarks_fastai.geometry import BOXED, Box, PixelMap, box_map
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.distributed import is_first
-from landmarks_fastai.utils.files import reason
+from landmarks_fastai.utils.files import read_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +177,7 @@ def excluded_rows(path: str | Path, labels: Labels) -> np.ndarray:
 
     A line is a file name, for all rows of the image, or one row's `row_key`. Raises `UserError` for any other line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--exclude {path} cannot be read ({reason(e)}): a text file of file names expected") from None
+    lines = read_names("--exclude", path).split("\n")
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(labels.all_names()):
         rows.setdefault(name, []).append(row)

@@ -18,7 +18,7 @@ from landmarks_fastai.data.labels import Labels, Sides
 from landmarks_fastai.data.sources import is_labels
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import Settings
-from landmarks_fastai.utils.files import reason
+from landmarks_fastai.utils.files import read_names
 
 FEWEST = 8  # rows to validate on, where the share is the default and there are twice as many
 CLIP = 3  # rows of a group on average, where the groups are guessed
@@ -142,11 +142,7 @@ def _held_rows_of_later_stage(
 
 def _named_rows(path: str, names: Sequence[str]) -> np.ndarray:
     "Return which rows a file names, a file name a line."
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--valid {path} cannot be read ({reason(e)}): a text file of file names expected") from None
-    named = {line.strip() for line in lines if line.strip()}
+    named = {line.strip() for line in read_names("--valid", path).splitlines() if line.strip()}
     if unknown := sorted(named - set(names)):
         raise UserError(f"--valid {path}: {len(unknown)} names are not among the rows, as {unknown[0]}")
     return np.array([name in named for name in names], bool)

@@ -126,3 +126,11 @@ def cache_places(path: Path) -> list[Path]:
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
     places = [path.with_name(path.name + ".cache"), Path(home) / "landmarks_fastai" / f"{name}.cache"]
     return places if os.path.isabs(home) else places[:1]  # a user without a home folder, as in many containers
+
+
+def read_names(flag: str, path: str | Path) -> str:
+    "Return the text of a file of file names that a flag names. Raises `UserError` if it cannot be read."
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{flag} {path} cannot be read ({reason(e)}): a text file of file names expected") from None
