@@ -25,8 +25,8 @@ def requirements(name: str) -> set[str]:
 
 def test_requirements_files_name_what_the_extras_name():
     assert requirements("requirements.txt") == {*PROJECT["dependencies"], *EXTRAS["train"]}
-    dev = set(EXTRAS["dev"]) - {"landmarks-fastai[train,export,video]"}
-    assert requirements("requirements-dev.txt") == dev | set(EXTRAS["export"]) | set(EXTRAS["video"])
+    dev = set(EXTRAS["dev"]) - {"landmarks-fastai[train,export,video,search]"}
+    assert requirements("requirements-dev.txt") == dev.union(*(EXTRAS[name] for name in ("export", "video", "search")))
     assert set(EXTRAS["runtime"]) <= set(EXTRAS["export"])
     assert (ROOT / "requirements-dev.txt").read_text().startswith("-r requirements.txt\n")
 

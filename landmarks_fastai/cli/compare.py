@@ -18,9 +18,10 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from landmarks_fastai.cli import app, finetune, options, train
+from landmarks_fastai.cli.search import JOURNAL, Search
 from landmarks_fastai.errors import UserError, one_line
 from landmarks_fastai.runs import run as runs
 from landmarks_fastai.runs.claim import process_lock
@@ -38,18 +39,23 @@ PACKAGES = str(Path(__file__).resolve().parents[2])
 class Parser(options.Parser):
     "The flags of a comparison itself; those of the script are parsed once a combination. Raises `UserError`."
 
+    raises = True
+
     def __init__(self):
         super().__init__(
             "Compare settings: any flag of train.py with several values; with -pm NAME, any flag of finetune.py.\n"
             "A switch takes the values on and off: --freeze off on.\n\n"
             "  python -m landmarks_fastai.compare -d DIR -n heads --head linear 512,relu --opt adamw adam --seeds 3\n\n"
             "compares the first values (linear, adamw) with each other value, one factor at a time. Each combination is a run\n"
-            "in OUT/NAME; one that fails is recorded, and the rest go on. After a stop, the same command continues.",
+            "in OUT/NAME; one that fails is recorded, and the rest go on. After a stop, the same command continues.\n"
+            "--suggest 20 --minutes 5 searches instead: learning rate, decay, size, augmentation, head, and flags with several values.",
             "Writes leaderboard.csv, leaderboard.md and leaderboard.html into OUT/NAME, again after every run.",
         )
         add, count = self.add_argument, options.number(int, 1, 1000, "number from 1 to 1000")
         add("-n", "--name", required=True, help="name of the comparison and of its folder")
         add("--grid", action="store_true", help="all combinations (default: one factor at a time)")
+        about = "search: runs in all, whose settings Optuna suggests; a flag with one value is fixed"
+        add("--suggest", type=count, metavar="N", help=about)
         add("--seeds", type=count, default=1, metavar="N", help="runs of each combination (default: 1)")
         add("--seed", type=int, default=0, metavar="N", help="random seed of the first; others count on (default: 0)")
         about = "stages of a run; the later ones as finetune.py makes them without flags (default: 1)"
@@ -58,9 +64,6 @@ class Parser(options.Parser):
         add("--jobs", type=count, metavar="N", help=about)
         add("--show", action="store_true", help="write and print the leaderboard as it is now; run nothing")
         add("--out", default=runs.OUT, metavar="DIR", help=f"output folder (default: {runs.OUT})")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def split_flags(words: Sequence[str]) -> dict[str, list[str]]:
@@ -85,20 +88,9 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     """
     later = flags.keys() & set(flags_of("pretrained_model"))
     script = "finetune.py" if later else "train.py"
-    parser: Any = finetune.finetune_parser() if later else train.train_parser()
-    parser.error = Parser.error.__get__(parser)
+    parser = finetune.finetune_parser() if later else train.train_parser()
+    parser.raises = True
     flags |= {k: [os.path.abspath(runs.find_checkpoint_file(name, args.out)) for name in flags[k]] for k in later}
-
-    def words_of(chosen: dict[str, list[str]]) -> list[str]:
-        words = []
-        for flag, values in chosen.items():
-            with suppress(UserError):  # a flag that takes a value
-                if values in (["on"], ["off"]) and parser.parse_known_args([flag]):
-                    off = flag.replace("--", "--no-", 1)
-                    words += [flag] if values == ["on"] else [] if parser.parse_known_args([off])[1] else [off]
-                    continue
-            words += [flag, *values]
-        return words
 
     varied = {flag: values for flag, values in flags.items() if len(values) > 1}
     first = {flag: values[0] for flag, values in varied.items()}
@@ -112,11 +104,10 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
 
     planned = []
     for seed, values in itertools.product(range(args.seed, args.seed + args.seeds), combinations):
-        words = words_of(flags | {flag: [value] for flag, value in values.items()} | {"--seed": [str(seed)]})
-        parsed = parser.parse_args(words)
-        if parsed.overwrite or parsed.resume:
-            parser.error("--overwrite and --resume are for a single run: the same command continues a comparison")
-        typed = options.typed_flags(parsed)
+        words = options.words_of(
+            parser, flags | {flag: [value] for flag, value in values.items()} | {"--seed": [str(seed)]}
+        )
+        typed = options.typed_flags(parser.parse_args(words))
         if not later:
             train.first_settings(typed)
         name = f"{runs.plain_name(re.sub('(^| )-+', ' ', label(values)).strip())[:150]}_seed_{seed}"
@@ -131,10 +122,12 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     if not args.grid and len(varied) > 1:
         groups = {flag: {v: label(first | {flag: v}) for v in values} for flag, values in varied.items()}
     kept = {k: v[:1] for k, v in flags.items() if re.sub("^--(no-)?", "", k).replace("-", "_") in LATER}
-    return {"groups": groups, "later": words_of(kept), "runs": planned}
+    return {"groups": groups, "later": options.words_of(parser, kept), "runs": planned}
 
 
-def run_all(folder: Path, plan: dict[str, Any], jobs: int | None, finished: Callable[[], None]) -> None:
+def run_all(
+    folder: Path, plan: dict[str, Any], jobs: int | None, finished: Callable[[], None], search: Search | None
+) -> None:
     "Run what is not finished, and call `finished` after each run. A signal stops the processes; they save their states."
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "--gpu" in plan["later"] else [""]
     gpus = gpus if gpus[0] or "--gpu" not in plan["later"] else [*map(str, range(gpu_count()))] or [""]
@@ -144,26 +137,31 @@ def run_all(folder: Path, plan: dict[str, Any], jobs: int | None, finished: Call
     machine += ["--workers", str(min(8, share if gpus[0] else share // 2 if share > 2 else 0))]
     for k in range(jobs):
         places.put(gpus[k % len(gpus)])
-    missing = [run for run in plan["runs"] if not results_of(folder, run["stages"])]
+    missing = search.todo if search else [run for run in plan["runs"] if not results_of(folder, run["stages"])]
     minutes = [run["minutes"] * len(run["stages"]) / jobs for run in missing]
-    print("\n".join(dict.fromkeys(f"  {run['label']}" for run in plan["runs"])))
+    about = search.about if search else dict.fromkeys(run["label"] for run in plan["runs"])
+    print("\n".join(f"  {line}" for line in about))
     long = f"{sum(minutes):.3g} minutes" if all(minutes) else "for as long as their epochs take"
     print(f"{len(plan['runs'])} runs in {folder}, {len(missing)} of them to do, {jobs} at a time, {long}", flush=True)
 
     def run_one(run: dict[str, Any]) -> str:
         "Run the stages of a run that are not finished; return the line of what failed."
-        gpu, line, script, words = places.get(), "", run["script"], run["words"]
+        gpu, line = places.get(), ""
         try:
+            watch = search.begin(run) if search else None
+            script, words = run["script"], run["words"]
             for name in run["stages"]:
                 if not line and not results_of(folder, [name]):
-                    line = run_stage(script, name, [*machine, *words], {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+                    line = run_stage(
+                        script, name, [*machine, *words], {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}, watch
+                    )
                 script, words = "finetune.py", ["-pm", str(folder / name / "best.pth"), *plan["later"]]
-            return line
+            return search.end(run, line) if search and not stopping.is_set() else line
         finally:
             places.put(gpu)
 
-    def run_stage(script: str, name: str, words: list[str], env: dict[str, str]) -> str:
-        "Run a stage in a process, whose output is added to NAME.log; return its error's line."
+    def run_stage(script: str, name: str, words: list[str], env: dict[str, str], watch: Callable | None) -> str:
+        "Run a stage in a process, whose output is added to NAME.log; return its error's line. `watch` may stop it."
         locked = True
         while locked and not stopping.wait(0.2):  # the process of a comparison that was killed saves its state
             with process_lock(folder / f".{name}.lock") as free:
@@ -182,6 +180,11 @@ def run_all(folder: Path, plan: dict[str, Any], jobs: int | None, finished: Call
             processes.append(process)
             if stopping.is_set():
                 process.stdin.close()
+            while watch and process.poll() is None and not stopping.is_set():
+                if watch():
+                    process.stdin.close()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
             status = process.wait()
             log.seek(begin)
             lines = [line.strip() for line in log if line.strip()]
@@ -233,25 +236,35 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
         raise UserError(f"-n {args.name!r} is not a plain file name: choose a short name without / and other marks")
     if args.show:
         return folder, write_leaderboard(folder)
-    plan = make_plan(args, split_flags(rest))
+    flags = split_flags(rest)
+    if flags.keys() & {"--overwrite", "--resume"}:
+        raise UserError("--overwrite and --resume are for a single run: the same command continues a comparison")
+    search = Search(args, flags) if args.suggest else None
+    plan: dict[str, Any] = {"runs": []} if search else make_plan(args, flags)
     plan["command"] = f"python -m landmarks_fastai.compare {shlex.join(words)}"
     os.makedirs(args.out, exist_ok=True)
     with process_lock(Path(args.out, f".{args.name}.lock")) as locked:
         if not locked:
             raise UserError(f"-n {args.name}: another process is running it: let it end; --show shows what there is")
-        before: list[dict[str, Any]] = runs.read_plan(folder)["runs"] if folder.exists() else []
+        searched = (folder / JOURNAL).exists()
+        before: list[dict[str, Any]] = runs.read_plan(folder)["runs"] if folder.exists() and not searched else []
+        if folder.exists() and searched != bool(search):
+            raise UserError(f"-n {args.name} is {'a search' if searched else 'a comparison'}: choose another name")
         words_before = {run["stages"][0]: run["words"] for run in before}
         for name, planned in ((run["stages"][0], run["words"]) for run in plan["runs"]):
             if words_before.get(name, planned) != planned:
                 was = f"its run {name} was started with {shlex.join(words_before[name])}"
                 raise UserError(f"-n {args.name}: {was}: choose another name, or the same flags")
+        if search:
+            search.open(folder)
 
         def save() -> None:
+            plan.update(search.plan() if search else {})
             write_text(folder / PLAN, json.dumps(plan, indent=1))
             write_leaderboard(folder)
 
         save()
-        run_all(folder, plan, args.jobs, save)
+        run_all(folder, plan, args.jobs, save, search)
         return folder, write_leaderboard(folder)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from landmarks_fastai.errors import UserError
@@ -31,7 +32,9 @@ METAVARS = {
 
 
 class Parser(argparse.ArgumentParser):
-    "The parser of a script. Of several processes one prints an error."
+    "The parser of a script. Of several processes one prints an error. With `raises` an error is a `UserError`."
+
+    raises = False
 
     def __init__(self, description: str, epilog: str | None = None):
         text = argparse.RawDescriptionHelpFormatter
@@ -47,6 +50,8 @@ class Parser(argparse.ArgumentParser):
         return parsed, rest
 
     def error(self, message: str) -> Any:
+        if self.raises:
+            raise UserError(message)
         if prints_line():
             super().error(message)
         sys.exit(2)
@@ -157,6 +162,19 @@ def number(kind: type, low: float, high: float, what: str) -> Callable[[str], fl
 
     parse.__name__ = kind.__name__  # for argparse's message: invalid int value
     return parse
+
+
+def words_of(parser: Parser, flags: dict[str, list[str]]) -> list[str]:
+    "The words of flags with their values; a switch has the value on or off. The parser raises errors."
+    words = []
+    for flag, values in flags.items():
+        with suppress(UserError):  # a flag that takes a value
+            if values in (["on"], ["off"]) and parser.parse_known_args([flag]):
+                off = flag.replace("--", "--no-", 1)
+                words += [flag] if values == ["on"] else [] if parser.parse_known_args([off])[1] else [off]
+                continue
+        words += [flag, *values]
+    return words
 
 
 def typed_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def write_leaderboard(folder: Path) -> pd.DataFrame:
         f"{flag}: {sentence}".removeprefix(": ")
         for flag, labels in plan["groups"].items()
         for sentence in differences({value: samples[label] for value, label in labels.items()})
-    ] or ["No combination has two seeds yet, which it takes to know the spread: --seeds 3."]
+    ] or [plan["best"] or "No combination has two seeds yet, which it takes to know the spread: --seeds 3."]
     said += [f"Failed: {row['combination']}, {row['failed']}" for row in board.to_dict("records") if row["failed"]]
     rows = [["", *TITLES.values()], *([str(k), *_cells(row)] for k, row in enumerate(board.to_dict("records"), 1))]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
@@ -105,6 +105,7 @@ def write_leaderboard(folder: Path) -> pd.DataFrame:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if not row["seeds"]:
-        return [row["combination"], "failed" if row["failed"] else "not run yet", *[""] * (len(TITLES) - 2)]
+        said = row.get("pruned") or ("failed" if row["failed"] else "not run yet")
+        return [row["combination"], said, *[""] * (len(TITLES) - 2)]
     spread = f" ± {row['score_sd']:.2g} ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
     return [row["combination"], f"{row['score']:.4g}{spread}", *(f"{row[name]:.4g}" for name in [*TITLES][2:])]

@@ -206,7 +206,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     "Read the plan of a comparison, as cli/compare.py makes it. Raises `UserError` if there is none, or a damaged one."
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        return {key: plan[key] for key in ("command", "groups", "later", "runs")}
+        return {"best": plan.get("best")} | {key: plan[key] for key in ("command", "groups", "later", "runs")}
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(
             f"{folder} is not the folder of a comparison ({PLAN}: {reason(e)}): check -n and --out"
