@@ -31,9 +31,7 @@ class Search:
     def __init__(self, args: argparse.Namespace, flags: dict[str, list[str]]):
         later = flags.keys() & set(flags_of("pretrained_model"))
         if args.grid or args.seeds > 1 or args.stages > 1 or later:
-            raise UserError(
-                "--grid, --seeds, --stages and -pm do not go with --suggest: a trial is one run of train.py"
-            )
+            raise UserError("a trial of --suggest is one run of train.py: leave out --grid, --seeds, --stages, -pm")
         try:
             import optuna
         except ModuleNotFoundError:
@@ -42,21 +40,18 @@ class Search:
         self.parser.raises, self.flags = True, flags | {"--seed": [str(args.seed)]}
         # flag -> its values, the default first; flag -> the ends of its range, whose geometric mean is the default
         self.choices = {flag: values for flag, values in flags.items() if len(values) > 1}
-        self.ranges: dict[str, tuple[float, float]] = {}
+        self.ranges: dict[str, Any] = {}
         for flag, value in ((flag, value) for flag, values in self.choices.items() for value in values):
             self.words({flag: value})  # a mistake in the last one is told now, not in hours
         settings = train.first_settings(self.words({})[1])
-        size, lr, wd, head = settings.size, settings.lr, settings.wd or 1e-4, settings.head
-        space: dict[str, Any] = {"lr": (lr / 10, lr * 10), "wd": (wd / 10, wd * 10), "aug": (0.5, 2.0)}
-        space["size"] = [str(side) for side in (size, size - 32, size + 32, size + 64) if side >= 32]
-        space["head"] = [head, DEEP_HEAD if head != DEEP_HEAD else "linear"]
-        for name, values in space.items():
+        size, lr, wd = settings.size, settings.lr, settings.wd or 1e-4
+        sizes = [str(side) for side in (size, size - 32, size + 32, size + 64) if side >= 32]
+        space: dict[str, Any] = {"lr": (lr / 10, lr * 10), "wd": (wd / 10, wd * 10), "aug": (0.5, 2.0), "size": sizes}
+        for name, values in (space | {"head": [settings.head, DEEP_HEAD]}).items():
             if not flags.keys() & set(flags_of(name)):
                 (self.choices if isinstance(values, list) else self.ranges)[flags_of(name)[0]] = values
-        if not self.choices.keys() | self.ranges.keys():
-            raise UserError(
-                "nothing to search: give fewer flags, or one with several values, as --head linear 512,relu"
-            )
+        if not (self.choices or self.ranges):
+            raise UserError("nothing to search: give fewer flags, or several values, as --head linear 512,relu")
         fixed = {flag: values for flag, values in self.flags.items() if flag not in self.choices}
         self.about = [shlex.join(options.words_of(self.parser, fixed))]
         self.about += [f"{flag} {' | '.join(values)}" for flag, values in self.choices.items()]
@@ -89,8 +84,7 @@ class Search:
             self.study = optuna.create_study(storage=self.storage, study_name=STUDY, pruner=pruner, load_if_exists=True)
         except (ValueError, KeyError):
             raise UserError(f"{path} is damaged: choose another name") from None
-        before = self.study.user_attrs.get("flags", self.about)
-        if before != self.about:
+        if (before := self.study.user_attrs.get("flags", self.about)) != self.about:
             changed = one_line("; ".join(line for line in before if line not in self.about))
             raise UserError(f"-n {folder.name} was started with {changed}: choose another name, or the same flags")
         if not (trials := self.study.get_trials()):
@@ -168,8 +162,7 @@ class Search:
         if results := results_of(self.folder, run["stages"]):
             self.study.tell(trial, results["score"])
         elif run["pruned"] or not line.startswith("stopped"):
-            line = run["pruned"] or line
-            trial.set_user_attr("line", line)
+            trial.set_user_attr("line", line := run["pruned"] or line)
             self.study.tell(trial, state=states.PRUNED if run["pruned"] else states.FAIL)
             if run["pruned"]:  # the states of all would fill the disk
                 (self.folder / run["stages"][0] / "state.safetensors").unlink(missing_ok=True)

@@ -28,8 +28,9 @@ def leaderboard(folder: Path) -> pd.DataFrame:
     """The leaderboard of a comparison's folder so far, a row a combination, the best mean score first.
 
     Columns: `combination`, and the flags that differ; `score`, the mean over the seeds, `score_sd`, its standard deviation,
-    `scores`, of each seed, `seeds`, their number; `failed`, the lines of runs that failed; means over the seeds of
-    `nme_box_diag`, `parameters` (millions), `train_images_s`, `predict_images_s`, `minutes` (of all stages), `memory_mb`, `file_mb`.
+    `scores`, of each seed, `seeds`, their number; `failed`, the lines of runs that failed; `pruned`, in a search; means over the
+    seeds of `nme_box_diag`, `parameters` (millions), `train_images_s`, `predict_images_s`, `minutes` (of all stages), `memory_mb`,
+    `file_mb`.
     """
     rows = {}
     for run in read_plan(folder)["runs"]:

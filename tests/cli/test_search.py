@@ -73,8 +73,8 @@ def test_a_search_goes_on_up_to_its_number_of_trials(run_script, fake_runs, tmp_
 
 
 @LINUX
-def test_the_best_is_repeated_by_a_command_that_trains_longer(run_script, fake_runs, drawn):
-    run_script(f"{COMMAND} -d {drawn} -e 4 --suggest 1 --freeze --size 64 96")
+def test_the_best_is_repeated_by_a_command_that_trains_longer(fake_runs, drawn):
+    landmarks_fastai.compare("s", data=drawn, epochs=4, suggest=1, freeze=True, size=[64, 96])
     said = (RUNS / "s" / "leaderboard.md").read_text()
     args = train_parser().parse_args(
         shlex.split(re.search(r"Best of 1 finished trials: .*python train.py (.+)", said)[1])
@@ -139,6 +139,24 @@ def test_a_stopped_trial_is_taken_up_with_its_values(tmp_path):
     assert len({run["label"].split(maxsplit=2)[2] for run in runs}) == 3
 
 
+def test_a_journal_may_end_anywhere(tmp_path):
+    line = "-d x --arch a b -e 10 --suggest 3"
+    for _ in range(3):
+        trial(tmp_path / "a", line, [3.0], "no memory")
+    lines = csv_lines(tmp_path / "a" / JOURNAL)
+    for k in range(len(lines)):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        (folder / JOURNAL).write_text("\n".join(lines[:k]) + "\n" * (k > 0))
+        while (search := opened(folder, line)).todo:
+            trial(folder, line, [3.0], "no memory")
+        runs = search.plan()["runs"]
+        assert [(run["number"], len(run["values"]), run["failed"]) for run in runs] == [
+            (i, 7, "no memory") for i in range(3)
+        ]
+        assert len(lines) > 20 and runs[0]["words"] == opened(tmp_path / "a", line).plan()["runs"][0]["words"]
+
+
 def test_a_trial_that_is_worse_than_the_median_is_pruned(tmp_path, quick_run):
     folder, line = tmp_path / "s", "-d x -e 10 --suggest 7"
     for scores in ([9, 8, 5], [9, 8, 6], [9, 8, 7], [9, 8, 8], [9, 8, 9], [20, "nan", 6.9, 30]):
@@ -178,7 +196,7 @@ def test_with_a_time_limit_a_step_is_a_share_of_the_time(tmp_path, quick_run, mo
 
 @pytest.mark.slow
 @LINUX
-def test_killed_in_two_trials_the_search_is_the_same(drawn, tmp_path):
+def test_killed_twice_in_a_trial_the_search_is_the_same(drawn, tmp_path):
     "SIGKILL and SIGTERM of the search alone; the runs save their states."
     line = f"{SMALL} -b 4 -e 3 --save-every 0 -d {drawn} -n s --suggest 3".split()
 
@@ -188,14 +206,14 @@ def test_killed_in_two_trials_the_search_is_the_same(drawn, tmp_path):
 
     finish(begin(tmp_path / "a"))
     folder = tmp_path / "b" / "runs" / "s"
-    for name, number in (("trial_1", signal.SIGKILL), ("trial_1", signal.SIGTERM), ("trial_2", signal.SIGKILL)):
+    for number in (signal.SIGKILL, signal.SIGTERM):
         process = begin(tmp_path / "b")
-        wait_for_states(process, folder / name, 3)
+        wait_for_states(process, folder / "trial_1", 3)
         process.send_signal(number)
         out, err = process.communicate(timeout=600)
         assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGTERM) and "Traceback" not in err, out + err
     finish(begin(tmp_path / "b"))
-    assert ["resuming at epoch" in (folder / f"trial_{k}.log").read_text() for k in range(3)] == [False, True, True]
+    assert ["resuming at epoch" in (folder / f"trial_{k}.log").read_text() for k in range(3)] == [False, True, False]
     boards = [pd.read_csv(tmp_path / name / "runs" / "s" / "leaderboard.csv") for name in "ab"]
     columns = ["combination", "-lr", "--wd", "--aug", "--head", "score", "seeds", "pruned", "failed"]
     assert boards[0][columns].equals(boards[1][columns]) and boards[0].seeds.tolist() == [1, 1, 1]
