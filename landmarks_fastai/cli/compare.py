@@ -104,9 +104,8 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
 
     planned = []
     for seed, values in itertools.product(range(args.seed, args.seed + args.seeds), combinations):
-        words = options.words_of(
-            parser, flags | {flag: [value] for flag, value in values.items()} | {"--seed": [str(seed)]}
-        )
+        chosen = {flag: [value] for flag, value in values.items()} | {"--seed": [str(seed)]}
+        words = options.words_of(parser, flags | chosen)
         typed = options.typed_flags(parser.parse_args(words))
         if not later:
             train.first_settings(typed)
@@ -152,15 +151,13 @@ def run_all(
             script, words = run["script"], run["words"]
             for name in run["stages"]:
                 if not line and not results_of(folder, [name]):
-                    line = run_stage(
-                        script, name, [*machine, *words], {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}, watch
-                    )
+                    line = run_stage(script, name, [*machine, *words], gpu, watch)
                 script, words = "finetune.py", ["-pm", str(folder / name / "best.pth"), *plan["later"]]
             return search.end(run, line) if search and not stopping.is_set() else line
         finally:
             places.put(gpu)
 
-    def run_stage(script: str, name: str, words: list[str], env: dict[str, str], watch: Callable | None) -> str:
+    def run_stage(script: str, name: str, words: list[str], gpu: str, watch: Callable[[], bool] | None) -> str:
         "Run a stage in a process, whose output is added to NAME.log; return its error's line. `watch` may stop it."
         locked = True
         while locked and not stopping.wait(0.2):  # the process of a comparison that was killed saves its state
@@ -171,7 +168,8 @@ def run_all(
         resume = ["--resume"] if (folder / name / "run.json").exists() else []
         code = f"from {__name__} import stage_process; stage_process({script.removesuffix('.py')!r})"
         command = [sys.executable, "-c", code, *words, "-n", name, "--out", str(folder), *resume]
-        env |= {"PYTHONPATH": os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))}
+        env = {"PYTHONPATH": os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))}
+        env |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         with open(folder / f"{name}.log", "a+", encoding="utf-8", errors="replace") as log:
             begin = log.seek(0, os.SEEK_END)
             # in a session of its own: it gets a Ctrl-C once, by the end of its stdin

@@ -19,7 +19,6 @@ STUDY = "search"
 STEPS = 10  # of a trial: its best score so far is compared with that of others at the same step
 WARMUP = 3  # steps before the first comparison
 LONGER = 5  # the command that is printed for the best trial trains so many times as long
-DEEP_HEAD = "512,bn,relu,drop0.5"
 
 
 class Search:
@@ -47,7 +46,7 @@ class Search:
         size, lr, wd = settings.size, settings.lr, settings.wd or 1e-4
         sizes = [str(side) for side in (size, size - 32, size + 32, size + 64) if side >= 32]
         space: dict[str, Any] = {"lr": (lr / 10, lr * 10), "wd": (wd / 10, wd * 10), "aug": (0.5, 2.0), "size": sizes}
-        for name, values in (space | {"head": [settings.head, DEEP_HEAD]}).items():
+        for name, values in (space | {"head": [settings.head, "512,bn,relu,drop0.5"]}).items():
             if not flags.keys() & set(flags_of(name)):
                 (self.choices if isinstance(values, list) else self.ranges)[flags_of(name)[0]] = values
         if not (self.choices or self.ranges):
