@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ import landmarks_fastai
 from landmarks_fastai.cli.compare import Parser, split_flags
 from landmarks_fastai.cli.search import JOURNAL, Search
 from landmarks_fastai.cli.train import train_parser
-from tests.helpers import ARCH, LINUX, RUNS, check_refused, csv_lines, start, wait_for_states
+from tests.helpers import ARCH, LINUX, RUNS, check_refused, csv_lines, start
 
 COMMAND = "landmarks_fastai.cli.compare -n s"
 SMALL = f"--arch {ARCH} --weights none --size 32 -b 8 --workers 0 --threads 1 --align off"
@@ -200,11 +201,14 @@ def test_killed_twice_in_a_trial_a_search_resumes_its_run(drawn, tmp_path):
     "SIGKILL and SIGTERM of the search alone; the run saves its state."
     line = f"{SMALL} -b 4 -e 3 --save-every 0 -d {drawn} -n s --suggest 3".split()
     folder, values = RUNS / "s", []
+    state, log = folder / "trial_1" / "state.safetensors", folder / "trial_1.log"
     for number in (signal.SIGKILL, signal.SIGTERM, None):
         process = start(["-m", "landmarks_fastai.compare", *line], tmp_path)
-        if number:
-            wait_for_states(process, folder / "trial_1", 3)
-            process.send_signal(number)
+        while number and process.poll() is None:  # the run of a killed search goes on until it has saved its state
+            if "resuming at epoch" in log.read_text() if number == signal.SIGTERM else state.exists():
+                process.send_signal(number)
+                break
+            time.sleep(0.01)
         out, err = process.communicate(timeout=600)
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, None: 0}[number], out + err
         assert "Warning" not in err and "Traceback" not in err, err
