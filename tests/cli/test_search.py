@@ -149,9 +149,9 @@ def test_a_journal_may_end_anywhere(tmp_path):
         folder = tmp_path / str(k)
         folder.mkdir()
         (folder / JOURNAL).write_text("\n".join(lines[:k]) + "\n" * (k > 0))
-        while (search := opened(folder, line)).todo:
+        for _ in opened(folder, line).todo:
             trial(folder, line, [3.0], "no memory")
-        runs = search.plan()["runs"]
+        runs = opened(folder, line).plan()["runs"]
         assert [(run["number"], len(run["values"]), run["failed"]) for run in runs] == [
             (i, 7, "no memory") for i in range(3)
         ]
