@@ -16,18 +16,13 @@ class AverageAndMap(nn.Module):
     The average alone has lost where a feature is, and the network must spend its channels on it.
     """
 
-    def __init__(self, n_in: int, channels: int, h: int, w: int):
+    def __init__(self, n_in: int, channels: int):
         super().__init__()
         self.reduce = nn.Sequential(nn.Conv2d(n_in, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
-        # adaptive pooling as a matrix: ONNX has none between sizes that do not divide each other
-        places = torch.eye(h * w).reshape(h * w, 1, h, w)
-        self.register_buffer("to_grid", F.adaptive_avg_pool2d(places, GRID).reshape(h * w, GRID**2), persistent=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        reduced = self.reduce(features).flatten(2)
-        if reduced.shape[2] != GRID**2:
-            reduced = reduced @ self.to_grid
-        return torch.cat([features.mean((2, 3)), reduced.flatten(1)], 1)
+        places = F.adaptive_avg_pool2d(self.reduce(features), GRID)
+        return torch.cat([features.mean((2, 3)), places.flatten(1)], 1)
 
 
 def add_map(body: nn.Module, channels: int, n_features: int, size: int) -> bool:
@@ -46,7 +41,7 @@ def add_map(body: nn.Module, channels: int, n_features: int, size: int) -> bool:
         body.eval()(images)
         hook.remove()
         if len(shapes) == 1 and len(shapes[0]) == 4 and shapes[0][1] == n_features:
-            setattr(body, name, AverageAndMap(n_features, channels, *shapes[0][2:]).eval())
+            setattr(body, name, AverageAndMap(n_features, channels).eval())
             with suppress(RuntimeError):  # of layers behind the pooling, which take another number of features
                 added = body(images).shape == (1, n_features + channels * GRID**2)
     if not added:
