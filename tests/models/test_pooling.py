@@ -71,4 +71,4 @@ def test_a_later_stage_of_another_size_keeps_the_network(run_script, drawn):
     code, out, err = run_script("finetune.py -e 1 --size 64 --workers 0 -pm m -n larger")
     assert (code, err) == (0, "") and "run larger: score" in out
     assert best("larger").model()(torch.rand(2, 3, 64, 64)).shape == best("m").model()(torch.rand(2, 3, 32, 32)).shape
-    check_refused(run_script(f"train.py {QUICK} --head map64,what -n n -d", drawn), "--head map64,what", "what")
+    check_refused(run_script(f"train.py {QUICK} --head map64,what -n n -d", drawn), "--head what: 'what' is not one of")
