@@ -23,8 +23,8 @@ def make_head(
 ) -> nn.Sequential:
     """A head that ends with a linear layer to 2 * n_points. Raises `UserError` for an unknown layer.
 
-    `linear`, the published entry's choice, is that layer alone. The entry also tried two and three layers, like
-    `512,relu,drop0.2` and `1024,bn,relu,drop0.5,512,bn,relu`.
+    `linear`, the published entry's choice, is that layer alone; `map64` before the layers is for `split_head`. The entry also tried two
+    and three layers, like `512,relu,drop0.2` and `1024,bn,relu,drop0.5,512,bn,relu`.
     """
     layers = []
     for word in [] if head == "linear" else head.split(","):
