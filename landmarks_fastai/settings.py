@@ -162,6 +162,7 @@ class Settings(_Record):
     patience: int = _setting(0, "early stopping: epochs without a better score (0: never)", low=0)
     minutes: float = _setting(0.0, "time limit in minutes (0: none); replaces -e", low=0.0, high=1e6)
     freeze: bool = _setting(False, "freeze the body, train the head only")
+    freeze_bn: bool = _setting(False, "keep the means and variances of the batch norms as they were loaded")
     seed: int = _setting(0, "random seed", low=0, high=2**32 - 1)
     split_seed: int = _setting(0, "random seed of --valid-random: the first stage's", "data", low=0, high=2**32 - 1)
 

@@ -26,6 +26,7 @@ def finetune_parser() -> options.Parser:
         "seed": "the checkpoint's plus 1",
         "minutes": "0",
         "freeze": "off",
+        "freeze_bn": "on where crops are aligned, else the checkpoint's",
     }
     training = parser.add_settings(
         "training",
@@ -42,7 +43,8 @@ def finetune_parser() -> options.Parser:
 def next_settings(flags: dict[str, Any], before: Settings) -> Settings:
     "The settings of a later stage. Raises `UserError` for a flag that contradicts the checkpoint."
     options.check_fixed(flags, before, names_of("network", "split"))
-    sched = flags.get("sched") or ("onecycle" if flags.get("align", before.align) else before.sched)
+    aligned = bool(flags.get("align", before.align))
+    sched = flags.get("sched") or ("onecycle" if aligned else before.sched)
     changes = {
         "epochs": FINETUNE_EPOCHS,
         "sched": sched,
@@ -50,6 +52,7 @@ def next_settings(flags: dict[str, Any], before: Settings) -> Settings:
         "seed": (before.seed + 1) % 2**32,
         "minutes": 0.0,
         "freeze": False,
+        "freeze_bn": aligned or before.freeze_bn,
     }
     if flags.get("opt", before.opt) != before.opt:
         changes["wd"] = WEIGHT_DECAY[flags["opt"]]

@@ -14,8 +14,8 @@ from landmarks_fastai.settings import OUT, Settings
 from landmarks_fastai.utils.distributed import is_first, prints_line
 from landmarks_fastai.utils.hardware import AMP, LOGS, Machine, find_gpu, gpu_count, why_no_gpu
 
-TRAINING = ["batch_size", "epochs", "repeats", "minutes", "patience", "lr", "head_lr_mult", "loss", "opt", "wd", "accumulate", "sched",
-            "step_size", "gamma", "seed"]  # fmt: skip
+TRAINING = ["batch_size", "epochs", "repeats", "minutes", "patience", "lr", "head_lr_mult", "freeze_bn", "loss", "opt", "wd",
+            "accumulate", "sched", "step_size", "gamma", "seed"]  # fmt: skip
 IMAGES = ["align", "whole_pct", "aug", "degrade", "mirror", "ema", "tta", "confidence"]
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 METAVARS = {
@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
                 "valid": os.path.abspath,
                 "exclude": os.path.abspath,
             }.get(name, type(f.default))
-            if name in ("tta", "confidence"):  # a later stage may switch off what the checkpoint has
+            if name in ("tta", "confidence", "freeze_bn"):  # a later stage may switch off what the checkpoint has
                 kwargs: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             elif kind is bool:
                 kwargs = {"action": "store_true", "default": None}

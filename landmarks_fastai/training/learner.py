@@ -98,6 +98,8 @@ class LandmarkLearner(ResumableLearner):
         if settings.freeze:
             self.freeze()
             self.add_cb(BnFreeze())  # otherwise the frozen body's running means would change
+        if settings.freeze_bn:
+            self.add_cb(callbacks.FreezeBatchNorms())
         if settings.accumulate > 1:
             self.add_cb(GradientAccumulation(settings.accumulate * settings.batch_size))
 

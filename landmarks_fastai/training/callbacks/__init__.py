@@ -3,6 +3,7 @@
 from landmarks_fastai.training.callbacks.batches import CarryMaps, FlipTest, SeedEveryStep  # noqa: F401
 from landmarks_fastai.training.callbacks.distributed import DistributedTraining  # noqa: F401
 from landmarks_fastai.training.callbacks.evaluation import Average, Evaluation, SaveBest  # noqa: F401
+from landmarks_fastai.training.callbacks.norms import FreezeBatchNorms  # noqa: F401
 from landmarks_fastai.training.callbacks.precision import Amp, Compile, ReleaseMemory  # noqa: F401
 from landmarks_fastai.training.callbacks.progress import (  # noqa: F401
     History,
