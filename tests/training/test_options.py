@@ -140,7 +140,7 @@ def test_a_folder_called_find_is_a_folder(run_script, drawn):
 def test_the_baseline_recipe_on_drawn_faces_is_the_baseline():
     settings = first_settings({"recipe": "baseline"})
     assert (settings.head, settings.lr, settings.sched, settings.init_head) == ("linear", 3e-4, "plateau", "random")
-    assert (settings.arch, settings.size) == ("resnet18", 48)
+    assert (settings.arch, settings.size) == ("resnet10t", 48)
     assert first_settings({}).sched == DRAWN["sched"]
 
 
