@@ -4,36 +4,27 @@ import argparse
 import itertools
 import json
 import os
-import queue
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmarks_fastai.cli import app, finetune, options, train
+from landmarks_fastai.cli.processes import Runner
 from landmarks_fastai.cli.search import JOURNAL, Search
-from landmarks_fastai.errors import UserError, one_line
+from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs import run as runs
 from landmarks_fastai.runs.claim import process_lock
-from landmarks_fastai.runs.run import PLAN, flags_of, results_of
+from landmarks_fastai.runs.run import PLAN, flags_of
 from landmarks_fastai.utils.files import write_text
-from landmarks_fastai.utils.hardware import available_cores, gpu_count
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LATER = {*runs.MACHINE, "minutes"}  # flags that the later stages of a run get, too
-PACKAGES = str(Path(__file__).resolve().parents[2])
 
 
 class Parser(options.Parser):
@@ -124,105 +115,6 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     return {"groups": groups, "later": options.words_of(parser, kept), "runs": planned}
 
 
-def run_all(
-    folder: Path, plan: dict[str, Any], jobs: int | None, finished: Callable[[], None], search: Search | None
-) -> None:
-    "Run what is not finished, and call `finished` after each run. A signal stops the processes; they save their states."
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "--gpu" in plan["later"] else [""]
-    gpus = gpus if gpus[0] or "--gpu" not in plan["later"] else [*map(str, range(gpu_count()))] or [""]
-    jobs, places, processes, stopping = jobs or len(gpus), queue.SimpleQueue(), [], threading.Event()
-    share = max(1, available_cores() // jobs)
-    machine = [] if os.environ.get("OMP_NUM_THREADS") else ["--threads", str(share)]  # words after these replace them
-    machine += ["--workers", str(min(8, share if gpus[0] else share // 2 if share > 2 else 0))]
-    for k in range(jobs):
-        places.put(gpus[k % len(gpus)])
-    missing = search.todo if search else [run for run in plan["runs"] if not results_of(folder, run["stages"])]
-    minutes = [run["minutes"] * len(run["stages"]) / jobs for run in missing]
-    about = search.about if search else dict.fromkeys(run["label"] for run in plan["runs"])
-    print("\n".join(f"  {line}" for line in about))
-    long = f"{sum(minutes):.3g} minutes" if all(minutes) else "for as long as their epochs take"
-    print(f"{len(plan['runs'])} runs in {folder}, {len(missing)} of them to do, {jobs} at a time, {long}", flush=True)
-
-    def run_one(run: dict[str, Any]) -> str:
-        "Run the stages of a run that are not finished; return the line of what failed."
-        gpu, line = places.get(), ""
-        try:
-            watch = search.begin(run) if search else None
-            script, words = run["script"], run["words"]
-            for name in run["stages"]:
-                if not line and not results_of(folder, [name]):
-                    line = run_stage(script, name, [*machine, *words], gpu, watch)
-                script, words = "finetune.py", ["-pm", str(folder / name / "best.pth"), *plan["later"]]
-            return search.end(run, line) if search and not stopping.is_set() else line
-        finally:
-            places.put(gpu)
-
-    def run_stage(script: str, name: str, words: list[str], gpu: str, watch: Callable[[], bool] | None) -> str:
-        "Run a stage in a process, whose output is added to NAME.log; return its error's line. `watch` may stop it."
-        locked = True
-        while locked and not stopping.wait(0.2):  # the process of a comparison that was killed saves its state
-            with process_lock(folder / f".{name}.lock") as free:
-                locked = not free
-        if stopping.is_set():
-            return "stopped"
-        resume = ["--resume"] if (folder / name / "run.json").exists() else []
-        code = f"from {__name__} import stage_process; stage_process({script.removesuffix('.py')!r})"
-        command = [sys.executable, "-c", code, *words, "-n", name, "--out", str(folder), *resume]
-        env = {"PYTHONPATH": os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))}
-        env |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-        with open(folder / f"{name}.log", "a+", encoding="utf-8", errors="replace") as log:
-            begin = log.seek(0, os.SEEK_END)
-            # in a session of its own: it gets a Ctrl-C once, by the end of its stdin
-            files = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "start_new_session": True}
-            process: Any = subprocess.Popen(command, env=os.environ | env, **files)
-            processes.append(process)
-            if stopping.is_set():
-                process.stdin.close()
-            while watch and process.poll() is None and not stopping.is_set():
-                if watch():
-                    process.stdin.close()
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(1)
-            status = process.wait()
-            log.seek(begin)
-            lines = [line.strip() for line in log if line.strip()]
-        if status < 0:
-            return f"killed by signal {-status}, as the system does where memory is short"
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith(("error: ", "stopped: "))]
-        return one_line((errors or lines or [f"exit code {status}"])[-1]) if status else ""
-
-    begun = time.monotonic()
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run_one, run): run for run in missing}
-        try:
-            for k, future in enumerate(as_completed(futures), 1):
-                run, left = futures[future], (time.monotonic() - begun) / k * (len(missing) - k) / 60
-                run["failed"] = future.result()
-                said = run["failed"] or f"score {results_of(folder, run['stages'])['score']:.6g}"
-                about = f"{run['label']}, seed {run['seed']}: {said}"
-                print(f"{k} of {len(missing)}: {about}; {left:.1f} minutes left", flush=True)
-                finished()
-        except BaseException:
-            stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.stdin.close()
-            print("stopping: the runs save their states, and the same command continues", file=sys.stderr, flush=True)
-            raise
-
-
-def stage_process(script: str) -> None:
-    "What the process of a stage executes: the script, stopped as by SIGTERM when the comparison stops, or is killed."
-
-    def stop_with_comparison() -> None:
-        os.read(0, 1)  # nobody writes: it returns when the other end of the pipe is closed
-        if getattr(signal.getsignal(signal.SIGTERM), "number", None) is None:  # a second signal would end it at once
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop_with_comparison, daemon=True).start()
-    import_module(f"landmarks_fastai.cli.{script}").command()
-
-
 def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
     "Run what is missing of the comparison of a command line; return its folder and leaderboard. Raises `UserError`."
     args, rest = Parser().parse_known_args(words)
@@ -262,7 +154,7 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
             write_leaderboard(folder)
 
         save()
-        run_all(folder, plan, args.jobs, save, search)
+        Runner(folder, plan, args.jobs, search).run(save)
         return folder, write_leaderboard(folder)
 
 

@@ -125,7 +125,7 @@ def test_runs_side_by_side_share_cores_and_gpus(run_script, fake_python, tmp_pat
     fake_python(f'shift 2; echo "$CUDA_VISIBLE_DEVICES $*" >> {tmp_path}/calls; sleep 0.5; exit 3')
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("landmarks_fastai.cli.compare.available_cores", lambda: 12)
+    monkeypatch.setattr("landmarks_fastai.cli.processes.available_cores", lambda: 12)
     code, out, err = run_script(f"{COMMAND} -d x --gpu --arch a b c d")
     calls = csv_lines(tmp_path / "calls")
     assert code == 1 and "4 combinations have runs that failed" in err and "2 at a time" in out
