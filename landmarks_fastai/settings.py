@@ -87,8 +87,8 @@ class Settings(_Record):
     )
     head: str = _setting(
         "map64",
-        "layers between body and points: linear, or a list like 512,bn,relu,drop0.5; behind map64 or alone: they also read the "
-        "feature map, reduced to 64 channels",
+        "layers between body and points: linear, or a list like 512,bn,relu,drop0.5; map64, alone or before the list: they read "
+        "the body's feature map too, reduced to 64 channels",
         "network",
     )
     init_head: str = _setting(
