@@ -34,16 +34,11 @@ def add_map(body: nn.Module, channels: int, n_features: int, size: int) -> bool:
     name = next((n for n in POOLS if isinstance(getattr(body, n, None), nn.Module)), "")
     if not name:
         return False
-    pool, training, shapes, images = getattr(body, name), body.training, [], torch.zeros(1, 3, size, size)
-    hook = pool.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    added = False
-    with torch.no_grad():
-        body.eval()(images)
-        hook.remove()
-        if len(shapes) == 1 and len(shapes[0]) == 4 and shapes[0][1] == n_features:
-            setattr(body, name, AverageAndMap(n_features, channels).eval())
-            with suppress(RuntimeError):  # of layers behind the pooling, which take another number of features
-                added = body(images).shape == (1, n_features + channels * GRID**2)
+    pool, training, added = getattr(body, name), body.training, False
+    setattr(body, name, AverageAndMap(n_features, channels))
+    # where the pooling gets something else than a map of these features, or layers behind it take another number of them
+    with torch.no_grad(), suppress(RuntimeError, IndexError):
+        added = body.eval()(torch.zeros(1, 3, size, size)).shape == (1, n_features + channels * GRID**2)
     if not added:
         setattr(body, name, pool)
     body.train(training)
