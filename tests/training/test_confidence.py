@@ -20,7 +20,7 @@ from landmarks_fastai.training import stage
 from landmarks_fastai.training.confidence import calibration, predict_held_out
 from tests.helpers import ARCH, N_POINTS, QUICK, RUNS, best, check_equal, tensors
 
-STAGE = f"{QUICK} --align 1.05 --valid-pct 0.5 -e 4"
+STAGE = f"{QUICK} --align 1.05 --valid-pct 0.5 -e 6"
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -52,7 +52,7 @@ def test_two_thirds_of_the_points_of_other_faces_lie_within_the_spread(confident
     within = [(held_out.errors <= n * held_out.spreads).mean() for n in (1, 2)]
     assert 0.55 < within[0] < 0.8 and 0.9 < within[1], within
     ranks = pd.Series(held_out.errors.ravel()).rank().corr(pd.Series(held_out.spreads.ravel()).rank())
-    assert ranks > 0.1, ranks  # 0.19 to 0.32 in seven trainings; 0 would say nothing
+    assert ranks > 0.2, ranks
 
 
 def test_the_table_is_in_pixels_of_the_stored_image(confident_run, network, drawn):
