@@ -19,6 +19,7 @@ from landmarks_fastai.data.formats.text_files import IMAGES
 from landmarks_fastai.errors import UserError
 
 MAX_FILES = 2_000_000  # of a folder that is searched for images
+LONGEST = 200  # characters of a file name in a message
 
 
 def find_images(table: LabelTable, roots: Sequence[Path], source: Path) -> tuple[Path, list[str]]:
@@ -34,15 +35,14 @@ def find_images(table: LabelTable, roots: Sequence[Path], source: Path) -> tuple
             table.files = [names[name] or name for name in table.files]
             return root, missing
     leaving = next((n for n in distinct if _parts(n)[0] == ".."), None)
-    name, hint = (
-        leaving or next(iter(distinct)),
-        "put the labels beside the images, with the names that the images have",
-    )
+    name = leaving or next(iter(distinct))
+    shown = repr(name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
     where = (
-        f"{name!r} leaves the folder of the labels"
+        f"{shown} leaves the folder of the labels"
         if leaving
-        else f"none of {len(distinct)} images is found, as {name!r}"
+        else f"none of {len(distinct)} images is found, as {shown}"
     )
+    hint = "put the labels beside the images, with the names that the images have"
     raise UserError(f"{source}: {where}; looked in {roots[0]}: {hint}")
 
 

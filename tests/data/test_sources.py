@@ -194,6 +194,22 @@ def test_landmarks_csv_with_other_separators(tmp_path, change):
     assert np.allclose(labelled_images(tmp_path)[0].points, shape_rows()[0].round(1), atol=0.01)
 
 
+@pytest.mark.parametrize("source", ["train", "train/landmarks.csv"])
+def test_train_folder_or_its_table_named_instead_of_the_folder_above(tmp_path, source):
+    "A header of 120 points has more fields than WFLW's lines."
+    points = np.tile(shape_rows(n=2), (1, 20, 1))
+    header = [f"Point_M{k}_{axis}" for k in range(120) for axis in "XY"]
+    competition(tmp_path, header, flat(points))
+    labels, folder = read_source(tmp_path / source)
+    assert len(labels) == 2 and labels.n_points == 120 and (folder / labels.name(0)).is_file()
+
+
+def test_long_name_of_a_missing_image_is_shortened(tmp_path):
+    write_files(tmp_path, {"p.csv": f"file_name,nose_x,nose_y\n{'b' * 900}.png,1,2\n"}, [])
+    with pytest.raises(UserError, match="as 'b{200}…'; looked in"):
+        read_source(tmp_path / "p.csv")
+
+
 def test_data_frame_has_the_checks_of_a_csv(tmp_path):
     frame = pd.read_csv(competition(tmp_path, *LAYOUTS["x y"]) / "train" / "landmarks.csv", sep="\t")
     folder = tmp_path / "train" / "images"

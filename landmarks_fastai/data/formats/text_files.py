@@ -154,9 +154,10 @@ def read_pts(rows: Rows, files: Iterable[Path], root: Path) -> LabelTable:
 
 def is_wflw(line: str) -> bool:
     "Return whether a line is one of WFLW's lists: 98 points, with or without 4 numbers of the box and 6 attributes, a name."
-    return len(line.split(None, 206)) == 207 or (
-        len(line.split(None, 196)) == 197 and "." in line.split(None, 196)[196]
-    )
+    fields = line.split(None, 206)
+    if not re.match(r"[-+.\d]", fields[0] if fields else ""):  # a header of 98 points and more has as many fields
+        return False
+    return len(fields) == 207 or (len(names := line.split(None, 196)) == 197 and "." in names[196])
 
 
 def read_wflw(rows: Rows, files: Iterable[Path]) -> LabelTable:
