@@ -16,32 +16,23 @@ import numpy as np
 from measure import ROOT, print_table, validation_images
 
 sys.path.insert(0, str(ROOT))
-# row -> first pass: side of its input as a fraction of the network's, flip test; second pass: made, flip test
-WAYS = {
-    "first pass": (1, False, False, False),
-    "both passes": (1, False, True, False),
-    "both, flip test in both": (1, True, True, True),
-    "both, flip test in the second": (1, False, True, True),
-    "both, first at three quarters of the size": (0.75, False, True, True),
-    "both, first at half the size": (0.5, False, True, True),
-}
 
 
-def predict(network, pictures, way) -> np.ndarray:
-    "Points (images, n_points, 2), pixels of the images as stored."
-    from landmarks_fastai.data.align import alignment_of
-    from landmarks_fastai.inference.predictor import Predictor
+class Flipped:
+    "A network with the flip test inside, which makes no third pass."
 
-    fraction, first_flip, second, second_flip = way
-    first = copy.copy(network)
-    first.settings = network.settings.replace(align=0.0, size=round(network.settings.size * fraction))
-    results = Predictor(first, flip_test=first_flip).stream(pictures)
-    points = np.stack([result.objects[0].points for result in results])
-    if second:
-        crops = alignment_of(network.settings, network.facts).maps(points)
-        results = Predictor(network, flip_test=second_flip).stream(pictures, crops=crops)
-        points = np.stack([result.objects[0].points for result in results])
-    return points
+    def __init__(self, network):
+        self.network = network
+
+    def __getattr__(self, name):
+        return getattr(self.network, name)
+
+    def __call__(self, pixels):
+        from landmarks_fastai.data.flip import average_flipped
+        from landmarks_fastai.inference.network import UnitPoints
+
+        points, mirrored = self.network(pixels).points, self.network(pixels[:, :, ::-1]).points
+        return UnitPoints(average_flipped(points, mirrored, self.facts.flip_indices), None)
 
 
 def main():
@@ -53,18 +44,25 @@ def main():
     parser.add_argument("-d", "--data", required=True, help="labelled folder")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     args = parser.parse_args()
-    predictor = Predictor(args.pm)
-    network = predictor.networks[0]
-    items, truth = validation_images(args.data, predictor, 10**9)
+    network = Predictor(args.pm).networks[0]
+    whole = copy.copy(network)
+    whole.settings = network.settings.replace(align=0.0)
+    ways = {
+        "first pass": Predictor(whole, flip_test=False),
+        "both passes": Predictor(network, flip_test=False),
+        "both, flip test": Predictor(Flipped(network), flip_test=False),
+        "three, flip test (`predict.py`)": Predictor(network),
+    }
+    items, truth = validation_images(args.data, ways["first pass"], 10**9)
     pictures, scores, speeds = [Picture(item.path, exif=False) for item in items], {}, {}
     for _ in range(args.rounds):
-        for name, way in WAYS.items():
+        for name, way in ways.items():
             start = time.perf_counter()
-            points = predict(network, pictures, way)
+            points = np.stack([result.objects[0].points for result in way.stream(pictures)])
             speeds.setdefault(name, []).append(len(items) / (time.perf_counter() - start))
             scores[name] = float(((points - truth) ** 2).mean())
     print(f"{network.name}: {len(items)} images, {network.settings.size} px\n")
-    reference = max(speeds["both, flip test in both"])
+    reference = max(speeds["both, flip test"])
     print_table(["way", "score", "images/s", "ratio of speeds"],
                 [[name, scores[name], max(s), max(s) / reference] for name, s in speeds.items()])  # fmt: skip
 

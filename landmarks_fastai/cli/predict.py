@@ -48,7 +48,9 @@ def predict_parser() -> options.Parser:
     parser.add_settings("data", ["data", "batch_size"], defaults)
     about = f"rounding of the submitted coordinates (default: {ROUNDINGS[0]})"
     parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, help=about)
-    about = "flip test: average the points of image and mirror image (default: on with flip indices)"
+    about = (
+        "flip test: average the points of image and mirror image, in a third pass too (default: on with flip indices)"
+    )
     parser.add_argument("--tta", action=argparse.BooleanOptionalAction, dest="flip_test", help=about)
     parser.add_settings("must agree with the checkpoint", names_of("network", "input"), defaults)
     parser.add_machine(training=False)
@@ -87,7 +89,8 @@ def main() -> None:
     if this_process().store:
         raise UserError("predict.py runs in one process: run it without torchrun")
 
-    from landmarks_fastai.inference.predictor import Predictor, open_network
+    from landmarks_fastai.inference.network import open_network
+    from landmarks_fastai.inference.predictor import Predictor
     from landmarks_fastai.runs.claim import claim_output
 
     if any(name.lower().endswith(".onnx") for name in args.pretrained_model) and (args.amp != "off" or args.compile):

@@ -1,12 +1,14 @@
-"The interface of a trained network, whatever runs it: PyTorch or ONNX Runtime."
+"The interface of a trained network, whatever runs it: PyTorch or ONNX Runtime; and how one is opened."
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from landmarks_fastai.settings import DataFacts, Settings
+from landmarks_fastai.settings import OUT, DataFacts, Settings
+from landmarks_fastai.utils.hardware import Machine
 
 MAX_STREAMS = 4  # batches that are in memory at a time
 
@@ -32,3 +34,21 @@ class Network(Protocol):
     def streams(self) -> AbstractContextManager[tuple[int, Callable[[], None]]]:
         "A context with the number of threads that should call the network side by side, and what each calls first."
         ...
+
+
+def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Machine()) -> Network:  # noqa: B008
+    """Open what `-pm` means: an .onnx file, or a checkpoint by its path or its run's name in the output folder.
+
+    Raises `UserError` for a file that does not exist or is of another kind.
+    """
+    if str(name).lower().endswith(".onnx"):
+        from landmarks_fastai.inference.onnx_network import OnnxNetwork
+
+        path = Path(name)
+        of_run = Path(out, path.stem, path.name)  # where the export writes it
+        is_name = path.name == str(name) and not path.exists()
+        return OnnxNetwork(of_run if is_name and of_run.exists() else path)
+    from landmarks_fastai.inference.torch_network import open_checkpoint
+    from landmarks_fastai.runs.checkpoint import find_checkpoint
+
+    return open_checkpoint(find_checkpoint(str(name), out), machine)

@@ -102,7 +102,7 @@ def fit_spread(model: LandmarkNetwork, dl: LandmarkDL) -> SpreadHead:
 
 
 def predict_held_out(predictor: Predictor, items: Sequence[LabelledImage]) -> HeldOut:
-    "Predict labelled images, with the second pass and the flip test where `predict.py` has them."
+    "Predict labelled images, with all passes and the flip test where `predict.py` has them."
     errors, spreads = [], []
     for item, result in predict_rows(predictor, items):
         (prediction,) = result.objects

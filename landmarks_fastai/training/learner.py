@@ -180,7 +180,7 @@ class LandmarkLearner(ResumableLearner):
         return self.get_preds(ds_idx, dl, cbs=callbacks.FlipTest(self.facts.flip_indices), **kwargs)
 
     def predict_points(self, images: Any, flip_test: bool | None = None) -> np.ndarray:
-        """Predict points (images, n_points, 2), float32, in pixels of the images as stored; in two passes if there are two.
+        """Predict points (images, n_points, 2), float32, in pixels of the images as stored; by all passes.
 
         `images` is a path, a PIL image, an array (h, w, 3) uint8, or several of those. `flip_test` None: if there is a flip
         map. Raises `UserError` for a file that is not an image, and for `flip_test=True` without a flip map.

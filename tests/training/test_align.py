@@ -9,6 +9,7 @@ from PIL import Image
 
 from landmarks_fastai import landmark_dataloaders, landmark_learner
 from landmarks_fastai.data.align import Alignment, alignment_of
+from landmarks_fastai.data.flip import average_flipped
 from landmarks_fastai.geometry import cut_image, unit_to_input
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import score_rows
@@ -48,20 +49,25 @@ def test_the_reported_score_is_that_of_both_passes(aligned_run, drawn):
     assert ((points - truth) ** 2).mean() == pytest.approx(checkpoint.score, rel=1e-4)
 
 
-def test_the_second_pass_sees_the_crops_of_the_first(aligned_run, drawn):
-    "Both passes worked out by hand, with one image at a time."
+@pytest.mark.parametrize("flip_test, crops", [(False, 1), (True, 2)])
+def test_a_pass_sees_the_crop_of_the_points_of_the_pass_before(aligned_run, drawn, flip_test, crops):
+    "All passes worked out by hand, with one image at a time; the flip test makes a third."
     learn, checkpoint = learner(aligned_run, drawn)
     path = learn.dls.valid.items[0].path
     settings, facts = checkpoint.settings, checkpoint.facts
-    whole = Predictor(TorchNetwork(learn.model, settings.replace(align=0.0), facts), flip_test=False)
-    (crop,) = alignment_of(settings, facts).maps(whole(path).points[None])
-    pixels = np.array(cut_image(Image.open(path).convert("RGB"), crop, 32))
-    inputs = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    whole = Predictor(TorchNetwork(learn.model, settings.replace(align=0.0), facts), flip_test=flip_test)
+    points = whole(path).points
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
-    with torch.no_grad():
-        unit = learn.model.eval()((inputs - mean) / std)
-    expected = crop.to_image(unit_to_input(unit[0].double().numpy(), 32))
-    assert learn.predict_points(path, flip_test=False)[0] == pytest.approx(expected, abs=1e-3)
+    for _ in range(crops):
+        (crop,) = alignment_of(settings, facts).maps(points[None])
+        pixels = np.array(cut_image(Image.open(path).convert("RGB"), crop, 32))
+        inputs = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - mean) / std
+        with torch.no_grad():
+            unit = learn.model.eval()(inputs)
+            if flip_test:
+                unit = average_flipped(unit, learn.model(inputs.flip(-1)), facts.flip_indices)
+        points = crop.to_image(unit_to_input(unit[0].double().numpy(), 32))
+    assert learn.predict_points(path, flip_test=flip_test)[0] == pytest.approx(points, abs=1e-3)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -91,7 +91,7 @@ class Candidate:
 
 
 class Evaluation(Callback):
-    """Score a validation as predict.py would score: both passes where there are two, with the flip test if `tta` is set.
+    """Score a validation as predict.py would score: all passes, with the flip test and its third pass if `tta` is set.
 
     The first passes, of the network and of the running average if there is one (`Average`), are made on the batches of the
     Learner. The better one makes the second pass; `scores` are its scores, and `network` is the network.
