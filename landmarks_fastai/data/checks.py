@@ -100,7 +100,7 @@ def _stat_image(folder: Path, prefix: str, name: str, own_paths: bool = False) -
         if not status or stat.S_ISLNK(status.st_mode):
             own = own_paths and os.path.isabs(name)
             if not own and leaves_folder(folder, name):
-                refused = "by its path or a link: it was not opened; remove the line"
+                refused = "by its path or a link: it was not opened; copy the image there, or remove the line"
                 raise UserError(f"file name {name!r} leaves the image folder {folder}, {refused}")
             status = os.stat(name if own else prefix + name)
     except (OSError, ValueError) as e:
