@@ -89,7 +89,7 @@ def main() -> None:
     if this_process().store:
         raise UserError("predict.py runs in one process: run it without torchrun")
 
-    from landmarks_fastai.inference.network import open_network
+    from landmarks_fastai.inference.open_network import open_network
     from landmarks_fastai.inference.predictor import Predictor
     from landmarks_fastai.runs.claim import claim_output
 

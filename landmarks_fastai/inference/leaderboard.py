@@ -88,7 +88,7 @@ def write_leaderboard(folder: Path) -> pd.DataFrame:
         f"{flag}: {sentence}".removeprefix(": ")
         for flag, labels in plan["groups"].items()
         for sentence in differences({value: samples[label] for value, label in labels.items()})
-    ] or [plan["best"] or "No combination has two seeds yet, which it takes to know the spread: --seeds 3."]
+    ] or [plan["best"] or "No two combinations have two seeds yet, which it takes to compare them: --seeds 3."]
     said += [f"Failed: {row['combination']}, {row['failed']}" for row in board.to_dict("records") if row["failed"]]
     rows = [["", *TITLES.values()], *([str(k), *_cells(row)] for k, row in enumerate(board.to_dict("records"), 1))]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

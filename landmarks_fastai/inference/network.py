@@ -1,14 +1,13 @@
-"The interface of a trained network, whatever runs it: PyTorch or ONNX Runtime; and how one is opened."
+"The interface of a trained network, whatever runs it: PyTorch or ONNX Runtime."
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from landmarks_fastai.settings import OUT, DataFacts, Settings
-from landmarks_fastai.utils.hardware import Machine
+from landmarks_fastai.data.flip import average_flipped
+from landmarks_fastai.settings import DataFacts, Settings
 
 MAX_STREAMS = 4  # batches that are in memory at a time
 
@@ -36,19 +35,9 @@ class Network(Protocol):
         ...
 
 
-def open_network(name: str | Path, out: str | Path = OUT, machine: Machine = Machine()) -> Network:  # noqa: B008
-    """Open what `-pm` means: an .onnx file, or a checkpoint by its path or its run's name in the output folder.
-
-    Raises `UserError` for a file that does not exist or is of another kind.
-    """
-    if str(name).lower().endswith(".onnx"):
-        from landmarks_fastai.inference.onnx_network import OnnxNetwork
-
-        path = Path(name)
-        of_run = Path(out, path.stem, path.name)  # where the export writes it
-        is_name = path.name == str(name) and not path.exists()
-        return OnnxNetwork(of_run if is_name and of_run.exists() else path)
-    from landmarks_fastai.inference.torch_network import open_checkpoint
-    from landmarks_fastai.runs.checkpoint import find_checkpoint
-
-    return open_checkpoint(find_checkpoint(str(name), out), machine)
+def flip_test(network: Network, pixels: np.ndarray) -> UnitPoints:
+    "Predict inputs, averaged with the predictions of their mirror images. The network needs a flip map."
+    unit, mirrored, spread = network(pixels), network(pixels[:, :, ::-1]), None
+    if unit.spread is not None and mirrored.spread is not None:
+        spread = average_flipped(unit.spread, mirrored.spread, network.facts.flip_indices)
+    return UnitPoints(average_flipped(unit.points, mirrored.points, network.facts.flip_indices), spread)

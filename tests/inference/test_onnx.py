@@ -17,8 +17,8 @@ from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import unit_to_input
 from landmarks_fastai.inference import export, onnx_network
-from landmarks_fastai.inference.network import open_network
 from landmarks_fastai.inference.onnx_network import OnnxNetwork
+from landmarks_fastai.inference.open_network import open_network
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.runs.checkpoint import read_checkpoint
