@@ -26,7 +26,7 @@ from landmarks_fastai.utils.files import atomic_write, cache_places, check_folde
 from landmarks_fastai.utils.hardware import max_pixels
 from landmarks_fastai.utils.parallel import bar
 
-FORMAT = 2  # of the file of stamps
+FORMAT = 3  # of the file of stamps; another number after a new check
 FAR = 1.0  # image sides: a point farther outside is a mistake; a face at the edge has points 0.5 outside
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # images of other formats are decoded
 PLAIN_NAME = re.compile(r"[^/\\:]+")  # a file in the folder itself, on every system
@@ -54,15 +54,23 @@ def check_images(labels: Labels, folder: Path) -> dict[int, str]:
     stamps, faults = _stat_images(labels, folder)
     stored = _read_stamps(labels)
     changed = (stamps[:, 0] >= 0) & (True if stored is None else (stamps != stored).any(1))
-    rows, notes = np.flatnonzero(changed).tolist(), {}
+    rows, notes, outside = np.flatnonzero(changed).tolist(), {}, 0.0
     for row in bar(rows, len(rows), "checking images") if rows else ():
         try:
-            for kind in _check_image(labels, folder, row):
+            kinds, share, fault = _check_image(labels, folder, row)
+            outside += share
+            if fault:
+                faults[row] = fault
+            for kind in kinds:
                 if kind != ROTATED or labels.turned is None or not labels.turned[row]:
                     notes.setdefault(kind, []).append(row)
         except UserError as e:
             faults[row] = e.line
     _check_rotation(labels, folder, notes.get(ROTATED, []))
+    if labels.n_points > 1 and 2 * outside > len(labels):  # before the stamps: the next start finds it again
+        raise UserError(
+            f"{labels.csv}: most points lie outside of their images: were the images resized, or x and y exchanged?"
+        )
     if stored is None:
         _print_repeated(labels)
     for kind in [kind for kind in NOTES if kind in notes]:
@@ -123,20 +131,22 @@ def leaves_folder(folder: Path, name: str) -> bool:
         return True
 
 
-def _check_image(labels: Labels, folder: Path, row: int) -> list[str]:
-    "Return the `NOTES` that apply to a row's image. Raises `UserError` if it is damaged, or a point is far outside."
+def _check_image(labels: Labels, folder: Path, row: int) -> tuple[list[str], float, str]:
+    """Return the `NOTES` that apply to a row's image, the share of its points outside, and the fault if one is far outside.
+
+    Raises `UserError` if the image is damaged.
+    """
     path = folder / labels.name(row)
     size, kinds = inspect_image(path)
     points, sides = labels.points(row), np.array(size)
+    share = float(((points < -1) | (points > sides)).any(1).sum() / max(1, (~np.isnan(points[:, 0])).sum()))
     outside = np.flatnonzero(((points < -FAR * sides) | (points > (1 + FAR) * sides)).any(1))
-    if len(outside):
-        k, (width, height) = outside[0], size
-        x, y = points[k]
-        raise UserError(
-            f"point {k} ({x:g}, {y:g}) lies more than an image's side outside the {width} x {height} image "
-            f"{path}: fix or remove the line"
-        )
-    return kinds
+    if not len(outside):
+        return kinds, share, ""
+    k, (width, height) = outside[0], size
+    x, y = points[k]
+    far = f"point {k} ({x:g}, {y:g}) lies more than an image's side outside the {width} x {height} image"
+    return [], share, f"{far} {path}: fix or remove the line"
 
 
 def _check_rotation(labels: Labels, folder: Path, rows: Sequence[int]) -> None:

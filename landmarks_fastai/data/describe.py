@@ -19,11 +19,16 @@ from landmarks_fastai.geometry import square_map
 from landmarks_fastai.utils.files import atomic_write
 
 DRAWN, SIDE, MARGIN = 6, 480, 1.4  # rows; pixels of a view; times the size of the points' box
+LISTED = 20  # names in a line
 
 
 def names_of_points(labels: Labels) -> list[str]:
     "Return the names of the points, or their numbers."
     return list(labels.point_names) or [str(k) for k in range(labels.n_points)]
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= LISTED else [*names[:8], f"… ({len(names)} in all)"])
 
 
 def describe(labels: Labels) -> Iterator[str]:
@@ -32,15 +37,14 @@ def describe(labels: Labels) -> Iterator[str]:
     yield "objects an image: " + ", ".join(f"{n} in {images} images" for n, images in sorted(objects.items()))
     missing, names = np.isnan(labels.stored).any(-1).sum(0), names_of_points(labels)
     gaps = [f"{name} {n}" for name, n in zip(names, missing.tolist(), strict=True) if n]
-    yield "points: " + ", ".join(names)
-    yield f"missing in {len(labels)} rows: " + (", ".join(gaps) or "none")
+    yield f"points: {_shown(names)}"
+    yield f"missing in {len(labels)} rows: {_shown(gaps) or 'none'}"
     for what, values in (("groups", labels.groups), ("validation rows", labels.valid), ("boxes", labels.boxes)):
         if isinstance(values, np.ndarray):
             yield f"{what}: {int((values if values.ndim == 1 else np.isfinite(values).all(1)).sum())}"
         elif values:
             counts = Counter(values).most_common()
-            more = f", and {len(counts) - 20} more" if len(counts) > 20 else ""
-            yield f"{what}: " + ", ".join(f"{group} ({n} rows)" for group, n in counts[:20]) + more
+            yield f"{what}: {_shown([f'{group} ({n} rows)' for group, n in counts])}"
 
 
 def draw_rows(labels: Labels, folder: Path, rows: Sequence[int], path: Path) -> None:

@@ -25,12 +25,17 @@ LONGEST = 200  # characters of a file name in a message
 def find_images(table: LabelTable, roots: Sequence[Path], source: Path) -> tuple[Path, list[str]]:
     """Set the table's file names to those of images below the first root that has any.
 
+    A linked folder that all of them are in becomes the root: a link that leads out of the root is refused later.
     Returns the root, and for each row an empty text, or the name that is not found. Raises `UserError` if no image is found.
     """
     distinct = dict.fromkeys(table.files)
-    for root in roots:
-        names = resolve(list(distinct), root)
-        if any(names.values()):
+    for root, links in [*((root, False) for root in roots), (roots[0], True)]:
+        names = resolve(list(distinct), root, links)
+        if paths := list(filter(None, names.values())):
+            linked = os.path.commonpath([os.path.dirname(path) for path in paths])
+            if linked and not (root / linked).resolve().is_relative_to(root.resolve()):
+                names = {n: path and Path(os.path.relpath(path, linked)).as_posix() for n, path in names.items()}
+                root /= linked
             missing = ["" if names[name] else name for name in table.files]
             table.files = [names[name] or name for name in table.files]
             return root, missing
@@ -46,8 +51,8 @@ def find_images(table: LabelTable, roots: Sequence[Path], source: Path) -> tuple
     raise UserError(f"{source}: {where}; looked in {roots[0]}: {hint}")
 
 
-def resolve(names: Sequence[str], root: Path) -> dict[str, str]:
-    "Return the path below the root that each name means, or an empty text."
+def resolve(names: Sequence[str], root: Path, links: bool = False) -> dict[str, str]:
+    "Return the path below the root that each name means, or an empty text; with `links` below linked folders too."
     known: dict[str, str] = {}
     for name in names:
         path = "/".join(_parts(name))
@@ -61,7 +66,7 @@ def resolve(names: Sequence[str], root: Path) -> dict[str, str]:
                     known[name] = tried
                     break
     if len(known) < len(names):
-        _search(names, root, known)
+        _search(names, root, links, known)
     return {name: known.get(name, "") for name in names}
 
 
@@ -76,13 +81,13 @@ def _key(part: str) -> str:
     return unicodedata.normalize("NFC", part).casefold()
 
 
-def _search(names: Sequence[str], root: Path, known: dict[str, str]) -> None:
+def _search(names: Sequence[str], root: Path, links: bool, known: dict[str, str]) -> None:
     """Add names to `known` that end like exactly one path below the root, whose file no other name means.
 
     Either is a whole end of the other; only the folders of another machine may differ, each for one folder here.
     """
     files = defaultdict(list)
-    for path in _image_files(root):
+    for path in _image_files(root, links):
         files[_key(path.name)].append(path)
     claims: dict[str, dict[str, float]] = defaultdict(dict)  # path -> name -> how much of the name is the path's
     for name, path in known.items():
@@ -113,10 +118,14 @@ def _common(path: Sequence[str], name: Sequence[str]) -> int:
     return max(1, next((k for k, (a, b) in enumerate(pairs) if _key(a) != _key(b)), min(len(path), len(name))))
 
 
-def _image_files(root: Path) -> Iterator[PurePosixPath]:
-    count = 0
-    for folder, folders, files in os.walk(root):
+def _image_files(root: Path, links: bool) -> Iterator[PurePosixPath]:
+    count, seen = 0, {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, followlinks=links):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if links:  # a circle of them ends
+            paths = {os.path.realpath(os.path.join(folder, name)): name for name in folders}
+            folders[:] = [name for path, name in paths.items() if path not in seen]
+            seen |= paths.keys()
         below = PurePosixPath(Path(folder).relative_to(root).as_posix())
         for file in files:
             if os.path.splitext(file)[1].lower() in IMAGES:

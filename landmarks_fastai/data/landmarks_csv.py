@@ -154,7 +154,13 @@ def _find_fault(line: bytes, n_values: int) -> str:
     name, text = _coordinate(line.count(b"\t", 0, field.start())), field[1].decode().strip()
     if text.lower().lstrip("+-") in ("inf", "infinity"):
         return f"{name} is {float(text)}, {EXPECTED}"
-    return f"{name} is {text[:40]!r}, a number expected"
+    return f"{name} is {not_a_number(text)}"
+
+
+def not_a_number(text: str) -> str:
+    "Return the fault of a text in a number's place."
+    point = " with a decimal point" if re.fullmatch(r"[-+]?\d*,\d+", text.strip()) else ""
+    return f"{text[:40]!r}, a number{point} expected"
 
 
 def _coordinate(k: int) -> str:

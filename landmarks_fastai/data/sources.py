@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COCO = "_annotations.coco.json"  # Roboflow's name, in a folder a split
+HINT = "-d must be labels, or the folder that holds train/ and test/"
 OTHER = {
-    ".zip": "unpack it and name the folder",
-    ".tar": "unpack it and name the folder",
-    ".gz": "unpack it and name the folder",
-    ".h5": "DeepLabCut writes the same labels as CSV: name the project's folder",
-    ".slp": "convert it: sio convert labels.slp -o labels.json --to coco",
-    ".mat": "save the labels as a CSV: docs/labels.md lists the formats",
+    **dict.fromkeys((".zip", ".tar", ".gz"), "is an archive: unpack it and name the folder"),
+    **dict.fromkeys((".xlsx", ".xls"), "is a workbook: export the sheet as CSV"),
+    **dict.fromkeys((".pth", ".onnx", ".safetensors"), f"is a network: -pm NAME; {HINT}"),
+    **dict.fromkeys(text_files.IMAGES, f"is a picture: {HINT}"),
+    ".h5": "is not read: DeepLabCut writes the same labels as CSV: name the project's folder",
+    ".slp": "is not read, convert it: sio convert labels.slp -o labels.json --to coco",
+    ".mat": "is not read: save the labels as a CSV: docs/labels.md lists the formats",
 }
+TABLES = (".json", ".xml", ".csv", ".tsv")
 
 
 def read_source(source: Path, category: str = "", image_folder: Path | None = None) -> tuple[Labels, Path]:
@@ -42,10 +45,10 @@ def read_source(source: Path, category: str = "", image_folder: Path | None = No
             return open_labels(csv), folder
         table, roots, source = csv_tables.read_plain(csv), [folder], csv
     else:
-        table = _read_table(source, category)
         root = source if source.is_dir() else source.parent
         above = [root, *root.resolve().parents[:2]] if source.is_file() else [root, root.resolve().parent]
         roots = [image_folder] if image_folder else above
+        table, source = _read_table(source, category)
     folder, missing = find_images(table, roots, source)
     keep = np.flatnonzero([not name or table.kind == "CSV" for name in missing])
     table.left_out["rows whose image was not found, as " + next(filter(None, missing), "")] = len(missing) - len(keep)
@@ -122,7 +125,7 @@ def join_valid(labels: Labels, folder: Path, valid: Path, category: str = "") ->
 def is_positional(csv: Path) -> bool:
     "Return whether a landmarks.csv is to be read by the position of its columns: TAB-separated, or with no names of x and y."
     with suppress(UserError, OSError), open(csv, "rb") as f:
-        if b"\r" in f.readline().rstrip(b"\r\n"):
+        if b"\r" in f.readline().rstrip(b"\r\n") or b'"' in f.readline():
             return False
         columns, separator = csv_tables.split_header(line := csv_tables.first_line(csv))
         header = csv_tables.parse_header(columns, str(csv))
@@ -130,14 +133,15 @@ def is_positional(csv: Path) -> bool:
     return True
 
 
-def _read_table(source: Path, category: str) -> LabelTable:
+def _read_table(source: Path, category: str) -> tuple[LabelTable, Path]:
+    "Return the table of a file or folder, and the source: of a folder with one file of labels, that file."
     rows = Rows(source, "labels", 0)
     try:
-        return (_read_folder if source.is_dir() else _read_file)(source, rows, category)
+        return (_read_folder if source.is_dir() else _read_file)(source, rows, category), rows.source
     except DAMAGE as e:
         what = f"{type(e).__name__}: {str(e)[:80]}"
         raise UserError(
-            f"{source}{rows.place and ' ' + rows.place}: damaged, or not as {rows.kind} has it ({what})"
+            f"{rows.source}{rows.place and ' ' + rows.place}: damaged, or not as {rows.kind} has it ({what})"
         ) from None
     finally:
         read_json.cache_clear()  # of a large file, gigabytes
@@ -165,9 +169,9 @@ def kind_of(path: Path) -> str:
     "Return which tool's file this is. Raises `UserError` for another."
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise UserError(f"{path}: no such folder or file; -d must be labels, or the folder that holds train/ and test/")
+        raise UserError(f"{path}: no such folder or file; {HINT}")
     if suffix in OTHER:
-        raise UserError(f"{path}: {suffix} files are not read: {OTHER[suffix]}")
+        raise UserError(f"{path} {OTHER[suffix]}")
     if suffix == ".json":
         return json_files.kind_of_json(path)
     if suffix == ".xml":
@@ -183,7 +187,7 @@ def kind_of(path: Path) -> str:
 
 
 def _read_folder(folder: Path, rows: Rows, category: str) -> LabelTable:
-    check_folder(folder, "-d must be labels, or the folder that holds train/ and test/")
+    check_folder(folder, HINT)
     yolo = [p for p in sorted(folder.glob("*.y*ml")) if "kpt_shape" in text_files.read_yaml(p)]
     if len(yolo) == 1:
         return text_files.read_yolo(rows, yolo[0], category)
@@ -205,22 +209,28 @@ def _read_folder(folder: Path, rows: Rows, category: str) -> LabelTable:
     below = () if others else sorted(folder.rglob("*.json"))
     if files := [p for p in below if (kinds[p] if p in kinds else _kind_or_none(p)) == "labelme"]:
         return json_files.read_labelme(rows, files, folder)
-    if len(others) == 1:
-        return _read_file(others[0], rows, category)
+    missing = f"{folder / 'train' / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/"
+    unread = [p for p in folder.iterdir() if p.suffix.lower() in (*TABLES, ".xlsx", ".xls")]
+    if len(files := others or unread) == 1:
+        rows.source = files[0]
+        try:
+            return _read_file(files[0], rows, category)
+        except UserError as e:
+            sides = not others and any((folder / side).is_dir() for side in ("train", "test"))
+            raise UserError(f"{e}; {missing}" if sides else str(e)) from None
     several = (
         f": {', '.join(p.name for p in others[:9])}: name one of them" if others else ", nor labels of another tool"
     )
-    missing = f"{folder / 'train' / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/"
     raise UserError(f"{missing}{several}; docs/labels.md lists the formats")
 
 
 def _kind_or_none(path: Path) -> str | None:
     "Return the kind of a file that may be of labels; None for others."
     with suppress(UserError):
-        if path.suffix.lower() in (".json", ".xml"):
-            return kind_of(path)
-        if path.suffix.lower() in (".csv", ".tsv"):
+        if path.suffix.lower() in TABLES:
             kind = kind_of(path)
+            if path.suffix.lower() in (".json", ".xml"):
+                return kind
             columns, _ = csv_tables.split_header(csv_tables.first_line(path))
             return kind if kind != "CSV" or csv_tables.parse_header(columns, "").names else None
     return None

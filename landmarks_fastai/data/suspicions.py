@@ -61,10 +61,11 @@ def _visibility(points: np.ndarray) -> str:
 
 
 def _missing_numbers(points: np.ndarray) -> str:
-    "(0, 0) or (-1, -1) for a missing point."
-    same = (points[..., 0] == points[..., 1]) & (points[..., 0] <= 0)
-    count, n = same.sum(), np.isfinite(points[..., 0]).sum()
-    if count < 3 or count < 0.005 * n:
+    "(0, 0) or (-1, -1) for a missing point: of many of all, or of half of a landmark's."
+    same, labelled = (points[..., 0] == points[..., 1]) & (points[..., 0] <= 0), np.isfinite(points[..., 0])
+    count, n = same.sum(), labelled.sum()
+    constant = (same.sum(0) >= 3) & (2 * same.sum(0) >= labelled.sum(0))
+    if count < 3 or (count < 0.005 * n and not constant.any()):
         return ""
     value = np.unique(points[same][:, 0])[0]
     said = f"{count} of {n} points are exactly ({value:g}, {value:g})"

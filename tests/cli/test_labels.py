@@ -66,6 +66,14 @@ def test_groups_are_written_and_points_without_names(run, tmp_path):
     assert labels.groups == ["g", "h"] and not labels.point_names and labels.points(0).tolist() == [[1.5, 2], [3, 4]]
 
 
+def test_many_points_are_counted(run, tmp_path):
+    header = ",".join(f"p{k}_{axis}" for k in range(971) for axis in "xy")
+    csv = f"file_name,{header}\na.png,1,2,3,4" + "," * 2 * 969 + "\n"
+    code, out, _ = run(write_files(tmp_path / "d", {"p.csv": csv}))
+    assert code == 0 and "points: p0, p1, p2, p3, p4, p5, p6, p7, … (971 in all)\nmissing in 1 rows: p2 1, " in out
+    assert len(out) < 1000
+
+
 def test_bad_rows_and_suspicions_are_told(run, tmp_path):
     rows = "".join(f"a.png,0.{k},0.2,0.3,0.{k + 1}\n" for k in range(5))
     path = write_files(tmp_path / "d", {"p.csv": f"file_name,a_x,a_y,b_x,b_y\n{rows}lost.png,x,2,3,4\n"}) / "p.csv"

@@ -409,6 +409,18 @@ def test_image_that_fails_to_decode_stops_the_run_or_is_skipped(run_script, data
     assert pd.read_csv(RUNS / "r/bad.csv").file_name.tolist() == ["7.png"]
 
 
+def test_images_that_were_shrunk_without_their_labels_stop_the_run(data):
+    "At each start; a few such images are bad rows, or none."
+    for row in range(N_TRAIN):
+        if row == N_TRAIN // 4:
+            labelled_images(data, on_bad="skip")
+        image = Image.open(row_image(data, row))
+        image.resize((image.width // 3, image.height // 3)).save(row_image(data, row))
+    for on_bad in ("stop", "skip"):
+        with pytest.raises(UserError, match="most points lie outside of their images: were the images resized, or"):
+            labelled_images(data, on_bad=on_bad)
+
+
 def test_csv_with_malformed_rows_alone_is_reported_in_a_few_lines(tmp_path):
     table = tmp_path / "l.csv"
     table.write_text("file_name\tx\ty\n" + "".join(f"{i}.jpg\t1\n" for i in range(5000)))

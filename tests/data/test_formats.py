@@ -291,6 +291,7 @@ def test_points_of_a_picture_as_shown_are_turned_back(tmp_path, value):
     assert (stored_points(np.zeros((1, 2)), None, SIZE, 1) == 0).all()
 
 
+LONG = "file_name,landmark,x,y\n" + "".join(f"{a}.png,{k},{k},2\n" for a in "abcd" for k in range(5 - (a == "c")))
 BILLION = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;">]><annotations>&b;</annotations>'
 DAMAGED = {
     "no JSON": ("c.json", b'{"images": [', "is damaged, or not JSON .*line 1 column"),
@@ -314,6 +315,13 @@ DAMAGED = {
     "CSV of UTF-16": ("p.csv", "file,x,y".encode("utf-16"), "not UTF-8"),
     "CSV with a long line": ("p.csv", b"file,x,y\na.png,1,2\na.png,1,2,3,4,5\n", "cannot be read .*line 3"),
     "DeepLabCut without coords": ("d.csv", b"scorer,me,me\nbodyparts,a,a\n", "not as DeepLabCut"),
+    "TABs without a header": ("p.csv", b"7f.png" + b"\t7" * 1942 + b"\n", "line 1 names no points"),
+    "commas without a header, names last": ("p.csv", b"7," * 1942 + b"7f.png\n", "line 1 names no points"),
+    "TABs without a header, names last": ("p.csv", b"7\t" * 1942 + b"7f.png\n", "line 1 names no points"),
+    "a line a landmark": ("p.csv", LONG.encode(), "one line per object expected.*one line per landmark .column 'landmark'"),
+    "a picture": ("b.png", b"x", "is a picture: -d must be labels"),
+    "a network": ("b.pth", b"PK", "is a network: -pm NAME"),
+    "a workbook": ("b.xlsx", b"PK", "export the sheet as CSV"),
     "an archive": ("labels.zip", b"PK", "unpack it"),
     "SLEAP's": ("labels.slp", b"x", "sio convert"),
 }  # fmt: skip
@@ -348,6 +356,23 @@ def test_number_that_is_not_a_coordinate_is_told_by_row(tmp_path, number):
         labels, _ = read_source(tmp_path / name)
         (fault,) = labels.faults.values()
         assert f"y is {NUMBERS[number]}" in fault and max(labels.faults) == len(labels) - 1
+
+
+def test_decimal_commas_are_told(tmp_path):
+    labels, _ = read_source(write_files(tmp_path, {"p.csv": "file;x;y\na.png;3;79,25\n"}) / "p.csv")
+    assert "'79,25', a number with a decimal point expected" in labels.faults[0]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["cat", "cat", "dog"], ["cat", "dog", "cow", "cat"], [0, 1, 2, 0, 1, 0, 0, 1], [0.5, 0.25, 0.75, 0.125, 1, 2]],
+)
+def test_objects_of_one_point_may_have_a_class_or_a_number(tmp_path, texts):
+    "`texts` of images with two objects, or with 3, 2, 1 and 2."
+    files = "aaabbcdd" if len(texts) == 8 else [f for f in "abcdef" for _ in range(2)]
+    rows = "".join(f"{f}.png,{texts[k % len(texts)]},{k},3\n" for k, f in enumerate(files))
+    path = write_files(tmp_path, {"p.csv": "file_name,kind,x,y\n" + rows}, [f"{f}.png" for f in "abcdef"]) / "p.csv"
+    assert len(read_source(path)[0]) == len(files)
 
 
 def test_objects_that_cannot_be_told_apart_are_told_by_row(tmp_path):

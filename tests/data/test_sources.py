@@ -1,6 +1,7 @@
 "Which reader a path is for, where its images are, and what makes labels suspicious."
 
 import os
+import re
 import unicodedata
 
 import numpy as np
@@ -115,8 +116,38 @@ FOLDERS = {
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_folder_with_one_file_of_labels_is_a_source(tmp_path, capsys, kind):
-    read_source(write_files(tmp_path, FOLDERS[kind]))
+    labels, _ = read_source(write_files(tmp_path, FOLDERS[kind]))
+    assert labels.csv == (tmp_path if kind == "labelme" else tmp_path / next(iter(FOLDERS[kind])))
     assert capsys.readouterr().out.startswith(f"{kind}: 1 rows, 1 images, ")
+
+
+TABLE = "file_name,nosé_x,nosé_y\na.png,1,2\n"
+ALONE = {
+    "UTF-16": ("p.csv", TABLE.encode("utf-16"), "line 1: not UTF-8"),
+    "Latin-1": ("p.tsv", TABLE.encode("latin-1"), "line 1: not UTF-8"),
+    "empty": ("p.csv", b"", "is empty"),
+    "no names": ("p.csv", b"a.png,1,2\n", "line 1 names no points"),
+    "JSON": ("p.json", b"{", "is damaged, or not JSON"),
+    "workbook": ("p.xlsx", b"PK", "is a workbook: export the sheet as CSV"),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_damaged_table_alone_in_a_folder_is_named(tmp_path, kind):
+    name, content, message = ALONE[kind]
+    with pytest.raises(UserError, match=f"{name} {message}"):
+        read_source(write_files(tmp_path, {name: content}))
+
+
+@pytest.mark.parametrize("name", ["a.png", "pictures/a.png", "deep/pictures/a.png"])
+def test_linked_folder_of_images_is_searched(tmp_path, name):
+    "It becomes the folder of the images; links in a circle end."
+    write_files(tmp_path, {"u/v/d/deep/x": "", "u/v/d/p.csv": f"file_name,x,y\n{name},1,2\n"}, ["far/a.png"])
+    folder = tmp_path / "u" / "v" / "d"
+    os.symlink(tmp_path / "far", folder / "deep" / "pictures")
+    os.symlink(tmp_path / "u", folder / "circle")
+    images = labelled_images(folder / "p.csv")
+    assert images.folder == folder / "deep" / "pictures" and images.labels.all_names() == ["a.png"]
 
 
 def test_folder_without_labels_or_with_several_is_refused(tmp_path):
@@ -186,7 +217,13 @@ def test_layouts_of_landmarks_csv(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda t: t.replace("\t", ","), lambda t: t.replace("\n", "\r"), lambda t: t.replace("\n", "\t\n")]
+    "change",
+    [
+        lambda t: t.replace("\t", ","),
+        lambda t: t.replace("\n", "\r"),
+        lambda t: t.replace("\n", "\t\n"),
+        lambda t: re.sub("[^\t\n]+", r'"\g<0>"', t),
+    ],
 )
 def test_landmarks_csv_with_other_separators(tmp_path, change):
     csv = competition(tmp_path, *LAYOUTS["x y"]) / "train" / "landmarks.csv"
@@ -251,6 +288,10 @@ SUSPICIONS = {
     ),
     "zeros": (with_missing(shape_rows(), 0), r"4 of 72 points are exactly \(0, 0\)"),
     "minus one": (with_missing(shape_rows(), -1), r"exactly \(-1, -1\)"),
+    "one landmark of minus one": (
+        np.where(np.arange(360)[:, None] == 7, -1.0, np.tile(shape_rows(), (1, 60, 1))),
+        r"12 of 4320 points are exactly \(-1, -1\)",
+    ),
     "fractions": (shape_rows() / 96, "fractions of the image's sides"),
     "planar": (shape_rows().swapaxes(1, 2).reshape(12, 6, 2), "only if x of all points stands before y"),
     "a box": (with_box(shape_rows()), "the first four numbers are a box"),

@@ -62,7 +62,7 @@ class Header:
     box: list[int] = field(default_factory=list)
     group: int = -1
     n_columns: int = 0
-    unused: list[str] = field(default_factory=list)
+    unused: dict[int, str] = field(default_factory=dict)
 
     @property
     def positional(self) -> bool:
@@ -99,7 +99,7 @@ def parse_header(columns: Sequence[str], where: str) -> Header:
         k for k, name in enumerate(plain) if k not in used and name and not re.match(r"unnamed: \d+|index$", name)
     ]
     header.file = (named + others + [-1])[0]
-    header.unused = [columns[k] for k in others if k != header.file]
+    header.unused = {k: columns[k] for k in others if k != header.file}
     return header
 
 
@@ -168,6 +168,9 @@ def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first
         faults |= {len(files) + int(kept[:row].sum()): text for row, text in problems.items()}
         rows = cells[filled][kept]
         places += [place.format(n) for n in numbers[filled][kept]]
+        if not files and header.names == [""] and (column := _column_of_landmarks(rows, header)):
+            found = f"found one line per landmark (column {column!r}, which is to be removed if it names objects)"
+            raise UserError(f"{source}: one line per object expected, with columns NAME_x, NAME_y; {found}")
         files += rows[:, header.file].tolist()
         points.append(xy[kept])
         if header.box:
@@ -178,7 +181,7 @@ def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first
         why = "a header but no rows" if not sum(left_out.values()) else "no row with a point"
         raise UserError(f"{source} has {why}: one line per object is needed")
     if header.unused:
-        left_out[f"columns ({', '.join(header.unused)[:200]})"] = len(header.unused)
+        left_out[f"columns ({', '.join(header.unused.values())[:200]})"] = len(header.unused)
     names = header.names if any(name != str(k) for k, name in enumerate(header.names)) else []
     return LabelTable(
         kind="CSV",
@@ -191,6 +194,17 @@ def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first
         faults=faults,
         left_out=dict(left_out),
     )
+
+
+def _column_of_landmarks(rows: np.ndarray, header: Header) -> str:
+    "Return the column whose texts each stand once in most images, in three at least; of classes of objects they do not."
+    _, image, lines = np.unique(rows[:, header.file], return_inverse=True, return_counts=True)
+    for k, name in header.unused.items():
+        texts, text = np.unique(rows[:, k], return_inverse=True)
+        once = len(np.unique(image * len(texts) + text)) == len(rows)
+        if once and len(texts) > 1 and len(lines) > 2 and 2 * (lines == len(texts)).sum() > len(lines):
+            return name
+    return ""
 
 
 def _stripped(chunk: "pd.DataFrame", too_wide: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from landmarks_fastai.data.landmarks_csv import EXPECTED, LIMIT
+from landmarks_fastai.data.landmarks_csv import EXPECTED, LIMIT, not_a_number
 from landmarks_fastai.errors import UserError
 
 CENTRE, EDGE, ONE = 0.0, 0.5, 1.0  # coordinates of the centre of the top-left pixel
@@ -177,7 +177,7 @@ def checked(value: Any, missing: bool = False) -> tuple[float, str]:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        return 0.0, f"{str(value)[:40]!r}, a number expected"
+        return 0.0, not_a_number(str(value))
     right = abs(number) <= LIMIT or (missing and number != number)
     return (number, "") if right else (0.0, f"{str(value)[:40]}, {EXPECTED}")
 

@@ -12,6 +12,7 @@ from landmarks_fastai.data.formats.table import CENTRE, EDGE, ONE, LabelTable, R
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import check_flip_indices
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pgm", ".ppm", ".mpo", ".jp2"}
 
 
@@ -154,10 +155,10 @@ def read_pts(rows: Rows, files: Iterable[Path], root: Path) -> LabelTable:
 
 def is_wflw(line: str) -> bool:
     "Return whether a line is one of WFLW's lists: 98 points, with or without 4 numbers of the box and 6 attributes, a name."
-    fields = line.split(None, 206)
-    if not re.match(r"[-+.\d]", fields[0] if fields else ""):  # a header of 98 points and more has as many fields
-        return False
-    return len(fields) == 207 or (len(names := line.split(None, 196)) == 197 and "." in names[196])
+    fields = line.split(None, 196)  # a table of 98 points and more has as many, but the name first
+    rest = fields[-1].strip() if len(fields) == 197 else ""
+    named = rest.count("\t") <= 10 and re.search(r"\.[a-z]\w*$", rest, re.I)
+    return bool(named) and all(map(NUMBER.fullmatch, fields[:196]))
 
 
 def read_wflw(rows: Rows, files: Iterable[Path]) -> LabelTable:
