@@ -105,6 +105,8 @@ class Predictor:
         detector: Callable[[Image.Image], Sequence[Any]] | None = None,  # picture -> detections (box, score)
     ):
         """Open the networks. Raises `UserError` if one cannot be opened, or their numbers of points differ."""
+        if not (isinstance(models, Iterable) or isinstance(models, Path) or callable(models)):
+            raise UserError(f"a network is a run's name or folder, a .pth or an .onnx file; {models!r} found")
         names = [models] if isinstance(models, (str, Path)) or callable(models) else list(models)
         self.networks = [n if callable(n) else open_network(n, out, machine) for n in names]
         self.batch_size, self.flip_test, self.detector = batch_size, flip_test, detector
@@ -112,6 +114,8 @@ class Predictor:
             raise UserError(f"batch_size is {batch_size}: 1 or more expected")
         if flip_test and (without := [n.name for n in self.networks if not n.facts.flip_indices]):
             raise UserError(f"{without[0]} has no flip map: no flip test can be made")
+        if len({n.facts.point_names for n in self.networks} - {()}) > 1:
+            raise UserError("the points of these networks have other names, or another order: no mean can be taken")
         counts = {network.facts.n_points: network.name for network in self.networks}
         if len(counts) > 1:
             found = ", ".join(f"{name} {n}" for n, name in counts.items())
@@ -126,7 +130,7 @@ class Predictor:
         """
         if isinstance(source, (str, Path)) and os.path.isdir(source):
             pictures: Iterable[Source] = find_pictures([str(source)], videos=False)
-        elif isinstance(source, (str, Path, Image.Image, np.ndarray)):
+        elif isinstance(source, (str, Path, Image.Image, np.ndarray, bytes)) or not isinstance(source, Iterable):
             return next(self._points([source], boxes))
         else:
             pictures = source
@@ -282,6 +286,8 @@ class Predictor:
 
 
 def _checked(box: Sequence[float], picture: Picture) -> Box:
+    if np.shape(box) != (4,):
+        raise UserError(f"boxes is a list of (left, top, right, bottom); {box!r} found in it")
     try:
         return as_box(box)
     except ValueError:
