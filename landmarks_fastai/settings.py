@@ -5,6 +5,7 @@ Every default is defined here, once.
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +169,11 @@ class Settings(_Record):
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            _check(f, getattr(self, f.name))
+            value = getattr(self, f.name)
+            if isinstance(value, os.PathLike) or getattr(value, "shape", None) == ():  # a scalar of numpy or torch
+                value = os.fspath(value) if isinstance(value, os.PathLike) else value.item()
+                object.__setattr__(self, f.name, value)
+            _check(f, value)
 
     @property
     def rows(self) -> dict[str, Any]:

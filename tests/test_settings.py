@@ -1,7 +1,9 @@
 "Settings: a round trip through JSON, and errors for wrong values."
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from landmarks_fastai.errors import UserError
@@ -23,6 +25,15 @@ def test_settings_survive_json():
     )
     for value in (settings, facts):
         assert type(value).from_dict(json.loads(json.dumps(value.to_dict()))) == value
+
+
+def test_scalars_of_numpy_and_paths_are_taken():
+    values = {"size": np.int64(32), "lr": np.float32(0.5), "freeze": np.bool_(True), "valid": Path("v.csv")}
+    assert Settings(**values) == Settings(size=32, lr=0.5, freeze=True, valid="v.csv")
+    assert json.dumps(Settings(**values).to_dict())
+    for wrong in (np.array([32]), np.float64(32)):
+        with pytest.raises(UserError, match="int expected"):
+            Settings().replace(size=wrong)
 
 
 @pytest.mark.parametrize("recipe,lr", [("best", 2e-3), ("baseline", 3e-4)])

@@ -105,6 +105,8 @@ def landmark_dataloaders(
     if isinstance(source, (str, Path)):
         settings = settings.replace(data=os.path.abspath(source or "."))
     images = labelled_images(source, image_folder, settings.on_bad, listing, left_out, **settings.rows)
+    if facts and facts.n_points:
+        images = images.fitted(facts, "the network of these facts")
     settings = settings.replace(crop=first_view(images, settings))
     facts = learn_facts(images, settings, facts)
     inputs = cached_inputs(images, settings, facts) if machine.cache else None

@@ -1,7 +1,7 @@
 """Where the images of a source of labels are.
 
 Names that are not found as they stand are understood where only one file can be meant: another prefix of folders, letters
-composed otherwise, `.JPG`, backslashes, quotes.
+composed otherwise, `.JPG`, no suffix, backslashes, quotes.
 """
 
 import os
@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from landmarks_fastai.data.formats.table import LabelTable
 from landmarks_fastai.data.formats.text_files import IMAGES
 from landmarks_fastai.errors import UserError
 
@@ -22,13 +21,13 @@ MAX_FILES = 2_000_000  # of a folder that is searched for images
 LONGEST = 200  # characters of a file name in a message
 
 
-def find_images(table: LabelTable, roots: Sequence[Path], source: Path) -> tuple[Path, list[str]]:
-    """Set the table's file names to those of images below the first root that has any.
+def find_images(files: Sequence[str], roots: Sequence[Path], source: Path) -> tuple[Path, list[str], list[str]]:
+    """Return the first root that has any of the files, their names below it, and for each '' or the name that is not found.
 
     A linked folder that all of them are in becomes the root: a link that leads out of the root is refused later.
-    Returns the root, and for each row an empty text, or the name that is not found. Raises `UserError` if no image is found.
+    Raises `UserError` if no image is found.
     """
-    distinct = dict.fromkeys(table.files)
+    distinct = dict.fromkeys(files)
     for root, links in [*((root, False) for root in roots), (roots[0], True)]:
         names = resolve(list(distinct), root, links)
         if paths := list(filter(None, names.values())):
@@ -36,9 +35,7 @@ def find_images(table: LabelTable, roots: Sequence[Path], source: Path) -> tuple
             if linked and not (root / linked).resolve().is_relative_to(root.resolve()):
                 names = {n: path and Path(os.path.relpath(path, linked)).as_posix() for n, path in names.items()}
                 root /= linked
-            missing = ["" if names[name] else name for name in table.files]
-            table.files = [names[name] or name for name in table.files]
-            return root, missing
+            return root, [names[name] or name for name in files], ["" if names[name] else name for name in files]
     leaving = next((n for n in distinct if _parts(n)[0] == ".."), None)
     name = leaving or next(iter(distinct))
     shown = repr(name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
@@ -86,9 +83,10 @@ def _search(names: Sequence[str], root: Path, links: bool, known: dict[str, str]
 
     Either is a whole end of the other; only the folders of another machine may differ, each for one folder here.
     """
-    files = defaultdict(list)
+    files, stems = defaultdict(list), defaultdict(list)
     for path in _image_files(root, links):
         files[_key(path.name)].append(path)
+        stems[_key(path.stem)].append(path)
     claims: dict[str, dict[str, float]] = defaultdict(dict)  # path -> name -> how much of the name is the path's
     for name, path in known.items():
         claims[path][name] = np.inf
@@ -97,6 +95,7 @@ def _search(names: Sequence[str], root: Path, links: bool, known: dict[str, str]
         parts = [part for part in _parts(name) if part != ".."]
         elsewhere = name.startswith("/") or bool(PureWindowsPath(name).drive)
         paths = files[_key(parts[-1])] or (files[_key(re.sub(r"^[0-9a-f]{8}-", "", parts[-1]))] if elsewhere else [])
+        paths = paths or stems[_key(parts[-1])]
         best = sorted(((_common(path.parts, parts), path) for path in paths), key=lambda pair: -pair[0])
         if not best or (len(best) > 1 and best[0][0] == best[1][0]):
             continue

@@ -19,7 +19,7 @@ from landmarks_fastai.data.sources import is_labels, join_valid, read_frame, rea
 from landmarks_fastai.data.suspicions import check_suspicions
 from landmarks_fastai.errors import SHOWN, BadData, Problem, UserError
 from landmarks_fastai.geometry import BOXED, Box, PixelMap, box_map
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.distributed import is_first
 from landmarks_fastai.utils.files import read_names
 
@@ -113,6 +113,20 @@ class LabelledImages:
         "All images of the table that these are a part of."
         return LabelledImages(self.labels, self.folder, self.left_out, self.listing)
 
+    def fitted(self, facts: DataFacts, who: str | Path, hint: str = "") -> "LabelledImages":
+        """Return these images with their points in the order of a network's `facts`, where both name them.
+
+        Prints that the order is another. Raises `UserError` if the network, `who`, predicts other points.
+        """
+        labels = self.labels
+        if labels.n_points != facts.n_points:
+            raise UserError(f"{labels.csv} has {labels.n_points} points, {who} predicts {facts.n_points}{hint}")
+        ordered = labels.in_order(facts.point_names, facts.n_points, str(who), hint)
+        if ordered is labels:
+            return self
+        print(f"{labels.csv} has its points in another order than {who}: they are put in that order", flush=True)
+        return LabelledImages(ordered, self.folder, self.left_out, self.listing, self.rows)
+
     @property
     def counted(self) -> str:
         "Words beside a score of these images: how many points it counts; empty if no point is missing."
@@ -147,6 +161,8 @@ def labelled_images(
         return source
     if isinstance(source, pd.DataFrame):
         labels, folder = read_frame(source), Path(image_folder or ".")
+    elif not isinstance(source, (str, Path)):
+        raise UserError(f"labels are a path or a DataFrame; {type(source).__name__} found")
     else:
         labels, folder = read_source(Path(source or "."), category, Path(image_folder) if image_folder else None)
     if valid and is_labels(Path(valid)):

@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -127,6 +127,27 @@ class Labels:
                 break
             self.stored = _renew(renew, self.csv, self.identity).stored
         return self.stored[row].astype(np.float32)
+
+    def in_order(self, names: Sequence[str], n_points: int, who: str, hint: str = "") -> "Labels":
+        """Return the labels with their points in the order of `names`; as they are if these or those have no names.
+
+        Raises `UserError` if the `n_points` of `who` are others.
+        """
+        own, place = tuple(self.point_names), {name: k for k, name in enumerate(names)}
+        if self.n_points != n_points or (own and names and set(own) != set(names)):
+            pairs = (own, names, self.n_points), (names, own, n_points)
+            said = [", ".join([name for name in a if name not in b][:9]) or f"{n} points" for a, b, n in pairs]
+            raise UserError(f"{self.csv} has other points ({said[0]}) than {who} ({said[1]}){hint}")
+        if not own or not names or own == tuple(names):
+            return self
+        order = [own.index(name) for name in names]
+        return replace(
+            self,
+            stored=np.take(self.stored, order, 1),
+            point_names=tuple(names),
+            flip_indices=tuple(place[own[self.flip_indices[k]]] for k in order) if self.flip_indices else (),
+            skeleton=tuple((place[own[a]], place[own[b]]) for a, b in self.skeleton),
+        )
 
     def release(self) -> None:
         "Give back the memory of the points that were read from a cache file: it counts as the process's until then."

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 COCO = "_annotations.coco.json"  # Roboflow's name, in a folder a split
 HINT = "-d must be labels, or the folder that holds train/ and test/"
+TRIED = 20  # rows of a landmarks.csv: if the image of one is there, its names are those of the images
 OTHER = {
     **dict.fromkeys((".zip", ".tar", ".gz"), "is an archive: unpack it and name the folder"),
     **dict.fromkeys((".xlsx", ".xls"), "is a workbook: export the sheet as CSV"),
@@ -42,14 +44,14 @@ def read_source(source: Path, category: str = "", image_folder: Path | None = No
     if source.is_dir() and (csv := source / "train" / "landmarks.csv").is_file():
         folder = image_folder or csv.parent / "images"
         if is_positional(csv):
-            return open_labels(csv), folder
+            return _with_found_images(open_labels(csv), folder), folder
         table, roots, source = csv_tables.read_plain(csv), [folder], csv
     else:
         root = source if source.is_dir() else source.parent
         above = [root, *root.resolve().parents[:2]] if source.is_file() else [root, root.resolve().parent]
         roots = [image_folder] if image_folder else above
         table, source = _read_table(source, category)
-    folder, missing = find_images(table, roots, source)
+    folder, table.files, missing = find_images(table.files, roots, source)
     keep = np.flatnonzero([not name or table.kind == "CSV" for name in missing])
     table.left_out["rows whose image was not found, as " + next(filter(None, missing), "")] = len(missing) - len(keep)
     turned = to_stored_pixels(table, folder, keep.tolist())
@@ -59,6 +61,16 @@ def read_source(source: Path, category: str = "", image_folder: Path | None = No
     what = f"{table.kind}: {len(labels)} rows, {images} images, {labels.n_points} points"
     print(what + (f"; left out: {said}" if (said := counted(table.left_out)) else ""), flush=True)
     return labels, folder
+
+
+def _with_found_images(labels: Labels, folder: Path) -> Labels:
+    "Return the labels with the names that their images have, which are searched if none of the first rows' is there."
+    first = [labels.name(row) for row in range(min(TRIED, len(labels)))]
+    if not folder.is_dir() or any(os.path.isfile(os.path.join(folder, name)) for name in first):
+        return labels
+    _, found, _ = find_images(names := labels.all_names(), [folder], labels.csv)
+    # without checksums they are not opened again from the cache file, which has the names of the CSV
+    return labels if found == names else replace(labels, names=found, checksums=None)
 
 
 def is_labels(path: Path) -> bool:
@@ -75,12 +87,11 @@ def join_valid(labels: Labels, folder: Path, valid: Path, category: str = "") ->
 
     Images that both have validate with the rows of the first. Raises `UserError` if the points are not the same.
     """
-    other, other_folder = read_source(valid, category)
-    names, added = (np.array(list(part.point_names), str) for part in (labels, other))
-    if other.n_points != labels.n_points or (len(names) and len(added) and set(names) != set(added)):
-        said = [", ".join(part.point_names[:9]) or f"{part.n_points} points" for part in (other, labels)]
-        raise UserError(f"--valid {valid} has other points ({said[0]}) than {labels.csv} ({said[1]})")
-    order = [list(added).index(name) for name in names] if len(names) and len(added) else slice(None)
+    try:
+        other, other_folder = read_source(valid, category)
+        other = other.in_order(labels.point_names, labels.n_points, str(labels.csv))
+    except UserError as e:
+        raise UserError(f"--valid {valid}: {str(e).replace('; -d must', '; it must')}") from None
     parts, folders = (labels, other), [os.path.abspath(folder), os.path.abspath(other_folder)]
     root = Path(os.path.commonpath(folders))
     paths = [
@@ -103,7 +114,7 @@ def join_valid(labels: Labels, folder: Path, valid: Path, category: str = "") ->
         labels.csv,
         joined(lambda part: paths[part is other], "").tolist(),
         joined(lambda part: part.lines, 0),
-        np.concatenate([labels.stored, other.stored[keep[1]][:, order]]),
+        np.concatenate([labels.stored, other.stored[keep[1]]]),
     )
     n, rows = len(labels), np.flatnonzero(keep[1])
     result.places = [labels.where(k) for k in range(n)] + [

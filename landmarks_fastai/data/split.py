@@ -66,7 +66,8 @@ def split_items(items: LabelledImages, settings: Settings) -> tuple[list[int], l
     csv, size = items.labels.csv, settings.batch_size
     n = f"{csv}: {len(items)} rows{bad}"
     if not len(train):
-        raise UserError(f"{n} leave none to train on: lower --valid-pct or add rows")
+        way = f"--valid {settings.valid} must not name all" if settings.valid else "lower --valid-pct or add rows"
+        raise UserError(f"{n} leave none to train on: {way}")
     if not len(valid):
         raise UserError(f"{n} leave none to validate on: fix them or raise --valid-pct")
     if len(train) * settings.repeats < size:  # a short last batch is dropped in training

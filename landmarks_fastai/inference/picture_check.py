@@ -60,10 +60,8 @@ def unseen_rows(images: LabelledImages, checkpoints: Sequence[Checkpoint]) -> li
     of_rows = digests(images.labels.all_names())[images.rows]
     left, parts = np.ones(len(of_rows), bool), []
     for checkpoint in checkpoints:
-        if checkpoint.facts.n_points != images.labels.n_points:
-            raise UserError(
-                f"{images.labels.csv} has {images.labels.n_points} points, {checkpoint.path} predicts {checkpoint.facts.n_points}"
-            )
+        if images.fitted(checkpoint.facts, checkpoint.path) is not images:
+            raise UserError(f"{checkpoint.path} has its points in another order than the first -pm: name one of them")
         if checkpoint.sides is None:
             raise UserError(f"{checkpoint.path} does not say which rows it was trained on: name a run of train.py")
         seen = checkpoint.sides if checkpoint.settings.all_rows else checkpoint.sides[:1]

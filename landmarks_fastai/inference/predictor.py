@@ -23,7 +23,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import Box, PixelMap, box_map, unit_to_input
 from landmarks_fastai.inference.detector import SIDE
 from landmarks_fastai.inference.network import Network, flip_test
-from landmarks_fastai.inference.open_network import open_network
+from landmarks_fastai.inference.open_network import open_networks
 from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import threaded_map
@@ -108,18 +108,13 @@ class Predictor:
         flip_test: bool | None = None,  # None: where the network has a flip map
         detector: Callable[[Image.Image], Sequence[Any]] | None = None,  # picture -> detections (box, score)
     ):
-        """Open the networks. Raises `UserError` if one cannot be opened, or their numbers of points differ."""
-        names = [models] if isinstance(models, (str, Path)) or callable(models) else list(models)
-        self.networks = [n if callable(n) else open_network(n, out, machine) for n in names]
+        """Open the networks. Raises `UserError` if one cannot be opened, or they predict different points."""
+        self.networks = open_networks(models, out, machine)
         self.batch_size, self.flip_test, self.detector = batch_size, flip_test, detector
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: 1 or more expected")
         if flip_test and (without := [n.name for n in self.networks if not n.facts.flip_indices]):
             raise UserError(f"{without[0]} has no flip map: no flip test can be made")
-        counts = {network.facts.n_points: network.name for network in self.networks}
-        if len(counts) > 1:
-            found = ", ".join(f"{name} {n}" for n, name in counts.items())
-            raise UserError(f"these networks predict different numbers of points ({found}): no mean can be taken")
 
     def __call__(self, source: "Source | Iterable[Source]", boxes: Sequence[Box] | None = None) -> Any:
         """Predict a picture: returns a `Prediction`; a list of them if there are boxes or a detector.
@@ -130,7 +125,7 @@ class Predictor:
         """
         if isinstance(source, (str, Path)) and os.path.isdir(source):
             pictures: Iterable[Source] = find_pictures([str(source)], videos=False)
-        elif isinstance(source, (str, Path, Image.Image, np.ndarray)):
+        elif isinstance(source, (str, Path, Image.Image, np.ndarray, bytes)) or not isinstance(source, Iterable):
             return next(self._points([source], boxes))
         else:
             pictures = source
@@ -297,6 +292,8 @@ class Predictor:
 
 
 def _checked(box: Sequence[float], picture: Picture) -> Box:
+    if np.shape(box) != (4,):
+        raise UserError(f"boxes is a list of (left, top, right, bottom); {box!r} found in it")
     try:
         return as_box(box)
     except ValueError:

@@ -141,11 +141,7 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
     settings = checkpoint.settings.replace(valid="")  # the checkpoint knows the sides of the rows
     facts = checkpoint.facts
     source = settings.data if data is None else data
-    images = labelled_images(source, on_bad="skip", **checkpoint.settings.rows)
-    if images.labels.n_points != facts.n_points:
-        raise UserError(
-            f"{images.labels.csv} has {images.labels.n_points} points, {checkpoint.path} predicts {facts.n_points}"
-        )
+    images = labelled_images(source, on_bad="skip", **checkpoint.settings.rows).fitted(facts, checkpoint.path)
     images.labels.earlier = checkpoint.sides
     items = images[divided_rows(images, settings.replace(all_rows=False))[1]]
     predictor = Predictor(open_checkpoint(checkpoint, machine), machine=machine, batch_size=settings.batch_size)

@@ -127,7 +127,7 @@ def find_arch(arch: str) -> tuple[str, str]:
         return "timm", name
     import difflib
 
-    near = difflib.get_close_matches(name, [*torchvision_names(), *timm.list_models()], 3)
+    near = difflib.get_close_matches(name, sorted({*torchvision_names(), *timm.list_models()}), 3)
     hint = f"; near: {', '.join(near)}" if near else ""
     raise UserError(f"--arch {arch}: no such network in torchvision or timm{hint}")
 

@@ -13,6 +13,7 @@ from landmarks_fastai.data.items import LabelledImages, labelled_images
 from landmarks_fastai.data.labels import Sides
 from landmarks_fastai.data.split import divided_rows
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.models.networks import find_arch
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint
 from landmarks_fastai.runs.run import LISTING, Run
 from landmarks_fastai.settings import DataFacts, Settings
@@ -34,6 +35,7 @@ def first_stage(
 ) -> LandmarkLearner:
     "A Learner of a first stage on the data of the settings, of a length that follows from the number of images."
     settings = settings.replace(split_seed=settings.seed)
+    find_arch(settings.arch)  # an unknown one is refused before all rows are checked
     images = stage_images(settings, run)
     n = len(divided_rows(images, settings)[0])
     if typed is not None and n:
@@ -47,11 +49,8 @@ def first_stage(
 def later_stage(checkpoint: Checkpoint, settings: Settings, machine: Machine, run: Run) -> LandmarkLearner:
     "A Learner with the weights of a checkpoint, and the settings of a new stage. Raises `UserError` if they do not fit."
     images = stage_images(settings, run, checkpoint.sides)
-    if (n_points := images.labels.n_points) != (trained_on := checkpoint.facts.n_points):
-        hint = f"to train a new head on its body: train.py -d … --weights {checkpoint.path}"
-        raise UserError(
-            f"{images.labels.csv} has {n_points} points, {checkpoint.path} was trained on {trained_on}; {hint}"
-        )
+    hint = f"; to train a new head on its body: train.py -d … --weights {checkpoint.path}"
+    images = images.fitted(checkpoint.facts, checkpoint.path, hint)
     dls = rank0_first(lambda: landmark_dataloaders(images, settings, checkpoint.facts, machine=machine))
     report_flip_map(dls, run, checkpoint.facts)
     learn = landmark_learner(dls, weights=None, machine=machine, path=run.out)
@@ -78,6 +77,7 @@ def resumed_stage(state: State, machine: Machine, run: Run) -> LandmarkLearner:
     settings = settings.replace(data=run.record.flags.get("data", settings.data))  # it may have been moved
     sides = read_checkpoint(run.record.checkpoint).sides if run.record.checkpoint else None
     images = stage_images(settings, run, sides, np.array(run.record.left_out, np.int64))
+    images = images.fitted(facts, run.name, "; restore it, or start over with --overwrite")
     if images.labels.identity != run.record.labels:
         changed = f"{images.labels.csv} has changed since the run {run.name} was stopped"
         raise UserError(f"{changed}: restore it, or start over with --overwrite")

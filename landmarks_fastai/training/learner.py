@@ -237,6 +237,8 @@ def landmark_learner(
         raise UserError(f"{', '.join(fixed)}: decided by the DataLoaders, change it there")
     if callable(arch):
         arch = ("timm:" if arch.__module__.startswith("timm.") else "") + arch.__name__
+    if not isinstance(dls, DataLoaders):
+        raise UserError(f"dls is a {type(dls).__name__}: DataLoaders expected, of `landmark_dataloaders`")
     settings = dls.settings.replace(**changes | ({"arch": arch} if arch else {}))
     if settings.accumulate > len(dls.train):
         raise UserError(

@@ -1,6 +1,7 @@
 "Which reader a path is for, where its images are, and what makes labels suspicious."
 
 import os
+import pickle
 import re
 import unicodedata
 
@@ -16,7 +17,7 @@ from landmarks_fastai.data.sources import read_frame, read_source
 from landmarks_fastai.data.split import divided_rows
 from landmarks_fastai.data.suspicions import suspicions
 from landmarks_fastai.errors import BadData, UserError
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from tests.data.test_formats import A, B, annotation, coco, cvat, cvat_points, labelme, shapes, write_files
 from tests.helpers import QUICK, check_refused
 
@@ -28,6 +29,8 @@ NAMES = {  # in the labels -> files of the folder, the one that is meant; empty:
     "letters composed otherwise": (unicodedata.normalize("NFD", E_ACUTE) + ".png", [f"{E_ACUTE}.png"], f"{E_ACUTE}.png"),
     "upper case": ("A.JPG", ["images/a.jpg"], "images/a.jpg"),
     "backslashes": ("x\\a.png", ["x/a.png"], "x/a.png"),
+    "no suffix": ("a", ["images/a.png"], "images/a.png"),
+    "no suffix, and two that fit": ("a", ["a.png", "a.jpg"], ""),
     "quotes": ("'a.png' ", ["a.png"], "a.png"),
     "another machine": ("/home/me/dogs/a.png", ["images/a.png"], "images/a.png"),
     "another system": ("C:\\dogs\\a.png", ["images/a.png"], "images/a.png"),
@@ -229,6 +232,39 @@ def test_landmarks_csv_with_other_separators(tmp_path, change):
     csv = competition(tmp_path, *LAYOUTS["x y"]) / "train" / "landmarks.csv"
     csv.write_bytes(change(csv.read_text()).encode())
     assert np.allclose(labelled_images(tmp_path)[0].points, shape_rows()[0].round(1), atol=0.01)
+
+
+@pytest.mark.parametrize("written", ["/home/me/{}.png", "images/{}.png", "{}.PNG", "{}"])
+def test_names_of_landmarks_csv_that_are_not_quite_those_of_the_images(tmp_path, written):
+    csv = competition(tmp_path, *LAYOUTS["no names"]) / "train" / "landmarks.csv"
+    text = csv.read_text()
+    csv.write_text(re.sub(r"^(\d+)\.png", lambda m: written.format(m[1]), text, flags=re.M))
+    images = pickle.loads(pickle.dumps(labelled_images(tmp_path)))  # as a worker gets it
+    assert [item.path.name for item in images] == [f"{k}.png" for k in range(12)]
+    assert np.allclose(images[3].points, shape_rows()[3].round(1), atol=0.01)
+    csv.write_text(text.replace(".png", "x.png"))
+    with pytest.raises(UserError, match="landmarks.csv: none of 12 images is found, as '0x.png'; looked in .*images:"):
+        labelled_images(tmp_path)
+
+
+def test_points_in_another_order_are_put_in_that_of_the_network(tmp_path, capsys):
+    "Where both name their points; flip indices and skeleton follow."
+    csv = write_files(tmp_path, {"p.csv": "f,a_x,a_y,b_x,b_y,c_x,c_y\na.png,1,2,3,4,5,6\n"}) / "p.csv"
+    images = labelled_images(csv)
+    images.labels.flip_indices, images.labels.skeleton = (1, 0, 2), ((0, 2),)  # a and b change places; a joins c
+    facts = DataFacts(n_points=3, point_names=("c", "a", "b"))
+    fitted = images.fitted(facts, "best.pth")
+    assert fitted[0].points.tolist() == [[5, 6], [1, 2], [3, 4]] and fitted.labels.point_names == ("c", "a", "b")
+    assert fitted.labels.flip_indices == (0, 2, 1) and fitted.labels.skeleton == ((1, 0),)
+    assert f"{csv} has its points in another order than best.pth" in capsys.readouterr().out
+    assert images[0].points.tolist() == [[1, 2], [3, 4], [5, 6]]
+    for same in (fitted, images.fitted(DataFacts(n_points=3), "best.pth")):  # without names the order stays
+        assert same.fitted(DataFacts(n_points=3), "best.pth").labels is same.labels
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match=r"p.csv has other points \(b\) than best.pth \(d\)"):
+        images.fitted(facts.replace(point_names=("d", "a", "c")), "best.pth")
+    with pytest.raises(UserError, match="p.csv has 3 points, best.pth predicts 4"):
+        images.fitted(DataFacts(n_points=4), "best.pth")
 
 
 @pytest.mark.parametrize("source", ["train", "train/landmarks.csv"])

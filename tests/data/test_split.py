@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.items import LabelledImages
 from landmarks_fastai.data.labels import Labels, frame_labels
 from landmarks_fastai.data.split import Sides, divided_rows, sides_of, split_rows
@@ -86,6 +87,12 @@ def test_named_rows_validate(tmp_path):
         held(items_of(names), valid=str(path))
     with pytest.raises(UserError, match="cannot be read"):
         held(items_of(names), valid=str(tmp_path / "none.txt"))
+
+
+def test_valid_that_names_every_row_or_no_labels_is_told_of(drawn, tmp_path):
+    for valid, message in ((drawn, "--valid .* must not name all"), (tmp_path, "^--valid .*; it must be the folder")):
+        with pytest.raises(UserError, match=message):
+            landmark_dataloaders(drawn, valid=valid)
 
 
 def test_the_source_may_name_its_validation_rows(capsys):

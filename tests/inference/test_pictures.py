@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from landmarks_fastai import Predictor
+from landmarks_fastai import Predictor, landmark_dataloaders, landmark_learner
 from landmarks_fastai.data.images import ORIENTATION, TURNS
 from landmarks_fastai.errors import UserError
+from landmarks_fastai.inference.network import open_network
 from landmarks_fastai.inference.overlay import draw_points
 from landmarks_fastai.inference.predictor import Prediction
 from landmarks_fastai.runs.run import PREDICTIONS
@@ -196,6 +197,31 @@ def test_sizes_of_a_batch_are_checked(runs, pictures, run_script):
     for size in (-1, 0):
         code, _, err = run_script(f"predict.py --out {runs} -pm m -b {size}", pictures[0])
         assert code == 1 and err.startswith(f"error: batch_size is {size}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"jpg"])
+def test_what_is_no_picture_network_box_or_source_is_refused(runs, pictures, wrong):
+    predictor = Predictor(runs / "m")
+    with pytest.raises(UserError, match="a picture is a path, .* found"):
+        predictor(wrong)
+    for boxes in ((1, 2, 50, 60), [(1, 2, 3)]):
+        with pytest.raises(UserError, match="boxes is a list of .left, top, right, bottom."):
+            predictor(pictures[0], boxes=boxes)
+    with pytest.raises(UserError, match="a network is a run's name or folder"):
+        Predictor(wrong if wrong != b"jpg" else 4.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="labels are a path or a DataFrame"):
+        landmark_dataloaders([wrong])
+    with pytest.raises(UserError, match="DataLoaders expected"):
+        landmark_learner(wrong)
+
+
+def test_no_mean_of_networks_whose_points_have_another_order(untrained_run, tmp_path):
+    networks = [open_network(untrained_run) for _ in range(3)]
+    for network, order in zip(networks, (1, 1, -1), strict=True):
+        network.facts = network.facts.replace(point_names=tuple(f"p{k}" for k in range(N_POINTS))[::order])
+    assert len(Predictor(networks[:2]).networks) == 2
+    with pytest.raises(UserError, match="another order: no mean can be taken"):
+        Predictor(networks)
 
 
 def test_boxes_of_several_pictures_are_refused_and_videos_of_a_folder_left_out(runs, pictures, tmp_path):

@@ -39,6 +39,8 @@ def test_torchvision_is_preferred_and_timm_can_be_forced():
 def test_an_unknown_network_gets_the_near_names():
     with pytest.raises(UserError, match="resnext50_32x4d"):
         build_model("resnext50_32x4", "linear", 7, 64)
+    with pytest.raises(UserError, match="near: resnet50, resnet50[^,]+, resnet50[^,]+$"):  # both libraries have it
+        build_model("ResNet50", "linear", 7, 64)
 
 
 def test_size_that_the_network_cannot_take_is_refused():

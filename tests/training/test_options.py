@@ -1,6 +1,9 @@
 "Options of the scripts: recipes, the running average, the flip test, another size."
 
+import re
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -18,6 +21,7 @@ from landmarks_fastai.settings import RECIPES
 from landmarks_fastai.training.callbacks.evaluation import Average
 from landmarks_fastai.utils.hardware import Machine
 from tests.helpers import (
+    N_POINTS,
     N_TRAIN,
     QUICK,
     RUNS,
@@ -25,10 +29,13 @@ from tests.helpers import (
     check_refused,
     equal_tensors,
     history,
+    labels_of,
     tensors,
     tiny_learner,
     untrained,
 )
+
+CLI = "landmarks_fastai.cli"
 
 
 @pytest.mark.train
@@ -181,3 +188,24 @@ def test_weights_flag_takes_the_checkpoint_of_another_run(run_script, drawn, fin
     body = next(k for k in a if k.startswith("0.") and k.endswith("conv1.weight"))
     assert torch.allclose(a[body], b[body], atol=1e-6)
     assert not torch.allclose(a["1.0.weight"], b["1.0.weight"], atol=1e-4)
+
+
+@pytest.mark.train
+def test_points_named_in_another_order_train_what_they_are_named(run_script, data):
+    "In every command that scores labels with a checkpoint."
+    frame = pd.read_csv(labels_of(data), sep="\t")
+    pairs = [list(frame.columns[k : k + 2]) for k in range(1, 2 * N_POINTS, 2)]
+    for name, order in {"a": pairs, "b": pairs[::-1]}.items():
+        table = frame[["file_name", *sum(order, [])]]
+        table.columns = [re.sub("^Point_M", "p", column) for column in table.columns]
+        table.to_csv(data / "train" / f"{name}.csv", index=False)
+    code, out, err = run_script(f"train.py {QUICK} -n m -d", data / "train" / "a.csv")
+    assert (code, err) == (0, "")
+    for line in ("finetune.py -pm m -n n -e 1 -lr 1e-12 --workers 0 -d", f"{CLI}.report m -d", f"{CLI}.doctor -pm m"):
+        code, out, err = run_script(line, data / "train" / "b.csv")
+        assert (code, err) == (0, "") and out.count("another order than") == 1
+    assert best("n").facts.point_names == best("m").facts.point_names == tuple(f"p{k}" for k in range(N_POINTS))
+    assert best("n").facts.flip_indices == best("m").facts.flip_indices
+    assert best("n").score == pytest.approx(best("m").score, rel=0.01)  # norms adapt
+    page = (RUNS / "m" / "report.html").read_text(encoding="utf-8")
+    assert f"{best('m').score:.4g}" in page
