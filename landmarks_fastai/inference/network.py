@@ -35,7 +35,7 @@ class Network(Protocol):
         ...
 
 
-def flip_test(network: Network, pixels: np.ndarray) -> UnitPoints:
+def predict_flipped(network: Network, pixels: np.ndarray) -> UnitPoints:
     "Predict inputs, averaged with the predictions of their mirror images. The network needs a flip map."
     unit, mirrored, spread = network(pixels), network(pixels[:, :, ::-1]), None
     if unit.spread is not None and mirrored.spread is not None:

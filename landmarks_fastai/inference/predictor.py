@@ -22,7 +22,7 @@ from landmarks_fastai.data.pictures import Picture, Source, as_box, find_picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.geometry import Box, PixelMap, box_map, unit_to_input
 from landmarks_fastai.inference.detector import SIDE
-from landmarks_fastai.inference.network import Network, flip_test
+from landmarks_fastai.inference.network import Network, predict_flipped
 from landmarks_fastai.inference.open_network import open_networks
 from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.hardware import Machine
@@ -231,12 +231,13 @@ class Predictor:
             for obj in objects:
                 obj.to_input = self._view(n, obj.prediction)
         whole = objects if first_pass or alignment is None else [obj for obj in objects if not obj.to_input]
-        self._one_pass(n, whole, self._flips(network))
+        flip_test = bool(network.facts.flip_indices) and self.flip_test is not False
+        self._one_pass(n, whole, flip_test)
         if alignment is None:
             return
         crops = self._aligned(n, objects, alignment) if first_pass else [obj for obj in objects if obj.to_input]
         self._one_pass(n, crops, False)
-        if self._flips(network):
+        if flip_test:
             self._third_pass(n, self._aligned(n, crops, alignment))
 
     def _aligned(self, n: int, objects: list[_Object], alignment: Alignment) -> list[_Object]:
@@ -263,7 +264,7 @@ class Predictor:
             if n in obj.spreads:
                 obj.spreads[n] = np.mean(spreads, 0)
 
-    def _one_pass(self, n: int, objects: list[_Object], flipped: bool) -> None:
+    def _one_pass(self, n: int, objects: list[_Object], flip_test: bool) -> None:
         "Predict objects as their maps show them. A picture that can no longer be read gets an error."
         network, inputs = self.networks[n], []
         fit, size = network.settings.fit, network.settings.size
@@ -279,16 +280,12 @@ class Predictor:
         for start in range(0, len(inputs), self.batch_size):
             batch = inputs[start : start + self.batch_size]
             pixels = np.stack([pixels for _, (pixels, _) in batch])
-            unit = flip_test(network, pixels) if flipped else network(pixels)
+            unit = predict_flipped(network, pixels) if flip_test else network(pixels)
             for k, (obj, (_, to_input)) in enumerate(batch):
                 points = unit_to_input(unit.points[k].astype(np.float64), size)
                 obj.points[n] = to_input.to_image(points).astype(np.float32)
                 if unit.spread is not None:
                     obj.spreads[n] = unit.spread[k] * (size / 2 / to_input.scale)
-
-    def _flips(self, network: Network) -> bool:
-        "Whether the flip test is made."
-        return bool(network.facts.flip_indices) and self.flip_test is not False
 
 
 def _checked(box: Sequence[float], picture: Picture) -> Box:
