@@ -93,7 +93,7 @@ def test_missing_data_folder_or_training_files_are_reported(tmp_path, monkeypatc
         labelled_images(tmp_path)
     (tmp_path / "train" / "images").mkdir(parents=True)
     (tmp_path / "train" / "landmarks.csv").write_text("file_name\tx\ty\na.jpg\t1\t2\n")
-    with pytest.raises(UserError, match="landmarks.csv line 2: image a.jpg not found"):
+    with pytest.raises(UserError, match="landmarks.csv: none of 1 images is found, as 'a.jpg'; looked in .*images"):
         labelled_images(tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "train" / "images" / "a.jpg")
     items = labelled_images(tmp_path)

@@ -42,8 +42,6 @@ class Diagnosis:
 
         Raises `UserError` where the labels have no shape, and for a checkpoint that does not fit them.
         """
-        for checkpoint in checkpoints[:1]:
-            images = images.fitted(checkpoint.facts, checkpoint.path)
         self.images, self.checkpoints, self.machine = images, checkpoints, machine
         try:
             self.model, shapes = check_shapes(images.labels, images.rows)

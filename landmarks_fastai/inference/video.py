@@ -86,7 +86,8 @@ class Video:
 
     def _decode(self, packet: Any) -> list:
         try:
-            return self.stream.decode(packet)
+            # one thread makes a frame of a packet that is cut short, several drop it
+            return [frame for frame in self.stream.decode(packet) if not frame.is_corrupt]
         except self.av.error.EOFError:  # emptied before
             return []
         except self.av.error.FFmpegError:

@@ -156,4 +156,4 @@ def test_overwritten_run_keeps_its_checkpoint_until_the_new_one_saves(run_script
 def test_finetune_on_data_with_another_number_of_points(run_script, runs, data):
     labels_of(data).write_text("\n".join(line.rsplit("\t", 2)[0] for line in csv_lines(labels_of(data))) + "\n")
     result = run_script(f"finetune.py --workers 0 --out {runs} -pm m -d", data)
-    check_refused(result, f"has {N_POINTS - 1} points", f"trained on {N_POINTS}")
+    check_refused(result, f"has {N_POINTS - 1} points", f"predicts {N_POINTS}")
