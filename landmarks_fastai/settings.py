@@ -87,7 +87,10 @@ class Settings(_Record):
         "resnext50_32x4d", "network: any torchvision or timm name; timm:NAME where both have it", "network"
     )
     head: str = _setting(
-        "linear", "layers between body and points: linear, or a list like 512,bn,relu,drop0.5", "network"
+        "map64",
+        "layers between body and points: linear, or a list like 512,bn,relu,drop0.5; map64, alone or before the list: they read "
+        "the body's feature map too, reduced to 64 channels",
+        "network",
     )
     init_head: str = _setting(
         "mean", "initialise the last layer at the mean shape of the training rows, or at random", choices=HEAD_INITS
@@ -242,7 +245,7 @@ class DataFacts(_Record):
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},
     "baseline": {
-        "init_head": "random", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False, "align": 0.0,
+        "head": "linear", "init_head": "random", "loss": "mse", "aug": 0.0, "mirror": "none", "ema": 0.0, "tta": False, "align": 0.0,
         "lr": 3e-4, "head_lr_mult": 1.0,
     },
 }  # fmt: skip

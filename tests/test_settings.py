@@ -40,7 +40,8 @@ def test_scalars_of_numpy_and_paths_are_taken():
 def test_recipe_defaults(recipe, lr):
     s = Settings(**RECIPES[recipe])
     assert (s.arch, s.size, s.fit, s.batch_size, s.epochs, s.lr) == ("resnext50_32x4d", 128, "crop", 32, 10, lr)
-    assert (s.opt, s.wd, s.sched, s.head) == ("adamw", 0.05, "plateau", "linear")
+    head = "linear" if recipe == "baseline" else "map64"
+    assert (s.opt, s.wd, s.sched, s.head) == ("adamw", 0.05, "plateau", head)
     assert (s.valid_pct, s.valid_random) == (0.2, False)
 
 

@@ -45,7 +45,7 @@ class Search:
         settings = train.first_settings(self.words({})[1])
         size, lr, wd = settings.size, settings.lr, settings.wd or 1e-4
         sizes = [str(side) for side in (size, size - 32, size + 32, size + 64) if side >= 32]
-        heads = [*dict.fromkeys((settings.head, "linear", "512,bn,relu,drop0.5"))]
+        heads = [*dict.fromkeys((settings.head, "map64", "linear", "512,bn,relu,drop0.5"))]
         space: dict[str, Any] = {"lr": (lr / 10, lr * 10), "wd": (wd / 10, wd * 10), "aug": (0.5, 2.0), "size": sizes}
         for name, values in (space | {"head": heads}).items():
             if not flags.keys() & set(flags_of(name)):

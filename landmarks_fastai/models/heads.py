@@ -9,6 +9,13 @@ from torch import nn
 from landmarks_fastai.errors import UserError
 
 
+def split_head(head: str) -> tuple[int, str]:
+    "Return the channels of the feature map that a head reads, 0 without one, and its layers: of `map64,512,relu` 64 and `512,relu`."
+    if not (word := re.match(r"map([1-9]\d{0,3})(,|$)", head)):
+        return 0, head
+    return int(word[1]), head[word.end() :] or "linear"
+
+
 def make_head(
     head: str,  # comma-separated: a number is a linear layer of that width; relu; bn; dropP is dropout
     n_in: int,  # features of the body
@@ -16,8 +23,8 @@ def make_head(
 ) -> nn.Sequential:
     """A head that ends with a linear layer to 2 * n_points. Raises `UserError` for an unknown layer.
 
-    `linear`, the published entry's choice, is that layer alone. The entry also tried two and three layers, like
-    `512,relu,drop0.2` and `1024,bn,relu,drop0.5,512,bn,relu`.
+    `linear`, the published entry's choice, is that layer alone; `map64` before the layers is for `split_head`. The entry also tried two
+    and three layers, like `512,relu,drop0.2` and `1024,bn,relu,drop0.5,512,bn,relu`.
     """
     layers = []
     for word in [] if head == "linear" else head.split(","):
@@ -32,7 +39,9 @@ def make_head(
         elif word == "bn":
             layers.append(nn.BatchNorm1d(n_in))
         else:
-            raise UserError(f"--head {head}: {word!r} is not one of linear, a width like 512, relu, bn, drop0.5")
+            raise UserError(
+                f"--head {head}: {word!r} is not one of linear, a width like 512, relu, bn, drop0.5; map64 stands first"
+            )
     return nn.Sequential(*layers, nn.Linear(n_in, 2 * n_points))
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.models.heads import SpreadHead, make_head
+from landmarks_fastai.models.heads import SpreadHead, make_head, split_head
+from landmarks_fastai.models.pooling import GRID, add_map
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -31,6 +32,9 @@ def build_model(
     "A network with random weights. Raises `UserError` for an unknown name, or a size that the network cannot take."
     body = make_body(arch, size)
     n_features = feature_count(body, arch, size)
+    channels, head = split_head(head)
+    if channels and add_map(body, channels, n_features, size):
+        n_features += channels * GRID**2
     layers = make_head(head, n_features, n_points)
     spread = SpreadHead(n_features, n_points) if confidence else None
     return LandmarkNetwork(body, layers.append(nn.Unflatten(1, (n_points, 2))), spread)

@@ -13,9 +13,10 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.models.networks import METADATA, find_arch, timm_config, timm_model, torchvision_names
 from landmarks_fastai.settings import DataFacts
 
-# Tensors of a file that the body may lack: the classifier, by its names in torchvision and timm, the auxiliary
-# classifiers of inception and googlenet, and the counters of batch norms.
-CLASSIFIER = re.compile(r"(fc|classifier|heads?|head_dist|last_linear|AuxLogits|aux\d)\b|.*num_batches_tracked$")
+# Tensors that a file or the body may lack: the layer that reads the feature map, which only this program has, and counters of
+# batch norms. And of a file: the classifier, by its names in torchvision and timm, auxiliary ones of inception and googlenet.
+OPTIONAL = re.compile(r"(avgpool|global_pool)\.reduce\.|.*num_batches_tracked$")
+CLASSIFIER = re.compile(r"(fc|classifier|heads?|head_dist|last_linear|AuxLogits|aux\d)\b")
 
 
 def input_stats(arch: str) -> tuple[tuple, tuple]:
@@ -143,7 +144,7 @@ def _load_body(body, tensors, arch, source):
     "Load the tensors. Raises `UserError` if some are missing, or the body lacks one that is not the classifier's."
     expected, misfit = body.state_dict(), f"{source} does not fit --arch {arch}"
     n, (prefix, tensors) = len(tensors), _body_tensors(tensors, expected)
-    if missing := [k for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]:
+    if missing := [k for k in expected if k not in tensors and not OPTIONAL.match(k)]:
         import timm
 
         count = f"{len(missing)} of {len(expected)} tensors missing"
@@ -153,7 +154,7 @@ def _load_body(body, tensors, arch, source):
     for k, v in expected.items():
         if k in tensors and tensors[k].shape != v.shape:
             raise UserError(f"{misfit}: {k} is {tuple(tensors[k].shape)}, {tuple(v.shape)} expected")
-    if extra := [k for k in tensors if k not in expected and not CLASSIFIER.match(k)]:
+    if extra := [k for k in tensors if k not in expected and not (CLASSIFIER.match(k) or OPTIONAL.match(k))]:
         raise UserError(f"{misfit}: it is of another network, {len(extra)} tensors are unknown, the first {extra[0]}")
     body.load_state_dict({k: tensors[k] for k in expected if k in tensors}, strict=False)
     if prefix:

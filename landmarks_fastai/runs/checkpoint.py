@@ -22,7 +22,7 @@ from landmarks_fastai.runs.run import Run, find_checkpoint_file, run_name
 from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.utils.files import atomic_write
 
-FORMAT = 9  # of the metadata
+FORMAT = 8  # of the metadata
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def test_a_search_goes_on_up_to_its_number_of_trials(run_script, fake_runs, tmp_
     (failed,) = board[board.score.isna()].to_dict("records")
     assert failed["failed"] == "seed 0: no memory" and failed["combination"].startswith("trial 1 --arch ")
     (first,) = board[board.combination.str.startswith("trial 0 ")].to_dict("records")
-    assert (first["-lr"], first["--size"], first["--aug"], first["--head"]) == (0.002, 128, 1, "linear")
+    assert (first["-lr"], first["--size"], first["--aug"], first["--head"]) == (0.002, 128, 1, "map64")
 
 
 @LINUX
@@ -81,7 +81,7 @@ def test_the_best_is_repeated_by_a_command_that_trains_longer(fake_runs, drawn):
         shlex.split(re.search(r"Best of 1 finished trials: .*python train.py (.+)", said)[1])
     )
     assert (args.name, args.data, args.epochs, args.freeze, args.size) == ("s_best", str(drawn), 20, True, 64)
-    assert (args.lr, args.wd, args.aug, args.head, args.seed) == (0.002, 0.05, 1.0, "linear", 0)
+    assert (args.lr, args.wd, args.aug, args.head, args.seed) == (0.002, 0.05, 1.0, "map64", 0)
 
 
 @pytest.mark.parametrize(
