@@ -2,7 +2,7 @@
 
 The points of the first pass, or in training the labelled ones, are laid onto the mean shape by the similarity with the
 least squared distances (Procrustes analysis, Gower 1975). The crop shows the mean shape's box, `margin` times as large.
-The flip test makes a third pass, over the crop of the second's points.
+The flip test makes a third pass, over crops by the second's points.
 """
 
 from dataclasses import dataclass
