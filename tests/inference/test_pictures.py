@@ -14,7 +14,7 @@ from PIL import Image
 from landmarks_fastai import Predictor, landmark_dataloaders, landmark_learner
 from landmarks_fastai.data.images import ORIENTATION, TURNS
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.inference.network import open_network
+from landmarks_fastai.inference.open_network import open_network
 from landmarks_fastai.inference.overlay import draw_points
 from landmarks_fastai.inference.predictor import Prediction
 from landmarks_fastai.runs.run import PREDICTIONS
