@@ -73,7 +73,7 @@ SMALL_SHM = """
 set -e
 mount -t tmpfs -o size=64k none /dev/shm
 set +e
-{python} {root}/train.py {flags} --workers 1 -n r -d {data} 2> err.txt
+"{python}" "{root}/train.py" {flags} --workers 1 -n r -d "{data}" 2> err.txt
 echo $? > code.txt
 """
 
@@ -111,11 +111,11 @@ FULL = """
 set -e
 mkdir -p runs && mount -t tmpfs -o size={size}m none runs
 set +e
-{python} {root}/train.py {flags} -n parts -d {data} 2> err.txt
+"{python}" "{root}/train.py" {flags} -n parts -d "{data}" 2> err.txt
 echo $? > code.txt
 ls -l runs/parts > left.txt
 mount -o remount,size=500m runs
-{python} {root}/train.py --resume -n parts > resumed.txt 2>&1
+"{python}" "{root}/train.py" --resume -n parts > resumed.txt 2>&1
 echo $? >> code.txt
 mkdir out && cp -r runs/* out/
 """
