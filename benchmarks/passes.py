@@ -28,11 +28,9 @@ class Flipped:
         return getattr(self.network, name)
 
     def __call__(self, pixels):
-        from landmarks_fastai.data.flip import average_flipped
-        from landmarks_fastai.inference.network import UnitPoints
+        from landmarks_fastai.inference.network import predict_flipped
 
-        points, mirrored = self.network(pixels).points, self.network(pixels[:, :, ::-1]).points
-        return UnitPoints(average_flipped(points, mirrored, self.facts.flip_indices), None)
+        return predict_flipped(self.network, pixels)
 
 
 def main():

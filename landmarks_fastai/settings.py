@@ -169,11 +169,8 @@ class Settings(_Record):
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, os.PathLike) or getattr(value, "shape", None) == ():  # a scalar of numpy or torch
-                value = os.fspath(value) if isinstance(value, os.PathLike) else value.item()
-                object.__setattr__(self, f.name, value)
-            _check(f, value)
+            object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
+            _check(f, getattr(self, f.name))
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -256,6 +253,13 @@ LENGTH = ("epochs", "repeats", "minutes", "lr", "sched")
 # Default weight decay of each optimiser. adam and sgd add L2 decay to the gradient: 0.05 would be far too strong there.
 WEIGHT_DECAY = {"adamw": 0.05, "adam": 0.0, "sgd": 0.0}
 assert WEIGHT_DECAY.keys() == set(OPTIMISERS) and FINETUNE_LR_MULT.keys() == set(SCHEDULES)
+
+
+def _plain(value: Any) -> Any:
+    "Return a path as text, and a scalar of numpy or torch as a number."
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _check(f: dataclasses.Field, value: Any) -> None:

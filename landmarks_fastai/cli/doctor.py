@@ -75,8 +75,8 @@ def diagnose(args: Namespace, folder: Path) -> None:
     lines = list(describe_files(images, facts))
     print("\n".join(lines), flush=True)
     checkpoints = [find_checkpoint(name, args.out) for name in args.pretrained_model or ()]
-    for checkpoint in checkpoints[:1]:
-        images = images.fitted(checkpoint.facts, checkpoint.path)
+    if checkpoints:
+        images = images.fitted(checkpoints[0].facts, checkpoints[0].path)
     if args.folds:
         from landmarks_fastai.training.folds import train_folds
 

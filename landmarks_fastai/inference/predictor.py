@@ -251,14 +251,14 @@ class Predictor:
 
     def _third_pass(self, n: int, objects: list[_Object]) -> None:
         "Predict objects as the mean over their crops moved to the lower right and to the upper left, with the flip test."
-        crops, found = [obj.to_input for obj in objects], []
+        crops, passes = [obj.to_input for obj in objects], []
         shift = MOVED * self.networks[n].settings.size
         for by in (shift, -shift):
             for obj, crop in zip(objects, crops, strict=True):
                 obj.to_input = crop and crop._replace(c=crop.c + by, f=crop.f + by)
             self._one_pass(n, objects, True)
-            found.append([(obj.points[n], obj.spreads.get(n)) for obj in objects])
-        for obj, views in zip(objects, zip(*found, strict=True), strict=True):
+            passes.append([(obj.points[n], obj.spreads.get(n)) for obj in objects])
+        for obj, views in zip(objects, zip(*passes, strict=True), strict=True):
             points, spreads = zip(*views, strict=True)
             obj.points[n] = np.mean(points, 0)
             if n in obj.spreads:
