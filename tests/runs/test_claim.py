@@ -140,11 +140,16 @@ def test_a_second_process_with_the_same_name_is_refused(run_script, drawn):
     code = (
         "import multiprocessing, os, sys, time; from pathlib import Path\n"
         "from landmarks_fastai.runs.claim import process_lock\n"
+        "read, write = os.pipe()\n"
+        "def child():\n"
+        "    os.write(write, b'.')\n"
+        "    time.sleep(60)\n"
         "with process_lock(Path(sys.argv[1])) as held:\n"
-        "    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    worker = multiprocessing.get_context('fork').Process(target=child)\n"
         "    worker.start()\n"
-        "    child = os.fork()\n"
-        "    if child: print(held, child, worker.pid, flush=True)\n"
+        "    forked = os.fork() or child()\n"
+        "    [os.read(read, 1) for _ in range(2)]\n"  # a forked process closes the lock's file as its first step
+        "    print(held, forked, worker.pid, flush=True)\n"
         "    time.sleep(60)"
     )
     lock = RUNS.absolute() / ".r.lock"
