@@ -14,6 +14,7 @@ from landmarks_fastai.cli import app
 from tests.helpers import LINUX, QUICK, ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.train
 def test_the_backend_of_a_notebook_is_not_used(drawn, tmp_path):
     "A Jupyter kernel exports its own to what `!python train.py` starts, in an environment that may lack it."

@@ -65,6 +65,7 @@ app.run_main(main)
 SLOW, KILLED = "print(os.getpid(), flush=True); time.sleep(60)", "os.kill(os.getpid(), 9)"
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_worker_in_a_slow_read_ends_with_a_killed_main_process(drawn):
     process = python(READING.format(action=SLOW, data=str(drawn)))
@@ -89,6 +90,7 @@ def is_running(pid) -> bool:
         return False
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_killed_worker_is_told_in_one_line(drawn):
     "As the kernel does where memory is short."
@@ -128,6 +130,7 @@ TWICE = """try:
             signal.raise_signal(signal.SIGTERM)"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["open('x', 'w')", "SaveResumeState(None, None).stopping_on_signals()"])
 def test_the_second_of_two_signals_at_once_does_not_take_away_the_line(tmp_path, context):
     "Of a scheduler that signals all processes of a job, torchrun among them, which passes it on; before a fit, and in it."
@@ -135,6 +138,7 @@ def test_the_second_of_two_signals_at_once_does_not_take_away_the_line(tmp_path,
     assert (process.communicate()[1], process.returncode) == (STOPPED, 143)
 
 
+@pytest.mark.slow
 def test_closed_output_pipe_stops_a_run_with_code_141(tmp_path):
     process = python(PRINTING, tmp_path)
     process.stdout.readline()
@@ -158,6 +162,7 @@ def test_closed_outputs_do_not_stop_a_run(tmp_path):
     assert (tmp_path / "f").read_text() == "False"
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_full_disk_behind_the_output_is_told_in_one_line(tmp_path):
     with open("/dev/full", "w") as full:

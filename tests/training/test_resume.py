@@ -61,10 +61,11 @@ KINDS = {
     "aligned crops": ("--align 1.05 --cache", [3, 10]),
     "a worker": ("--workers 1 --align 1.05", [17]),
 }
+FAST = ("plateau, dropout, average", "gradients over batches, patience", "aligned crops")
 
 
 @pytest.mark.parametrize(
-    "flags,steps", [pytest.param(*v, id=k, marks=[pytest.mark.slow] * (k == "a worker")) for k, v in KINDS.items()]
+    "flags,steps", [pytest.param(*v, id=k, marks=[pytest.mark.slow] * (k not in FAST)) for k, v in KINDS.items()]
 )
 def test_resumed_stage_equals_one_that_was_never_stopped(run_script, drawn, flags, steps):
     assert run_script(f"train.py {SHORT} {flags} -n uninterrupted -d", drawn)[0] == 0
