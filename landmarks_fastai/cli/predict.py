@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -203,12 +203,12 @@ def results_of(
 
     copies = OutputNames(run.folder / OVERLAY)
 
-    def boxes_of(picture: "Picture") -> "Sequence[Box]":
-        return boxes.get(picture.name) or boxes.get(Path(picture.name).name, []) if boxes else []
+    def picture_of(path: Path) -> "Picture":
+        return Picture(path, boxes=(boxes.get(str(path)) or boxes.get(path.name, [])) if boxes else None)
 
     for videos, group in groupby(paths, is_video):
         if not videos:
-            for result in predictor.stream(group, boxes_of if boxes else None):
+            for result in predictor.stream(map(picture_of, group)):
                 stop_on_signal.check()
                 if args.overlay and result.objects:
                     copy = copies(result.source, Path(result.source).suffix + ".jpg")

@@ -153,11 +153,11 @@ def import_av() -> ModuleType:
 
 
 class FramePicture(Picture):
-    "A frame of a video with what was found in it, for `Predictor.stream`."
+    "A frame of a video with the faces that were found in it, for `Predictor.stream`; None: it is one object."
 
-    def __init__(self, image: Image.Image, path: str | Path, time: int, faces: list[Face]):
-        super().__init__(image)
-        self.name, self.time, self.faces = str(path), time, faces
+    def __init__(self, frame: Frame, path: str | Path, faces: list[Face] | None):
+        super().__init__(frame.image, boxes=None if faces is None else [face.box for face in faces])
+        self.name, self.time, self.faces = str(path), frame.time, faces
 
 
 def predict_video(
@@ -175,11 +175,10 @@ def predict_video(
     """
     video, smoother = Video(path), Smoother()
     frames = progress(video, round(video.seconds * video.rate))
-    found = track_faces(frames, predictor.detector) if predictor.detector else ((frame, []) for frame in frames)
-    pictures = (FramePicture(frame.image, path, frame.time, faces) for frame, faces in found)
-    boxes = (lambda picture: [face.box for face in picture.faces]) if predictor.detector else None
+    found = track_faces(frames, predictor.detector) if predictor.detector else ((frame, None) for frame in frames)
+    pictures = (FramePicture(frame, path, faces) for frame, faces in found)
     with write_video(overlay_path, video) if overlay_path else nullcontext() as write:
-        for number, result in enumerate(predictor.stream(pictures, boxes)):
+        for number, result in enumerate(predictor.stream(pictures)):
             picture = cast(FramePicture, result.picture)
             result.frame, result.time = number, float(picture.time * video.time_base)
             for k, each in enumerate(result.objects):
