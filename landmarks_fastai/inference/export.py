@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import landmarks_fastai
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import UserError, import_optional
 from landmarks_fastai.inference.onnx_network import FORMAT, METADATA, OnnxNetwork
 from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.models.networks import PointsAndSpread
@@ -148,8 +148,5 @@ def check_packages() -> None:
     "Raise `UserError` if a package of the extra `export` is not installed, or torch is too old for it."
     if torch.__version__ < "2.7":  # its exporter fails with every onnxscript that runs with protobuf 7
         raise UserError(f"exporting needs torch 2.7 or later, {torch.__version__} is installed")
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            __import__(name)
-        except ModuleNotFoundError:
-            raise UserError(f"{name} is not installed: pip install onnx onnxruntime onnxscript") from None
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        import_optional(package, "exporting")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import UserError, import_optional
 from landmarks_fastai.inference.network import MAX_STREAMS, UnitPoints
 from landmarks_fastai.runs.run import is_plain_name
 from landmarks_fastai.settings import DataFacts, Settings
@@ -81,12 +81,9 @@ class OnnxNetwork:
 
 def _session(path: Path, threads: int) -> Any:
     "Load the file. Raises `UserError` if it cannot be read or loaded, and without onnxruntime."
+    onnxruntime = import_optional("onnxruntime", str(path))
     try:
-        import onnxruntime
-
         model = path.read_bytes()
-    except ModuleNotFoundError:
-        raise UserError(f"{path} needs onnxruntime: pip install onnxruntime") from None
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
     except OSError as e:

@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 from PIL import Image
 
 from landmarks_fastai.data.pictures import Picture
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import UserError, import_optional
 from landmarks_fastai.inference.overlay import draw_points
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
 from landmarks_fastai.inference.smoothing import Smoother
@@ -42,7 +41,7 @@ class Video:
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.av = path, import_av()
+        self.path, self.av = path, import_optional("av", "reading a video")
         try:
             self.container = self.av.open(str(path))
         except FileNotFoundError:
@@ -141,15 +140,6 @@ def write_video(path: str | Path, video: Video) -> Iterator[Callable[[Image.Imag
 
         yield write
         container.mux(stream.encode(None))
-
-
-def import_av() -> ModuleType:
-    "Return PyAV, or raise `UserError` with the command that installs it."
-    try:
-        import av
-    except ModuleNotFoundError:
-        raise UserError("reading a video needs PyAV: pip install av") from None
-    return av
 
 
 class FramePicture(Picture):

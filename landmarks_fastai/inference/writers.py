@@ -121,8 +121,8 @@ def _pts(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Wr
 def _npy(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
     "predictions.npy (objects, n_points, 2) and predictions.names.json, the file, frame and object of each row; NaN for none."
     n_points = facts.n_points
-    rows = files.enter_context(_npy_file(path, (n_points, 2)))
-    spreads = files.enter_context(_npy_file(path.with_suffix(".confidence.npy"), (n_points,))) if confidence else None
+    rows = files.enter_context(npy_file(path, (n_points, 2)))
+    spreads = files.enter_context(npy_file(path.with_suffix(".confidence.npy"), (n_points,))) if confidence else None
     add = _list(files, files.enter_context(atomic_write(path.with_suffix(".names.json"))))
     none = Prediction(np.full((n_points, 2), np.nan, np.float32))
 
@@ -140,7 +140,7 @@ WRITERS = {"csv": _csv, "json": _json, "coco": _coco, "pts": _pts, "npy": _npy}
 
 
 @contextmanager
-def _npy_file(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], None]]:
+def npy_file(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], None]]:
     "A .npy of an unknown number of rows: numpy's header has room for the number, which is written at the end."
     count = 0
     with atomic_write(path, "wb") as file:
