@@ -78,26 +78,23 @@ def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], ma
     for part, predictor in _judges(images, checkpoints, machine):
         # in random order: what is usual for a landmark is learned from the first rows
         order = np.random.default_rng(0).permutation(len(part))
-        rows, values = [], []
+        rows, values, usual = [], [], None
         batches: Any = chunked(predict_rows(predictor, [part[int(k)] for k in order]), CHUNK)
         for batch in batches:
-            found = [
-                (item.row, misfit(item.points, result.objects[0].points), result.objects[0]) for item, result in batch
-            ]
-            found = [(row, m, prediction.confidence) for row, m, prediction in found if m]
-            if not found:
+            predictions = {item: result.objects[0] for item, result in batch}
+            misfits = {item: m for item, p in predictions.items() if (m := misfit(item.points, p.points))}
+            if not misfits:
                 continue
-            misfits, confidences = [m for _, m, _ in found], [confidence for _, _, confidence in found]
-            rest, radius = np.stack([m.rest for m in misfits]), np.array([m.radius for m in misfits])[:, None]
+            rest, radius = (np.stack([getattr(m, name) for m in misfits.values()]) for name in ("rest", "radius"))
+            confidences = [predictions[item].confidence for item in misfits]
             if confidences[0] is None:
-                if not values:
-                    usual = np.nan_to_num(np.nanmedian(rest / radius, 0), nan=1.0)
-                unit = np.maximum(usual * radius, 0.1)
+                usual = np.nan_to_num(np.nanmedian(rest / radius[:, None], 0), nan=1.0) if usual is None else usual
+                unit = np.maximum(usual * radius[:, None], 0.1)
             else:
                 unit = np.stack(confidences)
-            whole, radius = np.sqrt((unit**2).mean(1)), radius[:, 0]
-            similarity = [(*m.shift, np.log(max(m.size, 1e-3)) * m.radius, m.turn * m.radius) for m in misfits]
-            rows += [row for row, *_ in found]
+            whole = np.sqrt((unit**2).mean(1))
+            similarity = [(*m.shift, np.log(max(m.size, 1e-3)) * m.radius, m.turn * m.radius) for m in misfits.values()]
+            rows += [item.row for item in misfits]
             values.append(np.column_stack([similarity / whole[:, None], np.sqrt(np.nanmean((rest / unit) ** 2, 1))]))
         if rows:
             x, y, size, turn, places = np.concatenate(values).T
