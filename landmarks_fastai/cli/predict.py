@@ -63,8 +63,8 @@ def check_combinations(parser: options.Parser, args: argparse.Namespace) -> None
     typed = [f"--{name}" + ("" if value is True else f" {value}") for name, value in flags.items() if value]
     if not args.paths and typed:
         parser.error(f"{typed[0].split()[0]} is for pictures: name them, as in: -pm NAME photo.jpg {typed[0]}")
-    for flag, given in (("--round", args.rounding), ("-d", args.data)):
-        if args.paths and given is not None:
+    for flag, value in (("--round", args.rounding), ("-d", args.data)):
+        if args.paths and value is not None:
             parser.error(f"{flag} is for the submission: run without it, or without PATH")
     if args.draw_confidence and not args.overlay:
         parser.error(
@@ -96,8 +96,8 @@ def main() -> None:
     for network in networks:
         options.check_fixed(vars(args), network.settings, names_of("network", "input"))
         if args.flip_test and not network.facts.flip_indices:
-            hint = "none was found, or --mirror none"
-            raise UserError(f"--tta: the checkpoint has no flip map ({hint}): run without --tta")
+            why = "none was found, or --mirror none"
+            raise UserError(f"--tta: the checkpoint has no flip map ({why}): run without --tta")
     detector = None
     if args.detect:
         from landmarks_fastai.inference.detector import FaceDetector
@@ -148,14 +148,14 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
             n["rotated"] += result.rotated
     report_unaligned(n["unaligned"], n["objects"])
     if boxes and (unused := boxes.keys() - used):
-        hint = f"{len(unused)} file names are not among the pictures, as {min(unused)}"
-        print(f"note: {args.boxes}: {hint}", file=sys.stderr)
+        note = f"{len(unused)} file names are not among the pictures, as {min(unused)}"
+        print(f"note: {args.boxes}: {note}", file=sys.stderr)
     counts = f"{n['pictures']} pictures" + (f", {n['frames']} frames of videos" if n["frames"] else "")
     counts += f", {n['objects']} objects" if args.detect or args.boxes else ""
     print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / OVERLAY}" if args.overlay else ""))
     if n["rotated"]:
-        said = "their points are of the picture as it is shown"
-        print(f"the EXIF rotation of {n['rotated']} pictures was applied: {said}")
+        note = "their points are of the picture as it is shown"
+        print(f"the EXIF rotation of {n['rotated']} pictures was applied: {note}")
     if n["bad"]:
         raise UserError(f"{n['bad']} of the files could not be used, or not to their end: see above")
 

@@ -44,6 +44,7 @@ class Picture:
         self.name = str(source) if is_path else ""
         self.source = Path(source) if is_path else _as_rgb(source)
         self.exif, self.where, self.boxes = exif and is_path, where, boxes
+        self.crop: PixelMap | None = None  # the aligned crop, where a first pass has found it
 
     def size_and_rotated(self) -> tuple[tuple[int, int], bool]:
         "Return width and height, and whether the picture is shown otherwise than the file stores it."

@@ -75,8 +75,8 @@ def decode(
 ) -> tuple[np.ndarray, np.ndarray]:
     "Return boxes (n, 4), left, top, right, bottom in pixel edges of the network's input, and scores (n,) of YuNet's outputs."
     boxes, scores = [], []
-    for stride, each_class, each_object, offset in zip(STRIDES, classes, objects, offsets, strict=True):
-        score = np.sqrt(np.clip(each_class, 0, 1) * np.clip(each_object, 0, 1))[0, :, 0]
+    for stride, face, presence, offset in zip(STRIDES, classes, objects, offsets, strict=True):
+        score = np.sqrt(np.clip(face, 0, 1) * np.clip(presence, 0, 1))[0, :, 0]
         cells = np.flatnonzero(score >= least_score)
         corner = np.stack([cells % (SIDE // stride), cells // (SIDE // stride)], 1)
         centre, half = corner + offset[0, cells, :2], np.exp(offset[0, cells, 2:]) / 2

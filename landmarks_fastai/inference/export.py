@@ -115,13 +115,13 @@ def _compare(exported: OnnxNetwork, network: TorchNetwork, path: Path) -> None:
     expected = network(pixels)
     for n in BATCHES:
         try:
-            found = exported(pixels[:n])
+            output = exported(pixels[:n])
         except Exception as e:  # onnxruntime's errors share no narrower base
             what = f"{network.settings.arch} does not run as ONNX ({reason(e)})"
             raise UserError(f"{path} was not written: {what}") from None
-        far = np.linalg.norm(found.points - expected.points[:n], axis=-1).max() * size / 2
-        if found.spread is not None and expected.spread is not None:
-            far = max(far, np.abs(found.spread - expected.spread[:n]).max() * size / 2)
+        far = np.linalg.norm(output.points - expected.points[:n], axis=-1).max() * size / 2
+        if output.spread is not None and expected.spread is not None:
+            far = max(far, np.abs(output.spread - expected.spread[:n]).max() * size / 2)
         if not far <= TOLERANCE:  # NaN too
             what = f"in a batch of {n} its points are up to {far:.3g} px of the input off the checkpoint's"
             raise UserError(f"{path} was not written: {what}")

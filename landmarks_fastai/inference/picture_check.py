@@ -75,7 +75,7 @@ def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], ma
     "Return `SCORES` of the images (rows, 4); NaN: every checkpoint was trained on the row."
     scores = np.full((len(images), len(SCORES)), np.nan)
     of_row = {int(row): k for k, row in enumerate(images.rows)}
-    for part, predictor in _judges(images, checkpoints, machine):
+    for part, predictor in judging_predictors(images, checkpoints, machine):
         # in random order: what is usual for a landmark is learned from the first rows
         order = np.random.default_rng(0).permutation(len(part))
         rows, values, usual = [], [], None
@@ -105,9 +105,10 @@ def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], ma
     return scores
 
 
-def _judges(
+def judging_predictors(
     images: LabelledImages, checkpoints: Sequence[Checkpoint], machine: Machine
 ) -> Iterator[tuple[LabelledImages, Predictor]]:
+    "Yield the images that each checkpoint judges, with its predictor."
     for part, checkpoint in zip(unseen_rows(images, checkpoints), checkpoints, strict=True):
         if len(part):
             network = open_checkpoint(checkpoint, machine)
@@ -116,10 +117,9 @@ def _judges(
 
 def predictions(images: LabelledImages, checkpoints: Sequence[Checkpoint], machine: Machine) -> dict[int, np.ndarray]:
     "Predict images, each by the checkpoint that judges it: points (n, 2) by row."
-    judges = _judges(images, checkpoints, machine)
     return {
         item.row: result.objects[0].points
-        for part, predictor in judges
+        for part, predictor in judging_predictors(images, checkpoints, machine)
         for item, result in predict_rows(predictor, [part[k] for k in range(len(part))])
     }
 

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, repeat
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import threaded_map
 
-Job = tuple[Picture, PixelMap | None]  # a picture, and a crop if the first pass was made
 # Of the crop's side, in the third pass. Score of 544 photographs by both passes with the flip test, with a third over one crop, over two
 # moved crops: 1.442, 1.420, 1.394 after three stages at 128 px; 1.716, 1.654, 1.595 after the first; 3.16, 2.86, 2.65 at 64 px.
 # Moved by 0.01 or 0.03: 2.77, 2.68 instead of 2.67 at 64 px.
@@ -84,7 +83,6 @@ class _Object:
 
     result: PictureResult
     prediction: Prediction
-    crop: PixelMap | None  # whose first pass was made before; None: it has to be made
     to_input: PixelMap | None = None  # of the next pass; None: the whole picture
     output: Output | None = None  # of the last pass
     outputs: list[Output] = field(default_factory=list)  # of each network's last pass
@@ -146,23 +144,18 @@ class Predictor:
     def _has_boxes(self, picture: Picture) -> bool:
         return picture.boxes is not None or self.detector is not None
 
-    def stream(
-        self,
-        pictures: "Iterable[Source | Picture]",
-        crops: "Iterable[PixelMap | None] | None" = None,  # of whole pictures whose first pass was made; None: no crop
-    ) -> Iterator[PictureResult]:
+    def stream(self, pictures: "Iterable[Source | Picture]") -> Iterator[PictureResult]:
         "Predict pictures one after the other, in constant memory. A picture that cannot be used gives a result with an error."
         opened = (p if isinstance(p, Picture) else Picture(p) for p in pictures)
-        jobs = zip(opened, repeat(None) if crops is None else crops, strict=False)
         with self.networks[0].streams() as (threads, start):
-            for results in threaded_map(self._predict, self._chunks(jobs), threads, start):
+            for results in threaded_map(self._predict, self._chunks(opened), threads, start):
                 yield from results
 
-    def _chunks(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    def _chunks(self, pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
         "Group pictures to batches, smaller ones if their pixels are in memory."
         chunk, pixels = [], 0
-        for picture, crop in jobs:
-            chunk.append((picture, crop))
+        for picture in pictures:
+            chunk.append(picture)
             pixels += 0 if isinstance(picture.source, Path) else math.prod(picture.source.size)
             if len(chunk) == self.batch_size or pixels >= LOADED_PIXELS:
                 yield chunk
@@ -170,12 +163,10 @@ class Predictor:
         if chunk:
             yield chunk
 
-    def _predict(self, chunk: list[Job]) -> list[PictureResult]:
+    def _predict(self, pictures: list[Picture]) -> list[PictureResult]:
         "Predict a batch of pictures."
-        results, objects = [], []
-        for picture, crop in chunk:
-            results.append(self._located(picture))
-            objects += [_Object(results[-1], prediction, crop) for prediction in results[-1].objects]
+        results = [self._located(picture) for picture in pictures]
+        objects = [_Object(result, prediction) for result in results for prediction in result.objects]
         for network in self.networks:
             self._passes(network, objects)
             for obj in objects:
@@ -196,8 +187,8 @@ class Predictor:
                 hint = "add --detect or --boxes CSV (in Python: a detector, boxes)"
                 raise UserError(f"{network.name} was trained on boxes: {hint}")
             if not network.facts.points_box and self._has_boxes(picture):
-                hint = "so no box can be cut: predict whole pictures"
-                raise UserError(f"{network.name}: its points have no extent, {hint}")
+                why = "its points have no extent, so no box can be cut"
+                raise UserError(f"{network.name}: {why}: predict whole pictures")
         result, none = PictureResult(picture), np.empty((0, 2), np.float32)
         try:
             result.size, result.rotated = picture.size_and_rotated()
@@ -223,11 +214,12 @@ class Predictor:
         flip_test = bool(network.facts.flip_indices) and self.flip_test is not False
         for obj in objects:
             box = obj.prediction.box
-            obj.to_input = obj.crop or (box_map(box, network.facts.points_box, network.settings.size) if box else None)
-        whole = [obj for obj in objects if not obj.crop]
-        self._one_pass(network, whole, flip_test)
+            whole = box_map(box, network.facts.points_box, network.settings.size) if box else None
+            obj.to_input = obj.result.picture.crop or whole
+        begun, new = ([obj for obj in objects if bool(obj.result.picture.crop) is b] for b in (True, False))
+        self._one_pass(network, new, flip_test)
         if alignment:
-            crops = _aligned(whole, alignment) + [obj for obj in objects if obj.crop]
+            crops = begun + _aligned(new, alignment)
             self._one_pass(network, crops, False)
             if flip_test:
                 self._third_pass(network, _aligned(crops, alignment))
@@ -288,6 +280,5 @@ def _checked(box: Sequence[float], picture: Picture) -> Box:
     try:
         return as_box(box)
     except ValueError:
-        found = ", ".join(f"{edge:g}" for edge in box)
-        wanted = "left, top, right, bottom in pixels expected"
-        raise UserError(f"{picture.name or 'the picture'}: box {found} is empty: {wanted}") from None
+        edges, hint = ", ".join(f"{edge:g}" for edge in box), "left, top, right, bottom in pixels expected"
+        raise UserError(f"{picture.name or 'the picture'}: box {edges} is empty: {hint}") from None

@@ -199,10 +199,10 @@ def _against(errors: RowErrors, checkpoint: Checkpoint) -> list[tuple[str, int, 
     table["spread"] /= diagonal
     figures = []
     for name, label in AGAINST.items():
-        known = table.dropna(subset=name)
-        if len(known) > 1:
-            x, y = known[name].to_numpy(), known.nme.to_numpy()
-            figures.append((name, len(known), _figure(plots.draw_against, name, FIGURE, x, y, label)))
+        rows = table.dropna(subset=name)
+        if len(rows) > 1:
+            x, y = rows[name].to_numpy(), rows.nme.to_numpy()
+            figures.append((name, len(rows), _figure(plots.draw_against, name, FIGURE, x, y, label)))
     return figures
 
 
@@ -216,18 +216,18 @@ def draw_item(item: LabelledImage, points: np.ndarray, joined: Sequence[int] = (
     view = square_map(both, MARGIN, SIDE, 4.0 * MARGIN)
     ((pixels, to_input),) = item.picture.inputs([view], "pad", SIDE)
     Image.fromarray(pixels).save(jpeg := io.BytesIO(), "JPEG", quality=80)
-    shown = slice(None, None, -(-len(truth) // POINTS))
-    ends = [to_input.to_input(xy[shown].astype(float)) + 0.5 for xy in (truth, points)]
+    ends = [to_input.to_input(xy.astype(float)) + 0.5 for xy in (truth, points)]
     labelled, known = (~np.isnan(xy[:, 0]) for xy in ends)
-    pairs = np.hstack([to_input.to_input(xy[list(joined)].astype(float)) + 0.5 for xy in (truth, points)])
-    pairs = pairs if len(joined) else np.hstack(ends)[labelled & known]
-    lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in pairs[:: max(1, -(-len(pairs) // LINES))])
+    drawn = np.arange(len(truth)) % -(-len(truth) // POINTS) == 0
+    rows = np.array(joined) if len(joined) else np.flatnonzero(drawn & labelled & known)
+    pairs = np.hstack([xy[rows[:: max(1, -(-len(rows) // LINES))]] for xy in ends])
+    lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in pairs)
     return {
         "image": base64.b64encode(jpeg.getvalue()).decode(), "side": SIDE, "name": labels.name(item.row),
         "where": labels.where(item.row), "group": labels.groups[item.row] if labels.groups is not None else "",
         "score": image_score(points, truth), "labelled": int((~np.isnan(truth[:, 0])).sum()), "total": len(truth), "lines": lines,
-        "truth": _dots(ends[0][labelled]), "predicted": _dots(ends[1][labelled & known]),
-        "unlabelled": _dots(ends[1][~labelled & known]),
+        "truth": _dots(ends[0][drawn & labelled]), "predicted": _dots(ends[1][drawn & labelled & known]),
+        "unlabelled": _dots(ends[1][drawn & ~labelled & known]),
         "width": 2.2 if len(truth) > 200 else 4 if len(truth) > 20 else 6,
     }  # fmt: skip
 

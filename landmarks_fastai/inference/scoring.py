@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,20 +30,25 @@ def predict_rows(
     crops: Iterable[PixelMap | None] | None = None,  # of the last pass, if the first was made; None for whole images
 ) -> Iterator[tuple[LabelledImage, PictureResult]]:
     "Yield labelled images with their predictions, pixels of the images as stored; an image that cannot be read costs a warning."
-    for item, result in zip(items, predictor.stream(_pictures(predictor, items), crops), strict=True):
+    for item, result in zip(items, predictor.stream(_pictures(predictor, items, crops)), strict=True):
         if result.error:
             print(f"warning: {result.error}: it is not scored", file=sys.stderr, flush=True)
         else:
             yield item, result
 
 
-def _pictures(predictor: Predictor, items: Iterable[Any]) -> Iterator[Picture]:
+def _pictures(
+    predictor: Predictor,
+    items: Sequence[Any],  # labelled images, or what a `Picture` is made of
+    crops: Iterable[PixelMap | None] | None = None,
+) -> Iterator[Picture]:
     "Yield the pictures of items, as stored, with their boxes if the network was trained on boxes."
     boxed = predictor.networks[0].settings.crop == "box"
-    for item in items:
+    for item, crop in zip(items, repeat(None, len(items)) if crops is None else crops, strict=True):
         labelled = isinstance(item, LabelledImage)
         picture = item.picture if labelled else Picture(item, exif=False)
         picture.boxes = [item.box] if labelled and boxed else None
+        picture.crop = crop
         yield picture
 
 

@@ -54,7 +54,7 @@ def predict_test(
             unaligned += result.unaligned
             points = result.objects[0].points
             add_points(points)
-            asked = round_points(points[test_points.indices[row]], rounding)
-            submission.write(submission_line(test_points.name(row), asked))
+            submitted = round_points(points[test_points.indices[row]], rounding)
+            submission.write(submission_line(test_points.name(row), submitted))
     report_unaligned(unaligned, len(test_points))
     return len(test_points)

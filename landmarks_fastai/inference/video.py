@@ -165,16 +165,16 @@ def predict_video(
     """
     video, smoother = Video(path), Smoother()
     frames = progress(video, round(video.seconds * video.rate))
-    found = track_faces(frames, predictor.detector) if predictor.detector else ((frame, None) for frame in frames)
-    pictures = (FramePicture(frame, path, faces) for frame, faces in found)
+    tracked = track_faces(frames, predictor.detector) if predictor.detector else ((frame, None) for frame in frames)
+    pictures = (FramePicture(frame, path, faces) for frame, faces in tracked)
     with write_video(overlay_path, video) if overlay_path else nullcontext() as write:
         for number, result in enumerate(predictor.stream(pictures)):
             picture = cast(FramePicture, result.picture)
             result.frame, result.time = number, float(picture.time * video.time_base)
-            for k, each in enumerate(result.objects):
-                _, each.score, each.track = picture.faces[k] if picture.faces else (None, None, 1)
+            for k, prediction in enumerate(result.objects):
+                _, prediction.score, prediction.track = picture.faces[k] if picture.faces else (None, None, 1)
                 if smooth:
-                    each.points = smoother(each.track, each.points, result.time)
+                    prediction.points = smoother(prediction.track, prediction.points, result.time)
             if write:
                 write(draw_points(picture.image(), result.objects, confidence, least_side=0), picture.time)
             yield result
