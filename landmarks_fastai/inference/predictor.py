@@ -8,7 +8,7 @@ memory for 100,000 images of 971 points. The module needs neither torch nor fast
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -216,25 +216,24 @@ class Predictor:
             box = obj.prediction.box
             whole = box_map(box, network.facts.points_box, network.settings.size) if box else None
             obj.to_input = obj.result.picture.crop or whole
-        begun, new = ([obj for obj in objects if bool(obj.result.picture.crop) is b] for b in (True, False))
+        new = [obj for obj in objects if not obj.result.picture.crop]
         self._one_pass(network, new, flip_test)
         if alignment:
-            crops = begun + _aligned(new, alignment)
+            crops = _aligned(new, alignment) + [obj for obj in objects if obj.result.picture.crop]
             self._one_pass(network, crops, False)
             if flip_test:
                 self._third_pass(network, _aligned(crops, alignment))
 
     def _third_pass(self, network: Network, objects: list[_Object]) -> None:
         "Predict objects as the mean over their crops moved to the lower right and to the upper left, with the flip test."
-        crops, passes = [obj.to_input for obj in objects], []
-        shift = MOVED * network.settings.size
-        for by in (shift, -shift):
-            for obj, crop in zip(objects, crops, strict=True):
-                obj.to_input = crop and crop._replace(c=crop.c + by, f=crop.f + by)
-            self._one_pass(network, objects, True)
-            passes.append([obj.output for obj in objects])
-        for obj, outputs in zip(objects, zip(*passes, strict=True), strict=True):
-            obj.output = _mean(outputs)
+        moved, by = [], MOVED * network.settings.size
+        for obj in objects:
+            crop = obj.to_input
+            assert crop  # `_aligned` has set it
+            moved += [replace(obj, to_input=crop._replace(c=crop.c + d, f=crop.f + d)) for d in (by, -by)]
+        self._one_pass(network, moved, True)
+        for k, obj in enumerate(objects):
+            obj.output = _mean([view.output for view in moved[2 * k : 2 * k + 2] if view.output])
 
     def _one_pass(self, network: Network, objects: list[_Object], flip_test: bool) -> None:
         "Predict objects as their maps show them. A picture that can no longer be read gets an error."
