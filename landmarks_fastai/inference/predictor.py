@@ -36,7 +36,7 @@ LOADED_PIXELS = 8_000_000  # of decoded pictures in one batch: four frames of 19
 
 @dataclass
 class Prediction:
-    "The points of one object; `np.asarray(prediction)` are the points."
+    "The points of one object."
 
     points: np.ndarray  # float32 (n_points, 2), pixels of the picture
     # float32 (n_points,), pixels of the picture: 68% of the errors are smaller; None: not trained
@@ -45,10 +45,6 @@ class Prediction:
     score: float | None = None  # of the detector, 0 to 1
     track: int | None = None  # number of the object in a video
     aligned: bool = True  # False: a pass made no plausible shape, and its points are used
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        points = np.asarray(self.points, dtype)
-        return points.copy() if copy else points
 
 
 @dataclass
