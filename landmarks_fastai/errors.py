@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterable
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 SHOWN = 20  # bad rows that are printed; a file lists the others
@@ -68,6 +70,15 @@ class BadData(UserError):
     @property
     def lines(self) -> list[str]:
         return self.problems
+
+
+def import_optional(package: str, purpose: str, project: str = "") -> ModuleType:
+    "Import a package that few need, from its `project` on PyPI. Raises `UserError` with the command that installs it."
+    try:
+        return import_module(package)
+    except ModuleNotFoundError:
+        project = project or package
+        raise UserError(f"{purpose} needs {project}: pip install {project}") from None
 
 
 def one_line(text: str) -> str:

@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils import distributed
@@ -16,17 +16,9 @@ from landmarks_fastai.utils.files import reason
 from landmarks_fastai.utils.parallel import THREADS
 from landmarks_fastai.utils.signals import UNREAD, ignore_signals, stop_on_signal
 
-if TYPE_CHECKING:
-    from landmarks_fastai.training.state import State
-
 # in the message of an ImportError: the loader found no memory for a library
 NO_MEMORY = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
 STARTED = time.monotonic()  # of the script: --minutes includes the imports that it makes
-
-
-def started(state: "State | None") -> float:
-    "When the time limit began, as `time.monotonic`: earlier by the time that a resumed stage has trained before."
-    return STARTED - (state.metadata["seconds"] if state else 0.0)
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -38,7 +30,7 @@ def run_main(main: Callable[[], None]) -> None:
         _run(main)
 
 
-def _run(main):
+def _run(main: Callable[[], None]) -> None:
     try:
         distributed.start()
         main()
@@ -79,7 +71,7 @@ def _run(main):
         _fail(f"the output cannot be written ({e.strerror}): make room where it goes")
 
 
-def _prepare_process():
+def _prepare_process() -> None:
     # IPython's `%run` leaves it out; spawned processes read it
     vars(sys.modules["__main__"]).setdefault("__spec__", None)
     if "ipykernel" not in sys.modules:  # not in the process of a notebook, by `%run`: its figures would disappear
@@ -95,22 +87,21 @@ def _prepare_process():
     if isinstance(sys.stdin, io.TextIOWrapper):  # a list of names, which need not be UTF-8
         sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a name in Cyrillic must not stop a run in a terminal of another encoding
+        # a name in Cyrillic must not stop a run in a terminal of another encoding
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout = open(os.devnull, "w")  # the first process prints for all
 
 
-def _fail(*lines) -> NoReturn:
+def _fail(*lines: str) -> NoReturn:
     if distributed.prints_line():
         for line in lines:
             print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(1)
 
 
-def _discard_output():
+def _discard_output() -> None:
     "Drop output that cannot be written: at its end Python would try again."
     try:
         sys.stdout.flush()

@@ -92,7 +92,8 @@ def main() -> None:
                 lr = find_lr(learn, run)
             elif "lr" in flags:
                 note_low_lr(learn, FINETUNE_LR_MULT[settings.sched] * previous.settings.lr)
-        best = fit_stage(learn, run, previous, scores, app.started(state), state, lr)
+        started = app.STARTED - (state.metadata["seconds"] if state else 0.0)
+        best = fit_stage(learn, run, previous, scores, started, state, lr)
         print(report(run, best, machine, learn.dls.valid.items.counted))
 
 

@@ -18,17 +18,6 @@ TRAINING = ["batch_size", "epochs", "repeats", "minutes", "patience", "lr", "hea
             "accumulate", "sched", "step_size", "gamma", "seed"]  # fmt: skip
 IMAGES = ["align", "whole_pct", "aug", "degrade", "mirror", "ema", "tta", "confidence"]
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
-METAVARS = {
-    "data": "SOURCE",
-    "valid": "SOURCE",
-    "exclude": "FILE",
-    "group": "COLUMN",
-    "category": "NAME",
-    "arch": "NAME",
-    "head": "LAYERS",
-    "lr": "X|find",
-    "align": "X|off",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,21 +51,15 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             f = FIELDS[name]
             default = (defaults or {}).get(name) or ("off" if f.default is False else f.default)
-            kind = {
-                "lr": learning_rate,
-                "align": margin,
-                "data": os.path.abspath,
-                "valid": os.path.abspath,
-                "exclude": os.path.abspath,
-            }.get(name, type(f.default))
             if name in ("tta", "confidence", "freeze_bn"):  # a later stage may switch off what the checkpoint has
                 kwargs: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-            elif kind is bool:
+            elif f.default is False:
                 kwargs = {"action": "store_true", "default": None}
             elif f.metadata["choices"]:
                 kwargs = {"choices": f.metadata["choices"]}
             else:
-                kwargs = {"type": kind, "metavar": METAVARS.get(name) or {int: "N", float: "X"}[kind]}
+                kind = type(f.default)
+                kwargs = dict(zip(("type", "metavar"), TYPES.get(name) or (kind, METAVARS[kind]), strict=True))
             about = f"{f.metadata['about']} (default: {default})".replace("%", "%%")
             group.add_argument(*flags_of(name), dest=name, help=about, **kwargs)
         return group
@@ -162,6 +145,20 @@ def number(kind: type, low: float, high: float, what: str) -> Callable[[str], fl
 
     parse.__name__ = kind.__name__  # for argparse's message: invalid int value
     return parse
+
+
+METAVARS = {int: "N", float: "X"}
+TYPES = {  # type and word in --help of flags whose value is more than a number
+    "data": (os.path.abspath, "SOURCE"),
+    "valid": (os.path.abspath, "SOURCE"),
+    "exclude": (os.path.abspath, "FILE"),
+    "group": (str, "COLUMN"),
+    "category": (str, "NAME"),
+    "arch": (str, "NAME"),
+    "head": (str, "LAYERS"),
+    "lr": (learning_rate, "X|find"),
+    "align": (margin, "X|off"),
+}
 
 
 def words_of(parser: Parser, flags: dict[str, list[str]]) -> list[str]:

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,9 +18,7 @@ from landmarks_fastai.utils.parallel import bar
 from landmarks_fastai.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
-    from landmarks_fastai.data.pictures import Picture
     from landmarks_fastai.geometry import Box
-    from landmarks_fastai.inference.network import Network
     from landmarks_fastai.inference.predictor import PictureResult, Predictor
     from landmarks_fastai.runs.run import Run
 
@@ -64,8 +63,8 @@ def check_combinations(parser: options.Parser, args: argparse.Namespace) -> None
     typed = [f"--{name}" + ("" if value is True else f" {value}") for name, value in flags.items() if value]
     if not args.paths and typed:
         parser.error(f"{typed[0].split()[0]} is for pictures: name them, as in: -pm NAME photo.jpg {typed[0]}")
-    for flag, given in (("--round", args.rounding), ("-d", args.data)):
-        if args.paths and given is not None:
+    for flag, value in (("--round", args.rounding), ("-d", args.data)):
+        if args.paths and value is not None:
             parser.error(f"{flag} is for the submission: run without it, or without PATH")
     if args.draw_confidence and not args.overlay:
         parser.error(
@@ -73,13 +72,6 @@ def check_combinations(parser: options.Parser, args: argparse.Namespace) -> None
         )
     if args.detect and args.boxes:
         parser.error("--detect finds boxes and --boxes has them: use one")
-
-
-def check_network(args: argparse.Namespace, network: "Network") -> None:
-    "Raise `UserError` for flags that contradict the checkpoint."
-    options.check_fixed(vars(args), network.settings, names_of("network", "input"))
-    if args.flip_test and not network.facts.flip_indices:
-        raise UserError("--tta: the checkpoint has no flip map (none was found, or --mirror none): run without --tta")
 
 
 def main() -> None:
@@ -93,17 +85,19 @@ def main() -> None:
     from landmarks_fastai.inference.predictor import Predictor
     from landmarks_fastai.runs.claim import claim_output
 
-    if any(name.lower().endswith(".onnx") for name in args.pretrained_model) and (args.amp != "off" or args.compile):
-        raise UserError(
-            "--amp and --compile are for checkpoints: ONNX Runtime computes as the file says; run without them"
-        )
+    exports = [name for name in args.pretrained_model if name.lower().endswith(".onnx")]
+    if exports and (args.amp != "off" or args.compile):
+        hint = "ONNX Runtime computes as the file says; run without them"
+        raise UserError(f"--amp and --compile are for checkpoints: {hint}")
     machine = options.prepared_machine(vars(args))
-    if machine.device != "cpu":
-        for name in (name for name in args.pretrained_model if name.lower().endswith(".onnx")):
-            print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
+    for name in exports if machine.device != "cpu" else ():
+        print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
-        check_network(args, network)
+        options.check_fixed(vars(args), network.settings, names_of("network", "input"))
+        if args.flip_test and not network.facts.flip_indices:
+            why = "none was found, or --mirror none"
+            raise UserError(f"--tta: the checkpoint has no flip map ({why}): run without --tta")
     detector = None
     if args.detect:
         from landmarks_fastai.inference.detector import FaceDetector
@@ -112,10 +106,7 @@ def main() -> None:
     batch_size = networks[0].settings.batch_size if args.batch_size is None else args.batch_size
     predictor = Predictor(networks, machine=machine, batch_size=batch_size, flip_test=args.flip_test, detector=detector)
     run = claim_output(args.out, "+".join(dict.fromkeys(network.name for network in networks)))
-    if args.paths:
-        predict_pictures(args, predictor, run)
-    else:
-        predict_submission(args, predictor, run)
+    (predict_pictures if args.paths else predict_submission)(args, predictor, run)
 
 
 def predict_submission(args: argparse.Namespace, predictor: "Predictor", run: "Run") -> None:
@@ -139,51 +130,46 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
     confidence = any(network.settings.confidence for network in predictor.networks)
     if args.draw_confidence and not confidence:
         raise UserError("--confidence: the checkpoint has no spread: train or finetune with --confidence")
-    n_pictures = n_frames = n_objects = n_bad = n_rotated = n_unaligned = 0
-    boxes, used = read_boxes(args.boxes) if args.boxes else None, set[str]()
+    boxes = read_boxes(args.boxes) if args.boxes else None
     paths = find_pictures(args.paths, left_out=[run.folder, *run_folders(args.out)])
-    results = results_of(paths, boxes, args, predictor, run)
+    n: Counter[str] = Counter()
+    used: set[str] = set()
     facts = predictor.networks[0].facts
     with open_writer(args.format or "csv", run.folder, facts, confidence) as (write, path):
-        for result in results:
+        for result in results_of(paths, boxes, args, predictor, run):
             write(result)
             print_problems(result, "face" if args.detect else "box")
             used |= {result.source, Path(result.source).name}
-            of_video = result.frame is not None
-            n_pictures += not of_video and not is_video(Path(result.source))
-            n_frames += of_video
-            n_objects += len(result.objects)
-            n_unaligned += result.unaligned
-            n_bad += bool(result.error)
-            n_rotated += result.rotated
-    report_unaligned(n_unaligned, n_objects)
+            n["frames"] += result.frame is not None
+            n["pictures"] += result.frame is None and not is_video(result.source)
+            n["objects"] += len(result.objects)
+            n["unaligned"] += result.unaligned
+            n["bad"] += bool(result.error)
+            n["rotated"] += result.rotated
+    report_unaligned(n["unaligned"], n["objects"])
     if boxes and (unused := boxes.keys() - used):
-        print(
-            f"note: {args.boxes}: {len(unused)} file names are not among the pictures, as {min(unused)}",
-            file=sys.stderr,
-        )
-    counts = f"{n_pictures} pictures" + (f", {n_frames} frames of videos" if n_frames else "")
-    counts += f", {n_objects} objects" if args.detect or args.boxes else ""
+        note = f"{len(unused)} file names are not among the pictures, as {min(unused)}"
+        print(f"note: {args.boxes}: {note}", file=sys.stderr)
+    counts = f"{n['pictures']} pictures" + (f", {n['frames']} frames of videos" if n["frames"] else "")
+    counts += f", {n['objects']} objects" if args.detect or args.boxes else ""
     print(f"{counts}: {path}" + (f"; with the points drawn: {run.folder / OVERLAY}" if args.overlay else ""))
-    if n_rotated:
-        print(f"the EXIF rotation of {n_rotated} pictures was applied: their points are of the picture as it is shown")
-    if n_bad:
-        raise UserError(f"{n_bad} of the files could not be used, or not to their end: see above")
+    if n["rotated"]:
+        note = "their points are of the picture as it is shown"
+        print(f"the EXIF rotation of {n['rotated']} pictures was applied: {note}")
+    if n["bad"]:
+        raise UserError(f"{n['bad']} of the files could not be used, or not to their end: see above")
 
 
 def print_problems(result: "PictureResult", kind: str) -> None:
     "Print what is wrong with a result; `kind` is what gives the boxes of objects, a face or a box."
-    if any(p.box and not _overlaps(p.box, result.size) for p in result.objects):
+    width, height = result.size
+    boxes = [prediction.box for prediction in result.objects if prediction.box]
+    if any(right <= 0 or bottom <= 0 or left >= width or top >= height for left, top, right, bottom in boxes):
         print(f"note: {result.source}: a box lies outside of the picture", file=sys.stderr, flush=True)
     if result.error:
         print(f"error: {result.error}", file=sys.stderr, flush=True)
     elif not result.objects and result.frame is None:
         print(f"note: {result.source}: no {kind} found", file=sys.stderr, flush=True)
-
-
-def _overlaps(box: "Box", size: tuple[int, int]) -> bool:
-    left, top, right, bottom = box
-    return right > 0 and bottom > 0 and left < size[0] and top < size[1]
 
 
 def results_of(
@@ -198,47 +184,38 @@ def results_of(
     A video that is damaged gives a result with an error at its end.
     """
     from landmarks_fastai.data.pictures import Picture, is_video
+    from landmarks_fastai.inference.overlay import draw_points
     from landmarks_fastai.inference.predictor import PictureResult
     from landmarks_fastai.inference.writers import OutputNames
+    from landmarks_fastai.utils.files import atomic_write
 
     copies = OutputNames(run.folder / OVERLAY)
 
-    def boxes_of(picture: "Picture") -> "Sequence[Box]":
-        return boxes.get(picture.name) or boxes.get(Path(picture.name).name, []) if boxes else []
+    def picture_of(path: Path) -> Picture:
+        return Picture(path, boxes=(boxes.get(str(path)) or boxes.get(path.name, [])) if boxes else None)
 
     for videos, group in groupby(paths, is_video):
         if not videos:
-            for result in predictor.stream(group, boxes_of if boxes else None):
+            for result in predictor.stream(map(picture_of, group)):
                 stop_on_signal.check()
                 if args.overlay and result.objects:
+                    drawn = draw_points(result.picture.image(), result.objects, args.draw_confidence)
                     copy = copies(result.source, Path(result.source).suffix + ".jpg")
-                    write_overlay(result, copy, args.draw_confidence)
+                    with atomic_write(copy, "wb") as file:
+                        drawn.save(file, "JPEG", quality=92)
                 yield result
             continue
         from landmarks_fastai.inference.video import predict_video
 
         for path in group:
             # clip.mp4 stays clip.mp4, clip.mov becomes clip.mov.mp4
-            suffix = path.suffix.removesuffix(".mp4") + ".mp4"
-            copy = copies(str(path), suffix) if args.overlay else None
+            copy = copies(str(path), path.suffix.removesuffix(".mp4") + ".mp4") if args.overlay else None
             try:
                 if boxes:
                     raise UserError(f"{path}: --boxes is for pictures; --detect finds the faces of a video")
-                yield from predict_video(
-                    predictor, path, copy, args.smooth, confidence=args.draw_confidence, progress=bar
-                )
+                yield from predict_video(predictor, path, copy, args.smooth, args.draw_confidence, bar)
             except UserError as e:
                 yield PictureResult(Picture(path), error=e.line)
-
-
-def write_overlay(result: "PictureResult", path: Path, confidence: bool) -> None:
-    "Write a copy of the picture with its points. Raises `UserError`."
-    from landmarks_fastai.inference.overlay import draw_points
-    from landmarks_fastai.utils.files import atomic_write
-
-    drawn = draw_points(result.picture.image(), result.objects, confidence)
-    with atomic_write(path, "wb") as file:
-        drawn.save(file, "JPEG", quality=92)
 
 
 command = partial(app.run_main, main)

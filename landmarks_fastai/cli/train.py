@@ -101,9 +101,9 @@ def main() -> None:
             if flags.get("lr") == "find":
                 lr = find_lr(learn, run)
             elif "lr" in flags:
-                default = first_settings({k: v for k, v in flags.items() if k != "lr"})
-                note_low_lr(learn, default.lr)
-        best = fit_stage(learn, run, started=app.started(state), state=state, lr=lr)
+                note_low_lr(learn, first_settings(flags | {"lr": None}).lr)
+        started = app.STARTED - (state.metadata["seconds"] if state else 0.0)
+        best = fit_stage(learn, run, started=started, state=state, lr=lr)
         print(report(run, best, machine, learn.dls.valid.items.counted))
 
 

@@ -38,11 +38,13 @@ class Picture:
         source: Source,
         exif: bool = True,
         where: str = "",  # first words of an error message: file and line
+        boxes: Sequence[Box] | None = None,  # of its objects' points; None: they are searched for, or it is one object
     ):
         is_path = isinstance(source, (str, Path))
         self.name = str(source) if is_path else ""
         self.source = Path(source) if is_path else _as_rgb(source)
-        self.exif, self.where = exif and is_path, where
+        self.exif, self.where, self.boxes = exif and is_path, where, boxes
+        self.crop: PixelMap | None = None  # the aligned crop, where a first pass has found it
 
     def size_and_rotated(self) -> tuple[tuple[int, int], bool]:
         "Return width and height, and whether the picture is shown otherwise than the file stores it."

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import import_optional
 from landmarks_fastai.geometry import Box
 
 YUNET = Path(__file__).with_name("yunet.onnx")
@@ -34,10 +34,7 @@ class FaceDetector:
     "Finds the faces of a picture. The network sees 640 x 640 px of any picture, so that its time is always the same."
 
     def __init__(self, least_score: float = 0.6):  # at 0.6 OpenCV Zoo's own demo shows a face
-        try:
-            import onnxruntime
-        except ModuleNotFoundError:
-            raise UserError("finding faces needs onnxruntime: pip install onnxruntime") from None
+        onnxruntime = import_optional("onnxruntime", "finding faces")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # several pictures are searched side by side
         options.log_severity_level = 3  # errors alone
@@ -78,8 +75,8 @@ def decode(
 ) -> tuple[np.ndarray, np.ndarray]:
     "Return boxes (n, 4), left, top, right, bottom in pixel edges of the network's input, and scores (n,) of YuNet's outputs."
     boxes, scores = [], []
-    for stride, each_class, each_object, offset in zip(STRIDES, classes, objects, offsets, strict=True):
-        score = np.sqrt(np.clip(each_class, 0, 1) * np.clip(each_object, 0, 1))[0, :, 0]
+    for stride, face, presence, offset in zip(STRIDES, classes, objects, offsets, strict=True):
+        score = np.sqrt(np.clip(face, 0, 1) * np.clip(presence, 0, 1))[0, :, 0]
         cells = np.flatnonzero(score >= least_score)
         corner = np.stack([cells % (SIDE // stride), cells // (SIDE // stride)], 1)
         centre, half = corner + offset[0, cells, :2], np.exp(offset[0, cells, 2:]) / 2

@@ -47,9 +47,8 @@ class Diagnosis:
             self.model, shapes = check_shapes(images.labels, images.rows)
         except NoShape as e:
             raise UserError(f"{images.labels.csv}: {e}") from None
-        none = np.full(len(images), np.nan)
-        place = calibrated(check_places(images, facts)[:, None]) if facts else none[:, None]
-        networks = picture_check.check_pictures(images, checkpoints, machine) if checkpoints else none[:, None]
+        place = calibrated(check_places(images, facts)[:, None]) if facts else np.full((len(images), 1), np.nan)
+        networks = picture_check.check_pictures(images, checkpoints, machine)
         self.values = np.concatenate([shapes, place, networks], 1)  # `SCORES`, place, `picture_check.SCORES`
         self.value = np.fmax.reduce(self.values, 1)
         self.order = np.argsort(-np.nan_to_num(self.value, nan=-np.inf), kind="stable")
@@ -57,37 +56,34 @@ class Diagnosis:
     def table(self, count: int) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
         "Return the first rows of the ranking, a line each with the reason, and pictures of the first `SHOWN`."
         images, places = self.images, self.order[:count].tolist()
-        predicted = (
-            picture_check.predictions(images[places], self.checkpoints, self.machine) if self.checkpoints else {}
-        )
+        predicted = picture_check.predictions(images[places], self.checkpoints, self.machine)
         labels, keys, names = images.labels, row_keys(images.labels), names_of_points(images.labels)
         lines, pictures = [], []
         for rank, place in enumerate(places, 1):
             item, value = images[place], self.value[place]
             reason, landmarks, expected = self._explain(place, item.points, names, predicted.get(item.row))
             name, _, number = keys[item.row].partition("\t")
-            where, named = labels.where(item.row), " ".join(names[k] for k in landmarks)
-            lines.append((rank, value, name, number, where, reason, named))
-            with suppress(UserError):  # the image has vanished, or cannot be decoded
-                if rank <= SHOWN:
-                    pictures.append(
-                        {"reason": reason, "value": value, "rank": rank} | draw_item(item, expected, landmarks)
-                    )
+            named = " ".join(names[k] for k in landmarks)
+            lines.append((rank, value, name, number, labels.where(item.row), reason, named))
+            if rank <= SHOWN:
+                with suppress(UserError):  # the image has vanished, or cannot be decoded
+                    picture = draw_item(item, expected, landmarks)
+                    pictures.append(picture | {"reason": reason, "value": value, "rank": rank})
         return pd.DataFrame(lines, columns=COLUMNS), pictures
 
     def _explain(
         self, place: int, points: np.ndarray, names: Sequence[str], predicted: np.ndarray | None
     ) -> tuple[str, list[int], np.ndarray]:
         "Return the reason of a row, the landmarks that it is about, and where all should be, (n, 2) pixels."
-        values, of_shape = self.values[place], len(SCORES)
+        values, of_shape, unknown = self.values[place], len(SCORES), np.full_like(points, np.nan)
         if np.isnan(values[:of_shape]).all():
-            return "too few points to judge", [], np.full_like(points, np.nan)
+            return "too few points to judge", [], unknown
         worst = int(np.nanargmax(values))
         if worst > of_shape and predicted is not None:
             return picture_check.explain(points, predicted, values[of_shape + 1 :]), [], predicted
         if worst == of_shape:
-            known = np.full_like(points, np.nan) if predicted is None else predicted
-            return "unusual place in the image, or unusual size", [], known
+            reason = "unusual place in the image, or unusual size"
+            return reason, [], unknown if predicted is None else predicted
         reason, landmarks, expected = self.model.explain(points, names)
         return reason, landmarks, expected if predicted is None or landmarks else predicted
 

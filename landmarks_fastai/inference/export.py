@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 import landmarks_fastai
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import UserError, import_optional
 from landmarks_fastai.inference.onnx_network import FORMAT, METADATA, OnnxNetwork
-from landmarks_fastai.inference.torch_network import open_checkpoint
-from landmarks_fastai.models.networks import PointsAndSpread
+from landmarks_fastai.inference.torch_network import TorchNetwork, open_checkpoint
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.runs.run import plain_name
 from landmarks_fastai.settings import DataFacts, Settings
@@ -61,16 +60,15 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     Raises `UserError` if the network cannot be exported or its points differ, and if the file cannot be written.
     """
     check_packages()
-    settings, network = checkpoint.settings, checkpoint.model()
-    network = ExportedNetwork(PointsAndSpread(network) if settings.confidence else network, checkpoint.facts)
-    model = _onnx_model(network.eval(), settings)
+    network = open_checkpoint(checkpoint)
+    model = _onnx_model(ExportedNetwork(network.model, checkpoint.facts).eval(), checkpoint.settings)
     del model.metadata_props[:]
     model.metadata_props.add(key=METADATA, value=json.dumps(metadata_of(checkpoint)))
     if model.ByteSize() > MAX_BYTES:
         raise UserError(f"{path} would have {model.ByteSize() / 1e9:.1f} GB: one ONNX file has 2 GB at the most")
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
-        _compare(OnnxNetwork(temporary), checkpoint, path)
+        _compare(OnnxNetwork(temporary), network, path)
 
 
 def metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -110,25 +108,23 @@ def _onnx_model(network: ExportedNetwork, settings: Settings) -> Any:
     return model
 
 
-def _compare(network: OnnxNetwork, checkpoint: Checkpoint, path: Path) -> None:
-    "Raise `UserError` unless an exported network gives the points and spreads of the checkpoint, in batches of two sizes."
+def _compare(exported: OnnxNetwork, network: TorchNetwork, path: Path) -> None:
+    "Raise `UserError` unless an exported network gives the points and spreads of the original, in batches of two sizes."
     size = network.settings.size
     pixels = np.random.default_rng(0).integers(0, 256, (max(BATCHES), size, size, 3), dtype=np.uint8)
-    expected = open_checkpoint(checkpoint)(pixels)
+    expected = network(pixels)
     for n in BATCHES:
         try:
-            found = network(pixels[:n])
+            output = exported(pixels[:n])
         except Exception as e:  # onnxruntime's errors share no narrower base
-            raise UserError(
-                f"{path} was not written: {network.settings.arch} does not run as ONNX ({reason(e)})"
-            ) from None
-        far = np.linalg.norm(found.points - expected.points[:n], axis=-1).max() * size / 2
-        if found.spread is not None and expected.spread is not None:
-            far = max(far, np.abs(found.spread - expected.spread[:n]).max() * size / 2)
+            what = f"{network.settings.arch} does not run as ONNX ({reason(e)})"
+            raise UserError(f"{path} was not written: {what}") from None
+        far = np.linalg.norm(output.points - expected.points[:n], axis=-1).max() * size / 2
+        if output.spread is not None and expected.spread is not None:
+            far = max(far, np.abs(output.spread - expected.spread[:n]).max() * size / 2)
         if not far <= TOLERANCE:  # NaN too
-            raise UserError(
-                f"{path} was not written: in a batch of {n} its points are up to {far:.3g} px of the input off the checkpoint's"
-            )
+            what = f"in a batch of {n} its points are up to {far:.3g} px of the input off the checkpoint's"
+            raise UserError(f"{path} was not written: {what}")
 
 
 @contextmanager
@@ -148,8 +144,5 @@ def check_packages() -> None:
     "Raise `UserError` if a package of the extra `export` is not installed, or torch is too old for it."
     if torch.__version__ < "2.7":  # its exporter fails with every onnxscript that runs with protobuf 7
         raise UserError(f"exporting needs torch 2.7 or later, {torch.__version__} is installed")
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            __import__(name)
-        except ModuleNotFoundError:
-            raise UserError(f"{name} is not installed: pip install onnx onnxruntime onnxscript") from None
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        import_optional(package, "exporting")

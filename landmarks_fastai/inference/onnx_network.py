@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import UserError, import_optional
 from landmarks_fastai.inference.network import MAX_STREAMS, UnitPoints
 from landmarks_fastai.runs.run import is_plain_name
 from landmarks_fastai.settings import DataFacts, Settings
@@ -38,13 +38,9 @@ class OnnxNetwork:
     one whose metadata does not fit its inputs and outputs; and if onnxruntime is not installed.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        threads: int | None = None,  # that compute at a time; None: one a core, shared with the processes of torchrun
-    ):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.cores = threads or max(1, available_cores() // this_process().local_count)
+        self.cores = max(1, available_cores() // this_process().local_count)  # shared with the processes of torchrun
         self.session = _session(self.path, self.cores // min(MAX_STREAMS, self.cores))
         metadata = _read_metadata(self.path, self.session.get_modelmeta().custom_metadata_map.get(METADATA, ""))
         self.name: str = metadata["name"]
@@ -68,11 +64,11 @@ class OnnxNetwork:
         "Raise `UserError` unless the inputs and outputs are what the metadata says."
         n, size = self.facts.n_points, self.settings.size
         expected = {"pixels": ("tensor(uint8)", [size, size, 3]), "points": ("tensor(float)", [n, 2])}
-        found = {v.name: (v.type, v.shape[1:]) for v in self.session.get_inputs() + self.session.get_outputs()}
+        actual = {v.name: (v.type, v.shape[1:]) for v in self.session.get_inputs() + self.session.get_outputs()}
         if self.settings.confidence:
             expected["spread"] = ("tensor(float)", [n])
-        if found != expected:
-            text = "; ".join(f"{name} {kind} {shape}" for name, (kind, shape) in found.items())
+        if actual != expected:
+            text = "; ".join(f"{name} {kind} {shape}" for name, (kind, shape) in actual.items())
             raise UserError(
                 f"{self.path}: its metadata says {n} points of {size} x {size} pixels, which its inputs and outputs are not "
                 f"({text}): {HINT}"
@@ -81,12 +77,9 @@ class OnnxNetwork:
 
 def _session(path: Path, threads: int) -> Any:
     "Load the file. Raises `UserError` if it cannot be read or loaded, and without onnxruntime."
+    onnxruntime = import_optional("onnxruntime", str(path))
     try:
-        import onnxruntime
-
         model = path.read_bytes()
-    except ModuleNotFoundError:
-        raise UserError(f"{path} needs onnxruntime: pip install onnxruntime") from None
     except FileNotFoundError:
         raise UserError(f"{path} not found") from None
     except OSError as e:

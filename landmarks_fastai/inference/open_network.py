@@ -39,6 +39,6 @@ def open_networks(
         raise UserError("the points of these networks have other names, or another order: no mean can be taken")
     counts = {network.facts.n_points: network.name for network in networks}
     if len(counts) > 1:
-        found = ", ".join(f"{name} {n}" for n, name in counts.items())
-        raise UserError(f"these networks predict different numbers of points ({found}): no mean can be taken")
+        numbers = ", ".join(f"{name} {n}" for n, name in counts.items())
+        raise UserError(f"these networks predict different numbers of points ({numbers}): no mean can be taken")
     return networks

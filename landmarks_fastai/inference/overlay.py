@@ -20,20 +20,16 @@ def draw_points(
 ) -> Image.Image:
     "Return a copy of the image with the points, one colour an object. A small image is enlarged by a whole factor."
     factor = max(1, -(-least_side // max(image.size)))
-    drawn = (
-        image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
-        if factor > 1
-        else image.copy()
-    )
+    drawn = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)  # a copy by factor 1
     draw = ImageDraw.Draw(drawn)
-    for k, each in enumerate(objects):
-        colour = COLOURS[(each.track if each.track is not None else k) % len(COLOURS)]
-        points = IDENTITY.after_resize(factor).to_input(each.points)
+    for k, prediction in enumerate(objects):
+        colour = COLOURS[(k if prediction.track is None else prediction.track) % len(COLOURS)]
+        points = IDENTITY.after_resize(factor).to_input(prediction.points)
         width, height = points.max(0) - points.min(0)
         spacing = (max(width, 1) * max(height, 1) / len(points)) ** 0.5
         radius = float(min(max(0.7, DOT * spacing), max(drawn.size) / 250))
-        if confidence and each.confidence is not None:
-            for (x, y), spread in zip(points.tolist(), (each.confidence * factor).tolist(), strict=True):
+        if confidence and prediction.confidence is not None:
+            for (x, y), spread in zip(points.tolist(), (prediction.confidence * factor).tolist(), strict=True):
                 draw.ellipse((x - spread, y - spread, x + spread, y + spread), outline=(255, 60, 60))
         outline = (0, 0, 0) if radius >= 3 else None
         for x, y in points.tolist():

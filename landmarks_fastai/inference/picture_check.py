@@ -75,29 +75,26 @@ def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], ma
     "Return `SCORES` of the images (rows, 4); NaN: every checkpoint was trained on the row."
     scores = np.full((len(images), len(SCORES)), np.nan)
     of_row = {int(row): k for k, row in enumerate(images.rows)}
-    for part, predictor in _judges(images, checkpoints, machine):
+    for part, predictor in judging_predictors(images, checkpoints, machine):
         # in random order: what is usual for a landmark is learned from the first rows
         order = np.random.default_rng(0).permutation(len(part))
-        rows, values = [], []
+        rows, values, usual = [], [], None
         batches: Any = chunked(predict_rows(predictor, [part[int(k)] for k in order]), CHUNK)
         for batch in batches:
-            found = [
-                (item.row, misfit(item.points, result.objects[0].points), result.objects[0]) for item, result in batch
-            ]
-            found = [(row, m, prediction.confidence) for row, m, prediction in found if m]
-            if not found:
+            predictions = {item: result.objects[0] for item, result in batch}
+            misfits = {item: m for item, p in predictions.items() if (m := misfit(item.points, p.points))}
+            if not misfits:
                 continue
-            misfits, confidences = [m for _, m, _ in found], [confidence for _, _, confidence in found]
-            rest, radius = np.stack([m.rest for m in misfits]), np.array([m.radius for m in misfits])[:, None]
+            rest, radius = (np.stack([getattr(m, name) for m in misfits.values()]) for name in ("rest", "radius"))
+            confidences = [predictions[item].confidence for item in misfits]
             if confidences[0] is None:
-                if not values:
-                    usual = np.nan_to_num(np.nanmedian(rest / radius, 0), nan=1.0)
-                unit = np.maximum(usual * radius, 0.1)
+                usual = np.nan_to_num(np.nanmedian(rest / radius[:, None], 0), nan=1.0) if usual is None else usual
+                unit = np.maximum(usual * radius[:, None], 0.1)
             else:
                 unit = np.stack(confidences)
-            whole, radius = np.sqrt((unit**2).mean(1)), radius[:, 0]
-            similarity = [(*m.shift, np.log(max(m.size, 1e-3)) * m.radius, m.turn * m.radius) for m in misfits]
-            rows += [row for row, *_ in found]
+            whole = np.sqrt((unit**2).mean(1))
+            similarity = [(*m.shift, np.log(max(m.size, 1e-3)) * m.radius, m.turn * m.radius) for m in misfits.values()]
+            rows += [item.row for item in misfits]
             values.append(np.column_stack([similarity / whole[:, None], np.sqrt(np.nanmean((rest / unit) ** 2, 1))]))
         if rows:
             x, y, size, turn, places = np.concatenate(values).T
@@ -108,9 +105,10 @@ def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], ma
     return scores
 
 
-def _judges(
+def judging_predictors(
     images: LabelledImages, checkpoints: Sequence[Checkpoint], machine: Machine
 ) -> Iterator[tuple[LabelledImages, Predictor]]:
+    "Yield the images that each checkpoint judges, with its predictor."
     for part, checkpoint in zip(unseen_rows(images, checkpoints), checkpoints, strict=True):
         if len(part):
             network = open_checkpoint(checkpoint, machine)
@@ -119,10 +117,9 @@ def _judges(
 
 def predictions(images: LabelledImages, checkpoints: Sequence[Checkpoint], machine: Machine) -> dict[int, np.ndarray]:
     "Predict images, each by the checkpoint that judges it: points (n, 2) by row."
-    judges = _judges(images, checkpoints, machine)
     return {
         item.row: result.objects[0].points
-        for part, predictor in judges
+        for part, predictor in judging_predictors(images, checkpoints, machine)
         for item, result in predict_rows(predictor, [part[k] for k in range(len(part))])
     }
 

@@ -8,8 +8,7 @@ memory for 100,000 images of 971 points. The module needs neither torch nor fast
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from landmarks_fastai.settings import OUT
 from landmarks_fastai.utils.hardware import Machine
 from landmarks_fastai.utils.parallel import threaded_map
 
-Boxes = Callable[[Picture], Sequence[Box] | None]  # of a picture's objects; None: find them, or take the whole picture
-Job = tuple[Picture, PixelMap | None]  # a picture, and a crop if the first pass was made
 # Of the crop's side, in the third pass. Score of 544 photographs by both passes with the flip test, with a third over one crop, over two
 # moved crops: 1.442, 1.420, 1.394 after three stages at 128 px; 1.716, 1.654, 1.595 after the first; 3.16, 2.86, 2.65 at 64 px.
 # Moved by 0.01 or 0.03: 2.77, 2.68 instead of 2.67 at 64 px.
@@ -39,7 +36,7 @@ LOADED_PIXELS = 8_000_000  # of decoded pictures in one batch: four frames of 19
 
 @dataclass
 class Prediction:
-    "The points of one object; `np.asarray(prediction)` are the points."
+    "The points of one object."
 
     points: np.ndarray  # float32 (n_points, 2), pixels of the picture
     # float32 (n_points,), pixels of the picture: 68% of the errors are smaller; None: not trained
@@ -48,10 +45,6 @@ class Prediction:
     score: float | None = None  # of the detector, 0 to 1
     track: int | None = None  # number of the object in a video
     aligned: bool = True  # False: a pass made no plausible shape, and its points are used
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        points = np.asarray(self.points, dtype)
-        return points.copy() if copy else points
 
 
 @dataclass
@@ -77,15 +70,18 @@ class PictureResult:
         return sum(not prediction.aligned for prediction in self.objects)
 
 
+Output = tuple[np.ndarray, np.ndarray | None]  # points and spread of an object, as in `Prediction`
+
+
 @dataclass
 class _Object:
-    "An object while it is predicted: what each network has made of it in its last pass, as in `Prediction`."
+    "An object while it is predicted, by one network after the other."
 
     result: PictureResult
     prediction: Prediction
-    to_input: PixelMap | None  # of the next pass; None: the whole picture
-    points: dict[int, np.ndarray] = field(default_factory=dict)  # number of the network -> points
-    spreads: dict[int, np.ndarray] = field(default_factory=dict)
+    to_input: PixelMap | None = None  # of the next pass; None: the whole picture
+    output: Output | None = None  # of the last pass
+    outputs: list[Output] = field(default_factory=list)  # of each network's last pass
 
 
 class Predictor:
@@ -126,51 +122,36 @@ class Predictor:
         if isinstance(source, (str, Path)) and os.path.isdir(source):
             pictures: Iterable[Source] = find_pictures([str(source)], videos=False)
         elif isinstance(source, (str, Path, Image.Image, np.ndarray, bytes)) or not isinstance(source, Iterable):
-            return next(self._points([source], boxes))
+            return next(self._points([Picture(source, boxes=boxes)]))
         else:
             pictures = source
         if boxes is not None:
             raise UserError(
-                "boxes are those of one picture: give it alone, or call `stream` with a function of the picture"
+                "boxes are those of one picture: give it alone, or call `stream` with pictures that have boxes"
             )
         return list(self._points(pictures)) if isinstance(source, (list, tuple)) else self._points(pictures)
 
-    def _points(self, sources: Iterable[Source], boxes: Sequence[Box] | None = None) -> Iterator[Any]:
-        several = boxes is not None or self.detector is not None
-        for result in self.stream(sources, None if boxes is None else lambda picture: boxes):
+    def _points(self, pictures: "Iterable[Source | Picture]") -> Iterator[Any]:
+        for result in self.stream(pictures):
             if result.error:
                 raise UserError(result.error)
-            yield result.objects if several else result.objects[0]
+            yield result.objects if self._has_boxes(result.picture) else result.objects[0]
 
-    def stream(
-        self,
-        pictures: "Iterable[Source | Picture]",
-        boxes: Boxes | None = None,  # of a picture's objects; it may be called in threads
-        crops: "Iterable[PixelMap | None] | None" = None,  # of whole pictures whose first pass was made; None: no crop
-    ) -> Iterator[PictureResult]:
+    def _has_boxes(self, picture: Picture) -> bool:
+        return picture.boxes is not None or self.detector is not None
+
+    def stream(self, pictures: "Iterable[Source | Picture]") -> Iterator[PictureResult]:
         "Predict pictures one after the other, in constant memory. A picture that cannot be used gives a result with an error."
-        if not boxes and not self.detector:
-            for network in (n for n in self.networks if n.settings.crop == "box"):
-                raise UserError(
-                    f"{network.name} was trained on boxes: add --detect or --boxes CSV (in Python: a detector, boxes)"
-                )
-        if boxes or self.detector:
-            for network in (n for n in self.networks if not n.facts.points_box):
-                raise UserError(
-                    f"{network.name}: its points have no extent, so no box can be cut: predict whole pictures"
-                )
         opened = (p if isinstance(p, Picture) else Picture(p) for p in pictures)
-        jobs = ((p, None) for p in opened) if crops is None else zip(opened, crops, strict=True)
-        predict = partial(self._predict, boxes=boxes, first_pass=crops is None)
         with self.networks[0].streams() as (threads, start):
-            for results in threaded_map(predict, self._chunks(jobs), threads, start):
+            for results in threaded_map(self._predict, self._chunks(opened), threads, start):
                 yield from results
 
-    def _chunks(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    def _chunks(self, pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
         "Group pictures to batches, smaller ones if their pixels are in memory."
         chunk, pixels = [], 0
-        for picture, crop in jobs:
-            chunk.append((picture, crop))
+        for picture in pictures:
+            chunk.append(picture)
             pixels += 0 if isinstance(picture.source, Path) else math.prod(picture.source.size)
             if len(chunk) == self.batch_size or pixels >= LOADED_PIXELS:
                 yield chunk
@@ -178,32 +159,37 @@ class Predictor:
         if chunk:
             yield chunk
 
-    def _predict(self, chunk: list[Job], boxes: Boxes | None, first_pass: bool) -> list[PictureResult]:
-        "Predict a batch of pictures. Without the `first_pass` each is one object, seen through its crop."
-        results, objects = [], []
-        for picture, crop in chunk:
-            results.append(self._located(picture, boxes))
-            for prediction in results[-1].objects:
-                objects.append(_Object(results[-1], prediction, crop or self._view(0, prediction)))
-        for n in range(len(self.networks)):
-            self._passes(n, objects, first_pass)
+    def _predict(self, pictures: list[Picture]) -> list[PictureResult]:
+        "Predict a batch of pictures."
+        results = [self._located(picture) for picture in pictures]
+        objects = [_Object(result, prediction) for result in results for prediction in result.objects]
+        for network in self.networks:
+            self._passes(network, objects)
+            for obj in objects:
+                if obj.output:
+                    obj.outputs.append(obj.output)
         for obj in objects:
-            if obj.result.error:
-                obj.result.objects = []
-                continue
-            obj.prediction.points = np.mean(list(obj.points.values()), 0)
-            if obj.spreads:
-                obj.prediction.confidence = np.mean(list(obj.spreads.values()), 0)
+            if obj.outputs:
+                obj.prediction.points, obj.prediction.confidence = _mean(obj.outputs)
+        for result in results:
+            if result.error:
+                result.objects = []
         return results
 
-    def _located(self, picture: Picture, boxes: Boxes | None) -> PictureResult:
+    def _located(self, picture: Picture) -> PictureResult:
         "The result of a picture with its objects' boxes; without boxes or a detector the whole picture is one object."
+        for network in self.networks:
+            if network.settings.crop == "box" and not self._has_boxes(picture):
+                hint = "add --detect or --boxes CSV (in Python: a detector, boxes)"
+                raise UserError(f"{network.name} was trained on boxes: {hint}")
+            if not network.facts.points_box and self._has_boxes(picture):
+                why = "its points have no extent, so no box can be cut"
+                raise UserError(f"{network.name}: {why}: predict whole pictures")
         result, none = PictureResult(picture), np.empty((0, 2), np.float32)
         try:
             result.size, result.rotated = picture.size_and_rotated()
-            given = boxes(picture) if boxes else None
-            if given is not None:
-                result.objects = [Prediction(none, box=_checked(box, picture)) for box in given]
+            if picture.boxes is not None:
+                result.objects = [Prediction(none, box=_checked(box, picture)) for box in picture.boxes]
             elif self.detector:
                 reduced, factor = picture.reduced(SIDE)
                 for box, score in self.detector(reduced):
@@ -215,59 +201,39 @@ class Predictor:
             result.error = e.line
         return result
 
-    def _view(self, n: int, prediction: Prediction) -> PixelMap | None:
-        "The map of the n-th network's first pass: of the object's box; None: of the whole picture."
-        facts, size = self.networks[n].facts, self.networks[n].settings.size
-        return box_map(prediction.box, facts.points_box, size) if prediction.box else None
-
-    def _passes(self, n: int, objects: list[_Object], first_pass: bool) -> None:
-        """Predict objects by the n-th network: as a whole, in aligned crops, and with the flip test in crops once more.
+    def _passes(self, network: Network, objects: list[_Object]) -> None:
+        """Predict objects by a network: as a whole, in aligned crops, and with the flip test in crops once more.
 
         The flip test is made in the first pass, whose mistakes cost most, and in the third; in the second it is not worth its time.
         """
-        network = self.networks[n]
         alignment = alignment_of(network.settings, network.facts)
-        if first_pass:
-            for obj in objects:
-                obj.to_input = self._view(n, obj.prediction)
-        whole = objects if first_pass or alignment is None else [obj for obj in objects if not obj.to_input]
         flip_test = bool(network.facts.flip_indices) and self.flip_test is not False
-        self._one_pass(n, whole, flip_test)
-        if alignment is None:
-            return
-        crops = self._aligned(n, objects, alignment) if first_pass else [obj for obj in objects if obj.to_input]
-        self._one_pass(n, crops, False)
-        if flip_test:
-            self._third_pass(n, self._aligned(n, crops, alignment))
+        for obj in objects:
+            box = obj.prediction.box
+            whole = box_map(box, network.facts.points_box, network.settings.size) if box else None
+            obj.to_input = obj.result.picture.crop or whole
+        new = [obj for obj in objects if not obj.result.picture.crop]
+        self._one_pass(network, new, flip_test)
+        if alignment:
+            crops = _aligned(new, alignment) + [obj for obj in objects if obj.result.picture.crop]
+            self._one_pass(network, crops, False)
+            if flip_test:
+                self._third_pass(network, _aligned(crops, alignment))
 
-    def _aligned(self, n: int, objects: list[_Object], alignment: Alignment) -> list[_Object]:
-        "Set the crops of objects by their points, mark those that have none, and return the others."
-        objects = [obj for obj in objects if not obj.result.error]
-        crops = alignment.maps(np.array([obj.points[n] for obj in objects])) if objects else []
-        for obj, crop in zip(objects, crops, strict=True):
-            obj.to_input = crop
-            obj.prediction.aligned &= crop is not None
-        return [obj for obj in objects if obj.to_input]
-
-    def _third_pass(self, n: int, objects: list[_Object]) -> None:
+    def _third_pass(self, network: Network, objects: list[_Object]) -> None:
         "Predict objects as the mean over their crops moved to the lower right and to the upper left, with the flip test."
-        crops, passes = [obj.to_input for obj in objects], []
-        shift = MOVED * self.networks[n].settings.size
-        for by in (shift, -shift):
-            for obj, crop in zip(objects, crops, strict=True):
-                obj.to_input = crop and crop._replace(c=crop.c + by, f=crop.f + by)
-            self._one_pass(n, objects, True)
-            passes.append([(obj.points[n], obj.spreads.get(n)) for obj in objects])
-        for obj, views in zip(objects, zip(*passes, strict=True), strict=True):
-            points, spreads = zip(*views, strict=True)
-            obj.points[n] = np.mean(points, 0)
-            if n in obj.spreads:
-                obj.spreads[n] = np.mean(spreads, 0)
+        moved, by = [], MOVED * network.settings.size
+        for obj in objects:
+            crop = obj.to_input
+            assert crop  # `_aligned` has set it
+            moved += [replace(obj, to_input=crop._replace(c=crop.c + d, f=crop.f + d)) for d in (by, -by)]
+        self._one_pass(network, moved, True)
+        for k, obj in enumerate(objects):
+            obj.output = _mean([view.output for view in moved[2 * k : 2 * k + 2] if view.output])
 
-    def _one_pass(self, n: int, objects: list[_Object], flip_test: bool) -> None:
+    def _one_pass(self, network: Network, objects: list[_Object], flip_test: bool) -> None:
         "Predict objects as their maps show them. A picture that can no longer be read gets an error."
-        network, inputs = self.networks[n], []
-        fit, size = network.settings.fit, network.settings.size
+        inputs, fit, size = [], network.settings.fit, network.settings.size
         for _, group in groupby(objects, lambda obj: id(obj.result)):
             group = list(group)
             result = group[0].result
@@ -282,10 +248,25 @@ class Predictor:
             pixels = np.stack([pixels for _, (pixels, _) in batch])
             unit = predict_flipped(network, pixels) if flip_test else network(pixels)
             for k, (obj, (_, to_input)) in enumerate(batch):
-                points = unit_to_input(unit.points[k].astype(np.float64), size)
-                obj.points[n] = to_input.to_image(points).astype(np.float32)
-                if unit.spread is not None:
-                    obj.spreads[n] = unit.spread[k] * (size / 2 / to_input.scale)
+                points = to_input.to_image(unit_to_input(unit.points[k].astype(np.float64), size)).astype(np.float32)
+                obj.output = points, None if unit.spread is None else unit.spread[k] * (size / 2 / to_input.scale)
+
+
+def _aligned(objects: list[_Object], alignment: Alignment) -> list[_Object]:
+    "Set the crops of objects by their points, mark those that have none, and return the others."
+    objects = [obj for obj in objects if not obj.result.error]
+    points = [obj.output[0] for obj in objects if obj.output]
+    crops = alignment.maps(np.array(points)) if points else []
+    for obj, crop in zip(objects, crops, strict=True):
+        obj.to_input = crop
+        obj.prediction.aligned &= crop is not None
+    return [obj for obj in objects if obj.to_input]
+
+
+def _mean(outputs: Sequence[Output]) -> Output:
+    "The mean of several outputs for one object: of all points, and of the spreads that there are."
+    spreads = [spread for _, spread in outputs if spread is not None]
+    return np.mean([points for points, _ in outputs], 0), np.mean(spreads, 0) if spreads else None
 
 
 def _checked(box: Sequence[float], picture: Picture) -> Box:
@@ -294,6 +275,5 @@ def _checked(box: Sequence[float], picture: Picture) -> Box:
     try:
         return as_box(box)
     except ValueError:
-        found = ", ".join(f"{edge:g}" for edge in box)
-        wanted = "left, top, right, bottom in pixels expected"
-        raise UserError(f"{picture.name or 'the picture'}: box {found} is empty: {wanted}") from None
+        edges, hint = ", ".join(f"{edge:g}" for edge in box), "left, top, right, bottom in pixels expected"
+        raise UserError(f"{picture.name or 'the picture'}: box {edges} is empty: {hint}") from None

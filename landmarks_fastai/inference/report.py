@@ -45,41 +45,31 @@ class Stage(NamedTuple):
     "What a run's folder says about its stage."
 
     run: Run
-    record: Record | None
+    record: Record  # without a script if there is none
     history: pd.DataFrame  # history.csv; empty if there is none
 
     @property
     def scores(self) -> np.ndarray:
         "The score of each epoch; NaN: not finite."
-        values = self.history["score"] if "score" in self.history else pd.Series(dtype=float)
+        values = self.history.get("score", pd.Series(dtype=float))
         return np.asarray(pd.to_numeric(values, errors="coerce"), float)
 
     @property
     def best(self) -> float:
         "The score of the stage's checkpoint: of the best epoch, or of the loaded model if that is better."
-        loaded = self.record.loaded[0] if self.record and self.record.loaded else np.inf
-        return float(np.fmin.reduce([*self.scores, loaded]))
+        return float(np.fmin.reduce([*self.scores, *(self.record.loaded or [np.inf])[:1]]))
 
     @property
     def seconds(self) -> int:
         "The time of its epochs."
-        times = [str(time) for time in self.history["time"]] if "time" in self.history else []
-        return sum(reduce(lambda total, part: 60 * total + int(part), time.split(":"), 0) for time in times)
-
-    @property
-    def command(self) -> str:
-        return self.run.start_command(self.record) if self.record else ""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return (self.record.settings if self.record else None) or {}
+        times = self.history["time"] if "time" in self.history else []
+        return sum(reduce(lambda total, part: 60 * total + int(part), str(time).split(":"), 0) for time in times)
 
 
 def stages_of(folder: Path) -> list[Stage]:
     "The stages that led to a run, the first one first, as far as their folders are still there."
-    stages, seen = [], set()
-    while folder.is_dir() and folder not in seen:
-        seen.add(folder)
+    stages: list[Stage] = []
+    while folder.is_dir() and folder not in {stage.run.folder for stage in stages}:
         try:
             history = pd.read_csv(folder / "history.csv", dtype={"time": str})
         except (OSError, ValueError):
@@ -87,10 +77,9 @@ def stages_of(folder: Path) -> list[Stage]:
         run, record = Run(folder.parent, folder.name), None
         with suppress(UserError):
             record = read_record(run)
-        stages.insert(0, Stage(run, record, history))
-        if not record or not record.checkpoint:
-            break
-        folder = Path(record.checkpoint).parent
+        stages.insert(0, Stage(run, record or Record(""), history))
+        if record and record.checkpoint:
+            folder = Path(record.checkpoint).parent
     return stages
 
 
@@ -102,34 +91,31 @@ def write_report(
     scores: Scores,  # of the same pass
 ) -> None:
     "Write the page of a run. Raises `UserError` for a record or an image that cannot be read."
-    stages = stages_of(checkpoint.path.parent)
-    table, facts = errors.table, checkpoint.facts
-    nmes = table.nme.dropna().to_numpy()
+    stages, facts = stages_of(checkpoint.path.parent), checkpoint.facts
+    nmes = errors.table.nme.dropna().to_numpy()
     by_landmark, counts = errors.landmark_errors, errors.landmarks[1].astype(int)
-    known = np.flatnonzero(counts)
-    ranked = known[np.argsort(-by_landmark[known])][:WORST].tolist()
+    ranked = np.argsort(-by_landmark)[: min(WORST, np.count_nonzero(counts))].tolist()  # NaN is last
     figures = {"scores": _scores_figure(stages)} if any(len(stage.scores) for stage in stages) else {}
     if facts.shape:
         shape = np.array(facts.shape).reshape(-1, 2)
         figures["landmarks"] = _figure(plots.draw_landmarks, "landmarks", (3.6, 4.2), shape, by_landmark, ranked)
     if len(nmes):
         figures["cumulative"] = _figure(plots.draw_cumulative, "cumulative", FIGURE, nmes, THRESHOLD)
-    landmarks = [(_name(facts.point_names, k), by_landmark[k], counts[k]) for k in ranked]
-    chosen = errors.chosen(*PICTURES)
-    items = [errors.items[place] for group in chosen for place in group]
-    pictures = {item.row: draw_item(item, result.objects[0].points) for item, result in predict_rows(predictor, items)}
-    rows = [[errors.items[place].row for place in group] for group in chosen]
-    groups = [[pictures[row] for row in group if row in pictures] for group in rows]
+    names = [f"{k} {name}" for k, name in enumerate(facts.point_names)] or range(facts.n_points)
+    groups = {}
+    for title, places in zip(("worst", "middle", "best"), errors.chosen(*PICTURES), strict=True):
+        items = [errors.items[place] for place in places]
+        groups[title] = [draw_item(item, result.objects[0].points) for item, result in predict_rows(predictor, items)]
     write_page(
         path,
         "report.html",
         kind="run",
         name=checkpoint.name, checkpoint=checkpoint, stages=stages, scores=scores, figures=figures, against=_against(errors, checkpoint),
-        flip_test=bool(facts.flip_indices) and not checkpoint.settings.tta,
-        n_points=int(counts.sum()), complete=counts.sum() == len(table) * facts.n_points, n_nmes=len(nmes),
+        flip_test=bool(facts.flip_indices) and not checkpoint.settings.tta, n_points=int(counts.sum()),
+        complete=counts.sum() == len(errors.table) * facts.n_points, n_nmes=len(nmes), threshold=THRESHOLD,
         auc=np.clip(1 - nmes / THRESHOLD, 0, None).mean() if len(nmes) else np.nan,
-        failures=(nmes > THRESHOLD).mean() if len(nmes) else np.nan, threshold=THRESHOLD, landmarks=landmarks,
-        groups=dict(zip(("worst", "middle", "best"), groups, strict=True)),
+        failures=(nmes > THRESHOLD).mean() if len(nmes) else np.nan,
+        landmarks=[(names[k], by_landmark[k], counts[k]) for k in ranked], groups=groups,
     )  # fmt: skip
 
 
@@ -191,7 +177,7 @@ def _scores_figure(stages: Sequence[Stage]) -> Markup:
     "A curve a stage, over the epochs of all; a later one begins with the loaded model."
     curves, end = [], 0
     for k, stage in enumerate(stages, 1):
-        loaded = stage.record.loaded[:1] if end and stage.record and stage.record.loaded else []
+        loaded = stage.record.loaded[:1] if end and stage.record.loaded else []
         scores = np.array([*loaded, *stage.scores], float)
         curves.append((str(k), np.arange(end - len(loaded), end + len(stage.scores)), scores))
         end += len(stage.scores)
@@ -213,10 +199,10 @@ def _against(errors: RowErrors, checkpoint: Checkpoint) -> list[tuple[str, int, 
     table["spread"] /= diagonal
     figures = []
     for name, label in AGAINST.items():
-        known = table.dropna(subset=name)
-        if len(known) > 1:
-            x, y = known[name].to_numpy(), known.nme.to_numpy()
-            figures.append((name, len(known), _figure(plots.draw_against, name, FIGURE, x, y, label)))
+        rows = table.dropna(subset=name)
+        if len(rows) > 1:
+            x, y = rows[name].to_numpy(), rows.nme.to_numpy()
+            figures.append((name, len(rows), _figure(plots.draw_against, name, FIGURE, x, y, label)))
     return figures
 
 
@@ -230,18 +216,18 @@ def draw_item(item: LabelledImage, points: np.ndarray, joined: Sequence[int] = (
     view = square_map(both, MARGIN, SIDE, 4.0 * MARGIN)
     ((pixels, to_input),) = item.picture.inputs([view], "pad", SIDE)
     Image.fromarray(pixels).save(jpeg := io.BytesIO(), "JPEG", quality=80)
-    shown = slice(None, None, -(-len(truth) // POINTS))
-    ends = [to_input.to_input(xy[shown].astype(float)) + 0.5 for xy in (truth, points)]
+    ends = [to_input.to_input(xy.astype(float)) + 0.5 for xy in (truth, points)]
     labelled, known = (~np.isnan(xy[:, 0]) for xy in ends)
-    pairs = np.hstack([to_input.to_input(xy[list(joined)].astype(float)) + 0.5 for xy in (truth, points)])
-    pairs = pairs if len(joined) else np.hstack(ends)[labelled & known]
-    lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in pairs[:: max(1, -(-len(pairs) // LINES))])
+    drawn = np.arange(len(truth)) % -(-len(truth) // POINTS) == 0
+    rows = np.array(joined) if len(joined) else np.flatnonzero(drawn & labelled & known)
+    pairs = np.hstack([xy[rows[:: max(1, -(-len(rows) // LINES))]] for xy in ends])
+    lines = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for a, b, c, d in pairs)
     return {
         "image": base64.b64encode(jpeg.getvalue()).decode(), "side": SIDE, "name": labels.name(item.row),
         "where": labels.where(item.row), "group": labels.groups[item.row] if labels.groups is not None else "",
         "score": image_score(points, truth), "labelled": int((~np.isnan(truth[:, 0])).sum()), "total": len(truth), "lines": lines,
-        "truth": _dots(ends[0][labelled]), "predicted": _dots(ends[1][labelled & known]),
-        "unlabelled": _dots(ends[1][~labelled & known]),
+        "truth": _dots(ends[0][drawn & labelled]), "predicted": _dots(ends[1][drawn & labelled & known]),
+        "unlabelled": _dots(ends[1][drawn & ~labelled & known]),
         "width": 2.2 if len(truth) > 200 else 4 if len(truth) > 20 else 6,
     }  # fmt: skip
 
@@ -249,7 +235,3 @@ def draw_item(item: LabelledImage, points: np.ndarray, joined: Sequence[int] = (
 def _dots(points: np.ndarray) -> str:
     "The path of round dots: lines without length."
     return "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)
-
-
-def _name(names: Sequence[str], k: int) -> str:
-    return f"{k} {names[k]}" if names else str(k)

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,23 +30,26 @@ def predict_rows(
     crops: Iterable[PixelMap | None] | None = None,  # of the last pass, if the first was made; None for whole images
 ) -> Iterator[tuple[LabelledImage, PictureResult]]:
     "Yield labelled images with their predictions, pixels of the images as stored; an image that cannot be read costs a warning."
-    for item, result in zip(items, predictor.stream(*pictures_and_boxes(predictor, items), crops), strict=True):
+    for item, result in zip(items, predictor.stream(_pictures(predictor, items, crops)), strict=True):
         if result.error:
             print(f"warning: {result.error}: it is not scored", file=sys.stderr, flush=True)
         else:
             yield item, result
 
 
-def pictures_and_boxes(predictor: Predictor, items: Iterable[Any]) -> tuple[Iterator[Picture], Any]:
-    "Return the pictures of items for `Predictor.stream`, and the function of their boxes if its network needs them."
-    pictures = (_BoxedPicture(item) if isinstance(item, LabelledImage) else Picture(item, exif=False) for item in items)
-    return pictures, (lambda picture: [picture.item.box]) if predictor.networks[0].settings.crop == "box" else None
-
-
-class _BoxedPicture(Picture):
-    def __init__(self, item: LabelledImage):
-        super().__init__(item.path, exif=False, where=item.where)
-        self.item = item
+def _pictures(
+    predictor: Predictor,
+    items: Sequence[Any],  # labelled images, or what a `Picture` is made of
+    crops: Iterable[PixelMap | None] | None = None,
+) -> Iterator[Picture]:
+    "Yield the pictures of items, as stored, with their boxes if the network was trained on boxes."
+    boxed = predictor.networks[0].settings.crop == "box"
+    for item, crop in zip(items, repeat(None, len(items)) if crops is None else crops, strict=True):
+        labelled = isinstance(item, LabelledImage)
+        picture = item.picture if labelled else Picture(item, exif=False)
+        picture.boxes = [item.box] if labelled and boxed else None
+        picture.crop = crop
+        yield picture
 
 
 class Scores(NamedTuple):
@@ -102,7 +106,7 @@ def plot_rows(
     """
     network, panels = predictor.networks[0], []
     alignment, size = alignment_of(network.settings, network.facts), network.settings.size
-    for item, result in zip(items, predictor.stream(*pictures_and_boxes(predictor, items)), strict=True):
+    for item, result in zip(items, predictor.stream(_pictures(predictor, items)), strict=True):
         if result.error:  # the image has vanished, and the validation has printed a warning
             continue
         points = result.objects[0].points

@@ -51,6 +51,6 @@ class Smoother:
 
     def __call__(self, track: int, points: np.ndarray, seconds: float) -> np.ndarray:
         "Return the smoothed points, float32 (n_points, 2), of a track in the frame at `seconds`."
-        self.filters = {k: each for k, each in self.filters.items() if seconds - each.seconds <= GAP}
-        known = self.filters.setdefault(track, OneEuro(points.astype(np.float64), seconds))
-        return known(points.astype(np.float64), seconds).astype(np.float32)
+        points = points.astype(np.float64)
+        self.filters = {k: f for k, f in self.filters.items() if seconds - f.seconds <= GAP}
+        return self.filters.setdefault(track, OneEuro(points, seconds))(points, seconds).astype(np.float32)

@@ -5,21 +5,14 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
-
-from landmarks_fastai.competition import (
-    TestPoints,
-    read_test_points,
-    round_points,
-    submission_header,
-    submission_line,
-)
+from landmarks_fastai.competition import read_test_points, round_points, submission_header, submission_line
 from landmarks_fastai.data.align import report_unaligned
 from landmarks_fastai.data.checks import check_images
 from landmarks_fastai.data.items import LabelledImages
 from landmarks_fastai.data.labels import data_folder
 from landmarks_fastai.errors import BadData, UserError
 from landmarks_fastai.inference.predictor import Predictor
+from landmarks_fastai.inference.writers import npy_file
 from landmarks_fastai.runs.run import Run
 from landmarks_fastai.utils.files import atomic_write
 
@@ -39,32 +32,6 @@ def predict_test(
     """
     images = data_folder(data) / "test" / "images"
     n_points = predictor.networks[0].facts.n_points
-    test_points = checked_test_points(images, n_points)
-    pictures = (item.picture for item in LabelledImages(test_points, images))
-    unaligned = 0
-    with (
-        atomic_write(run.folder / "points.json") as names,
-        atomic_write(run.folder / "points.npy", "wb") as points,
-        atomic_write(run.folder / "submit.csv") as submission,
-    ):
-        json.dump(test_points.names, names, ensure_ascii=False, indent=0)
-        head = {"descr": "<f4", "fortran_order": False, "shape": (len(test_points), n_points, 2)}
-        np.lib.format.write_array_header_1_0(points, head)
-        submission.write(submission_header(test_points.indices.shape[1]))
-        for row, result in enumerate(progress(predictor.stream(pictures), len(test_points))):
-            if result.error:  # the image has changed since it was checked
-                raise UserError(result.error)
-            unaligned += result.unaligned
-            predicted = np.ascontiguousarray(result.objects[0].points)
-            points.write(predicted.data)
-            asked = round_points(predicted[test_points.indices[row]], rounding)
-            submission.write(submission_line(test_points.name(row), asked))
-    report_unaligned(unaligned, len(test_points))
-    return len(test_points)
-
-
-def checked_test_points(images: Path, n_points: int) -> TestPoints:
-    "Read test_points.csv beside the image folder, and check its rows and their images; raises like `predict_test`."
     csv = images.parent / "test_points.csv"
     if not os.path.isfile(csv):
         raise UserError(f"{csv} not found: it says which points of which images to submit")
@@ -72,4 +39,22 @@ def checked_test_points(images: Path, n_points: int) -> TestPoints:
     test_points.check_range(n_points)
     if faults := check_images(test_points, images):
         raise BadData((test_points.problem(row, faults[row]) for row in sorted(faults)), len(faults))
-    return test_points
+    pictures = (item.picture for item in LabelledImages(test_points, images))
+    unaligned = 0
+    with (
+        atomic_write(run.folder / "points.json") as names,
+        npy_file(run.folder / "points.npy", (n_points, 2)) as add_points,
+        atomic_write(run.folder / "submit.csv") as submission,
+    ):
+        json.dump(test_points.names, names, ensure_ascii=False, indent=0)
+        submission.write(submission_header(test_points.indices.shape[1]))
+        for row, result in enumerate(progress(predictor.stream(pictures), len(test_points))):
+            if result.error:  # the image has changed since it was checked
+                raise UserError(result.error)
+            unaligned += result.unaligned
+            points = result.objects[0].points
+            add_points(points)
+            submitted = round_points(points[test_points.indices[row]], rounding)
+            submission.write(submission_line(test_points.name(row), submitted))
+    report_unaligned(unaligned, len(test_points))
+    return len(test_points)

@@ -65,22 +65,22 @@ class Tracker:
             between = interpolate(self.before, faces, len(images))
             self._remember(faces, len(images))
             return [*between, faces]
-        found = []
+        all_faces = []
         for image in images:
-            found.append(self._match(last if image is images[-1] else self.search(image)))
-            self._remember(found[-1], 1)
-        return found
+            all_faces.append(self._match(last if image is images[-1] else self.search(image)))
+            self._remember(all_faces[-1], 1)
+        return all_faces
 
     def _match(self, detections: Sequence[tuple[Box, float]]) -> list[Face]:
         "Number detections: known faces by the overlap with their last box, the largest overlap first; then new faces."
         tracks: dict[int, int] = {}  # of the detections with a number
-        known = list(self.seen)
+        numbers = list(self.seen)
         boxes = np.array([box for _, box in self.seen.values()]).reshape(-1, 4)
         overlap = overlaps(np.array([box for box, _ in detections]).reshape(-1, 4), boxes)
         for place in np.argsort(-overlap, axis=None, kind="stable").tolist():
-            row, column = divmod(place, len(known))
-            if overlap[row, column] >= SAME and row not in tracks and known[column] not in tracks.values():
-                tracks[row] = known[column]
+            row, column = divmod(place, len(numbers))
+            if overlap[row, column] >= SAME and row not in tracks and numbers[column] not in tracks.values():
+                tracks[row] = numbers[column]
         new = [k for k, (_, score) in enumerate(detections) if k not in tracks and score >= self.least_score]
         tracks |= {k: self.started + n for n, k in enumerate(new, 1)}
         return [Face(*detections[k], tracks[k]) for k in sorted(tracks)]
@@ -99,7 +99,7 @@ def interpolate(before: list[Face], after: list[Face], steps: int) -> list[list[
     for share in np.arange(1, steps) / steps:
         frames.append([])
         for face in after:
-            values = np.array([[*each.box, each.score] for each in (start[face.track], face)])
+            values = np.array([[*end.box, end.score] for end in (start[face.track], face)])
             *box, score = (values[0] + share * (values[1] - values[0])).tolist()
             frames[-1].append(Face((box[0], box[1], box[2], box[3]), score, face.track))
     return frames

@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 from PIL import Image
 
 from landmarks_fastai.data.pictures import Picture
-from landmarks_fastai.errors import UserError
+from landmarks_fastai.errors import UserError, import_optional
 from landmarks_fastai.inference.overlay import draw_points
 from landmarks_fastai.inference.predictor import PictureResult, Predictor
 from landmarks_fastai.inference.smoothing import Smoother
@@ -42,7 +41,7 @@ class Video:
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.av = path, import_av()
+        self.path, self.av = path, import_optional("av", "reading a video")
         try:
             self.container = self.av.open(str(path))
         except FileNotFoundError:
@@ -143,21 +142,12 @@ def write_video(path: str | Path, video: Video) -> Iterator[Callable[[Image.Imag
         container.mux(stream.encode(None))
 
 
-def import_av() -> ModuleType:
-    "Return PyAV, or raise `UserError` with the command that installs it."
-    try:
-        import av
-    except ModuleNotFoundError:
-        raise UserError("reading a video needs PyAV: pip install av") from None
-    return av
-
-
 class FramePicture(Picture):
-    "A frame of a video with what was found in it, for `Predictor.stream`."
+    "A frame of a video with the faces that were found in it, for `Predictor.stream`; None: it is one object."
 
-    def __init__(self, image: Image.Image, path: str | Path, time: int, faces: list[Face]):
-        super().__init__(image)
-        self.name, self.time, self.faces = str(path), time, faces
+    def __init__(self, frame: Frame, path: str | Path, faces: list[Face] | None):
+        super().__init__(frame.image, boxes=None if faces is None else [face.box for face in faces])
+        self.name, self.time, self.faces = str(path), frame.time, faces
 
 
 def predict_video(
@@ -175,17 +165,16 @@ def predict_video(
     """
     video, smoother = Video(path), Smoother()
     frames = progress(video, round(video.seconds * video.rate))
-    found = track_faces(frames, predictor.detector) if predictor.detector else ((frame, []) for frame in frames)
-    pictures = (FramePicture(frame.image, path, frame.time, faces) for frame, faces in found)
-    boxes = (lambda picture: [face.box for face in picture.faces]) if predictor.detector else None
+    tracked = track_faces(frames, predictor.detector) if predictor.detector else ((frame, None) for frame in frames)
+    pictures = (FramePicture(frame, path, faces) for frame, faces in tracked)
     with write_video(overlay_path, video) if overlay_path else nullcontext() as write:
-        for number, result in enumerate(predictor.stream(pictures, boxes)):
+        for number, result in enumerate(predictor.stream(pictures)):
             picture = cast(FramePicture, result.picture)
             result.frame, result.time = number, float(picture.time * video.time_base)
-            for k, each in enumerate(result.objects):
-                _, each.score, each.track = picture.faces[k] if picture.faces else (None, None, 1)
+            for k, prediction in enumerate(result.objects):
+                _, prediction.score, prediction.track = picture.faces[k] if picture.faces else (None, None, 1)
                 if smooth:
-                    each.points = smoother(each.track, each.points, result.time)
+                    prediction.points = smoother(prediction.track, prediction.points, result.time)
             if write:
                 write(draw_points(picture.image(), result.objects, confidence, least_side=0), picture.time)
             yield result

@@ -49,10 +49,9 @@ def _csv(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Wr
     table.writerow(["file_name", "frame", "object", *columns])
 
     def write(result: PictureResult) -> None:
-        for k, prediction in enumerate(result.objects):
+        for number, prediction in _numbered(result):
             numbers = chain(prediction.points.ravel(), () if prediction.confidence is None else prediction.confidence)
-            cells = [f"{v:.{DIGITS}f}" for v in numbers]
-            table.writerow([result.source, result.frame, _number(prediction, k), *cells])
+            table.writerow([result.source, result.frame, number, *(f"{v:.{DIGITS}f}" for v in numbers)])
         if not result.objects:
             table.writerow([result.source, result.frame, "", *([""] * len(columns))])
 
@@ -64,17 +63,14 @@ def _json(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> W
     add = _list(files, files.enter_context(atomic_write(path)))
 
     def write(result: PictureResult) -> None:
+        objects = []
+        for number, p in _numbered(result):
+            entry = {"object": number, "box": rounded(p.box), "score": rounded(p.score)}
+            objects.append(_without_none(entry | {"points": rounded(p.points), "confidence": rounded(p.confidence)}))
         entry = _image(result) | {"time": result.time, "exif_rotation_applied": result.rotated or None}
-        objects = [_object(prediction, k) for k, prediction in enumerate(result.objects)]
         add(_without_none(entry | {"error": result.error or None, "objects": objects}))
 
     return write
-
-
-def _object(prediction: Prediction, k: int) -> dict[str, Any]:
-    entry = {"object": _number(prediction, k), "box": rounded(prediction.box), "score": rounded(prediction.score)}
-    points = {"points": rounded(prediction.points), "confidence": rounded(prediction.confidence)}
-    return _without_none(entry | points)
 
 
 def _coco(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
@@ -107,9 +103,8 @@ def _pts(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Wr
 
     def write(result: PictureResult) -> None:
         frame = "" if result.frame is None else f"_{result.frame:06}"
-        for k, prediction in enumerate(result.objects):
-            several = len(result.objects) > 1 or prediction.track is not None
-            number = f"_{_number(prediction, k)}" if several else ""
+        for k, prediction in _numbered(result):
+            number = f"_{k}" if len(result.objects) > 1 or prediction.track is not None else ""
             columns = [prediction.points + 1] + ([] if prediction.confidence is None else [prediction.confidence])
             head = f"version: 1\nn_points: {n_points}\n{{"
             with atomic_write(names(result.source, f"{frame}{number}.pts")) as file:
@@ -121,17 +116,17 @@ def _pts(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Wr
 def _npy(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
     "predictions.npy (objects, n_points, 2) and predictions.names.json, the file, frame and object of each row; NaN for none."
     n_points = facts.n_points
-    rows = files.enter_context(_npy_file(path, (n_points, 2)))
-    spreads = files.enter_context(_npy_file(path.with_suffix(".confidence.npy"), (n_points,))) if confidence else None
+    rows = files.enter_context(npy_file(path, (n_points, 2)))
+    spreads = files.enter_context(npy_file(path.with_suffix(".confidence.npy"), (n_points,))) if confidence else None
     add = _list(files, files.enter_context(atomic_write(path.with_suffix(".names.json"))))
-    none = Prediction(np.full((n_points, 2), np.nan, np.float32))
+    none = Prediction(np.full((n_points, 2), np.nan))
 
     def write(result: PictureResult) -> None:
-        for k, prediction in enumerate(result.objects or [none]):
+        for number, prediction in _numbered(result) or [(None, none)]:
             rows(prediction.points)
             if spreads:
                 spreads(np.full(n_points, np.nan) if prediction.confidence is None else prediction.confidence)
-            add([result.source, result.frame, _number(prediction, k) if result.objects else None])
+            add([result.source, result.frame, number])
 
     return write
 
@@ -140,7 +135,7 @@ WRITERS = {"csv": _csv, "json": _json, "coco": _coco, "pts": _pts, "npy": _npy}
 
 
 @contextmanager
-def _npy_file(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], None]]:
+def npy_file(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], None]]:
     "A .npy of an unknown number of rows: numpy's header has room for the number, which is written at the end."
     count = 0
     with atomic_write(path, "wb") as file:
@@ -211,8 +206,8 @@ def _image(result: PictureResult) -> dict[str, Any]:
     return {"file_name": result.source, "width": width, "height": height, "frame": result.frame}
 
 
-def _number(prediction: Prediction, k: int) -> int:
-    return k if prediction.track is None else prediction.track
+def _numbered(result: PictureResult) -> list[tuple[int, Prediction]]:
+    return [(k if p.track is None else p.track, p) for k, p in enumerate(result.objects)]
 
 
 def _without_none(entry: dict[str, Any]) -> dict[str, Any]:

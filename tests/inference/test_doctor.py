@@ -132,7 +132,7 @@ def test_a_shift_is_found_by_a_network_that_has_not_seen_the_row(drawn, monkeypa
             prediction = SimpleNamespace(points=noisy[row].astype(np.float32), confidence=None)
             yield images[row], SimpleNamespace(objects=[prediction])
 
-    monkeypatch.setattr(picture_check, "_judges", lambda images, *_: iter([(images, None)]))
+    monkeypatch.setattr(picture_check, "judging_predictors", lambda images, *_: iter([(images, None)]))
     monkeypatch.setattr(picture_check, "predict_rows", lambda _, items: results([i.row for i in items]))
     diagnosis = Diagnosis(images, ["network"], Machine())  # pyright: ignore (it is not opened)
     table, pictures = diagnosis.table(N_TRAIN)

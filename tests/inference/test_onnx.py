@@ -90,7 +90,7 @@ def test_points_are_the_checkpoints(out, inputs):
 def test_one_file_says_what_it_is(out):
     files = sorted(p.name for p in (out / "m").iterdir() if "onnx" in p.name)
     assert files == ["m.onnx"]
-    checkpoint, network = read_checkpoint(out / "m" / "best.pth"), OnnxNetwork(out / "m" / "m.onnx", threads=1)
+    checkpoint, network = read_checkpoint(out / "m" / "best.pth"), OnnxNetwork(out / "m" / "m.onnx")
     assert (network.name, network.settings, network.facts) == ("m", checkpoint.settings, checkpoint.facts)
     assert str(ROOT).encode() not in (out / "m" / "m.onnx").read_bytes()  # no stack traces of the exporter
 

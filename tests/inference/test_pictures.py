@@ -43,7 +43,7 @@ def test_every_kind_of_picture_gives_the_points_of_predict_py(runs, pictures, dr
     predictor = Predictor(runs / "m")
     one = predictor(pictures[0])
     assert one.points.shape == (N_POINTS, 2) and one.points.dtype == np.float32 and one.confidence is None
-    assert np.asarray(one) == pytest.approx(expected[pictures[0].name], abs=1e-4)
+    assert one.points == pytest.approx(expected[pictures[0].name], abs=1e-4)
     for several in (
         predictor(pictures),
         predictor(pictures[0].parent),
