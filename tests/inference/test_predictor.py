@@ -12,6 +12,8 @@ import torch
 from landmarks_fastai.competition import read_submission, read_test_points, score
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.submission import predict_test
+from landmarks_fastai.inference.torch_network import fuse_norms
+from landmarks_fastai.models.networks import build_model
 from landmarks_fastai.runs.run import Run, find_checkpoint_file
 from tests.helpers import ARCH, LINUX, N_POINTS, ROOT, peak_memory
 
@@ -118,6 +120,32 @@ def test_memory_does_not_hold_the_points(runs, drawn):
     predictor = Predictor("m", runs, batch_size=1)
     assert predict_test(predictor, drawn, Run(runs, "w"), progress=watch) == 6
     assert 0 < most <= 2
+
+
+def test_norms_are_fused_and_the_points_stay():
+    torch.manual_seed(0)
+    model = build_model("resnet18", "linear", 5, 64)
+    with torch.no_grad():
+        for _ in range(3):  # running means that are not 0 and 1
+            model.train()(torch.randn(8, 3, 64, 64) * 2 + 1)
+    model.eval()
+    fused, inputs = fuse_norms(model, 64), torch.randn(4, 3, 64, 64)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
+    with torch.no_grad():
+        assert fused(inputs).numpy() == pytest.approx(model(inputs).numpy(), abs=1e-4)
+
+
+def test_a_network_that_fx_cannot_follow_or_misreads_is_left_as_it_is():
+    class Asks(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :4] if x.sum() > 0 else x.flatten(1)[:, 4:8]
+
+    class Draws(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :4] * float(np.random.default_rng().uniform())
+
+    for model in (Asks().eval(), Draws().eval()):
+        assert fuse_norms(model, 8) is model
 
 
 @LINUX

@@ -18,6 +18,7 @@ pytestmark = LINUX
 @pytest.fixture
 def small_memory(monkeypatch):
     "Every network runs out of memory where a batch has more than five images, with the error that a GPU gives."
+    from landmarks_fastai.inference import torch_network
     from landmarks_fastai.models import networks
     from landmarks_fastai.runs import checkpoint
     from landmarks_fastai.training import learner
@@ -33,6 +34,7 @@ def small_memory(monkeypatch):
         model.register_forward_pre_hook(refuse)
         return model
 
+    monkeypatch.setattr(torch_network, "fuse_norms", lambda model, size: model)  # which leaves hooks behind
     for module in (checkpoint, learner):
         monkeypatch.setattr(module, "build_model", built)
 
