@@ -1,12 +1,14 @@
 "The leaderboard of a comparison: leaderboard.csv, leaderboard.md and leaderboard.html in its folder."
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.report import write_comparison
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.runs.run import read_plan, results_of
@@ -96,8 +98,10 @@ def write_leaderboard(folder: Path) -> pd.DataFrame:
     parts = [f"# {folder.name}", f"    {plan['command']}", table, NOTE, RULE, "\n".join(f"- {line}" for line in said)]
     write_text(folder / "leaderboard.md", "\n\n".join(parts) + "\n")
     first = {run["label"]: run["stages"] for run in reversed(plan["runs"])}  # the first seed of each
-    finished = [first[label] for label in board["combination"] if results_of(folder, first[label])]
-    checkpoints = [read_checkpoint(folder / stages[-1] / "best.pth") for stages in finished]
+    checkpoints = []
+    for stages in (first[label] for label in board["combination"] if results_of(folder, first[label])):
+        with suppress(UserError):  # a damaged one
+            checkpoints.append(read_checkpoint(folder / stages[-1] / "best.pth"))
     points = board.dropna(subset="score")[["minutes", "score", "score_sd"]].to_numpy(float)
     more = {"name": folder.name, "command": plan["command"], "rows": rows, "note": NOTE, "rule": RULE, "said": said}
     write_comparison(folder / "leaderboard.html", checkpoints, more | {"points": points})

@@ -97,7 +97,9 @@ def test_later_stages_get_the_time_limit_and_the_machine(untrained_run):
         ("-d x --freeze off maybe", ["maybe"]),
         ("-d x --seeds 0", ["0 is not a number from 1"]),
         ("-d x --arch a", ["nothing to compare", "--seeds 3"]),
-        ("a b", ["unrecognized argument: a"]),
+        ("a b", ["unrecognized arguments: a b"]),
+        ("-d x --size 32 64 --seeds 2 96", ["unrecognized arguments: 96"]),
+        ("-d x --arch a b --grid off", ["unrecognized arguments: off"]),
         ("-d x --arch a b --resume", ["--resume"]),
         ("-pm nosuch --loss mse l1", ["nosuch not found"]),
         ("--show", ["is not the folder of a comparison", "check -n"]),
@@ -113,8 +115,13 @@ def test_names_and_folders_that_are_refused(run_script):
     check_refused(run_script("landmarks_fastai.cli.compare -d x --arch a b"), "-n/--name")
     (RUNS / "c").mkdir(parents=True)
     check_refused(run_script(f"{COMMAND} -d x --arch a b"), "is not the folder of a comparison")
-    with pytest.raises(UserError, match="nosuch"):
-        landmarks_fastai.compare("c", data="x", nosuch=[1, 2])
+    for flags in (
+        {"nosuch": [1, 2]},
+        {"wd": np.array([0.1, -1])},
+        {"opt": ["adam", "sgd"], "seeds": [2, 3], "minutes": None},
+    ):
+        with pytest.raises(UserError, match="nosuch|-1|unrecognized arguments: 3"):
+            landmarks_fastai.compare("c", data="x", grid=False, show=False, **flags)
 
 
 # --- running
