@@ -18,7 +18,7 @@ from landmarks_fastai.cli.search import JOURNAL, Search
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs import run as runs
 from landmarks_fastai.runs.claim import process_lock
-from landmarks_fastai.runs.run import PLAN, flags_of
+from landmarks_fastai.runs.run import PLAN, flags_of, setting_of
 from landmarks_fastai.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     groups = {"": {run["label"]: run["label"] for run in planned}}
     if not args.grid and len(varied) > 1:
         groups = {flag: {v: label(first | {flag: v}) for v in values} for flag, values in varied.items()}
-    kept = {k: v[:1] for k, v in flags.items() if re.sub("^--(no-)?", "", k).replace("-", "_") in LATER}
+    kept = {k: v[:1] for k, v in flags.items() if setting_of(k) in LATER}
     return {"groups": groups, "later": options.words_of(parser, kept), "runs": planned}
 
 
@@ -154,8 +154,12 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
         if folder.exists() and searched != bool(search):
             raise UserError(f"-n {args.name} is {'a search' if searched else 'a comparison'}: choose another name")
         started = {run["stages"][0]: run for run in before if any((folder / name).exists() for name in run["stages"])}
+        if not search and started and not started.keys() & {run["stages"][0] for run in plan["runs"]}:
+            raise UserError(
+                f"-n {args.name} compares others, as {next(iter(started))}: choose another name, or the same flags"
+            )
         for run in plan["runs"]:
-            was = started.get(run["stages"][0], run)
+            was: dict[str, Any] = started.get(run["stages"][0], run)
             if fixed_flags(was) != fixed_flags(run):
                 about = f"its run {run['stages'][0]} was started with {shlex.join(was['words'])}"
                 raise UserError(f"-n {args.name}: {about}: choose another name, or the same flags")

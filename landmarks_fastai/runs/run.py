@@ -54,6 +54,11 @@ def flags_of(name: str) -> tuple[str, ...]:
     return FLAGS.get(name, ("--" + name.replace("_", "-"),))
 
 
+def setting_of(flag: str) -> str:
+    "The name of the setting of a flag --the-name or --no-the-name."
+    return re.sub("^--(no-)?", "", flag).replace("-", "_")
+
+
 @dataclass(frozen=True)
 class Record:
     "The contents of run.json: how a run was started. Settings and data are set when its fit begins."
