@@ -159,7 +159,7 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
                 f"-n {args.name} compares others, as {next(iter(started))}: choose another name, or the same flags"
             )
         for run in plan["runs"]:
-            was: dict[str, Any] = started.get(run["stages"][0], run)
+            was = started.get(run["stages"][0]) or run
             if fixed_flags(was) != fixed_flags(run):
                 about = f"its run {run['stages'][0]} was started with {shlex.join(was['words'])}"
                 raise UserError(f"-n {args.name}: {about}: choose another name, or the same flags")
