@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from landmarks_fastai.cli.search import JOURNAL, Search
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.runs import run as runs
 from landmarks_fastai.runs.claim import process_lock
-from landmarks_fastai.runs.run import PLAN, flags_of
+from landmarks_fastai.runs.run import PLAN, flags_of, setting_of
 from landmarks_fastai.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -72,6 +72,18 @@ def split_flags(words: Sequence[str]) -> dict[str, list[str]]:
     return {flag: list(dict.fromkeys(values)) for flag, values in flags.items()}
 
 
+def parser_of(script: str) -> options.Parser:
+    parser = train.train_parser() if script == "train.py" else finetune.finetune_parser()
+    parser.raises = True
+    return parser
+
+
+def fixed_flags(run: dict[str, Any]) -> dict[str, Any]:
+    "The flags of a run that another start may not change."
+    typed = options.typed_flags(parser_of(run["script"]).parse_args(run["words"]))
+    return {name: value for name, value in typed.items() if name not in runs.MACHINE}
+
+
 def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str, Any]:
     """The runs of a comparison, in the order in which they start, and the values to compare with each other.
 
@@ -79,8 +91,7 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     """
     later = flags.keys() & set(flags_of("pretrained_model"))
     script = "finetune.py" if later else "train.py"
-    parser = finetune.finetune_parser() if later else train.train_parser()
-    parser.raises = True
+    parser = parser_of(script)
     flags |= {k: [os.path.abspath(runs.find_checkpoint_file(name, args.out)) for name in flags[k]] for k in later}
 
     varied = {flag: values for flag, values in flags.items() if len(values) > 1}
@@ -111,13 +122,16 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     groups = {"": {run["label"]: run["label"] for run in planned}}
     if not args.grid and len(varied) > 1:
         groups = {flag: {v: label(first | {flag: v}) for v in values} for flag, values in varied.items()}
-    kept = {k: v[:1] for k, v in flags.items() if re.sub("^--(no-)?", "", k).replace("-", "_") in LATER}
+    kept = {k: v[:1] for k, v in flags.items() if setting_of(k) in LATER}
     return {"groups": groups, "later": options.words_of(parser, kept), "runs": planned}
 
 
 def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
     "Run what is missing of the comparison of a command line; return its folder and leaderboard. Raises `UserError`."
-    args, rest = Parser().parse_known_args(words)
+    flags, rest = split_flags(words), Parser().parse_known_args(words)[1]
+    # not `rest` alone: of --size 64 --seeds 2 3, it would be --size 64 3
+    own = [[flag, *flags.pop(flag)] for flag in flags.keys() - {word.split("=")[0] for word in rest}]
+    args = Parser().parse_args([*itertools.chain(*own)])
 
     from landmarks_fastai.inference.leaderboard import write_leaderboard
 
@@ -126,7 +140,6 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
         raise UserError(f"-n {args.name!r} is not a plain file name: choose a short name without / and other marks")
     if args.show:
         return folder, write_leaderboard(folder)
-    flags = split_flags(rest)
     if flags.keys() & {"--overwrite", "--resume"}:
         raise UserError("--overwrite and --resume are for a single run: the same command continues a comparison")
     search = Search(args, flags) if args.suggest else None
@@ -140,11 +153,16 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
         before: list[dict[str, Any]] = runs.read_plan(folder)["runs"] if folder.exists() and not searched else []
         if folder.exists() and searched != bool(search):
             raise UserError(f"-n {args.name} is {'a search' if searched else 'a comparison'}: choose another name")
-        words_before = {run["stages"][0]: run["words"] for run in before}
-        for name, planned in ((run["stages"][0], run["words"]) for run in plan["runs"]):
-            if words_before.get(name, planned) != planned:
-                was = f"its run {name} was started with {shlex.join(words_before[name])}"
-                raise UserError(f"-n {args.name}: {was}: choose another name, or the same flags")
+        started = {run["stages"][0]: run for run in before if any((folder / name).exists() for name in run["stages"])}
+        if not search and started and not started.keys() & {run["stages"][0] for run in plan["runs"]}:
+            raise UserError(
+                f"-n {args.name} compares others, as {next(iter(started))}: choose another name, or the same flags"
+            )
+        for run in plan["runs"]:
+            was = started.get(run["stages"][0]) or run
+            if fixed_flags(was) != fixed_flags(run):
+                about = f"its run {run['stages'][0]} was started with {shlex.join(was['words'])}"
+                raise UserError(f"-n {args.name}: {about}: choose another name, or the same flags")
         if search:
             search.open(folder)
 
@@ -165,9 +183,11 @@ def compare(name: str, **flags: Any) -> "pd.DataFrame":
     `compare("heads", data="faces", head=["linear", "512,relu"], freeze=[False, True], seeds=3)`. The line of a run that fails is in
     the column `failed`. Raises `UserError` for a flag or value that is refused, and while another process runs it.
     """
-    words = ["-n", name]
+    words = ["-n", str(name)]
     for flag, value in flags.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
+        if value is None or (value is False and flag in ("grid", "show")):
+            continue
+        values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
         texts = [("off", "on")[v] if isinstance(v, bool) else str(v) for v in values]
         words += [flags_of(flag)[0], *texts] if value is not True else [flags_of(flag)[0]]
     return run_comparison(words)[1]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from landmarks_fastai.cli.search import Search
-from landmarks_fastai.errors import one_line
+from landmarks_fastai.errors import UserError, one_line
 from landmarks_fastai.runs.claim import process_lock
-from landmarks_fastai.runs.run import results_of
+from landmarks_fastai.runs.run import Run, read_record, results_of
 from landmarks_fastai.utils.hardware import available_cores, gpu_count
 
 PACKAGES = str(Path(__file__).resolve().parents[2])
@@ -94,9 +94,12 @@ class Runner:
                 locked = not free
         if self.stopping.is_set():
             return "stopped"
-        resume = ["--resume"] if (self.folder / name / "run.json").exists() else []
+        start = ["--overwrite"]  # what cannot be read, or has lost its checkpoint
+        with suppress(UserError):
+            record = read_record(Run(self.folder, name))
+            start = ["--resume"] if record and not record.ended else start
         code = f"from {__name__} import stage_process; stage_process({script.removesuffix('.py')!r})"
-        command = [sys.executable, "-c", code, *words, "-n", name, "--out", str(self.folder), *resume]
+        command = [sys.executable, "-c", code, *words, "-n", name, "--out", str(self.folder), *start]
         env = {"PYTHONPATH": os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))}
         env |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         with open(self.folder / f"{name}.log", "a+", encoding="utf-8", errors="replace") as log:

@@ -12,7 +12,7 @@ from typing import Any
 
 from landmarks_fastai.cli import options, train
 from landmarks_fastai.errors import UserError, one_line
-from landmarks_fastai.runs.run import Record, Run, flags_of, results_of
+from landmarks_fastai.runs.run import MACHINE, Record, Run, flags_of, results_of, setting_of
 
 JOURNAL = "optuna.journal"  # in the folder: values, state and scores of each trial
 STUDY = "search"
@@ -52,9 +52,11 @@ class Search:
                 (self.choices if isinstance(values, list) else self.ranges)[flags_of(name)[0]] = values
         if not (self.choices or self.ranges):
             raise UserError("nothing to search: give fewer flags, or several values, as --head linear 512,relu")
-        fixed = {flag: values for flag, values in self.flags.items() if flag not in self.choices}
-        self.about = [shlex.join(options.words_of(self.parser, fixed))]
-        self.about += [f"{flag} {' | '.join(values)}" for flag, values in self.choices.items()]
+        fixed = {flag: values for flag, values in sorted(self.flags.items()) if setting_of(flag) not in MACHINE}
+        self.about = [
+            shlex.join(options.words_of(self.parser, {k: v for k, v in fixed.items() if k not in self.choices}))
+        ]
+        self.about += [f"{flag} {' | '.join(values)}" for flag, values in sorted(self.choices.items())]
         self.about += [f"{flag} {low:g} to {high:g}" for flag, (low, high) in self.ranges.items()]
 
     def words(self, values: dict[str, str]) -> tuple[list[str], dict[str, Any]]:
@@ -82,6 +84,8 @@ class Search:
         try:
             self.storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path), lock))
             self.study = optuna.create_study(storage=self.storage, study_name=STUDY, pruner=pruner, load_if_exists=True)
+            if not self.study.get_trials() and any(folder.glob("trial_*")):
+                raise ValueError
         except (ValueError, KeyError):
             raise UserError(f"{path} is damaged: choose another name") from None
         if (before := self.study.user_attrs.get("flags", self.about)) != self.about:

@@ -1,12 +1,14 @@
 "The leaderboard of a comparison: leaderboard.csv, leaderboard.md and leaderboard.html in its folder."
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.report import write_comparison
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.runs.run import read_plan, results_of
@@ -16,10 +18,11 @@ CONFIDENCE = 0.95  # of the interval of a difference
 TITLES = {"combination": "combination", "score": "score", "nme_box_diag": "NME (box_diag)", "parameters": "M weights",
           "train_images_s": "train images/s", "predict_images_s": "predict images/s", "minutes": "minutes",
           "memory_mb": "memory MB", "file_mb": "file MB"}  # fmt: skip
+NAMED = "A combination is named by the values that differ from the first ones. "
 NOTE = (
-    "Score: mean and standard deviation over the seeds, on the validation rows, without the flip test. Images a second: of "
-    "training's batches; of the prediction from files to points, with the flip test where there is a flip map. Minutes: of "
-    "all stages of a seed. Memory: the most that the process used, with --gpu its tensors."
+    "Score: mean and standard deviation over the seeds, on the validation rows, with the flip test only where --tta is on. "
+    "Images a second: of training's batches; of the prediction from files to points, with the flip test where there is a flip "
+    "map. Minutes: of all stages of a seed, from start to end. Memory: the most that the process used, with --gpu its tensors."
 )
 RULE = "Better: the 95% confidence interval of the difference of the mean scores (Welch) leaves out 0, each pair by itself."
 
@@ -90,16 +93,19 @@ def write_leaderboard(folder: Path) -> pd.DataFrame:
         for sentence in differences({value: samples[label] for value, label in labels.items()})
     ] or [plan["best"] or "No two combinations have two seeds yet, which it takes to compare them: --seeds 3."]
     said += [f"Failed: {row['combination']}, {row['failed']}" for row in board.to_dict("records") if row["failed"]]
+    note, rule = (NOTE, "") if plan["best"] else (NAMED + NOTE, RULE)  # a search has one seed
     rows = [["", *TITLES.values()], *([str(k), *_cells(row)] for k, row in enumerate(board.to_dict("records"), 1))]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     table = "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
-    parts = [f"# {folder.name}", f"    {plan['command']}", table, NOTE, RULE, "\n".join(f"- {line}" for line in said)]
-    write_text(folder / "leaderboard.md", "\n\n".join(parts) + "\n")
+    parts = [f"# {folder.name}", f"    {plan['command']}", table, note, rule, "\n".join(f"- {line}" for line in said)]
+    write_text(folder / "leaderboard.md", "\n\n".join(filter(None, parts)) + "\n")
     first = {run["label"]: run["stages"] for run in reversed(plan["runs"])}  # the first seed of each
-    finished = [first[label] for label in board["combination"] if results_of(folder, first[label])]
-    checkpoints = [read_checkpoint(folder / stages[-1] / "best.pth") for stages in finished]
+    checkpoints = []
+    for stages in (first[label] for label in board["combination"] if results_of(folder, first[label])):
+        with suppress(UserError):  # a damaged one
+            checkpoints.append(read_checkpoint(folder / stages[-1] / "best.pth"))
     points = board.dropna(subset="score")[["minutes", "score", "score_sd"]].to_numpy(float)
-    more = {"name": folder.name, "command": plan["command"], "rows": rows, "note": NOTE, "rule": RULE, "said": said}
+    more = {"name": folder.name, "command": plan["command"], "rows": rows, "note": note, "rule": rule, "said": said}
     write_comparison(folder / "leaderboard.html", checkpoints, more | {"points": points})
     return board
 

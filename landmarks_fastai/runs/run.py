@@ -54,6 +54,11 @@ def flags_of(name: str) -> tuple[str, ...]:
     return FLAGS.get(name, ("--" + name.replace("_", "-"),))
 
 
+def setting_of(flag: str) -> str:
+    "The name of the setting of a flag --the-name or --no-the-name."
+    return re.sub("^--(no-)?", "", flag).replace("-", "_")
+
+
 @dataclass(frozen=True)
 class Record:
     "The contents of run.json: how a run was started. Settings and data are set when its fit begins."
@@ -190,10 +195,12 @@ def read_record(run: Run) -> Record | None:
 
 
 def results_of(out: Path, names: Iterable[str]) -> dict[str, Any]:
-    "The results of a run and its later stages, with the minutes of all; empty if one of them is not finished."
+    "The results of a run and its later stages, with the minutes of all; empty if one of them is not finished, or damaged."
     results: list[dict[str, Any]] = []
     for name in names:
-        record, file = read_record(Run(out, name)), out / name / "best.pth"
+        record, file = None, out / name / "best.pth"
+        with suppress(UserError):
+            record = read_record(Run(out, name))
         if not (record and record.ended and record.results and file.exists()):
             return {}
         results.append(
@@ -207,7 +214,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         return {"best": plan.get("best")} | {key: plan[key] for key in ("command", "groups", "later", "runs")}
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(
             f"{folder} is not the folder of a comparison ({PLAN}: {reason(e)}): check -n and --out"
         ) from None

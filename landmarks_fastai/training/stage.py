@@ -129,7 +129,8 @@ def fit_stage(
         if run.record:
             _write_record(learn, run, settings, previous_scores)
         if is_first():
-            learn.dls.train.show_batch(max_n=BATCH_SHOWN, figsize=(12, 12))
+            with within_memory(learn):
+                learn.dls.train.show_batch(max_n=BATCH_SHOWN, figsize=(12, 12))
             plots.save_figure(run.folder / "batch.png")
     metrics, stop_on_nan, history = learn.metrics, callbacks.StopOnNaN(), callbacks.History(run)
     bars = callbacks.show_progress(learn)

@@ -97,7 +97,9 @@ def test_later_stages_get_the_time_limit_and_the_machine(untrained_run):
         ("-d x --freeze off maybe", ["maybe"]),
         ("-d x --seeds 0", ["0 is not a number from 1"]),
         ("-d x --arch a", ["nothing to compare", "--seeds 3"]),
-        ("a b", ["unrecognized argument: a"]),
+        ("a b", ["unrecognized arguments: a b"]),
+        ("-d x --size 32 64 --seeds 2 96", ["unrecognized arguments: 96"]),
+        ("-d x --arch a b --grid off", ["unrecognized arguments: off"]),
         ("-d x --arch a b --resume", ["--resume"]),
         ("-pm nosuch --loss mse l1", ["nosuch not found"]),
         ("--show", ["is not the folder of a comparison", "check -n"]),
@@ -113,8 +115,13 @@ def test_names_and_folders_that_are_refused(run_script):
     check_refused(run_script("landmarks_fastai.cli.compare -d x --arch a b"), "-n/--name")
     (RUNS / "c").mkdir(parents=True)
     check_refused(run_script(f"{COMMAND} -d x --arch a b"), "is not the folder of a comparison")
-    with pytest.raises(UserError, match="nosuch"):
-        landmarks_fastai.compare("c", data="x", nosuch=[1, 2])
+    for flags in (
+        {"nosuch": [1, 2]},
+        {"wd": np.array([0.1, -1])},
+        {"opt": ["adam", "sgd"], "seeds": [2, 3], "minutes": None},
+    ):
+        with pytest.raises(UserError, match="nosuch|-1|unrecognized arguments: 3"):
+            landmarks_fastai.compare("c", data="x", grid=False, show=False, **flags)
 
 
 # --- running
@@ -193,6 +200,36 @@ def test_other_flags_for_the_same_runs_are_refused(compared, run_script, drawn):
     out, _ = compared
     line = f"{COMMAND} --out {out} -d {drawn} --arch {ARCH} b {SMALL.replace('-e 1', '-e 2')} --seeds 2"
     check_refused(run_script(line), f"{NAMES[1]}_seed_0", "-e 1", "choose another name")
+    line = f"{COMMAND} --out {out} -d {drawn} --arch x y"
+    check_refused(run_script(line), f"-n c compares others, as {NAMES[1]}_seed_0", "choose another name")
+
+
+@pytest.mark.train
+@LINUX
+def test_with_flags_in_another_order_stopped_runs_resume_and_damaged_ones_start_over(
+    compared, run_script, fake_python, drawn, tmp_path
+):
+    out = Path(shutil.copytree(compared[0], tmp_path / "out"))
+    stopped, damaged = (out / "c" / f"{NAMES[1]}_seed_{seed}" for seed in (0, 1))
+    record = json.loads((stopped / "run.json").read_text())
+    (stopped / "run.json").write_text(json.dumps(record | {"ended": False}))
+    (damaged / "run.json").write_text('{"script": "tr')
+    fake_python(f'echo "$*" >> {tmp_path}/calls; exit 3')
+    line = f"--seeds 2 {SMALL.replace('--threads 1', '--threads 2')} --out {out} --arch '{NAMES[0]}' {ARCH} -d {drawn}"
+    assert "4 runs in" in run_script(f"{COMMAND} {line}")[1]
+    calls = {call.split(" -n ")[1].split()[0]: call.split()[-1] for call in csv_lines(tmp_path / "calls")}
+    assert (calls[stopped.name], calls[damaged.name]) == ("--resume", "--overwrite")
+    (damaged / "run.json").write_text(json.dumps(record | {"ended": True}))
+    (damaged / "best.pth").write_bytes(b"")  # the table has its results, the curves are without it
+    assert landmarks_fastai.compare("c", out=out, show=True).seeds.tolist() == [1, 0]
+
+
+@LINUX
+def test_a_run_that_failed_at_its_start_may_get_other_flags(run_script, fake_python):
+    fake_python("exit 3")
+    for data in ("nosuch", "x"):
+        assert run_script(f"{COMMAND} -d {data} --arch a b")[0] == 1
+    assert "-d x" in (RUNS / "c" / "leaderboard.md").read_text()
 
 
 # --- the words

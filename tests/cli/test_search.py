@@ -77,6 +77,7 @@ def test_a_search_goes_on_up_to_its_number_of_trials(run_script, fake_runs, tmp_
 def test_the_best_is_repeated_by_a_command_that_trains_longer(fake_runs, drawn):
     landmarks_fastai.compare("s", data=drawn, epochs=4, suggest=1, freeze=True, size=[64, 96])
     said = (RUNS / "s" / "leaderboard.md").read_text()
+    assert "Welch" not in said
     args = train_parser().parse_args(
         shlex.split(re.search(r"Best of 1 finished trials: .*python train.py (.+)", said)[1])
     )
@@ -109,15 +110,18 @@ def test_without_optuna_it_is_one_line(run_script, monkeypatch):
 
 
 def test_other_flags_and_other_folders_are_refused(run_script, tmp_path):
-    opened(tmp_path / "s", "-d x -e 1 --suggest 2")
+    opened(tmp_path / "s", "-d x -e 1 --suggest 2 --opt adam adamw")
+    opened(tmp_path / "s", "--opt adam adamw --threads 2 -e 1 --suggest 3 -d x")  # the same, on another machine
     for line, parts in (
         ("-d x -e 2 --suggest 2", ["-e 1", "choose another name"]),
         ("-d x -e 1 --suggest 2 --size 32", ["--size 128 | 96", "choose another name"]),
         ("-d x -e 1 --arch a b", ["is a search"]),
     ):
         check_refused(run_script(f"{COMMAND} --out {tmp_path} {line}"), *parts)
-    (tmp_path / "s" / JOURNAL).write_text("no\njournal\n")
-    check_refused(run_script(f"{COMMAND} --out {tmp_path} -d x -e 1 --suggest 2"), "is damaged")
+    (tmp_path / "s" / "trial_0").mkdir()
+    for text in ("no\njournal\n", ""):
+        (tmp_path / "s" / JOURNAL).write_text(text)
+        check_refused(run_script(f"{COMMAND} --out {tmp_path} -d x -e 1 --suggest 2"), "is damaged")
     (tmp_path / "s" / JOURNAL).unlink()
     check_refused(run_script(f"{COMMAND} --out {tmp_path} -d x -e 1 --suggest 2"), "is not the folder of a comparison")
 

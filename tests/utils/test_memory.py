@@ -49,6 +49,14 @@ def test_a_batch_that_does_not_fit_is_one_line(run_script, drawn, runs, small_me
     assert [p.name for p in runs.iterdir()] == ["m"]
 
 
+def test_a_first_batch_that_does_not_fit_is_one_line(run_script, drawn, monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("landmarks_fastai.data.augment.warp_images", refuse)
+    check_refused(run_script(f"train.py {QUICK} -n r -d", drawn), "-b 8: not enough memory for such a batch")
+
+
 @pytest.mark.parametrize(
     "text",
     [
