@@ -17,7 +17,7 @@ from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import score_rows
 from landmarks_fastai.runs.checkpoint import read_checkpoint
-from landmarks_fastai.settings import RECIPES
+from landmarks_fastai.settings import RECIPES, Settings
 from landmarks_fastai.training.callbacks.evaluation import Average
 from landmarks_fastai.utils.hardware import Machine
 from tests.helpers import (
@@ -47,12 +47,18 @@ def test_the_baseline_recipe_switches_every_addition_off(run_script, drawn):
         assert getattr(settings, name) == value, name
     assert not best("s").facts.flip_indices and settings.lr == 3e-4 and settings.opt == "adamw" and settings.wd == 0.05
     assert list(history("s").columns) == "epoch train_loss valid_loss score nme_box_diag lr".split()
-    later = next_settings({}, settings)
-    assert later.aug == 0
+    assert next_settings({}, settings).aug == 0
     # one part of it, typed, wins over the recipe
     words = ["--recipe", "baseline", "--loss", "l1", "-d", "x"]
     typed = first_settings(typed_flags(train_parser().parse_args(words)))
     assert typed.loss == "l1" and typed.init_head == "random"
+
+
+def test_each_later_stage_augments_half_as_much_where_crops_are_aligned():
+    second = next_settings({}, Settings())
+    assert (Settings().aug, second.aug, next_settings({}, second).aug) == (1, 0.5, 0.25)
+    assert next_settings({"aug": 1.0}, Settings()).aug == 1
+    assert next_settings({"align": 0.0}, Settings()).aug == next_settings({}, Settings(align=0.0)).aug == 1
 
 
 @pytest.mark.train
