@@ -3,7 +3,6 @@
 import csv
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from landmarks_fastai.data.formats.table import CENTRE, LabelTable, Rows, checked, read_text
+from landmarks_fastai.data.formats.table import LabelTable, Rows, checked, read_text
+from landmarks_fastai.data.formats.text_files import read_yaml
+from landmarks_fastai.data.labels import Labels, concatenate
 from landmarks_fastai.data.landmarks_csv import LIMIT
 from landmarks_fastai.errors import UserError
 
@@ -28,19 +29,7 @@ COLUMNS = [
     re.compile(r"(?P<name>.*[a-z0-9])(?P<axis>[XYV])"),
     re.compile(r"(?P<axis>[xy])(?P<name>)", re.I),
 ]
-FILE = (
-    "file_name",
-    "filename",
-    "file",
-    "image_path",
-    "img_path",
-    "path",
-    "image",
-    "image_name",
-    "img",
-    "name",
-    "image_id",
-)
+FILE = "file_name filename file image_path img_path path image image_name img name image_id".split()  # the first counts
 BOX = [  # left, top, right, bottom; with or without box_ or bbox_
     {"left", "x_min", "xmin", "min_x"}, {"top", "y_min", "ymin", "min_y"},
     {"right", "x_max", "xmax", "max_x"}, {"bottom", "y_max", "ymax", "max_y"},
@@ -152,47 +141,43 @@ def read_plain(path: Path) -> LabelTable:
 
 def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first: int, source: Path) -> LabelTable:
     "Return the table of a plain CSV's or DataFrame's texts; `place` and `first` say what the first row is called."
-    files, places, points, boxes, groups, faults = [], [], [], [], [], {}
-    left_out: Counter[str] = Counter()
+    parts: list[Labels] = []
+    pointless = 0
     for chunk in chunks:
         if not len(chunk):
             continue
-        cells = _stripped(
-            chunk, f"{source} has a field of more than {WIDTH} characters, at or after {place.format(first)}"
-        )
-        numbers, filled = np.arange(first, first + len(cells)), (cells != "").any(1)
-        first += len(cells)
-        xy, problems = _numbers(cells[filled], header)
-        kept = np.isfinite(xy).any((1, 2)) | np.isin(np.arange(len(xy)), list(problems))
-        left_out["rows without a point"] += int((~kept).sum())
-        faults |= {len(files) + int(kept[:row].sum()): text for row, text in problems.items()}
-        rows = cells[filled][kept]
-        places += [place.format(n) for n in numbers[filled][kept]]
-        if not files and header.names == [""] and (column := _column_of_landmarks(rows, header)):
+        too_wide = f"{source} has a field of more than {WIDTH} characters, at or after {place.format(first)}"
+        cells = _stripped(chunk, too_wide)
+        filled = np.flatnonzero((cells != "").any(1))
+        cells, lines, first = cells[filled], first + filled, first + len(cells)
+        rows = _labels_of_cells(header, cells, lines, place, source)
+        kept = np.flatnonzero(np.isfinite(rows.stored).any((1, 2)))
+        pointless += len(rows) - len(kept)
+        if not parts and header.names == [""] and (column := _column_of_landmarks(cells[kept], header)):
             found = f"found one line per landmark (column {column!r}, which is to be removed if it names objects)"
             raise UserError(f"{source}: one line per object expected, with columns NAME_x, NAME_y; {found}")
-        files += rows[:, header.file].tolist()
-        points.append(xy[kept])
-        if header.box:
-            boxes.append(np.array([[checked(v or "nan", True)[0] for v in row] for row in rows[:, header.box]]))
-        if header.group >= 0:
-            groups += rows[:, header.group].tolist()
-    if not files:
-        why = "a header but no rows" if not sum(left_out.values()) else "no row with a point"
+        if len(kept):
+            parts.append(rows.at(kept))
+    if not parts:
+        why = "no row with a point" if pointless else "a header but no rows"
         raise UserError(f"{source} has {why}: one line per object is needed")
-    if header.unused:
-        left_out[f"columns ({', '.join(header.unused.values())[:200]})"] = len(header.unused)
-    names = header.names if any(name != str(k) for k, name in enumerate(header.names)) else []
-    return LabelTable(
-        kind="CSV",
-        names=tuple(names),
-        files=files,
-        points=np.concatenate(points),
-        places=places,
-        boxes=np.concatenate(boxes).astype(np.float32) if boxes else None,
-        groups=groups or None,
-        faults=faults,
-        left_out=dict(left_out),
+    unused = f"columns ({', '.join(header.unused.values())[:200]})"
+    return LabelTable(concatenate(parts), "CSV", {"rows without a point": pointless, unused: len(header.unused)})
+
+
+def _labels_of_cells(header: Header, cells: np.ndarray, lines: np.ndarray, place: str, source: Path) -> Labels:
+    points, faults = _numbers(cells, header)
+    boxes = [[checked(v or "nan", True)[0] for v in row] for row in cells[:, header.box]]
+    return Labels(
+        source,
+        cells[:, header.file].tolist(),
+        lines,
+        points,
+        faults,
+        point_names=tuple(header.names if any(name != str(k) for k, name in enumerate(header.names)) else ()),
+        places=[place.format(line) for line in lines],
+        boxes=np.array(boxes, np.float32).reshape(-1, 4) if header.box else None,
+        groups=cells[:, header.group].tolist() if header.group >= 0 else None,
     )
 
 
@@ -252,13 +237,13 @@ def is_deeplabcut(path: Path) -> bool:
         return False
 
 
-def read_deeplabcut(rows: Rows, files: Iterable[Path], root: Path, order: Sequence[str] = ()) -> LabelTable:
+def read_deeplabcut(rows: Rows, files: Iterable[Path]) -> LabelTable:
     """DeepLabCut and lightning-pose: CSVs with the header rows scorer, (individuals,) bodyparts, coords; from the pixel's centre.
 
     File names are paths, in one column or in three. The folder of an image, its video, is the group. A cell that is empty
     is missing. Bodyparts of no individual (unique ones) are left out where there are individuals.
     """
-    rows.kind, rows.origin = "DeepLabCut CSV", CENTRE
+    rows.kind = "DeepLabCut CSV"
     for path in files:
         lines = list(csv.reader(read_text(path).splitlines()))
         heads = {line[0]: line for line in lines[:4] if line and line[0] in HEADS}
@@ -273,14 +258,14 @@ def read_deeplabcut(rows: Rows, files: Iterable[Path], root: Path, order: Sequen
             if "individuals" not in heads or individuals[k]:
                 columns.setdefault(individuals[k], {}).setdefault(parts[k], {})[coords[k]] = k
         for number, cells in enumerate(lines[len(heads) :], len(heads) + 1):
-            rows.place = (
-                f"line {number}" if path == rows.source else f"{path.relative_to(root).as_posix()} line {number}"
-            )
+            rows.locate(path, number)
             if any(cells[start:]):
                 _add_deeplabcut(rows, cells, start, columns)
             else:
                 rows.left_out["frames without a point"] += any(cells)
-    return rows.table(order=order)
+    config = rows.root / "config.yaml"  # of DeepLabCut's project
+    order = read_yaml(config).get("bodyparts") if config.is_file() else ()
+    return rows.table(map(str, order) if isinstance(order, list) else ())
 
 
 def _add_deeplabcut(rows: Rows, cells: list[str], start: int, columns: dict[str, dict[str, dict[str, int]]]) -> None:
