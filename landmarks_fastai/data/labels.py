@@ -7,7 +7,6 @@ row of points has a checksum of its own, which is compared when the row is read.
 
 import hashlib
 import json
-import mmap
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -134,13 +133,15 @@ class Labels:
     def in_order(self, names: Sequence[str], n_points: int, who: str, hint: str = "") -> "Labels":
         """Return the labels with their points in the order of `names`; as they are if these or those have no names.
 
-        Raises `UserError` if the `n_points` of `who` are others.
+        Raises `UserError` if the points that the network `who` predicts are others.
         """
         own, place = tuple(self.point_names), {name: k for k, name in enumerate(names)}
-        if self.n_points != n_points or (own and names and set(own) != set(names)):
-            pairs = (own, names, self.n_points), (names, own, n_points)
-            said = [", ".join([name for name in a if name not in b][:9]) or f"{n} points" for a, b, n in pairs]
+        if own and names and set(own) != set(names):
+            pairs = (own, names), (names, own)
+            said = [", ".join([name for name in a if name not in b][:9]) or f"{len(a)} points" for a, b in pairs]
             raise UserError(f"{self.csv} has other points ({said[0]}) than {who} ({said[1]}){hint}")
+        if self.n_points != n_points:
+            raise UserError(f"{self.csv} has {self.n_points} points, {who} predicts {n_points}{hint}")
         if not own or not names or own == tuple(names):
             return self
         order = [own.index(name) for name in names]
@@ -151,11 +152,6 @@ class Labels:
             flip_indices=tuple(place[own[self.flip_indices[k]]] for k in order) if self.flip_indices else (),
             skeleton=tuple((place[own[a]], place[own[b]]) for a, b in self.skeleton),
         )
-
-    def release(self) -> None:
-        "Give back the memory of the points that were read from a cache file: it counts as the process's until then."
-        with suppress(AttributeError, ValueError):  # points in memory; Windows
-            self.stored.base._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
 
 def concatenate(parts: Sequence[Labels]) -> Labels:

@@ -90,7 +90,7 @@ def join_valid(labels: Labels, folder: Path, valid: Path, category: str = "") ->
     """
     try:
         other, other_folder = read_source(valid, category)
-        other = other.in_order(labels.point_names, labels.n_points, str(labels.csv))
+        other = other.in_order(labels.point_names, labels.n_points, f"a network of {labels.csv}")
     except UserError as e:
         raise UserError(f"--valid {valid}: {str(e).replace('; -d must', '; it must')}") from None
     root = Path(os.path.commonpath([os.path.abspath(folder), os.path.abspath(other_folder)]))

@@ -109,30 +109,26 @@ class Machine:
             )
         keep_freed_memory()
         set_max_pixels(round(1e6 * self.max_pixels))
-        if self.threads:
-            import torch
-
-            torch.set_num_threads(self.threads)
         process = this_process()
         if self.device == "mps" and process.store:
             raise UserError("--gpu: several processes need CUDA, and an Apple GPU is one: run without torchrun")
-        if self.device == "cuda" and process.store:
-            import torch
+        if self.device != "cuda" and not self.threads and not self.compile:
+            return
+        import torch
 
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.device == "cuda" and process.store:
             found = torch.cuda.device_count()
             if process.local_count > found:
                 raise UserError(f"--nproc-per-node {process.local_count}: this machine has {found} GPUs")
             torch.cuda.set_device(process.local_rank)  # "cuda" is this one from now on
         if self.compile:
-            import torch
-
             try:
                 torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
             except Exception as e:  # the errors of torch._inductor, the compiler and the linker share no narrower base
                 raise UserError(f"--compile: it fails here ({reason(e)}): run without --compile") from None
         if self.device == "cuda":
-            import torch
-
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32
             # All batches but the last have one shape: one search serves a stage. Another run may choose another algorithm,

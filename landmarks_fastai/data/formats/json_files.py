@@ -2,8 +2,7 @@
 
 import csv
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -19,7 +18,6 @@ from landmarks_fastai.data.formats.table import (
     read_text,
     rotated_box,
 )
-from landmarks_fastai.data.formats.xml_files import label_studio_order
 from landmarks_fastai.errors import UserError
 
 OBJECT = {"object", "object_id", "group", "group_id", "id", "instance"}  # VIA: attributes that hardly name points
@@ -101,7 +99,7 @@ def read_label_studio(rows: Rows, files: Sequence[Path]) -> LabelTable:
             rows.left_out["tasks without a point"] += bool(results)
         for named, box, fault in group_points(points, boxes):
             rows.add(_task_image(task), named, box, size=size, fault=fault)
-    return rows.table([*label_studio_order(rows.root), *rows.sorted_names()])
+    return rows.table(rows.sorted_names())
 
 
 def _label_studio_results(rows: Rows, task: dict) -> list[dict]:
@@ -231,15 +229,10 @@ def _via_value(region: dict, key: str) -> str:
 
 def _via_object(pictures: list[tuple[str, list[dict]]], keys: Iterable[str], name_key: str) -> str:
     "Return the attribute that tells objects apart; empty if none is needed, or none does."
+    points = [(file, r) for file, regions in pictures for r in regions if r["shape_attributes"]["name"] == "point"]
 
-    def repeated(key: str) -> int:
-        def values() -> Iterator[tuple[str, str, str]]:
-            for file, regions in pictures:
-                for r in regions:
-                    if r["shape_attributes"]["name"] == "point":
-                        yield file, _via_value(r, name_key), _via_value(r, key)
-
-        return sum(n - 1 for n in Counter(values()).values())
+    def repeated(key: str) -> bool:
+        return len({(file, _via_value(r, name_key), _via_value(r, key)) for file, r in points}) < len(points)
 
     return next((key for key in keys if not repeated(key)), "") if name_key and repeated("") else ""
 

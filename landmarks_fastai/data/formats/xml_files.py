@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -140,17 +139,3 @@ def read_dlib(rows: Rows, files: Sequence[Path]) -> LabelTable:
             rows.add(image.attrib["file"], named, edges, category=box.findtext("label", ""), size=size)
         rows.left_out["images without a box"] += image.find("box") is None
     return rows.table(rows.sorted_names())
-
-
-def label_studio_order(folder: Path) -> list[str]:
-    "Return the labels of a Label Studio configuration in a folder, by model_index; empty if there is none."
-    for path in sorted(folder.glob("*.xml")):
-        with suppress(UserError, ValueError):
-            labels = []
-            for element in iterate_xml(path, "KeyPointLabels", "Labels"):
-                labels += [
-                    (int(e.get("model_index", k)), e.get("value", "")) for k, e in enumerate(element.iter("Label"))
-                ]
-            if labels:
-                return [name for _, name in sorted(labels)]
-    return []
