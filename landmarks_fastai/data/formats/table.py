@@ -95,19 +95,16 @@ class Rows:
         if not values and not fault:
             self.left_out["objects without a point"] += 1
             return
-        array = np.full((len(values), 2), np.nan, np.float32)
+        numbers = np.full((len(values), 2), np.nan, np.float32)
+        problems = []
         for k, xy in enumerate(values):
             for axis, value in enumerate(xy[:2]):
-                number, problem = checked(value, missing=not named)
-                array[k, axis] = number
-                name = names[k] if named else k
-                fault = fault or (problem and f"point {name}'s {'xy'[axis]} is {problem}")
-        if box is not None:
-            if problem := next((problem for value in box if (problem := checked(value)[1])), ""):
-                fault = fault or f"its box holds {problem}"
-                box = None
-        category = str(category)
-        self.rows.append(_Row(file, names, array, self.place, box, group, valid, category, size, fault))
+                numbers[k, axis], problem = checked(value, missing=not named)
+                if problem:
+                    problems.append(f"point {names[k] if named else k}'s {'xy'[axis]} is {problem}")
+        problems += [f"its box holds {problem}" for value in box or () if (problem := checked(value)[1])]
+        fault = fault or next(iter(problems), "")
+        self.rows.append(_Row(file, names, numbers, self.place, box, group, valid, str(category), size, fault))
 
     def table(self, order: Iterable[str] = ()) -> LabelTable:
         """Return the table of the rows of one category. Raises `UserError` if there are several, or none.

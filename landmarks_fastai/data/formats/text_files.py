@@ -9,11 +9,10 @@ from typing import Any
 
 import yaml
 
-from landmarks_fastai.data.formats.table import EDGE, ONE, LabelTable, Rows, read_text
+from landmarks_fastai.data.formats.table import EDGE, ONE, LabelTable, Rows, checked, read_text
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import check_flip_indices
 
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pgm", ".ppm", ".mpo", ".jp2"}
 
 
@@ -153,7 +152,7 @@ def is_wflw(line: str) -> bool:
     fields = line.split(None, 196)  # a table of 98 points and more has as many, but the name first
     rest = fields[-1].strip() if len(fields) == 197 else ""
     named = rest.count("\t") <= 10 and re.search(r"\.[a-z]\w*$", rest, re.I)
-    return bool(named) and all(map(NUMBER.fullmatch, fields[:196]))
+    return bool(named) and not any(checked(field)[1] for field in fields[:196])
 
 
 def read_wflw(rows: Rows, files: Sequence[Path]) -> LabelTable:
