@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from landmarks_fastai.data.formats import csv_tables, json_files, text_files, xml_files
 from landmarks_fastai.data.formats.table import DAMAGE, LabelTable, Rows, counted, read_json
@@ -17,9 +17,6 @@ from landmarks_fastai.data.landmarks_csv import find_point_faults
 from landmarks_fastai.data.stored_pixels import to_stored_pixels
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.files import check_folder
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COCO = "_annotations.coco.json"  # Roboflow's name, in a folder a split
 HINT = "-d must be labels, or the folder that holds train/ and test/"
@@ -191,7 +188,7 @@ def _read_folder(folder: Path, rows: Rows) -> LabelTable:
     kinds = {p: kind for p in [*folder.iterdir(), *folder.glob("annotations/*.json")] if (kind := _kind_or_none(p))}
     others = sorted(p for p, kind in kinds.items() if kind != "labelme")
     below = () if others else sorted(folder.rglob("*.json"))
-    if files := [p for p in below if (kinds[p] if p in kinds else _kind_or_none(p)) == "labelme"]:
+    if files := [p for p in below if (kinds.get(p) or _kind_or_none(p)) == "labelme"]:
         return json_files.read_labelme(rows, files)
     missing = f"{folder / 'train' / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/"
     unread = [p for p in folder.iterdir() if p.suffix.lower() in (*TABLES, ".xlsx", ".xls")]
@@ -220,7 +217,7 @@ def _kind_or_none(path: Path) -> str | None:
     return None
 
 
-def read_frame(frame: "pd.DataFrame") -> Labels:
+def read_frame(frame: pd.DataFrame) -> Labels:
     "Return the labels of a DataFrame: by the names of its columns, else a column of file names, then x0, y0, x1, y1, …"
     columns = [str(column) for column in frame.columns]
     header = csv_tables.parse_header(columns, "the DataFrame")

@@ -6,18 +6,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from landmarks_fastai.data.formats.table import LabelTable, Rows, checked, read_text
 from landmarks_fastai.data.formats.text_files import read_yaml
 from landmarks_fastai.data.labels import Labels, concatenate
 from landmarks_fastai.data.landmarks_csv import LIMIT
 from landmarks_fastai.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 AXIS = "x|y|v|vis|visible|visibility"
 # nose_x, x_nose, x0, 0x, noseX
@@ -112,8 +109,6 @@ def split_header(line: str) -> tuple[list[str], str]:
 
 def read_plain(path: Path) -> LabelTable:
     "A CSV, TAB or comma, whose header names x and y of each point; counted from the pixel's centre."
-    import pandas as pd
-
     columns, separator = split_header(line := first_line(path))
     if not line.strip():
         raise UserError(f"{path} is empty: a header line and one line per object are needed")
@@ -139,7 +134,7 @@ def read_plain(path: Path) -> LabelTable:
         raise UserError(f"{path} cannot be read ({str(e).strip()[-120:]})") from None
 
 
-def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first: int, source: Path) -> LabelTable:
+def table_of(header: Header, chunks: Iterable[pd.DataFrame], place: str, first: int, source: Path) -> LabelTable:
     "Return the table of a plain CSV's or DataFrame's texts; `place` and `first` say what the first row is called."
     parts: list[Labels] = []
     pointless = 0
@@ -192,7 +187,7 @@ def _column_of_landmarks(rows: np.ndarray, header: Header) -> str:
     return ""
 
 
-def _stripped(chunk: "pd.DataFrame", too_wide: str) -> np.ndarray:
+def _stripped(chunk: pd.DataFrame, too_wide: str) -> np.ndarray:
     "Return the cells of rows of texts, (rows, columns), without spaces around them."
     texts = chunk.to_numpy(dtype=object, na_value="")
     if max(map(len, texts.flat)) > WIDTH:
@@ -209,16 +204,11 @@ def _numbers(cells: np.ndarray, header: Header) -> tuple[np.ndarray, dict[int, s
             visible = np.strings.lower(cells[:, column])
             missing[:, 2 * k : 2 * k + 2] |= np.isin(visible, ["0", "0.0", "false", "no"])[:, None]
     values, faults = np.full(texts.shape, np.nan), {}
-    try:
-        values[~missing] = texts[~missing].astype(np.float64)
-        right = missing | (abs(values) <= LIMIT)
-    except ValueError:
-        right = np.zeros_like(missing)
-    for row in np.flatnonzero(~right.all(1)).tolist():
-        for k in np.flatnonzero(~missing[row]).tolist():
-            values[row, k], problem = checked(texts[row, k].item())
-            if problem:
-                faults.setdefault(row, f"point {header.names[k // 2]}'s {'xy'[k % 2]} is {problem}")
+    values[~missing] = pd.to_numeric(texts[~missing].astype(object), errors="coerce")
+    for row, k in np.argwhere(~missing & ~(abs(values) <= LIMIT)).tolist():
+        values[row, k], problem = checked(texts[row, k].item())
+        if problem:
+            faults.setdefault(row, f"point {header.names[k // 2]}'s {'xy'[k % 2]} is {problem}")
     extra = cells[:, header.n_columns :]
     for row in np.flatnonzero((extra != "").any(1)).tolist():
         faults.setdefault(row, f"more fields than the {header.n_columns} of the header: fix or remove the line")
