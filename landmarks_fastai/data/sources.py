@@ -223,6 +223,6 @@ def read_frame(frame: pd.DataFrame) -> Labels:
     header = csv_tables.parse_header(columns, "the DataFrame")
     if not header.names or header.positional or header.file < 0 or not len(frame):
         return frame_labels(frame)
-    texts = frame.astype(object).where(frame.notna(), "").astype(str)
-    labels = csv_tables.table_of(header, [texts], "row {}", 0, Path("DataFrame")).labels
+    texts = frame.astype(object).where(frame.notna(), "").astype(str).to_numpy().tolist()
+    labels = csv_tables.table_of(header, texts, "row {}", 0, Path("DataFrame")).labels
     return replace(labels, faults=find_point_faults(labels.stored) | labels.faults, own_paths=True)

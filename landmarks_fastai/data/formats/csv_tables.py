@@ -2,9 +2,9 @@
 
 import csv
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -117,42 +117,32 @@ def read_plain(path: Path) -> LabelTable:
         raise UserError(f"{path} line 1 names no points: x and y of each expected, as in nose_x, nose_y; {HINT}")
     if header.file < 0:
         raise UserError(f"{path} line 1: no column of file names: name it file_name")
-    options = {
-        "sep": separator, "header": None, "skiprows": 1, "names": range(len(columns) + 1), "index_col": False, "dtype": str,
-        "na_filter": False, "skip_blank_lines": False, "chunksize": max(1, CELLS // len(columns)),
-    }  # fmt: skip
     try:
-        with warnings.catch_warnings():  # of a first row that is longer than the header, which is told by row
-            warnings.simplefilter("ignore", pd.errors.ParserWarning)
-            with pd.read_csv(path, **options) as chunks:
-                return table_of(header, chunks, "line {}", 2, path)
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{path} has a header but no rows: one line per object is needed") from None
+        with open(path, encoding="utf-8-sig") as f:
+            f.readline()
+            return table_of(header, csv.reader(f, delimiter=separator, strict=True), "line {}", 2, path)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    except (pd.errors.ParserError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({str(e).strip()[-120:]})") from None
+    except csv.Error as e:
+        raise UserError(f"{path} cannot be read ({e})") from None
 
 
-def table_of(header: Header, chunks: Iterable[pd.DataFrame], place: str, first: int, source: Path) -> LabelTable:
+def table_of(header: Header, rows: Iterable[Sequence[str]], place: str, first: int, source: Path) -> LabelTable:
     "Return the table of a plain CSV's or DataFrame's texts; `place` and `first` say what the first row is called."
     parts: list[Labels] = []
-    pointless = 0
-    for chunk in chunks:
-        if not len(chunk):
-            continue
-        too_wide = f"{source} has a field of more than {WIDTH} characters, at or after {place.format(first)}"
-        cells = _stripped(chunk, too_wide)
+    pointless, texts = 0, iter(rows)
+    while chunk := list(islice(texts, max(1, CELLS // header.n_columns))):
+        cells = _cells(chunk, header.n_columns, place, first, source)
         filled = np.flatnonzero((cells != "").any(1))
         cells, lines, first = cells[filled], first + filled, first + len(cells)
-        rows = _labels_of_cells(header, cells, lines, place, source)
-        kept = np.flatnonzero(np.isfinite(rows.stored).any((1, 2)))
-        pointless += len(rows) - len(kept)
+        labels = _labels_of_cells(header, cells, lines, place, source)
+        kept = np.flatnonzero(np.isfinite(labels.stored).any((1, 2)))
+        pointless += len(labels) - len(kept)
         if not parts and header.names == [""] and (column := _column_of_landmarks(cells[kept], header)):
             found = f"found one line per landmark (column {column!r}, which is to be removed if it names objects)"
             raise UserError(f"{source}: one line per object expected, with columns NAME_x, NAME_y; {found}")
         if len(kept):
-            parts.append(rows.at(kept))
+            parts.append(labels.at(kept))
     if not parts:
         why = "no row with a point" if pointless else "a header but no rows"
         raise UserError(f"{source} has {why}: one line per object is needed")
@@ -187,12 +177,16 @@ def _column_of_landmarks(rows: np.ndarray, header: Header) -> str:
     return ""
 
 
-def _stripped(chunk: pd.DataFrame, too_wide: str) -> np.ndarray:
-    "Return the cells of rows of texts, (rows, columns), without spaces around them."
-    texts = chunk.to_numpy(dtype=object, na_value="")
-    if max(map(len, texts.flat)) > WIDTH:
-        raise UserError(too_wide)
-    return np.strings.strip(texts.astype(np.str_))
+def _cells(rows: list[Sequence[str]], n_columns: int, place: str, first: int, source: Path) -> np.ndarray:
+    "Return the cells of rows without spaces around them, (rows, n_columns + 1): a row may have one field too many."
+    for number, row in enumerate(rows, first):
+        if len(row) > n_columns + 1:
+            raise UserError(
+                f"{source} cannot be read ({place.format(number)} has {len(row)} fields, {n_columns} expected)"
+            )
+        if max(map(len, row), default=0) > WIDTH:
+            raise UserError(f"{source} {place.format(number)} has a field of more than {WIDTH} characters")
+    return np.array([[cell.strip() for cell in row] + [""] * (n_columns + 1 - len(row)) for row in rows], np.str_)
 
 
 def _numbers(cells: np.ndarray, header: Header) -> tuple[np.ndarray, dict[int, str]]:
