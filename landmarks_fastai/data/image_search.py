@@ -39,13 +39,13 @@ def find_images(files: Sequence[str], roots: Sequence[Path], source: Path) -> tu
     leaving = next((n for n in distinct if _parts(n)[0] == ".."), None)
     name = leaving or next(iter(distinct))
     shown = repr(name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
-    where = (
+    fault = (
         f"{shown} leaves the folder of the labels"
         if leaving
         else f"none of {len(distinct)} images is found, as {shown}"
     )
     hint = "put the labels beside the images, with the names that the images have"
-    raise UserError(f"{source}: {where}; looked in {roots[0]}: {hint}")
+    raise UserError(f"{source}: {fault}; looked in {roots[0]}: {hint}")
 
 
 def resolve(names: Sequence[str], root: Path, links: bool = False) -> dict[str, str]:

@@ -199,10 +199,10 @@ def _read_folder(folder: Path, rows: Rows) -> LabelTable:
         except UserError as e:
             sides = not others and any((folder / side).is_dir() for side in ("train", "test"))
             raise UserError(f"{e}; {missing}" if sides else str(e)) from None
-    several = (
-        f": {', '.join(p.name for p in others[:9])}: name one of them" if others else ", nor labels of another tool"
+    listed = f": {', '.join(p.name for p in others[:9])}: name one of them"
+    raise UserError(
+        f"{missing}{listed if others else ', nor labels of another tool'}; docs/labels.md lists the formats"
     )
-    raise UserError(f"{missing}{several}; docs/labels.md lists the formats")
 
 
 def _kind_or_none(path: Path) -> str | None:

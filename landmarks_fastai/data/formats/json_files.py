@@ -214,11 +214,8 @@ def _via_entries(path: Path) -> tuple[list[tuple[str, list[dict]]], dict[str, An
     about = (content.get("_via_attributes") or {}).get("region") or {}
     options = {key: attribute.get("options") for key, attribute in about.items()}
     metadata = content.get("_via_img_metadata", content)
-    pictures = [entry for entry in metadata.values() if isinstance(entry, dict) and "regions" in entry]
-    lists = [
-        entry["regions"].values() if isinstance(entry["regions"], dict) else entry["regions"] for entry in pictures
-    ]
-    return [(entry["filename"], list(regions)) for entry, regions in zip(pictures, lists, strict=True)], options
+    pictures = [(e["filename"], e["regions"]) for e in metadata.values() if isinstance(e, dict) and "regions" in e]
+    return [(file, list(r.values() if isinstance(r, dict) else r)) for file, r in pictures], options
 
 
 def _via_value(region: dict, key: str) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -10,6 +11,7 @@ from landmarks_fastai.data.formats.table import EDGE, LabelTable, Rows, box_arou
 from landmarks_fastai.errors import UserError
 
 CHUNK = 1 << 20
+BONES = r'<line [^>]*data-node-from="(\d+)"[^>]*data-node-to="(\d+)"'  # of a skeleton, counted from 1
 
 
 def iterate_xml(path: Path, *tags: str) -> Iterator[Element]:
@@ -54,12 +56,8 @@ def iterate_xml(path: Path, *tags: str) -> Iterator[Element]:
 
 def kind_of_xml(path: Path) -> str:
     "Return which tool's XML this is. Raises `UserError` for another."
-    seen = {
-        element.tag for element, _ in zip(iterate_xml(path, "image", "track", "labels", "box"), range(50), strict=False)
-    }
-    if "track" in seen:
-        raise UserError(f"{path} is CVAT for video: export the task as 'CVAT for images 1.1'")
-    if "labels" in seen or "annotations" in seen:
+    seen = {element.tag for element in islice(iterate_xml(path, "image", "track", "labels", "box"), 50)}
+    if seen & {"track", "labels", "annotations"}:
         return "CVAT"
     if seen & {"image", "box"}:
         return "CVAT" if any(e.get("name") for e in iterate_xml(path, "image") if e.tag == "image") else "dlib"
@@ -80,9 +78,7 @@ def read_cvat(rows: Rows, files: Sequence[Path]) -> LabelTable:
             order.append(name)
             if parent:
                 rows.names[parent] = [*rows.names.get(parent, ()), name]
-            edges = re.findall(
-                r'<line [^>]*data-node-from="(\d+)"[^>]*data-node-to="(\d+)"', element.findtext("svg", "")
-            )
+            edges = re.findall(BONES, element.findtext("svg", ""))
             rows.skeletons[name] = [(int(a) - 1, int(b) - 1) for a, b in edges]
         if element.tag == "image":
             _add_cvat(rows, element)
