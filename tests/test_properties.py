@@ -60,7 +60,7 @@ def label_rows(csv):
     assert all((np.isnan(p[:, 0]) == np.isnan(p[:, 1])).all() for p in points)
     # -1e6 for a missing coordinate: NaN is not equal to itself
     values = [np.nan_to_num(p, nan=-1e6).tolist() for p in points]
-    return [(labels.line(i), labels.name(i), p, labels.faults.get(i)) for i, p in enumerate(values)]
+    return [(labels.lines[i], labels.name(i), p, labels.faults.get(i)) for i, p in enumerate(values)]
 
 
 @st.composite

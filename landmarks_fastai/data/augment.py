@@ -92,7 +92,7 @@ class Augment(BatchAugmentation):
         contrast, saturation = self._spread(rng, COLOUR, grey).exp(), self._spread(rng, COLOUR, grey).exp()
         return contrast, saturation, self._spread(rng, COLOUR / 2, grey) + self._spread(rng, COLOUR / 4, channel)
 
-    def _spread(self, rng, width, shape):
+    def _spread(self, rng: np.random.Generator, width: float, shape: int | tuple[int, ...]) -> torch.Tensor:
         return torch.from_numpy(rng.uniform(-width, width, shape).astype(np.float32)) * self.strength
 
 

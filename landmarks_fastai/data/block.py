@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -144,17 +144,16 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
 
     Mean shape and flip map are kept where they are `known`. Raises `UserError` for `tta` without mirroring.
     """
-    images = images[split_items(images, settings)[0]]
-    labels = images.labels
+    images, labels = images[split_items(images, settings)[0]], images.labels
     facts = (known or DataFacts()).replace(n_points=labels.n_points)
     if not facts.point_names:
         facts = facts.replace(point_names=tuple(labels.point_names), skeleton=tuple(chain(*labels.skeleton)))
     if not facts.category:
         facts = facts.replace(category=labels.category)
     mean = np.array(facts.shape).reshape(-1, 2) if facts.shape else None
-    check_labelled(images.labels, images.rows)
+    check_labelled(labels, images.rows)
     if not facts.flip_indices:
-        facts = facts.replace(flip_indices=images.labels.flip_indices)
+        facts = facts.replace(flip_indices=labels.flip_indices)
     if settings.mirror == "none":
         if settings.tta:
             raise UserError("--tta scores the mirrored image too, --mirror none forbids it: run without one of them")
@@ -169,20 +168,20 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
             print(f"flip map learned: {pairs} pairs, {on_axis} points on the axis, {flip.miss:.3f} of the radius off")
         except NoFlipMap as e:
             print(f"no flip map, images are not mirrored: {e}")
-    sampled = list(points_and_maps(images, settings))
-    note_points_outside(sampled, settings)
-    if mean is None and facts.n_points >= MIN_POINTS and sampled:  # training reports that no image can be read
+    points, maps = points_and_maps(images, settings)
+    note_points_outside(unit_points(points, maps, settings.size), settings)
+    if mean is None and facts.n_points >= MIN_POINTS and maps:  # training reports that no image can be read
         with suppress(NoShape):
-            mean = procrustes_mean(np.stack([points for points, _ in sampled]))
-    box = BOXED if settings.crop == "box" else points_box(sampled, settings.size, mean)
+            mean = procrustes_mean(points)
+    box = BOXED if settings.crop == "box" else points_box(points, maps, settings.size, mean)
     facts = facts.replace(points_box=tuple(round(edge, DIGITS) for edge in box))
-    return facts if mean is None or not sampled else learn_alignment(facts, settings, sampled, mean)
+    return facts if mean is None or not maps else learn_alignment(facts, settings, points, maps, mean)
 
 
-def note_points_outside(sampled: Sequence[tuple[np.ndarray, PixelMap]], settings: Settings) -> None:
+def note_points_outside(units: np.ndarray, settings: Settings) -> None:
     "Print a note if the input shows too few of the points, as the middle square of a wide image may."
-    units = [abs(input_to_unit(m.to_input(points), settings.size)).max(-1) for points, m in sampled]
-    share = float(nan_mean(np.where(np.isnan(units), np.nan, np.array(units) > 1))) if units else 0.0
+    outside = np.where(np.isnan(units), np.nan, abs(units) > 1).max(-1)
+    share = float(nan_mean(outside)) if len(units) else 0.0
     if share > MAX_OUTSIDE:
         hint = "--fit crop cuts the middle square: try --fit pad" if settings.fit == "crop" else "are the labels right?"
         print(f"note: {share:.1%} of the points lie outside of what the network sees; {hint}", flush=True)
@@ -191,41 +190,50 @@ def note_points_outside(sampled: Sequence[tuple[np.ndarray, PixelMap]], settings
 def learn_alignment(
     facts: DataFacts,
     settings: Settings,
-    sampled: Sequence[tuple[np.ndarray, PixelMap]],  # of the training rows, from `points_and_maps`
+    points: np.ndarray,  # of the training rows, with their maps, from `points_and_maps`
+    maps: Sequence[PixelMap],
     mean: np.ndarray,  # `procrustes_mean` of the training rows
 ) -> DataFacts:
     """Return the facts with the mean shape and the factor by which aligned crops reduce the spread of the points.
 
     The factor stays 0 if most objects are too small for a crop, or have no shape in common.
     """
-    points, whole = zip(*sampled, strict=True)
     facts = facts.replace(shape=tuple(round(float(v), DIGITS) for v in mean.ravel()))
     if not settings.align or facts.align_gain:
         return facts
     alignment = alignment_of(settings, facts.replace(align_gain=MIN_GAIN))
     assert alignment is not None
-    crops = alignment.maps_of_labels(np.stack(points))
-    usable = [(p, w, m) for p, w, m in zip(points, whole, crops, strict=True) if m]
+    crops = alignment.maps_of_labels(points)
+    usable = [k for k, crop in enumerate(crops) if crop]
     if 2 * len(usable) < len(points):
         print("most objects are too small, or of no common shape, for aligned crops: no second pass")
         return facts
-    points, whole, crops = zip(*usable, strict=True)
-    gain = spread(points, whole) / max(1e-9, spread(points, crops))
+    points = points[usable]
+    gain = spread(points, [maps[k] for k in usable]) / max(1e-9, spread(points, list(filter(None, crops))))
     second = "a second pass over aligned crops" if gain >= MIN_GAIN else "no second pass"
     print(f"aligned to their mean shape, the points spread {gain:.2g} times less: {second}", flush=True)
     return facts.replace(align_gain=round(gain, DIGITS))
 
 
-def points_and_maps(images: LabelledImages, settings: Settings) -> Iterator[tuple[np.ndarray, PixelMap]]:
-    """Yield the points of at most 2,000 evenly spaced images, (n_points, 2) pixels as stored, and the map of the whole image.
+def points_and_maps(images: LabelledImages, settings: Settings) -> tuple[np.ndarray, list[PixelMap]]:
+    """Return the points of at most 2,000 evenly spaced images, (images, n_points, 2) pixels as stored, and their first views.
 
     Only the images' headers are read. Images that training leaves out with a warning are left out here: those that do not
     exist, and with `on_bad="skip"` all that cannot be read.
     """
+    points, maps = [], []
     for item in images.sample(ROWS):
         with suppress(UserError if settings.on_bad == "skip" else MissingImage):
             size, _ = item.picture.size_and_rotated()
-            yield item.points, item.view(settings) or pixel_map(*size, settings.fit, settings.size)
+            points.append(item.points)
+            maps.append(item.view(settings) or pixel_map(*size, settings.fit, settings.size))
+    return np.array(points, np.float32).reshape(-1, images.labels.n_points, 2), maps
+
+
+def unit_points(points: np.ndarray, maps: Sequence[PixelMap], size: int) -> np.ndarray:
+    "Return points (images, n, 2) of pixels as stored in unit coordinates of the input that each image's map leads to."
+    units = [input_to_unit(m.to_input(p.astype(np.float64)), size) for p, m in zip(points, maps, strict=True)]
+    return np.reshape(units, points.shape)
 
 
 def mean_shape(images: LabelledImages, settings: Settings, shape: npt.ArrayLike = ()) -> np.ndarray:
@@ -234,33 +242,31 @@ def mean_shape(images: LabelledImages, settings: Settings, shape: npt.ArrayLike 
     Of at most 2,000 images: with more the mean changes by less than a hundredth of a face. Missing points are filled in
     from a mean `shape`: a landmark that few images have would start where those few faces are.
     """
+    points, maps = points_and_maps(images, settings)
+    if not maps:
+        return np.zeros(points.shape[1:])
     shape = np.reshape(shape, (-1, 2))
-    units = [np.full((images.labels.n_points, 2), np.nan)]
-    for points, to_input in points_and_maps(images, settings):
-        points = fill_missing(points[None], shape)[0] if len(shape) else points
-        units.append(input_to_unit(to_input.to_input(points.astype(np.float64)), settings.size))
-    mean = nan_mean(np.stack(units[1:] or units), 0)
+    mean = nan_mean(unit_points(fill_missing(points, shape) if len(shape) else points, maps, settings.size), 0)
     return np.nan_to_num(np.where(np.isnan(mean), nan_mean(mean, 0), mean))  # a landmark of no image: the middle
 
 
 def points_box(
-    sampled: Sequence[tuple[np.ndarray, PixelMap]],  # from `points_and_maps`
+    points: np.ndarray,  # with their maps, from `points_and_maps`
+    maps: Sequence[PixelMap],
     size: int,
-    shape: np.ndarray | None = None,  # the mean shape, which missing points are filled in from
+    shape: np.ndarray | None,  # the mean shape, which missing points are filled in from
 ) -> tuple[float, ...]:
     "Return the mean box of the points in the input: left, top, right, bottom in unit coordinates; empty without images."
-    boxes = []
-    for points, m in sampled:
-        points = points if shape is None else fill_missing(points[None], shape)[0]
-        unit = input_to_unit(m.to_input(points), size)
-        if unit.size and (shape is None or not np.isnan(unit).any()):
-            boxes.append(np.stack([np.fmin.reduce(unit), np.fmax.reduce(unit)]))
-    box = np.mean(boxes, axis=0).ravel().round(4).tolist() if boxes else []
-    return tuple(box) if boxes and box[2] > box[0] and box[3] > box[1] else ()  # no box: one point, or all on a line
+    units = unit_points(points if shape is None else fill_missing(points, shape), maps, size)
+    units = units if shape is None else units[~np.isnan(units).any((1, 2))]
+    if not len(units):
+        return ()
+    low, high = np.fmin.reduce(units, 1).mean(0), np.fmax.reduce(units, 1).mean(0)
+    return (*low.tolist(), *high.tolist()) if (high > low).all() else ()  # no box: one point, or all on a line
 
 
-def spread(points: Sequence[np.ndarray], maps: Sequence[PixelMap]) -> float:
+def spread(points: np.ndarray, maps: Sequence[PixelMap]) -> float:
     "Root mean square distance of the points from their mean position in the input, in pixels of the images as stored."
-    pairs = list(zip(points, maps, strict=True))
-    mean = nan_mean(np.array([m.to_input(p) for p, m in pairs]), 0)
-    return float(np.sqrt(np.mean([nan_mean(((m.to_image(mean) - p) ** 2).sum(-1)) for p, m in pairs])))
+    mean = nan_mean(np.array([m.to_input(p) for p, m in zip(points, maps, strict=True)]), 0)
+    squares = ((np.array([m.to_image(mean) for m in maps]) - points) ** 2).sum(-1)
+    return float(np.sqrt(np.mean(nan_mean(squares, 1))))

@@ -188,13 +188,13 @@ def inspect_image(path: str | Path) -> tuple[tuple[int, int], list[str]]:
     return size, [kind for kind, applies in zip(NOTES, unusual, strict=True) if applies]
 
 
-def _read_end(image: ImageFile, n: int = 64) -> bytes:
-    "Read the last bytes of an opened image's file."
+def _read_end(image: ImageFile) -> bytes:
+    "Read the last 64 bytes of an opened image's file."
     file = image.fp
     assert file
     position = file.tell()
-    file.seek(max(0, file.seek(0, os.SEEK_END) - n))
-    end = file.read(n)
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
+    end = file.read()
     file.seek(position)
     return end
 

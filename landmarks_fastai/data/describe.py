@@ -77,17 +77,13 @@ def write_labels(labels: Labels, folder: Path, rows: Sequence[int], path: Path) 
 
 
 def _cells(labels: Labels, rows: Sequence[int], names: Sequence[str]) -> Iterator[list[str]]:
-    columns = csv_columns(labels.point_names, labels.n_points)
     group = ["group"] if labels.groups else []
-    yield ["file_name", *group, *(["left", "top", "right", "bottom"] if labels.boxes is not None else []), *columns]
+    box = ["left", "top", "right", "bottom"] if labels.boxes is not None else []
+    yield ["file_name", *group, *box, *csv_columns(labels.point_names, labels.n_points)]
     for row, name in zip(rows, names, strict=True):
-        numbers = [] if labels.boxes is None else labels.boxes[row].tolist()
-        numbers += labels.points(row).ravel().tolist()
-        yield [
-            name,
-            *([labels.groups[row]] if labels.groups else []),
-            *(f"{v:.{DIGITS}f}" if v == v else "" for v in numbers),
-        ]
+        numbers = [*(labels.boxes[row] if labels.boxes is not None else ()), *labels.points(row).ravel()]
+        group = [labels.groups[row]] if labels.groups else []
+        yield [name, *group, *("" if np.isnan(v) else f"{v:.{DIGITS}f}" for v in numbers)]
 
 
 def _coco(labels: Labels, rows: Sequence[int], names: Sequence[str], paths: Sequence[Path]) -> dict[str, Any]:

@@ -39,28 +39,24 @@ def find_images(files: Sequence[str], roots: Sequence[Path], source: Path) -> tu
     leaving = next((n for n in distinct if _parts(n)[0] == ".."), None)
     name = leaving or next(iter(distinct))
     shown = repr(name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
-    where = (
+    fault = (
         f"{shown} leaves the folder of the labels"
         if leaving
         else f"none of {len(distinct)} images is found, as {shown}"
     )
     hint = "put the labels beside the images, with the names that the images have"
-    raise UserError(f"{source}: {where}; looked in {roots[0]}: {hint}")
+    raise UserError(f"{source}: {fault}; looked in {roots[0]}: {hint}")
 
 
 def resolve(names: Sequence[str], root: Path, links: bool = False) -> dict[str, str]:
     "Return the path below the root that each name means, or an empty text; with `links` below linked folders too."
     known: dict[str, str] = {}
     for name in names:
-        path = "/".join(_parts(name))
-        inside = os.path.isabs(name) and Path(os.path.normpath(name)).is_relative_to(root.absolute())
-        if inside:
-            path = Path(os.path.normpath(name)).relative_to(root.absolute()).as_posix()
-        exact = [name] if not os.path.isabs(name) and ".." not in PureWindowsPath(name).parts else []
-        with suppress(ValueError):  # a NUL
-            for tried in [*exact, path] if inside or not name.startswith(("/", "..")) else exact:
-                if not tried.startswith("..") and os.path.isfile(root / tried):
-                    known[name] = tried
+        with suppress(ValueError):  # a NUL; on Windows another drive
+            inside = os.path.isabs(name) and Path(os.path.relpath(name, root.absolute())).as_posix()
+            for path in [inside] if inside else [name, "/".join(_parts(name))]:
+                if ".." not in PureWindowsPath(path).parts and os.path.isfile(root / path):
+                    known[name] = path
                     break
     if len(known) < len(names):
         _search(names, root, links, known)

@@ -54,9 +54,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     check_mode(image)
     if is_16_bit(image) and image.mode[0] == "I":
         grey = np.asarray(image)
-        bits = next(
-            n for n in (8, 10, 12, 14, 16) if grey.max() < 1 << n
-        )  # cameras write 10 or 12 bits into such files
+        bits = next(n for n in (8, 10, 12, 14, 16) if grey.max() < 1 << n)  # cameras write 10 or 12 into such files
         byte = (grey >> bits - 8).astype(np.uint8)
         byte[grey == image.info.get("transparency", -1)] = 0
         return Image.fromarray(byte).convert("RGB")

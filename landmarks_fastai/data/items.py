@@ -3,9 +3,10 @@
 All rows are checked before training. Bad rows stop the program with a list of all of them, or are skipped.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import overload
 
@@ -119,8 +120,6 @@ class LabelledImages:
         Prints that the order is another. Raises `UserError` if the network, `who`, predicts other points.
         """
         labels = self.labels
-        if labels.n_points != facts.n_points:
-            raise UserError(f"{labels.csv} has {labels.n_points} points, {who} predicts {facts.n_points}{hint}")
         ordered = labels.in_order(facts.point_names, facts.n_points, str(who), hint)
         if ordered is labels:
             return self
@@ -193,20 +192,17 @@ def excluded_rows(path: str | Path, labels: Labels) -> np.ndarray:
 
     A line is a file name, for all rows of the image, or one row's `row_key`. Raises `UserError` for any other line.
     """
-    lines = read_names("--exclude", path).split("\n")
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(labels.all_names()):
-        rows.setdefault(name, []).append(row)
+    rows: dict[str, set[int]] = defaultdict(set)
+    for row, names in enumerate(zip(labels.all_names(), row_keys(labels), strict=True)):
+        for name in names:
+            rows[name].add(row)
     excluded = set()
-    for number, line in enumerate(lines, 1):
-        key = line.rstrip("\r")
-        name, _, k = key.rpartition("\t")
-        found = rows.get(key) or rows.get(name, [])[int(k) - 1 : int(k)] if k.isdecimal() else rows.get(key, [])
-        if not found and key.strip():
-            raise UserError(
-                f"--exclude {path} line {number}: {labels.csv} has no row {key.strip()[:80]!r}: remove the line"
-            )
-        excluded.update(found)
+    for number, line in enumerate(read_names("--exclude", path).split("\n"), 1):
+        name = line.rstrip("\r")
+        if name.strip() and name not in rows:
+            hint = f"{labels.csv} has no row {name.strip()[:80]!r}: remove the line"
+            raise UserError(f"--exclude {path} line {number}: {hint}")
+        excluded |= rows[name]
     print(f"{len(excluded)} of {len(labels)} rows are excluded by {path}", flush=True)
     return np.array(sorted(excluded), np.int64)
 
@@ -214,9 +210,5 @@ def excluded_rows(path: str | Path, labels: Labels) -> np.ndarray:
 def row_keys(labels: Labels) -> list[str]:
     "Return what names each row in a file of --exclude: file name; of several objects of an image TAB and a number from 1 too."
     names = labels.all_names()
-    total, seen = Counter(names), Counter()
-    keys = []
-    for name in names:
-        seen[name] += 1
-        keys.append(f"{name}\t{seen[name]}" if total[name] > 1 else name)
-    return keys
+    total, numbers = Counter(names), defaultdict(lambda: count(1))
+    return [f"{name}\t{next(numbers[name])}" if total[name] > 1 else name for name in names]

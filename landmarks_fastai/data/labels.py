@@ -7,7 +7,6 @@ row of points has a checksum of its own, which is compared when the row is read.
 
 import hashlib
 import json
-import mmap
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 SEVERAL = 0.05  # share of the rows beyond one an image from which they are taken for several objects, not for a mistake
 FORMAT = 5  # of the cache file; a file with another number is parsed again
+PER_ROW = ("names", "lines", "stored", "places", "boxes", "groups", "valid", "turned")  # the fields of `Labels` by row
 
 
 class Sides(NamedTuple):
@@ -49,9 +49,8 @@ class Labels:
     csv: Path
     names: Sequence[str] | np.ndarray  # (rows,) file names; an array holds UTF-8
     lines: np.ndarray  # (rows,) line numbers in the CSV; the header is line 1
-    stored: (
-        np.ndarray
-    )  # (rows, n_points, 2) int16, or float32 with NaN where a point is missing; pixels as stored; 0 in faulty rows
+    # (rows, n_points, 2) int16, or float32 with NaN where a point is missing; pixels as stored; 0 in faulty rows
+    stored: np.ndarray
     faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with its text
     checksums: np.ndarray | None = None  # (rows,) crc32 of the points in a cache file; None: the points are in memory
     point_names: tuple[str, ...] = ()  # () if the source names none
@@ -104,13 +103,9 @@ class Labels:
         "Return the file names of all rows."
         return [self.name(row) for row in range(len(self))]
 
-    def line(self, row: int) -> int:
-        "Return the line number of a row in the CSV."
-        return int(self.lines[row])
-
     def where(self, row: int) -> str:
         "Return where a row stands in its source: `line 3`, `annotation 17`."
-        return self.places[row] if self.places else f"line {self.line(row)}"
+        return self.places[row] if self.places else f"line {self.lines[row]}"
 
     def place(self, row: int) -> str:
         "Return the source and the place of a row, for messages."
@@ -128,16 +123,25 @@ class Labels:
             self.stored = _renew(renew, self.csv, self.identity).stored
         return self.stored[row].astype(np.float32)
 
+    def at(self, rows: np.ndarray) -> "Labels":
+        "Return the labels of some rows, in memory."
+        fields = {name: getattr(self, name) for name in PER_ROW}
+        some = {k: v[rows] if isinstance(v, np.ndarray) else v and [v[row] for row in rows] for k, v in fields.items()}
+        faults = {k: self.faults[row] for k, row in enumerate(rows.tolist()) if row in self.faults}
+        return replace(self, faults=faults, checksums=None, **some)
+
     def in_order(self, names: Sequence[str], n_points: int, who: str, hint: str = "") -> "Labels":
         """Return the labels with their points in the order of `names`; as they are if these or those have no names.
 
-        Raises `UserError` if the `n_points` of `who` are others.
+        Raises `UserError` if the points that the network `who` predicts are others.
         """
         own, place = tuple(self.point_names), {name: k for k, name in enumerate(names)}
-        if self.n_points != n_points or (own and names and set(own) != set(names)):
-            pairs = (own, names, self.n_points), (names, own, n_points)
-            said = [", ".join([name for name in a if name not in b][:9]) or f"{n} points" for a, b, n in pairs]
+        if own and names and set(own) != set(names):
+            pairs = (own, names), (names, own)
+            said = [", ".join([name for name in a if name not in b][:9]) or f"{len(a)} points" for a, b in pairs]
             raise UserError(f"{self.csv} has other points ({said[0]}) than {who} ({said[1]}){hint}")
+        if self.n_points != n_points:
+            raise UserError(f"{self.csv} has {self.n_points} points, {who} predicts {n_points}{hint}")
         if not own or not names or own == tuple(names):
             return self
         order = [own.index(name) for name in names]
@@ -149,10 +153,25 @@ class Labels:
             skeleton=tuple((place[own[a]], place[own[b]]) for a, b in self.skeleton),
         )
 
-    def release(self) -> None:
-        "Give back the memory of the points that were read from a cache file: it counts as the process's until then."
-        with suppress(AttributeError, ValueError):  # points in memory; Windows
-            self.stored.base._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+
+def concatenate(parts: Sequence[Labels]) -> Labels:
+    "Return the rows of several labels of the same points, in memory; what is not of a row is that of the first."
+
+    def joined(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        like = next((v for v in values if v is not None), None)
+        if isinstance(like, np.ndarray):
+            missing = np.nan if like.dtype.kind == "f" else 0
+            shapes = [(len(part), *like.shape[1:]) for part in parts]
+            pairs = zip(values, shapes, strict=True)
+            return np.concatenate([np.full(s, missing, like.dtype) if v is None else v for v, s in pairs])
+        return like and [v for part, vs in zip(parts, values, strict=True) for v in vs or [""] * len(part)]
+
+    starts = np.cumsum([0, *map(len, parts)]).tolist()
+    faults = {
+        start + row: text for start, part in zip(starts, parts, strict=False) for row, text in part.faults.items()
+    }
+    return replace(parts[0], faults=faults, checksums=None, **{name: joined(name) for name in PER_ROW})
 
 
 def _renew(renew: Callable[[Path], Labels], csv: Path, identity: dict[str, Any]) -> Labels:
@@ -176,17 +195,9 @@ def frame_labels(frame: "pd.DataFrame") -> Labels:
         raise UserError(f"the DataFrame holds a coordinate that is not a number ({e})") from None
     points = np.ascontiguousarray(values).reshape(len(frame), -1, 2)
     names = frame.iloc[:, 0].astype(object).where(frame.iloc[:, 0].notna(), "").astype(str).tolist()
-    return check_frame(Labels(Path("DataFrame"), names, np.arange(len(frame)), points))
-
-
-def check_frame(labels: Labels) -> Labels:
-    "Return the labels of a DataFrame's rows after the checks of a CSV: its own paths may be absolute."
-    labels.places, labels.own_paths = [f"row {row}" for row in range(len(labels))], True
-    labels.faults = find_point_faults(labels.stored) | labels.faults
-    for row, name in enumerate(labels.names):
-        if not name.strip():
-            labels.faults.setdefault(row, "the file name is empty: fix or remove the line")
-    return labels
+    nameless = {k: "the file name is empty: fix or remove the line" for k, name in enumerate(names) if not name.strip()}
+    rows, faults = np.arange(len(frame)), nameless | find_point_faults(points)
+    return Labels(Path("DataFrame"), names, rows, points, faults, places=[f"row {k}" for k in rows], own_paths=True)
 
 
 def read_labels(csv: str | Path) -> Labels:

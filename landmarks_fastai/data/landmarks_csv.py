@@ -100,9 +100,8 @@ def find_point_faults(
             faults[row] = f"{_coordinate(k)} is {points[row].flat[k]:g}, {EXPECTED}"
         elif half[row].any():
             k = int(half[row].argmax())
-            faults[row] = (
-                f"{_coordinate(2 * k + missing[row, k, 1])} is missing: fill it in, or leave both coordinates blank"
-            )
+            which = _coordinate(2 * k + missing[row, k, 1])
+            faults[row] = f"{which} is missing: fill it in, or leave both coordinates blank"
         elif not labelled[row]:
             faults[row] = "no point is labelled: remove the line"
         else:

@@ -5,7 +5,7 @@ import glob
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def find_pictures(
     )
 
 
-def _files_of(path: str, videos: bool = True, left_out: Collection[Path] = ()) -> Iterator[Path]:
+def _files_of(path: str, videos: bool, left_out: Collection[Path]) -> Iterator[Path]:
     "Return the files that a path means. Of a folder, print how many are left out. Raises like `find_pictures`."
     is_folder = os.path.isdir(path)
     if not is_folder and os.path.lexists(path):
@@ -143,10 +143,7 @@ def _files_of(path: str, videos: bool = True, left_out: Collection[Path] = ()) -
         raise UserError(one_line(f"{path} not found: no file, no folder, and no pattern that matches one"))
     files = chain.from_iterable(_files_below(match) if os.path.isdir(match) else [match] for match in matches)
     files = list(dict.fromkeys(files))  # `**` matches a folder, its subfolders and their files
-    written = (
-        {folder for folder in set(map(os.path.dirname, files)) if _lies_in(folder, left_out)} if left_out else set()
-    )
-    if written:
+    if written := {folder for folder in set(map(os.path.dirname, files)) if _lies_in(folder, left_out)}:
         n, files = len(files), [file for file in files if os.path.dirname(file) not in written]
         print(f"note: {path}: {n - len(files)} files that this program wrote are left out", file=sys.stderr, flush=True)
     pictures = [file for file in files if _is_picture(file) or (videos and is_video(file))]
@@ -189,7 +186,7 @@ def _lines_of_stdin(left_out: Collection[Path]) -> Iterator[Path]:
         if line:
             empty = False
             try:
-                yield from _files_of(line, left_out=left_out)
+                yield from _files_of(line, True, left_out)
             except UserError:
                 yield Path(line)  # its result is an error; those before it are kept
     if empty:
@@ -212,29 +209,26 @@ def read_boxes(path: str | Path) -> dict[str, list[Box]]:
     Returns the boxes of each file name. Raises `UserError` with the line of a bad row.
     """
     boxes: dict[str, list[Box]] = {}
-    header = True
+    header = False
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for number, row in enumerate(csv.reader(file), 1):
-                if not row:
-                    continue
+                where, text = f"{path} line {number}", ",".join(row)
                 if number > MAX_BOXES:
                     raise UserError(f"{path} has more than {MAX_BOXES} lines: divide it")
-                is_first, header = header, False
-                try:
+                if "\0" in text:
+                    raise UserError(f"{where}: not UTF-8 text: save the file as UTF-8")
+                box = None
+                with suppress(ValueError):
                     box = as_box([float(cell) for cell in row[1:]])
-                    if is_first:
-                        raise UserError(
-                            f"{path} line {number} is a box: add a header line, file_name,left,top,right,bottom"
-                        )
-                except ValueError:
-                    if is_first and "\0" not in "".join(row):
-                        continue
-                    if "\0" in "".join(row):
-                        raise UserError(f"{path} line {number}: not UTF-8 text: save the file as UTF-8") from None
+                if box and not header:
+                    raise UserError(f"{where} is a box: add a header line, file_name,left,top,right,bottom")
+                if box:
+                    boxes.setdefault(str(Path(row[0])), []).append(box)  # as a picture's name: ./a.jpg is a.jpg
+                elif row and header:
                     wanted = "file_name,left,top,right,bottom with left < right and top < bottom expected"
-                    raise UserError(one_line(f"{path} line {number}: {','.join(row)[:60]!r}: {wanted}")) from None
-                boxes.setdefault(str(Path(row[0])), []).append(box)  # as a picture's name: ./a.jpg is a.jpg
+                    raise UserError(one_line(f"{where}: {text[:60]!r}: {wanted}"))
+                header = header or bool(row)
     except (OSError, csv.Error) as e:
         raise UserError(f"{path} cannot be read as a CSV of boxes ({reason(e)})") from None
     if not boxes:

@@ -117,9 +117,8 @@ class ShapeModel:
     def explain(self, points: np.ndarray, names: Sequence[str]) -> tuple[str, list[int], np.ndarray]:
         "Return what is wrong with the points (n, 2) of a row in words, which landmarks, and where all should be, (n, 2) pixels."
         far, usual = self.left(points[None])[0][0], np.ones(len(points))
-        for _ in range(
-            STEPS
-        ):  # the quarter that fits worst does not count where the others are fitted (Rousseeuw 1999)
+        # the quarter that fits worst does not count where the others are fitted (Rousseeuw 1999)
+        for _ in range(STEPS):
             others, worst = points.copy(), np.argsort(-np.nan_to_num(far / usual))[: len(points) // 4]
             others[worst] = np.nan
             expected, usual = self._expected(others)
@@ -141,9 +140,9 @@ class ShapeModel:
         if not off or len(off) > len(points) // 2:
             return "a shape unlike the others", [], expected
         shown = ", ".join([names[k] for k in off[:NAMED]]) + (" …" if len(off) > NAMED else "")
-        what, them = (
-            (f"point {shown} is", "it") if len(off) == 1 else (f"{len(off)} points ({shown}) are up to", "them")
-        )
+        what, them = f"{len(off)} points ({shown}) are up to", "them"
+        if len(off) == 1:
+            what, them = f"point {shown} is", "it"
         return f"{what} {far.max():.3g} px from where the others predict {them}", off, expected
 
     def _expected(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,14 +160,9 @@ def has_shape(points: np.ndarray) -> np.ndarray:
 
 
 def points_of(labels: Labels, rows: np.ndarray) -> Iterator[np.ndarray]:
-    "Yield the points of rows, `CHUNK` rows together. Mapped memory is given back: of the competition's rows 1.5 GB."
+    "Yield the points of rows, `CHUNK` rows together."
     for start in range(0, len(rows), CHUNK):
-        points = []
-        for row in rows[start : start + CHUNK]:
-            points.append(labels.points(int(row)))
-            if len(points) % 50 == 0:  # a row that is read maps up to 2 MB of its neighbours
-                labels.release()
-        yield np.stack(points)
+        yield np.stack([labels.points(row) for row in rows[start : start + CHUNK].tolist()])
 
 
 def check_shapes(labels: Labels, rows: np.ndarray) -> tuple[ShapeModel, np.ndarray]:

@@ -1,25 +1,22 @@
 "Which reader a source of labels is for: a file or a folder, as its tool wrote it."
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from landmarks_fastai.data.formats import csv_tables, json_files, text_files, xml_files
 from landmarks_fastai.data.formats.table import DAMAGE, LabelTable, Rows, counted, read_json
 from landmarks_fastai.data.image_search import find_images
-from landmarks_fastai.data.labels import Labels, frame_labels, open_labels
+from landmarks_fastai.data.labels import Labels, concatenate, frame_labels, open_labels
 from landmarks_fastai.data.landmarks_csv import find_point_faults
 from landmarks_fastai.data.stored_pixels import to_stored_pixels
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.files import check_folder
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COCO = "_annotations.coco.json"  # Roboflow's name, in a folder a split
 HINT = "-d must be labels, or the folder that holds train/ and test/"
@@ -45,18 +42,19 @@ def read_source(source: Path, category: str = "", image_folder: Path | None = No
         folder = image_folder or csv.parent / "images"
         if is_positional(csv):
             return _with_found_images(open_labels(csv), folder), folder
-        table, roots, source = csv_tables.read_plain(csv), [folder], csv
+        table, roots = csv_tables.read_plain(csv), [folder]
     else:
         root = source if source.is_dir() else source.parent
         above = [root, *root.resolve().parents[:2]] if source.is_file() else [root, root.resolve().parent]
         roots = [image_folder] if image_folder else above
-        table, source = _read_table(source, category)
-    folder, table.files, missing = find_images(table.files, roots, source)
+        table = _read_table(source, category)
+    labels = table.labels
+    folder, labels.names, missing = find_images(labels.all_names(), roots, labels.csv)
     keep = np.flatnonzero([not name or table.kind == "CSV" for name in missing])
     table.left_out["rows whose image was not found, as " + next(filter(None, missing), "")] = len(missing) - len(keep)
-    turned = to_stored_pixels(table, folder, keep.tolist())
-    labels = labels_of(table, keep, source)
-    labels.turned = turned
+    to_stored_pixels(table, folder, keep.tolist())
+    labels = labels.at(keep)
+    labels.faults = find_point_faults(labels.stored) | labels.faults
     images = len(set(labels.names))
     what = f"{table.kind}: {len(labels)} rows, {images} images, {labels.n_points} points"
     print(what + (f"; left out: {said}" if (said := counted(table.left_out)) else ""), flush=True)
@@ -89,48 +87,24 @@ def join_valid(labels: Labels, folder: Path, valid: Path, category: str = "") ->
     """
     try:
         other, other_folder = read_source(valid, category)
-        other = other.in_order(labels.point_names, labels.n_points, str(labels.csv))
+        other = other.in_order(labels.point_names, labels.n_points, f"a network of {labels.csv}")
     except UserError as e:
         raise UserError(f"--valid {valid}: {str(e).replace('; -d must', '; it must')}") from None
-    parts, folders = (labels, other), [os.path.abspath(folder), os.path.abspath(other_folder)]
-    root = Path(os.path.commonpath(folders))
-    paths = [
-        [os.path.relpath(os.path.join(at, name), root) for name in part.all_names()]
-        for part, at in zip(parts, folders, strict=True)
-    ]
-    first = set(paths[0])
-    keep = [slice(None), np.array([path not in first for path in paths[1]], bool)]
-
-    def joined(values: Callable[[Labels], Any], missing: Any) -> Any:
-        "An array of each row's value, or None where neither source has it."
-        if all(values(part) is None for part in parts):
-            return None
-        return np.concatenate([
-            (np.full((len(part), *np.shape(missing)), missing) if values(part) is None else np.asarray(values(part)))[k]
-            for part, k in zip(parts, keep, strict=True)
-        ])  # fmt: skip
-
-    result = Labels(
-        labels.csv,
-        joined(lambda part: paths[part is other], "").tolist(),
-        joined(lambda part: part.lines, 0),
-        np.concatenate([labels.stored, other.stored[keep[1]]]),
-    )
-    n, rows = len(labels), np.flatnonzero(keep[1])
-    result.places = [labels.where(k) for k in range(n)] + [
-        f"with --valid {other.csv}, {other.where(k)}" for k in rows.tolist()
-    ]
-    result.faults = labels.faults | {
-        n + k: other.faults[row] for k, row in enumerate(rows.tolist()) if row in other.faults
-    }
-    result.boxes = joined(lambda part: part.boxes, np.full(4, np.nan, np.float32))
-    result.groups = joined(lambda part: part.groups, "")
-    result.turned = joined(lambda part: part.turned, False)
-    named = set(paths[1])
-    result.valid = np.array([path in named for path in result.names], bool)
+    root = Path(os.path.commonpath([os.path.abspath(folder), os.path.abspath(other_folder)]))
+    first = _renamed(labels, folder, root)
+    second = _renamed(other, other_folder, root, f"with --valid {other.csv}, ")
+    named, seen = set(second.names), set(first.names)
+    new = np.flatnonzero([name not in seen for name in second.names])
+    result = concatenate([first, second.at(new)])
+    result.valid = np.array([name in named for name in result.names], bool)
     result.point_names = labels.point_names or other.point_names
-    result.flip_indices, result.skeleton, result.category = labels.flip_indices, labels.skeleton, labels.category
     return result, root
+
+
+def _renamed(labels: Labels, folder: Path, root: Path, source: str = "") -> Labels:
+    "Return labels whose file names are relative to `root`, and whose places begin with `source`."
+    names = [os.path.relpath(os.path.join(os.path.abspath(folder), name), root) for name in labels.all_names()]
+    return replace(labels, names=names, places=[source + labels.where(row) for row in range(len(labels))])
 
 
 def is_positional(csv: Path) -> bool:
@@ -144,11 +118,11 @@ def is_positional(csv: Path) -> bool:
     return True
 
 
-def _read_table(source: Path, category: str) -> tuple[LabelTable, Path]:
-    "Return the table of a file or folder, and the source: of a folder with one file of labels, that file."
-    rows = Rows(source, "labels", 0)
+def _read_table(source: Path, category: str) -> LabelTable:
+    "Return the table of a file or folder; of a folder with one file of labels, of that file."
+    rows = Rows(source, category)
     try:
-        return (_read_folder if source.is_dir() else _read_file)(source, rows, category), rows.source
+        return (_read_folder if source.is_dir() else _read_file)(source, rows)
     except DAMAGE as e:
         what = f"{type(e).__name__}: {str(e)[:80]}"
         raise UserError(
@@ -158,22 +132,23 @@ def _read_table(source: Path, category: str) -> tuple[LabelTable, Path]:
         read_json.cache_clear()  # of a large file, gigabytes
 
 
-def _read_file(path: Path, rows: Rows, category: str) -> LabelTable:
-    kind, root = kind_of(path), path.parent
-    readers: dict[str, Callable[[], LabelTable]] = {
-        "COCO": lambda: json_files.read_coco(rows, [(path, "", False)], category),
-        "Label Studio": lambda: json_files.read_label_studio(rows, path),
-        "labelme": lambda: json_files.read_labelme(rows, [path], root),
-        "VIA": lambda: json_files.read_via(rows, path),
-        "CVAT": lambda: xml_files.read_cvat(rows, path, category),
-        "dlib": lambda: xml_files.read_dlib(rows, path, category),
-        "YOLO": lambda: text_files.read_yolo(rows, path, category),
-        "pts": lambda: text_files.read_pts(rows, [path], root),
-        "WFLW": lambda: text_files.read_wflw(rows, [path]),
-        "DeepLabCut": lambda: csv_tables.read_deeplabcut(rows, [path], root),
-        "CSV": lambda: csv_tables.read_plain(path),
-    }
-    return readers[kind]()
+READERS: dict[str, Callable[[Rows, Sequence[Path]], LabelTable]] = {
+    "COCO": json_files.read_coco,
+    "Label Studio": json_files.read_label_studio,
+    "labelme": json_files.read_labelme,
+    "VIA": json_files.read_via,
+    "CVAT": xml_files.read_cvat,
+    "dlib": xml_files.read_dlib,
+    "YOLO": text_files.read_yolo,
+    "pts": text_files.read_pts,
+    "WFLW": text_files.read_wflw,
+    "DeepLabCut": csv_tables.read_deeplabcut,
+    "CSV": lambda rows, files: csv_tables.read_plain(files[0]),
+}
+
+
+def _read_file(path: Path, rows: Rows) -> LabelTable:
+    return READERS[kind_of(path)](rows, [path])
 
 
 def kind_of(path: Path) -> str:
@@ -197,42 +172,37 @@ def kind_of(path: Path) -> str:
     return "VIA" if "region_shape_attributes" in line else "CSV"
 
 
-def _read_folder(folder: Path, rows: Rows, category: str) -> LabelTable:
+def _read_folder(folder: Path, rows: Rows) -> LabelTable:
     check_folder(folder, HINT)
     yolo = [p for p in sorted(folder.glob("*.y*ml")) if "kpt_shape" in text_files.read_yaml(p)]
     if len(yolo) == 1:
-        return text_files.read_yolo(rows, yolo[0], category)
+        return text_files.read_yolo(rows, yolo)
     if files := list(csv_tables.deeplabcut_files(folder)):
-        config = folder / "config.yaml"
-        order = text_files.read_yaml(config).get("bodyparts") if config.is_file() else ()
-        return csv_tables.read_deeplabcut(
-            rows, files, folder, [str(n) for n in order] if isinstance(order, list) else ()
-        )
-    splits = [(folder / s / COCO, f"{s}/", s != "train") for s in ("train", "valid") if (folder / s / COCO).is_file()]
-    if splits:
-        return json_files.read_coco(rows, splits, category)
+        return csv_tables.read_deeplabcut(rows, files)
+    if files := [file for side in ("train", "valid") if (file := folder / side / COCO).is_file()]:
+        return json_files.read_coco(rows, files)
     if files := sorted(folder.rglob("*.pts")):
-        return text_files.read_pts(rows, files, folder)
+        return text_files.read_pts(rows, files)
     if files := sorted(folder.rglob("list_98pt_*.txt")):
         return text_files.read_wflw(rows, [p for p in files if "rect_attr" in p.name] or files)
     kinds = {p: kind for p in [*folder.iterdir(), *folder.glob("annotations/*.json")] if (kind := _kind_or_none(p))}
     others = sorted(p for p, kind in kinds.items() if kind != "labelme")
     below = () if others else sorted(folder.rglob("*.json"))
-    if files := [p for p in below if (kinds[p] if p in kinds else _kind_or_none(p)) == "labelme"]:
-        return json_files.read_labelme(rows, files, folder)
+    if files := [p for p in below if (kinds.get(p) or _kind_or_none(p)) == "labelme"]:
+        return json_files.read_labelme(rows, files)
     missing = f"{folder / 'train' / 'landmarks.csv'} not found; -d must be the folder that holds train/ and test/"
     unread = [p for p in folder.iterdir() if p.suffix.lower() in (*TABLES, ".xlsx", ".xls")]
     if len(files := others or unread) == 1:
         rows.source = files[0]
         try:
-            return _read_file(files[0], rows, category)
+            return _read_file(files[0], rows)
         except UserError as e:
             sides = not others and any((folder / side).is_dir() for side in ("train", "test"))
             raise UserError(f"{e}; {missing}" if sides else str(e)) from None
-    several = (
-        f": {', '.join(p.name for p in others[:9])}: name one of them" if others else ", nor labels of another tool"
+    listed = f": {', '.join(p.name for p in others[:9])}: name one of them"
+    raise UserError(
+        f"{missing}{listed if others else ', nor labels of another tool'}; docs/labels.md lists the formats"
     )
-    raise UserError(f"{missing}{several}; docs/labels.md lists the formats")
 
 
 def _kind_or_none(path: Path) -> str | None:
@@ -247,35 +217,12 @@ def _kind_or_none(path: Path) -> str | None:
     return None
 
 
-def labels_of(table: LabelTable, rows: np.ndarray, source: Path) -> Labels:
-    "Return the labels of some rows of a table."
-
-    def of(values: Any) -> Any:
-        return (
-            None
-            if values is None
-            else values[rows]
-            if isinstance(values, np.ndarray)
-            else [values[k] for k in rows.tolist()]
-        )
-
-    faults = {k: table.faults[row] for k, row in enumerate(rows.tolist()) if row in table.faults}
-    labels = Labels(source, of(table.files), rows, np.ascontiguousarray(table.points[rows]), faults)  # pyright: ignore
-    labels.point_names, labels.places, labels.boxes = table.names, of(table.places), of(table.boxes)
-    labels.groups, labels.valid = of(table.groups), of(table.valid)
-    labels.flip_indices, labels.skeleton, labels.category = table.flip_indices, table.skeleton, table.category
-    labels.faults = find_point_faults(labels.stored) | labels.faults
-    return labels
-
-
-def read_frame(frame: "pd.DataFrame") -> Labels:
+def read_frame(frame: pd.DataFrame) -> Labels:
     "Return the labels of a DataFrame: by the names of its columns, else a column of file names, then x0, y0, x1, y1, …"
     columns = [str(column) for column in frame.columns]
     header = csv_tables.parse_header(columns, "the DataFrame")
     if not header.names or header.positional or header.file < 0 or not len(frame):
         return frame_labels(frame)
-    texts = frame.astype(object).where(frame.notna(), "").astype(str)
-    table = csv_tables.table_of(header, [texts], "row {}", 0, Path("DataFrame"))
-    labels = labels_of(table, np.arange(len(table.files)), Path("DataFrame"))
-    labels.own_paths = True
-    return labels
+    texts = frame.astype(object).where(frame.notna(), "").astype(str).to_numpy().tolist()
+    labels = csv_tables.table_of(header, texts, "row {}", 0, Path("DataFrame")).labels
+    return replace(labels, faults=find_point_faults(labels.stored) | labels.faults, own_paths=True)

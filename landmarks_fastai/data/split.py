@@ -29,24 +29,19 @@ FRAME = re.compile(r"(.+?)[-_. ]+(?:frame|img|image)?[-_. ]*\d+", re.IGNORECASE)
 def split_rows(
     n: int,
     settings: Settings,
-    left_out: Sequence[int] | np.ndarray = (),
     groups: np.ndarray | None = None,  # (n,) number of each row's group; None: each row is a group
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows to train on and to validate on: the last `valid_pct` of the file, or as many at random.
 
     With the default share at least `FEWEST` rows validate, where there are twice as many. A group is not divided: the
     number of validation rows is the nearest that whole groups make.
-
-    With `all_rows` training includes the validation rows. `left_out` is removed after the split: a row that becomes bad
-    between two stages moves no other row from one part to the other.
     """
     n_train = int(n * (1 - settings.valid_pct) + 1e-9)
     if settings.valid_pct == Settings.valid_pct and n >= 2 * FEWEST:
         n_train = min(n_train, n - FEWEST)
-    rng = np.random.default_rng(settings.split_seed)
+    rng, held = np.random.default_rng(settings.split_seed), np.zeros(n, bool)
     if groups is None:
-        rows = rng.permutation(n) if settings.valid_random else np.arange(n)
-        train, valid = rows[:n_train], rows[n_train:]
+        held[(rng.permutation(n) if settings.valid_random else np.arange(n))[n_train:]] = True
     else:
         last, sizes = np.zeros(groups.max() + 1, int), np.bincount(groups)
         np.maximum.at(last, groups, np.arange(n))
@@ -54,9 +49,7 @@ def split_rows(
         after = np.cumsum(sizes[order[::-1]])  # rows of the last group, of the last two, …
         taken = 1 + int(abs(after[:-1] - (n - n_train)).argmin()) if len(after) > 1 else 1
         held = np.isin(groups, order[::-1][:taken])
-        train, valid = np.flatnonzero(~held), np.flatnonzero(held)
-    train = np.concatenate([train, valid]) if settings.all_rows else train
-    return np.setdiff1d(train, left_out), np.setdiff1d(valid, left_out)
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def split_items(items: LabelledImages, settings: Settings) -> tuple[list[int], list[int]]:
@@ -78,8 +71,10 @@ def split_items(items: LabelledImages, settings: Settings) -> tuple[list[int], l
 def divided_rows(items: LabelledImages, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows to train on and to validate on: those of --valid, or the source's own, or `split_rows`.
 
-    Rows of an earlier stage, `labels.earlier`, keep their side. How rows are grouped, and how many are new, is printed once.
-    Raises `UserError` for a file of --valid that does not fit, and rows that it moves to the other side.
+    Rows of an earlier stage, `labels.earlier`, keep their side. With `all_rows` training includes the validation rows. Rows
+    that are left out are divided too: one that becomes bad between two stages moves no other from one part to the other.
+    How rows are grouped, and how many are new, is printed once. Raises `UserError` for a file of --valid that does not fit,
+    and rows that it moves to the other side.
     """
     labels, key = items.labels, repr((settings.of("split"), settings.valid, settings.split_seed))
     if key not in labels.held:
@@ -103,7 +98,7 @@ def _held_rows(labels: Labels, settings: Settings, left_out: np.ndarray) -> np.n
     if own is not None:
         return own
     held = np.zeros(len(names), bool)
-    held[split_rows(len(names), settings.replace(all_rows=False), groups=group_rows(labels, names, settings))[1]] = True
+    held[split_rows(len(names), settings, group_rows(labels, names, settings))[1]] = True
     return held
 
 
@@ -132,7 +127,7 @@ def _held_rows_of_later_stage(
     else:
         groups = group_rows(labels, names, settings)
         within = None if groups is None else np.unique(groups[new], return_inverse=True)[1]
-        held[new[split_rows(len(new), settings.replace(all_rows=False), groups=within)[1]]] = True
+        held[new[split_rows(len(new), settings, within)[1]]] = True
         if groups is not None:
             held[new] &= ~np.isin(groups[new], groups[trained])
             held[new] |= np.isin(groups[new], groups[validated])

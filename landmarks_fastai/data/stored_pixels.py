@@ -12,25 +12,27 @@ from PIL import Image
 
 from landmarks_fastai.data.formats.table import LabelTable
 from landmarks_fastai.data.images import SIDEWAYS, exif_turn, open_undecoded
+from landmarks_fastai.data.labels import Labels
 from landmarks_fastai.errors import UserError
 
 Turn = Image.Transpose | None
 Size = tuple[int, int]  # width, height
 
 
-def to_stored_pixels(table: LabelTable, folder: Path, rows: Sequence[int]) -> np.ndarray:
-    """Turn the coordinates of a table into pixels of the images as stored; return whether each row was turned by EXIF.
+def to_stored_pixels(table: LabelTable, folder: Path, rows: Sequence[int]) -> None:
+    """Turn the coordinates of a table into pixels of the images as stored, and set which rows were turned by EXIF.
 
     Prints a note about turned pictures, and about images of another size than the source says.
     """
-    turned, others = np.zeros(len(table.files), bool), []
+    labels, others = table.labels, []
+    labels.turned = turned = np.zeros(len(labels), bool)
     if not table.fractions:
-        table.points -= np.float32(table.origin)
+        labels.stored -= np.float32(table.origin)
     if not (table.fractions or table.upright or (table.sizes is not None and table.sizes.any())):
-        return turned
+        return
     opened: dict[str, tuple[Size, Turn]] = {}
     for row in rows:
-        name = table.files[row]
+        name = labels.name(row)
         if name not in opened:
             opened[name] = (0, 0), None
             with suppress(UserError), open_undecoded(folder / name) as image:  # `check_images` tells what is wrong
@@ -45,18 +47,17 @@ def to_stored_pixels(table: LabelTable, folder: Path, rows: Sequence[int]) -> np
         turned[row] = _is_turned(table.upright, said, size, shown, turn)
         if table.fractions:
             sides = np.array(shown if turned[row] else size, np.float32)
-            table.points[row] = table.points[row] * sides - table.origin
-            if table.boxes is not None:
-                table.boxes[row] *= np.tile(sides, 2)
+            labels.stored[row] = labels.stored[row] * sides - table.origin
+            if labels.boxes is not None:
+                labels.boxes[row] *= np.tile(sides, 2)
         if turned[row]:
-            _turn_back(table, row, turn, size)
+            _turn_back(labels, row, turn, size)
     if n := turned.sum():
         print(
             f"note: {n} rows are of pictures with EXIF rotation: their points were turned back to the pixels as stored"
         )
     if others:
         print(f"note: {len(others)} rows are of images of another size than labelled, as {others[0]}")
-    return turned
 
 
 def _is_turned(upright: bool, said: Sequence[float], size: Size, shown: Size, turn: Turn) -> bool:
@@ -66,15 +67,15 @@ def _is_turned(upright: bool, said: Sequence[float], size: Size, shown: Size, tu
     return upright and turn is not None
 
 
-def _turn_back(table: LabelTable, row: int, turn: Turn, size: tuple[int, int]) -> None:
+def _turn_back(labels: Labels, row: int, turn: Turn, size: Size) -> None:
     "Turn a row's points and box from the picture as shown to the image as stored."
-    table.points[row] = stored_points(table.points[row], turn, size, 1)
-    if table.boxes is not None:
-        corners = stored_points(table.boxes[row].reshape(2, 2), turn, size, 0)
-        table.boxes[row] = [*corners.min(0), *corners.max(0)]
+    labels.stored[row] = stored_points(labels.stored[row], turn, size, 1)
+    if labels.boxes is not None:
+        corners = stored_points(labels.boxes[row].reshape(2, 2), turn, size, 0)
+        labels.boxes[row] = [*corners.min(0), *corners.max(0)]
 
 
-def stored_points(points: np.ndarray, turn: Turn, size: tuple[int, int], pixel: int) -> np.ndarray:
+def stored_points(points: np.ndarray, turn: Turn, size: Size, pixel: int) -> np.ndarray:
     "Map (n, 2) of a picture as shown to the image of this size as stored; `pixel` is 1 for pixels, 0 for edges."
     x, y = points[:, ::-1].T if turn in SIDEWAYS else points.T
     flips = Image.Transpose

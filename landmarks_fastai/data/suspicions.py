@@ -120,7 +120,6 @@ def _box(points: np.ndarray) -> str:
         for corner in (box[:, 1], box[:, 0] + box[:, 1]):
             before, after = low - box[:, 0], corner - high
             if min(before.min(), after.min()) >= -1 and (before < slack).all() and (after < slack).all():
-                return (
-                    f"the {where} four numbers are a box around the others: name the columns left, top, right, bottom"
-                )
+                said = f"the {where} four numbers are a box around the others"
+                return f"{said}: name the columns left, top, right, bottom"
     return ""

@@ -12,7 +12,7 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.utils.distributed import this_process
@@ -109,30 +109,26 @@ class Machine:
             )
         keep_freed_memory()
         set_max_pixels(round(1e6 * self.max_pixels))
-        if self.threads:
-            import torch
-
-            torch.set_num_threads(self.threads)
         process = this_process()
         if self.device == "mps" and process.store:
             raise UserError("--gpu: several processes need CUDA, and an Apple GPU is one: run without torchrun")
-        if self.device == "cuda" and process.store:
-            import torch
+        if self.device != "cuda" and not self.threads and not self.compile:
+            return
+        import torch
 
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.device == "cuda" and process.store:
             found = torch.cuda.device_count()
             if process.local_count > found:
                 raise UserError(f"--nproc-per-node {process.local_count}: this machine has {found} GPUs")
             torch.cuda.set_device(process.local_rank)  # "cuda" is this one from now on
         if self.compile:
-            import torch
-
             try:
                 torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
             except Exception as e:  # the errors of torch._inductor, the compiler and the linker share no narrower base
                 raise UserError(f"--compile: it fails here ({reason(e)}): run without --compile") from None
         if self.device == "cuda":
-            import torch
-
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32
             # All batches but the last have one shape: one search serves a stage. Another run may choose another algorithm,
@@ -184,11 +180,9 @@ def available_cores() -> int:
 
 def total_memory() -> int:
     "Return the machine's memory in bytes."
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    status = (ctypes.c_ulonglong * 8)(64)  # MEMORYSTATUSEX: the size of the structure, then the physical memory
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)  # type: ignore[attr-defined] (Windows)
-    return status[1]
+    import psutil  # not installed where exported networks predict
+
+    return psutil.virtual_memory().total
 
 
 def keep_freed_memory() -> bool:
@@ -197,12 +191,10 @@ def keep_freed_memory() -> bool:
     By default it returns the memory of each large tensor to the kernel, which clears it page by page for the next one. On
     two cores keeping it made training 9% faster (resnet18, 128 px), predicting a third (resnext50), with 5% more memory.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _from_glibc("mallopt")
     # one arena for all threads: the arenas of other threads have 64 MB, and what is larger is returned to the kernel
     options = [(M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_ARENA_MAX, 1)]
-    return bool(mallopt) and all(mallopt(option, value) for option, value in options)
+    return mallopt is not None and all(mallopt(option, value) for option, value in options)
 
 
 def release_freed_memory() -> bool:
@@ -211,7 +203,9 @@ def release_freed_memory() -> bool:
     Freed blocks of many sizes do not fit the next tensors: a stage of 20 epochs (tf_efficientnet_lite0, 128 px) grew from 2.3
     to 4.7 GB. After one of its epochs this takes 0.16 s, and 1.0 of 2.2 GB are left.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return bool(malloc_trim) and malloc_trim(0) == 1
+    malloc_trim = _from_glibc("malloc_trim")
+    return malloc_trim is not None and malloc_trim(0) == 1
+
+
+def _from_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

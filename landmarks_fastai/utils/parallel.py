@@ -4,6 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from landmarks_fastai.utils.signals import stop_on_signal
@@ -18,21 +19,16 @@ def bar(items: Iterable[T], total: int, comment: str = "") -> Iterator[T]:
 
     Raises `Stopped` at the next item if a signal's exception was lost.
     """
-    for item in _progress_bar(items, total, comment):
+    shown: Any = items
+    if sys.stdout.isatty():
+        with suppress(ModuleNotFoundError):
+            from fastprogress.fastprogress import progress_bar
+
+            shown = progress_bar(items, total=total)
+            shown.comment = comment
+    for item in shown:
         stop_on_signal.check()
         yield item
-
-
-def _progress_bar(items: Iterable[T], total: int, comment: str) -> Iterable[T]:
-    if not sys.stdout.isatty():
-        return items
-    try:
-        from fastprogress.fastprogress import progress_bar
-    except ModuleNotFoundError:
-        return items
-    shown: Any = progress_bar(items, total=total)  # Any: fastprogress declares neither `comment` nor iteration
-    shown.comment = comment
-    return shown
 
 
 def threaded_map(

@@ -140,8 +140,8 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def leave_signals_to_parent(number: int = 0) -> None:
-    """Make a worker that started in `signals_blocked` ignore signals, except from its parent; `number` is torch's worker id.
+def leave_signals_to_parent() -> None:
+    """Make a worker that started in `signals_blocked` ignore signals, except from its parent.
 
     Ctrl-C and a scheduler's SIGTERM reach all processes of a run. A worker that died of one would end the run with an
     error, while the main process finishes its step and saves. The worker ends at once when its parent signals it or dies.

@@ -18,7 +18,7 @@ from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.data.labels import open_labels, read_labels
 from landmarks_fastai.data.pictures import Picture
-from landmarks_fastai.data.split import split_rows
+from landmarks_fastai.data.split import divided_rows, split_rows
 from landmarks_fastai.errors import SHOWN, BadData, UserError
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils import hardware
@@ -207,9 +207,10 @@ def test_skip_removes_bad_rows_and_moves_no_other_row(run_script, data):
     assert "not found" in listed.problem[0] and "2 fields found" in listed.problem[1]
     items = labelled_images(data, on_bad="skip")
     assert items.left_out.tolist() == [0, 10, 35] and third.exists()
-    for settings in (Settings(), Settings(valid_random=True, split_seed=3), Settings(all_rows=True)):
-        for side, complete in zip(split_rows(40, settings, items.left_out), split_rows(40, settings), strict=True):
+    for settings in (Settings(), Settings(valid_random=True, split_seed=3)):
+        for side, complete in zip(divided_rows(items, settings), split_rows(40, settings), strict=True):
             assert side.tolist() == [r for r in complete.tolist() if r not in (0, 10, 35)]
+    assert divided_rows(items, Settings(all_rows=True))[0].tolist() == [r for r in range(40) if r not in (0, 10, 35)]
     first.write_bytes(b"damaged after the start of a run that is resumed")
     dls = landmark_dataloaders(data, on_bad="skip", left_out=items.left_out, size=32, batch_size=8)
     assert len(dls.train.items) + len(dls.valid.items) == 37

@@ -31,7 +31,7 @@ def test_read_labels_returns_names_points_and_lines(csv):
     assert (len(labels), labels.n_points) == (3, 3)
     assert [labels.name(i) for i in range(3)] == ["a.jpg", "b.jpg", "c.jpg"]
     assert labels.points(1).tolist() == [[-7, 8], [9, 10], [11, 32767]] and labels.points(1).dtype == np.float32
-    assert [labels.line(i) for i in range(3)] == [2, 3, 4]
+    assert [labels.lines[i] for i in range(3)] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("block", [1 << 23, 3000, 64])
@@ -50,7 +50,7 @@ def test_numbers_are_read_for_any_block_size(tmp_path, monkeypatch, block, end):
     labels = read_labels(write(tmp_path / "l.csv", *text[:50], "", *text[50:], end=end))
     assert np.array_equal([labels.points(i).reshape(-1) for i in range(400)], points)
     assert [labels.name(i) for i in range(400)] == [t.split("\t")[0] for t in text]
-    assert [labels.line(i) for i in (0, 49, 50, 399)] == [2, 51, 53, 402]
+    assert [labels.lines[i] for i in (0, 49, 50, 399)] == [2, 51, 53, 402]
 
 
 def started(code, csv):
@@ -177,7 +177,7 @@ def test_cache_is_reused_until_the_csv_changes(csv):
 
 def contents(labels):
     rows = range(len(labels))
-    return [(labels.line(i), labels.name(i), labels.points(i).tolist(), labels.faults.get(i)) for i in rows]
+    return [(labels.lines[i], labels.name(i), labels.points(i).tolist(), labels.faults.get(i)) for i in rows]
 
 
 def test_damaged_label_cache_is_made_again(csv):

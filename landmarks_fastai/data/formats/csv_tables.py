@@ -2,21 +2,19 @@
 
 import csv
 import re
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
-from landmarks_fastai.data.formats.table import CENTRE, LabelTable, Rows, checked, read_text
+from landmarks_fastai.data.formats.table import LabelTable, Rows, checked, read_text
+from landmarks_fastai.data.formats.text_files import read_yaml
+from landmarks_fastai.data.labels import Labels, concatenate
 from landmarks_fastai.data.landmarks_csv import LIMIT
 from landmarks_fastai.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 AXIS = "x|y|v|vis|visible|visibility"
 # nose_x, x_nose, x0, 0x, noseX
@@ -28,19 +26,7 @@ COLUMNS = [
     re.compile(r"(?P<name>.*[a-z0-9])(?P<axis>[XYV])"),
     re.compile(r"(?P<axis>[xy])(?P<name>)", re.I),
 ]
-FILE = (
-    "file_name",
-    "filename",
-    "file",
-    "image_path",
-    "img_path",
-    "path",
-    "image",
-    "image_name",
-    "img",
-    "name",
-    "image_id",
-)
+FILE = "file_name filename file image_path img_path path image image_name img name image_id".split()  # the first counts
 BOX = [  # left, top, right, bottom; with or without box_ or bbox_
     {"left", "x_min", "xmin", "min_x"}, {"top", "y_min", "ymin", "min_y"},
     {"right", "x_max", "xmax", "max_x"}, {"bottom", "y_max", "ymax", "max_y"},
@@ -123,8 +109,6 @@ def split_header(line: str) -> tuple[list[str], str]:
 
 def read_plain(path: Path) -> LabelTable:
     "A CSV, TAB or comma, whose header names x and y of each point; counted from the pixel's centre."
-    import pandas as pd
-
     columns, separator = split_header(line := first_line(path))
     if not line.strip():
         raise UserError(f"{path} is empty: a header line and one line per object are needed")
@@ -133,66 +117,52 @@ def read_plain(path: Path) -> LabelTable:
         raise UserError(f"{path} line 1 names no points: x and y of each expected, as in nose_x, nose_y; {HINT}")
     if header.file < 0:
         raise UserError(f"{path} line 1: no column of file names: name it file_name")
-    options = {
-        "sep": separator, "header": None, "skiprows": 1, "names": range(len(columns) + 1), "index_col": False, "dtype": str,
-        "na_filter": False, "skip_blank_lines": False, "chunksize": max(1, CELLS // len(columns)),
-    }  # fmt: skip
     try:
-        with warnings.catch_warnings():  # of a first row that is longer than the header, which is told by row
-            warnings.simplefilter("ignore", pd.errors.ParserWarning)
-            with pd.read_csv(path, **options) as chunks:
-                return table_of(header, chunks, "line {}", 2, path)
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{path} has a header but no rows: one line per object is needed") from None
+        with open(path, encoding="utf-8-sig") as f:
+            f.readline()
+            return table_of(header, csv.reader(f, delimiter=separator, strict=True), "line {}", 2, path)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    except (pd.errors.ParserError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({str(e).strip()[-120:]})") from None
+    except csv.Error as e:
+        raise UserError(f"{path} cannot be read ({e})") from None
 
 
-def table_of(header: Header, chunks: "Iterable[pd.DataFrame]", place: str, first: int, source: Path) -> LabelTable:
+def table_of(header: Header, rows: Iterable[Sequence[str]], place: str, first: int, source: Path) -> LabelTable:
     "Return the table of a plain CSV's or DataFrame's texts; `place` and `first` say what the first row is called."
-    files, places, points, boxes, groups, faults = [], [], [], [], [], {}
-    left_out: Counter[str] = Counter()
-    for chunk in chunks:
-        if not len(chunk):
-            continue
-        cells = _stripped(
-            chunk, f"{source} has a field of more than {WIDTH} characters, at or after {place.format(first)}"
-        )
-        numbers, filled = np.arange(first, first + len(cells)), (cells != "").any(1)
-        first += len(cells)
-        xy, problems = _numbers(cells[filled], header)
-        kept = np.isfinite(xy).any((1, 2)) | np.isin(np.arange(len(xy)), list(problems))
-        left_out["rows without a point"] += int((~kept).sum())
-        faults |= {len(files) + int(kept[:row].sum()): text for row, text in problems.items()}
-        rows = cells[filled][kept]
-        places += [place.format(n) for n in numbers[filled][kept]]
-        if not files and header.names == [""] and (column := _column_of_landmarks(rows, header)):
+    parts: list[Labels] = []
+    pointless, texts = 0, iter(rows)
+    while chunk := list(islice(texts, max(1, CELLS // header.n_columns))):
+        cells = _cells(chunk, header.n_columns, place, first, source)
+        filled = np.flatnonzero((cells != "").any(1))
+        cells, lines, first = cells[filled], first + filled, first + len(cells)
+        labels = _labels_of_cells(header, cells, lines, place, source)
+        kept = np.flatnonzero(np.isfinite(labels.stored).any((1, 2)))
+        pointless += len(labels) - len(kept)
+        if not parts and header.names == [""] and (column := _column_of_landmarks(cells[kept], header)):
             found = f"found one line per landmark (column {column!r}, which is to be removed if it names objects)"
             raise UserError(f"{source}: one line per object expected, with columns NAME_x, NAME_y; {found}")
-        files += rows[:, header.file].tolist()
-        points.append(xy[kept])
-        if header.box:
-            boxes.append(np.array([[checked(v or "nan", True)[0] for v in row] for row in rows[:, header.box]]))
-        if header.group >= 0:
-            groups += rows[:, header.group].tolist()
-    if not files:
-        why = "a header but no rows" if not sum(left_out.values()) else "no row with a point"
+        if len(kept):
+            parts.append(labels.at(kept))
+    if not parts:
+        why = "no row with a point" if pointless else "a header but no rows"
         raise UserError(f"{source} has {why}: one line per object is needed")
-    if header.unused:
-        left_out[f"columns ({', '.join(header.unused.values())[:200]})"] = len(header.unused)
-    names = header.names if any(name != str(k) for k, name in enumerate(header.names)) else []
-    return LabelTable(
-        kind="CSV",
-        names=tuple(names),
-        files=files,
-        points=np.concatenate(points),
-        places=places,
-        boxes=np.concatenate(boxes).astype(np.float32) if boxes else None,
-        groups=groups or None,
-        faults=faults,
-        left_out=dict(left_out),
+    unused = f"columns ({', '.join(header.unused.values())[:200]})"
+    return LabelTable(concatenate(parts), "CSV", {"rows without a point": pointless, unused: len(header.unused)})
+
+
+def _labels_of_cells(header: Header, cells: np.ndarray, lines: np.ndarray, place: str, source: Path) -> Labels:
+    points, faults = _numbers(cells, header)
+    boxes = [[checked(v or "nan", True)[0] for v in row] for row in cells[:, header.box]]
+    return Labels(
+        source,
+        cells[:, header.file].tolist(),
+        lines,
+        points,
+        faults,
+        point_names=tuple(header.names if any(name != str(k) for k, name in enumerate(header.names)) else ()),
+        places=[place.format(line) for line in lines],
+        boxes=np.array(boxes, np.float32).reshape(-1, 4) if header.box else None,
+        groups=cells[:, header.group].tolist() if header.group >= 0 else None,
     )
 
 
@@ -207,12 +177,16 @@ def _column_of_landmarks(rows: np.ndarray, header: Header) -> str:
     return ""
 
 
-def _stripped(chunk: "pd.DataFrame", too_wide: str) -> np.ndarray:
-    "Return the cells of rows of texts, (rows, columns), without spaces around them."
-    texts = chunk.to_numpy(dtype=object, na_value="")
-    if max(map(len, texts.flat)) > WIDTH:
-        raise UserError(too_wide)
-    return np.strings.strip(texts.astype(np.str_))
+def _cells(rows: list[Sequence[str]], n_columns: int, place: str, first: int, source: Path) -> np.ndarray:
+    "Return the cells of rows without spaces around them, (rows, n_columns + 1): a row may have one field too many."
+    for number, row in enumerate(rows, first):
+        if len(row) > n_columns + 1:
+            raise UserError(
+                f"{source} cannot be read ({place.format(number)} has {len(row)} fields, {n_columns} expected)"
+            )
+        if max(map(len, row), default=0) > WIDTH:
+            raise UserError(f"{source} {place.format(number)} has a field of more than {WIDTH} characters")
+    return np.array([[cell.strip() for cell in row] + [""] * (n_columns + 1 - len(row)) for row in rows], np.str_)
 
 
 def _numbers(cells: np.ndarray, header: Header) -> tuple[np.ndarray, dict[int, str]]:
@@ -224,16 +198,11 @@ def _numbers(cells: np.ndarray, header: Header) -> tuple[np.ndarray, dict[int, s
             visible = np.strings.lower(cells[:, column])
             missing[:, 2 * k : 2 * k + 2] |= np.isin(visible, ["0", "0.0", "false", "no"])[:, None]
     values, faults = np.full(texts.shape, np.nan), {}
-    try:
-        values[~missing] = texts[~missing].astype(np.float64)
-        right = missing | (abs(values) <= LIMIT)
-    except ValueError:
-        right = np.zeros_like(missing)
-    for row in np.flatnonzero(~right.all(1)).tolist():
-        for k in np.flatnonzero(~missing[row]).tolist():
-            values[row, k], problem = checked(texts[row, k].item())
-            if problem:
-                faults.setdefault(row, f"point {header.names[k // 2]}'s {'xy'[k % 2]} is {problem}")
+    values[~missing] = pd.to_numeric(texts[~missing].astype(object), errors="coerce")
+    for row, k in np.argwhere(~missing & ~(abs(values) <= LIMIT)).tolist():
+        values[row, k], problem = checked(texts[row, k].item())
+        if problem:
+            faults.setdefault(row, f"point {header.names[k // 2]}'s {'xy'[k % 2]} is {problem}")
     extra = cells[:, header.n_columns :]
     for row in np.flatnonzero((extra != "").any(1)).tolist():
         faults.setdefault(row, f"more fields than the {header.n_columns} of the header: fix or remove the line")
@@ -252,13 +221,13 @@ def is_deeplabcut(path: Path) -> bool:
         return False
 
 
-def read_deeplabcut(rows: Rows, files: Iterable[Path], root: Path, order: Sequence[str] = ()) -> LabelTable:
+def read_deeplabcut(rows: Rows, files: Iterable[Path]) -> LabelTable:
     """DeepLabCut and lightning-pose: CSVs with the header rows scorer, (individuals,) bodyparts, coords; from the pixel's centre.
 
     File names are paths, in one column or in three. The folder of an image, its video, is the group. A cell that is empty
     is missing. Bodyparts of no individual (unique ones) are left out where there are individuals.
     """
-    rows.kind, rows.origin = "DeepLabCut CSV", CENTRE
+    rows.kind = "DeepLabCut CSV"
     for path in files:
         lines = list(csv.reader(read_text(path).splitlines()))
         heads = {line[0]: line for line in lines[:4] if line and line[0] in HEADS}
@@ -273,14 +242,14 @@ def read_deeplabcut(rows: Rows, files: Iterable[Path], root: Path, order: Sequen
             if "individuals" not in heads or individuals[k]:
                 columns.setdefault(individuals[k], {}).setdefault(parts[k], {})[coords[k]] = k
         for number, cells in enumerate(lines[len(heads) :], len(heads) + 1):
-            rows.place = (
-                f"line {number}" if path == rows.source else f"{path.relative_to(root).as_posix()} line {number}"
-            )
+            rows.locate(path, number)
             if any(cells[start:]):
                 _add_deeplabcut(rows, cells, start, columns)
             else:
                 rows.left_out["frames without a point"] += any(cells)
-    return rows.table(order=order)
+    config = rows.root / "config.yaml"  # of DeepLabCut's project
+    order = read_yaml(config).get("bodyparts") if config.is_file() else ()
+    return rows.table(map(str, order) if isinstance(order, list) else ())
 
 
 def _add_deeplabcut(rows: Rows, cells: list[str], start: int, columns: dict[str, dict[str, dict[str, int]]]) -> None:

@@ -2,38 +2,36 @@
 
 import csv
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from landmarks_fastai.data.formats.table import (
-    CENTRE,
     EDGE,
     Box,
     LabelTable,
     Rows,
     group_points,
-    natural,
     read_json,
     read_text,
     rotated_box,
 )
-from landmarks_fastai.data.formats.xml_files import label_studio_order
 from landmarks_fastai.errors import UserError
 
 OBJECT = {"object", "object_id", "group", "group_id", "id", "instance"}  # VIA: attributes that hardly name points
 
 
-def read_coco(rows: Rows, files: Iterable[tuple[Path, str, bool]], category: str) -> LabelTable:
-    """COCO keypoints, counted from the pixel's centre. `files` are a path, its folder's name before file names, validation or not.
+def read_coco(rows: Rows, files: Sequence[Path]) -> LabelTable:
+    """COCO keypoints, counted from the pixel's centre. Of Roboflow's two files that in the folder `valid` has the validation rows.
 
     Visibility 0 is missing. A category without names (MMPose's converters write those) numbers its points.
     """
-    rows.kind, rows.origin = "COCO keypoints", CENTRE
-    for path, prefix, valid in files:
+    rows.kind = "COCO keypoints"
+    for path in files:
+        split = path.parent.relative_to(rows.root).as_posix()
+        prefix = "" if split == "." else f"{split}/"
         content = read_json(path)
         images = {image["id"]: image for image in content["images"]}
         categories = {c["id"]: c for c in content.get("categories") or ()}
@@ -48,18 +46,15 @@ def read_coco(rows: Rows, files: Iterable[tuple[Path, str, bool]], category: str
                 rows.left_out["annotations without a keypoint"] += 1
             else:
                 about = categories.get(annotation.get("category_id"), {})
-                _add_coco(rows, annotation, prefix, image, about, valid)
-    return rows.table(category)
+                _add_coco(rows, annotation, prefix + image["file_name"], image, about, split == "valid")
+    return rows.table()
 
 
-def _add_coco(rows: Rows, annotation: dict, prefix: str, image: dict, about: dict, valid: bool) -> None:
+def _add_coco(rows: Rows, annotation: dict, file: str, image: dict, about: dict, valid: bool) -> None:
     keypoints, name = annotation["keypoints"], str(about.get("name", annotation.get("category_id", "")))
-    names = [str(n) for n in about.get("keypoints") or ()]
-    fault = (
-        ""
-        if len(keypoints) % 3 == 0
-        else f"{len(keypoints)} numbers of keypoints found, x, y, visibility a point expected"
-    )
+    names, fault = [str(n) for n in about.get("keypoints") or ()], ""
+    if len(keypoints) % 3:
+        fault = f"{len(keypoints)} numbers of keypoints found, x, y, visibility a point expected"
     points: Any = [(x, y) if v else (float("nan"),) * 2 for x, y, v in zip(*[iter(keypoints)] * 3, strict=False)]
     if names and len(set(names)) == len(names):
         if len(names) != len(points):
@@ -74,17 +69,17 @@ def _add_coco(rows: Rows, annotation: dict, prefix: str, image: dict, about: dic
         x, y, width, height = box
         box = x, y, x + width, y + height
     size = image.get("width") or 0, image.get("height") or 0
-    rows.add(prefix + image["file_name"], points, box or None, "", valid, name, size, fault)
+    rows.add(file, points, box or None, "", valid, name, size, fault)
 
 
-def read_label_studio(rows: Rows, path: Path) -> LabelTable:
+def read_label_studio(rows: Rows, files: Sequence[Path]) -> LabelTable:
     """Label Studio's export, JSON and JSON-MIN: percent of the picture as it is shown, counted from the pixel's edge.
 
     Points belong to the region of their parentID, else to the rectangle around them. Of several annotations of a picture
     the one that is the ground truth is read, else the latest.
     """
     rows.kind, rows.origin, rows.upright = "Label Studio", EDGE, True
-    for task in read_json(path):
+    for task in read_json(files[0]):
         rows.place = f"task {task.get('id')}"
         results = _label_studio_results(rows, task)
         points, boxes, size = [], {}, (0, 0)
@@ -104,8 +99,7 @@ def read_label_studio(rows: Rows, path: Path) -> LabelTable:
             rows.left_out["tasks without a point"] += bool(results)
         for named, box, fault in group_points(points, boxes):
             rows.add(_task_image(task), named, box, size=size, fault=fault)
-    seen = sorted({name for row in rows.rows for name in row.names}, key=natural)
-    return rows.table(order=[*label_studio_order(path.parent), *seen])
+    return rows.table(rows.sorted_names())
 
 
 def _label_studio_results(rows: Rows, task: dict) -> list[dict]:
@@ -144,9 +138,9 @@ def _task_image(task: dict) -> str:
     return unquote(path) if not (parts.scheme or path != parts.path) else "/" + unquote(path).lstrip("/")
 
 
-def read_labelme(rows: Rows, files: Iterable[Path], root: Path) -> LabelTable:
+def read_labelme(rows: Rows, files: Sequence[Path]) -> LabelTable:
     "labelme: a JSON a picture, counted from the pixel's edge; shapes of one group_id are an object."
-    rows.kind, rows.origin, rows.upright = "labelme", EDGE, True
+    rows.kind, rows.origin, rows.upright, root = "labelme", EDGE, True, rows.root
     for path in files:
         rows.place = path.relative_to(root).as_posix()
         content = read_json(path)
@@ -168,17 +162,17 @@ def read_labelme(rows: Rows, files: Iterable[Path], root: Path) -> LabelTable:
         for named, box, fault in group_points(points, boxes):
             rows.add(name if below == "." else f"{below}/{name}", named, box, size=size, fault=fault)
     listed = root / "labels.txt"  # labelme's --labels
-    return rows.table(order=read_text(listed).splitlines() if listed.is_file() else ())
+    return rows.table(read_text(listed).splitlines() if listed.is_file() else ())
 
 
-def read_via(rows: Rows, path: Path) -> LabelTable:
+def read_via(rows: Rows, files: Sequence[Path]) -> LabelTable:
     """VIA 2, JSON (a project, or its annotations alone) and CSV: point regions, counted from the pixel's edge.
 
     The region attribute with the most values names the points. If a name stands twice in a picture, the attribute
     that tells the two apart is the object.
     """
     rows.kind, rows.origin, rows.upright = "VIA", EDGE, True
-    entries, options = _via_entries(path)
+    entries, options = _via_entries(files[0])
     pictures = [(file, [r for r in regions if r["shape_attributes"].get("name")]) for file, regions in entries]
     shapes = [region for _, regions in pictures for region in regions]
     points = [r for r in shapes if r["shape_attributes"]["name"] == "point"]
@@ -204,7 +198,7 @@ def read_via(rows: Rows, path: Path) -> LabelTable:
         for by_name, box, fault in group_points(named, boxes):
             numbered = list(by_name.values()) if not name_key else by_name
             rows.add(file, numbered, box, fault=fault)
-    return rows.table(order=list(options.get(name_key) or ()))
+    return rows.table(list(options.get(name_key) or ()))
 
 
 def _via_entries(path: Path) -> tuple[list[tuple[str, list[dict]]], dict[str, Any]]:
@@ -220,11 +214,8 @@ def _via_entries(path: Path) -> tuple[list[tuple[str, list[dict]]], dict[str, An
     about = (content.get("_via_attributes") or {}).get("region") or {}
     options = {key: attribute.get("options") for key, attribute in about.items()}
     metadata = content.get("_via_img_metadata", content)
-    pictures = [entry for entry in metadata.values() if isinstance(entry, dict) and "regions" in entry]
-    lists = [
-        entry["regions"].values() if isinstance(entry["regions"], dict) else entry["regions"] for entry in pictures
-    ]
-    return [(entry["filename"], list(regions)) for entry, regions in zip(pictures, lists, strict=True)], options
+    pictures = [(e["filename"], e["regions"]) for e in metadata.values() if isinstance(e, dict) and "regions" in e]
+    return [(file, list(r.values() if isinstance(r, dict) else r)) for file, r in pictures], options
 
 
 def _via_value(region: dict, key: str) -> str:
@@ -235,15 +226,10 @@ def _via_value(region: dict, key: str) -> str:
 
 def _via_object(pictures: list[tuple[str, list[dict]]], keys: Iterable[str], name_key: str) -> str:
     "Return the attribute that tells objects apart; empty if none is needed, or none does."
+    points = [(file, r) for file, regions in pictures for r in regions if r["shape_attributes"]["name"] == "point"]
 
-    def repeated(key: str) -> int:
-        def values() -> Iterator[tuple[str, str, str]]:
-            for file, regions in pictures:
-                for r in regions:
-                    if r["shape_attributes"]["name"] == "point":
-                        yield file, _via_value(r, name_key), _via_value(r, key)
-
-        return sum(n - 1 for n in Counter(values()).values())
+    def repeated(key: str) -> bool:
+        return len({(file, _via_value(r, name_key), _via_value(r, key)) for file, r in points}) < len(points)
 
     return next((key for key in keys if not repeated(key)), "") if name_key and repeated("") else ""
 

@@ -8,13 +8,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from landmarks_fastai.data.labels import Labels
 from landmarks_fastai.data.landmarks_csv import EXPECTED, LIMIT, not_a_number
 from landmarks_fastai.errors import UserError
 
@@ -27,21 +28,11 @@ Box = Sequence[Any]  # left, top, right, bottom
 
 @dataclass
 class LabelTable:
-    "The labels of a source. `sources.py` turns its own coordinates into pixels of the images as stored."
+    "The labels of a source in its own coordinates. `stored_pixels.py` turns them into pixels of the images as stored."
 
+    labels: Labels
     kind: str  # of source, for the user: "COCO keypoints"
-    names: tuple[str, ...]  # of the points; () if the source names none
-    files: list[str]  # of the rows, relative to the source's folder (or absolute where the source says so)
-    points: np.ndarray  # float32 (rows, n_points, 2), NaN is missing
-    places: list[str]  # where each row stands: "annotation 17", "line 4", "frame 12"
-    boxes: np.ndarray | None = None  # float32 (rows, 4) left, top, right, bottom, pixel edges; NaN: the row has none
-    groups: list[str] | None = None
-    valid: np.ndarray | None = None  # bool (rows,), the source's own validation rows
-    flip_indices: tuple[int, ...] = ()  # () if the source gives none
-    skeleton: tuple[tuple[int, int], ...] = ()
-    category: str = ""  # of the objects; "" if the source names none
-    faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with it
-    left_out: dict[str, int] = field(default_factory=dict)  # what no row is made of -> how many
+    left_out: dict[str, int]  # what no row is made of -> how many
     origin: float = CENTRE
     upright: bool = False  # the tool shows pictures with their EXIF rotation, and labels them so
     fractions: bool = False  # points and boxes are fractions of the picture's sides
@@ -65,13 +56,24 @@ class _Row:
 class Rows:
     "Collects the rows of a source; `place` says where its reader is, for the message about a damaged file."
 
-    def __init__(self, source: Path, kind: str, origin: float, upright: bool = False):
-        self.source, self.kind, self.origin, self.upright = source, kind, origin, upright
+    kind, origin, upright = "labels", CENTRE, False  # as in `LabelTable`; each reader sets its own
+
+    def __init__(self, source: Path, category: str = ""):
+        self.source, self.category = source, category
         self.rows: list[_Row] = []
         self.left_out: Counter[str] = Counter()
         self.place = ""
         self.names: dict[str, Sequence[str]] = {}  # category -> its points, where the source lists them
         self.skeletons: dict[str, Iterable[Sequence[int]]] = {}
+
+    @property
+    def root(self) -> Path:
+        "The folder that the file names are relative to."
+        return self.source if self.source.is_dir() else self.source.parent
+
+    def locate(self, path: Path, line: int) -> None:
+        "Set `place` to a line of a file, which is named if it is one of several."
+        self.place = f"line {line}" if path == self.source else f"{path.relative_to(self.root).as_posix()} line {line}"
 
     def add(
         self,
@@ -93,49 +95,49 @@ class Rows:
         if not values and not fault:
             self.left_out["objects without a point"] += 1
             return
-        array = np.full((len(values), 2), np.nan, np.float32)
+        numbers = np.full((len(values), 2), np.nan, np.float32)
+        problems = []
         for k, xy in enumerate(values):
             for axis, value in enumerate(xy[:2]):
-                number, problem = checked(value, missing=not named)
-                array[k, axis] = number
-                name = names[k] if named else k
-                fault = fault or (problem and f"point {name}'s {'xy'[axis]} is {problem}")
-        if box is not None:
-            if problem := next((problem for value in box if (problem := checked(value)[1])), ""):
-                fault = fault or f"its box holds {problem}"
-                box = None
-        category = str(category)
-        self.rows.append(_Row(file, names, array, self.place, box, group, valid, category, size, fault))
+                numbers[k, axis], problem = checked(value, missing=not named)
+                if problem:
+                    problems.append(f"point {names[k] if named else k}'s {'xy'[axis]} is {problem}")
+        problems += [f"its box holds {problem}" for value in box or () if (problem := checked(value)[1])]
+        fault = fault or next(iter(problems), "")
+        self.rows.append(_Row(file, names, numbers, self.place, box, group, valid, str(category), size, fault))
 
-    def table(self, category: str = "", order: Sequence[str] = ()) -> LabelTable:
+    def table(self, order: Iterable[str] = ()) -> LabelTable:
         """Return the table of the rows of one category. Raises `UserError` if there are several, or none.
 
         `order` sorts the names of points where the source does not list those of a category.
         """
-        category = self._chosen(category)
+        category = self._chosen_category()
         rows = [row for row in self.rows if row.category == category]
         seen = dict.fromkeys(name for row in rows for name in row.names)
         listed = self.names.get(category, ()) if seen else ()
         names = tuple(dict.fromkeys([*listed, *(name for name in order if name in seen), *seen]))
         points, boxes, faults = self._arrays(rows, names)
         bones = [tuple(int(v) for v in bone) for bone in self.skeletons.get(category, ())]
-        return LabelTable(
-            kind=self.kind,
-            names=names,
-            files=[row.file for row in rows],
-            points=points,
+        labels = Labels(
+            self.source,
+            [row.file for row in rows],
+            np.arange(len(rows)),
+            points,
+            faults,
+            point_names=names,
             places=[row.place for row in rows],
             boxes=None if np.isnan(boxes).all() else boxes,
             groups=[row.group for row in rows] if any(row.group for row in rows) else None,
             valid=np.array([row.valid for row in rows]) if any(row.valid for row in rows) else None,
             skeleton=tuple((a, b) for a, b in bones if 0 <= min(a, b) and max(a, b) < points.shape[1]),
             category=category,
-            faults=faults,
-            left_out=dict(self.left_out),
-            origin=self.origin,
-            upright=self.upright,
-            sizes=np.array([[checked(v, True)[0] for v in row.size] for row in rows]),
         )
+        sizes = np.array([[checked(v, True)[0] for v in row.size] for row in rows])
+        return LabelTable(labels, self.kind, dict(self.left_out), self.origin, self.upright, sizes=sizes)
+
+    def sorted_names(self) -> list[str]:
+        "Return the names of all points, sorted."
+        return sorted({name for row in self.rows for name in row.names}, key=natural)
 
     def _arrays(self, rows: list[_Row], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         "Return the points, boxes and faults of rows, whose points are named, or as many as in most of them."
@@ -159,8 +161,8 @@ class Rows:
                 boxes[k] = (left, top, right, bottom) if right > left and bottom > top else np.nan
         return points, boxes, faults
 
-    def _chosen(self, category: str) -> str:
-        counts = Counter(row.category for row in self.rows)
+    def _chosen_category(self) -> str:
+        category, counts = self.category, Counter(row.category for row in self.rows)
         said = ", ".join(f"{name} ({n} rows)" for name, n in counts.most_common(20))
         if not counts:
             why = "; left out: " + counted(self.left_out) if self.left_out else ""

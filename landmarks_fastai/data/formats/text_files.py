@@ -2,17 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
 
-from landmarks_fastai.data.formats.table import CENTRE, EDGE, ONE, LabelTable, Rows, read_text
+from landmarks_fastai.data.formats.table import EDGE, ONE, LabelTable, Rows, checked, read_text
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.settings import check_flip_indices
 
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pgm", ".ppm", ".mpo", ".jp2"}
 
 
@@ -26,14 +26,15 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_yolo(rows: Rows, path: Path, category: str) -> LabelTable:
+def read_yolo(rows: Rows, files: Sequence[Path]) -> LabelTable:
     """YOLO-pose: `data.yaml`, and a text file an image with a line an object: class, box, points, as fractions.
 
     They are counted from the edge of the picture as it is shown: ultralytics opens pictures with their EXIF rotation.
     The files of its `val` are the validation rows. Without a visibility column (0, 0) is missing.
     """
     rows.kind, rows.origin, rows.upright = "YOLO-pose", EDGE, True
-    about, root, seen = read_yaml(path), path.parent, set[Path]()
+    (path,), root, seen = files, rows.root, set[Path]()
+    about = read_yaml(path)
     if "kpt_shape" not in about:
         raise UserError(f"{path} has no kpt_shape: it is of boxes, not of points")
     n_points, n_values = about["kpt_shape"]
@@ -52,11 +53,10 @@ def read_yolo(rows: Rows, path: Path, category: str) -> LabelTable:
             if image not in seen:  # val may be train
                 _add_yolo(rows, root, file, split == "val", classes, n_points, n_values)
             seen.add(image)
-    table = rows.table(category)
-    table.fractions, table.flip_indices = True, tuple(about.get("flip_idx") or ())
-    table.groups = table.groups if table.valid is not None else None
+    table = rows.table()
+    table.fractions, table.labels.flip_indices = True, tuple(about.get("flip_idx") or ())
     try:
-        check_flip_indices(table.flip_indices, n_points)
+        check_flip_indices(table.labels.flip_indices, n_points)
     except UserError:
         raise UserError(f"{path}: flip_idx is not a permutation of {n_points} points that is its own inverse") from None
     return table
@@ -93,7 +93,6 @@ def _add_yolo(rows: Rows, root: Path, file: str, valid: bool, classes: dict, n_p
     if not os.path.isfile(labels):
         rows.left_out["images without labels"] += 1
         return
-    group = "val" if valid else "train"
     for number, line in enumerate(read_text(labels).splitlines(), 1):
         fields, rows.place = line.split(), f"{'/'.join(parts)} line {number}"
         if not fields:
@@ -106,15 +105,12 @@ def _add_yolo(rows: Rows, root: Path, file: str, valid: bool, classes: dict, n_p
         x, y, width, height = (float(v) for v in fields[1:5])
         box = x - width / 2, y - height / 2, x + width / 2, y + height / 2
         points = [fields[k : k + n_values] for k in range(5, len(fields), n_values)]
-        named = {
-            n: p
-            for n, p in zip(rows.names.get(category) or map(str, range(n_points)), points, strict=True)
-            if _is_labelled(p)
-        }
-        if rows.names.get(category) or not named:
-            rows.add(file, named, box, group, valid, category)
+        labelled = list(map(_is_labelled, points))
+        if category in rows.names or not any(labelled):
+            points = dict(compress(zip(rows.names.get(category, ()), points, strict=False), labelled))
         else:
-            rows.add(file, [p if _is_labelled(p) else ("nan", "nan") for p in points], box, group, valid, category)
+            points = [p if on else ("nan", "nan") for p, on in zip(points, labelled, strict=True)]
+        rows.add(file, points, box, valid=valid, category=category)
 
 
 def _is_labelled(point: list[str]) -> bool:
@@ -123,9 +119,9 @@ def _is_labelled(point: list[str]) -> bool:
     return visible > 0 if len(point) == 3 else not (x < 0 or y < 0 or x == y == 0)
 
 
-def read_pts(rows: Rows, files: Iterable[Path], root: Path) -> LabelTable:
+def read_pts(rows: Rows, files: Sequence[Path]) -> LabelTable:
     "300-W: a .pts file an object, beside the picture of the same name; the top-left pixel's centre is (1, 1)."
-    rows.kind, rows.origin = "300-W .pts", ONE
+    rows.kind, rows.origin, root = "300-W .pts", ONE, rows.root
     pictures: dict[Path, dict[str, list[str]]] = {}
     for path in files:
         rows.place = path.relative_to(root).as_posix()
@@ -140,11 +136,9 @@ def read_pts(rows: Rows, files: Iterable[Path], root: Path) -> LabelTable:
         head, _, body = read_text(path).partition("{")
         points = [line.split()[:2] for line in body.partition("}")[0].splitlines() if line.strip()]
         said = re.search(r"n_points:\s*(\d+)", head)
-        fault = (
-            ""
-            if said and int(said[1]) == len(points)
-            else f"n_points is {said and said[1]}, {len(points)} lines of x y found"
-        )
+        fault = f"n_points is {said and said[1]}, {len(points)} lines of x y found"
+        if said and int(said[1]) == len(points):
+            fault = ""
         if any(len(point) != 2 for point in points):
             points, fault = [], "a line is not x y"
         if len(names) > 1:
@@ -158,15 +152,15 @@ def is_wflw(line: str) -> bool:
     fields = line.split(None, 196)  # a table of 98 points and more has as many, but the name first
     rest = fields[-1].strip() if len(fields) == 197 else ""
     named = rest.count("\t") <= 10 and re.search(r"\.[a-z]\w*$", rest, re.I)
-    return bool(named) and all(map(NUMBER.fullmatch, fields[:196]))
+    return bool(named) and not any(checked(field)[1] for field in fields[:196])
 
 
-def read_wflw(rows: Rows, files: Iterable[Path]) -> LabelTable:
+def read_wflw(rows: Rows, files: Sequence[Path]) -> LabelTable:
     "WFLW: a line a face, counted from the pixel's centre. The list of the test images has the validation rows."
-    rows.kind, rows.origin = "WFLW", CENTRE
+    rows.kind = "WFLW"
     for path in files:
         for number, line in enumerate(read_text(path).splitlines(), 1):
-            rows.place = f"line {number}" if path == rows.source else f"{path.name} line {number}"
+            rows.locate(path, number)
             if line.strip():
                 fields = line.split(None, 206)
                 fields = fields if len(fields) == 207 else line.split(None, 196)

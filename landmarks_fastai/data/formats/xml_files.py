@@ -1,25 +1,17 @@
 "Readers of XML: CVAT for images, dlib's imglab. Entities are refused, and one picture at a time is in memory."
 
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from landmarks_fastai.data.formats.table import (
-    CENTRE,
-    EDGE,
-    LabelTable,
-    Rows,
-    box_around,
-    group_points,
-    natural,
-    rotated_box,
-)
+from landmarks_fastai.data.formats.table import EDGE, LabelTable, Rows, box_around, group_points, rotated_box
 from landmarks_fastai.errors import UserError
 
 CHUNK = 1 << 20
+BONES = r'<line [^>]*data-node-from="(\d+)"[^>]*data-node-to="(\d+)"'  # of a skeleton, counted from 1
 
 
 def iterate_xml(path: Path, *tags: str) -> Iterator[Element]:
@@ -64,39 +56,33 @@ def iterate_xml(path: Path, *tags: str) -> Iterator[Element]:
 
 def kind_of_xml(path: Path) -> str:
     "Return which tool's XML this is. Raises `UserError` for another."
-    seen = {
-        element.tag for element, _ in zip(iterate_xml(path, "image", "track", "labels", "box"), range(50), strict=False)
-    }
-    if "track" in seen:
-        raise UserError(f"{path} is CVAT for video: export the task as 'CVAT for images 1.1'")
-    if "labels" in seen or "annotations" in seen:
+    seen = {element.tag for element in islice(iterate_xml(path, "image", "track", "labels", "box"), 50)}
+    if seen & {"track", "labels", "annotations"}:
         return "CVAT"
     if seen & {"image", "box"}:
         return "CVAT" if any(e.get("name") for e in iterate_xml(path, "image") if e.tag == "image") else "dlib"
     raise UserError(f"{path} is not XML of CVAT for images or dlib's imglab: docs/labels.md lists the formats")
 
 
-def read_cvat(rows: Rows, path: Path, category: str) -> LabelTable:
+def read_cvat(rows: Rows, files: Sequence[Path]) -> LabelTable:
     """CVAT for images 1.1: skeletons, or points; counted from the pixel's edge of the picture as it is shown.
 
     Points of their own belong together by group_id, or by the box around them. A shape of several points is an object.
     """
     rows.kind, rows.origin, rows.upright, order = "CVAT for images", EDGE, True, []
-    for element in iterate_xml(path, "label", "image", "track"):
+    for element in iterate_xml(files[0], "label", "image", "track"):
         if element.tag == "track":
-            raise UserError(f"{path} is CVAT for video: export the task as 'CVAT for images 1.1'")
+            raise UserError(f"{files[0]} is CVAT for video: export the task as 'CVAT for images 1.1'")
         if element.tag == "label":
             name, parent = element.findtext("name", ""), element.findtext("parent", "")
             order.append(name)
             if parent:
                 rows.names[parent] = [*rows.names.get(parent, ()), name]
-            edges = re.findall(
-                r'<line [^>]*data-node-from="(\d+)"[^>]*data-node-to="(\d+)"', element.findtext("svg", "")
-            )
+            edges = re.findall(BONES, element.findtext("svg", ""))
             rows.skeletons[name] = [(int(a) - 1, int(b) - 1) for a, b in edges]
         if element.tag == "image":
             _add_cvat(rows, element)
-    return rows.table(category, order)
+    return rows.table(order)
 
 
 def _add_cvat(rows: Rows, image: Element) -> None:
@@ -131,10 +117,10 @@ def _add_cvat(rows: Rows, image: Element) -> None:
     rows.left_out["images without a point"] += not (skeletons or image.findall("points"))
 
 
-def read_dlib(rows: Rows, path: Path, category: str) -> LabelTable:
+def read_dlib(rows: Rows, files: Sequence[Path]) -> LabelTable:
     "dlib's imglab: boxes with parts, counted from the pixel's centre. A box covers whole pixels, its edges are theirs."
-    rows.kind, rows.origin = "dlib imglab", CENTRE
-    for image in iterate_xml(path, "image"):
+    rows.kind = "dlib imglab"
+    for image in iterate_xml(files[0], "image"):
         if image.tag != "image":
             continue
         rows.place = f"image {image.attrib['file']}"
@@ -148,18 +134,4 @@ def read_dlib(rows: Rows, path: Path, category: str) -> LabelTable:
             edges = left, top, left + width, top + height
             rows.add(image.attrib["file"], named, edges, category=box.findtext("label", ""), size=size)
         rows.left_out["images without a box"] += image.find("box") is None
-    return rows.table(category, sorted({name for row in rows.rows for name in row.names}, key=natural))
-
-
-def label_studio_order(folder: Path) -> list[str]:
-    "Return the labels of a Label Studio configuration in a folder, by model_index; empty if there is none."
-    for path in sorted(folder.glob("*.xml")):
-        with suppress(UserError, ValueError):
-            labels = []
-            for element in iterate_xml(path, "KeyPointLabels", "Labels"):
-                labels += [
-                    (int(e.get("model_index", k)), e.get("value", "")) for k, e in enumerate(element.iter("Label"))
-                ]
-            if labels:
-                return [name for _, name in sorted(labels)]
-    return []
+    return rows.table(rows.sorted_names())
