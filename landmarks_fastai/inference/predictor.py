@@ -121,11 +121,13 @@ class Predictor:
         those of the objects in one picture: their points' bounding boxes, in pixel edges. Videos in a folder are left
         out. Raises `UserError` for a picture that cannot be used.
         """
+        if isinstance(source, Picture):
+            source.boxes = source.boxes if boxes is None else boxes
+            return next(self._points([source]))
         if isinstance(source, (str, Path)) and os.path.isdir(source):
             pictures: Iterable[Source | Picture] = find_pictures([str(source)], videos=False)
         elif isinstance(source, (str, Path, Image.Image, np.ndarray, bytes)) or not isinstance(source, Iterable):
-            is_opened = isinstance(source, Picture) and boxes is None
-            return next(self._points([source if is_opened else Picture(source, boxes=boxes)]))
+            return next(self._points([Picture(source, boxes=boxes)]))
         else:
             pictures = source
         if boxes is not None:
