@@ -165,7 +165,9 @@ def concatenate(parts: Sequence[Labels]) -> Labels:
             shapes = [(len(part), *like.shape[1:]) for part in parts]
             pairs = zip(values, shapes, strict=True)
             return np.concatenate([np.full(s, missing, like.dtype) if v is None else v for v, s in pairs])
-        return like and [v for part, vs in zip(parts, values, strict=True) for v in vs or [""] * len(part)]
+        if like is None:
+            return None
+        return [v for part, vs in zip(parts, values, strict=True) for v in vs or [""] * len(part)]
 
     starts = np.cumsum([0, *map(len, parts)]).tolist()
     faults = {

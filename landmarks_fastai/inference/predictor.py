@@ -112,15 +112,20 @@ class Predictor:
         if flip_test and (without := [n.name for n in self.networks if not n.facts.flip_indices]):
             raise UserError(f"{without[0]} has no flip map: no flip test can be made")
 
-    def __call__(self, source: "Source | Iterable[Source]", boxes: Sequence[Box] | None = None) -> Any:
+    def __call__(
+        self, source: "Source | Picture | Iterable[Source | Picture]", boxes: Sequence[Box] | None = None
+    ) -> Any:
         """Predict a picture: returns a `Prediction`; a list of them if there are boxes or a detector.
 
         A list of pictures gives a list of these, a folder or an iterator gives an iterator, in constant memory. `boxes` are
         those of the objects in one picture: their points' bounding boxes, in pixel edges. Videos in a folder are left
         out. Raises `UserError` for a picture that cannot be used.
         """
+        if isinstance(source, Picture):
+            source.boxes = source.boxes if boxes is None else boxes
+            return next(self._points([source]))
         if isinstance(source, (str, Path)) and os.path.isdir(source):
-            pictures: Iterable[Source] = find_pictures([str(source)], videos=False)
+            pictures: Iterable[Source | Picture] = find_pictures([str(source)], videos=False)
         elif isinstance(source, (str, Path, Image.Image, np.ndarray, bytes)) or not isinstance(source, Iterable):
             return next(self._points([Picture(source, boxes=boxes)]))
         else:

@@ -99,9 +99,10 @@ def test_validation_rows_of_another_source(tmp_path, capsys):
     assert (images[2].points == images[0].points).all() and images[2].box == (1, 2, 4, 6)
     assert f"{train} with --valid {valid}, annotation 7" in images[2].where
     assert "names 1 validation rows" in capsys.readouterr().out
-    write_files(tmp_path, {"my train/v.csv": "file_name,nose_x,nose_y,tail_x,tail_y\nb.png,1,2,3,4\n"}, [])
+    write_files(tmp_path, {"my train/v.csv": "file_name,nose_x,nose_y,tail_x,tail_y,group\nb.png,1,2,3,4,g\n"}, [])
     images = labelled_images(train, valid=str(tmp_path / "my train/v.csv"))
     assert images.labels.valid.tolist() == [False, True] and (images[1].points[1] == B["tail"]).all()
+    assert images.labels.groups == ["", ""]  # none of the rows is of the source with groups
     write_files(
         tmp_path, {"val/w.json": coco(annotation({"eye": (1, 2)}, ("eye",)), keypoints=("eye",))}, ["val/a.png"]
     )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from landmarks_fastai import Predictor, landmark_dataloaders, landmark_learner
 from landmarks_fastai.data.images import ORIENTATION, TURNS
+from landmarks_fastai.data.pictures import Picture
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.open_network import open_network
 from landmarks_fastai.inference.overlay import draw_points
@@ -61,7 +62,7 @@ def test_pixels_give_what_their_file_gives(runs, pictures):
     image.save("small.png")
     expected = predictor("small.png").points
     array = np.asarray(image)
-    for same in (image, array, array / 255, np.asarray(image.convert("RGBA"))):
+    for same in (image, array, array / 255, np.asarray(image.convert("RGBA")), Picture("small.png")):
         assert predictor(same).points == pytest.approx(expected, abs=1e-4)
     for wrong in (np.full((9, 9, 3), 2.0), np.zeros((9, 9, 5), np.uint8), np.zeros((0, 9, 3), np.uint8), 7.5):
         with pytest.raises(UserError, match="a picture is a path, a PIL image or an array"):

@@ -117,14 +117,23 @@ def read_plain(path: Path) -> LabelTable:
         raise UserError(f"{path} line 1 names no points: x and y of each expected, as in nose_x, nose_y; {HINT}")
     if header.file < 0:
         raise UserError(f"{path} line 1: no column of file names: name it file_name")
+    return table_of(header, _rows_below_header(path, separator), "line {}", 2, path)
+
+
+def _rows_below_header(path: Path, separator: str) -> Iterator[list[str]]:
+    "Yield the fields of each row. Raises `UserError` with the line of a row whose quotes are wrong."
+    number = 2
     try:
         with open(path, encoding="utf-8-sig") as f:
             f.readline()
-            return table_of(header, csv.reader(f, delimiter=separator, strict=True), "line {}", 2, path)
+            reader = csv.reader(f, delimiter=separator, strict=True)
+            for row in reader:
+                yield row
+                number = reader.line_num + 2
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     except csv.Error as e:
-        raise UserError(f"{path} cannot be read ({e})") from None
+        raise UserError(f"{path} line {number} cannot be read ({e})") from None
 
 
 def table_of(header: Header, rows: Iterable[Sequence[str]], place: str, first: int, source: Path) -> LabelTable:
