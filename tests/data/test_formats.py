@@ -244,6 +244,14 @@ def test_what_a_source_says_besides_points(tmp_path, capsys):
     assert labels.boxes[0].round(3).tolist() == [15, 15, 25, 35]
 
 
+def test_the_configuration_of_label_studio_sorts_the_points(tmp_path):
+    kind, content, _ = CASES["Label Studio"]
+    listed = '<Label value="nose" model_index="1"/><Label value="tail" model_index="0"/>'
+    config = f'<View><KeyPointLabels name="k" toName="i">{listed}</KeyPointLabels></View>'
+    for files, names in ((content, ("nose", "tail")), (content | {"config.xml": config}, ("tail", "nose"))):
+        assert read_source(write_files(tmp_path, files, ["a.png"]) / kind)[0].point_names == names
+
+
 def test_several_categories_are_named_and_chosen(tmp_path):
     categories = [{"id": k, "name": n, "keypoints": ["nose", "tail"]} for k, n in ((1, "dog"), (2, "cat"))]
     source = {"c.json": coco(annotation(A), annotation(B, category_id=2), categories=categories)}

@@ -18,6 +18,7 @@ from landmarks_fastai.data.formats.table import (
     read_text,
     rotated_box,
 )
+from landmarks_fastai.data.formats.xml_files import label_studio_order
 from landmarks_fastai.errors import UserError
 
 OBJECT = {"object", "object_id", "group", "group_id", "id", "instance"}  # VIA: attributes that hardly name points
@@ -99,7 +100,7 @@ def read_label_studio(rows: Rows, files: Sequence[Path]) -> LabelTable:
             rows.left_out["tasks without a point"] += bool(results)
         for named, box, fault in group_points(points, boxes):
             rows.add(_task_image(task), named, box, size=size, fault=fault)
-    return rows.table(rows.sorted_names())
+    return rows.table([*label_studio_order(files[0].parent), *rows.sorted_names()])
 
 
 def _label_studio_results(rows: Rows, task: dict) -> list[dict]:

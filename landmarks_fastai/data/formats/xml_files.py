@@ -1,7 +1,8 @@
-"Readers of XML: CVAT for images, dlib's imglab. Entities are refused, and one picture at a time is in memory."
+"Readers of XML: CVAT, dlib, Label Studio's configuration. Entities are refused, and one picture at a time is in memory."
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -62,6 +63,19 @@ def kind_of_xml(path: Path) -> str:
     if seen & {"image", "box"}:
         return "CVAT" if any(e.get("name") for e in iterate_xml(path, "image") if e.tag == "image") else "dlib"
     raise UserError(f"{path} is not XML of CVAT for images or dlib's imglab: docs/labels.md lists the formats")
+
+
+def label_studio_order(folder: Path) -> list[str]:
+    "Return the labels of a Label Studio configuration in a folder, by model_index; empty if there is none."
+    for path in sorted(folder.glob("*.xml")):
+        with suppress(UserError, ValueError):
+            for element in iterate_xml(path, "KeyPointLabels"):
+                labels = [
+                    (int(e.get("model_index", k)), e.get("value", "")) for k, e in enumerate(element.iter("Label"))
+                ]
+                if labels:
+                    return [name for _, name in sorted(labels)]
+    return []
 
 
 def read_cvat(rows: Rows, files: Sequence[Path]) -> LabelTable:
