@@ -69,7 +69,7 @@ def label_studio_order(folder: Path) -> list[str]:
     "Return the labels of a Label Studio configuration in a folder, by model_index; empty if there is none."
     for path in sorted(folder.glob("*.xml")):
         with suppress(UserError, ValueError):
-            for element in iterate_xml(path, "KeyPointLabels"):
+            for element in iterate_xml(path, "KeyPointLabels", "Labels"):
                 labels = [
                     (int(e.get("model_index", k)), e.get("value", "")) for k, e in enumerate(element.iter("Label"))
                 ]
