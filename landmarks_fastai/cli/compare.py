@@ -126,6 +126,24 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
     return {"groups": groups, "later": options.words_of(parser, kept), "runs": planned}
 
 
+def check_earlier(folder: Path, plan: dict[str, Any], search: bool) -> None:
+    "Raise `UserError` if the folder has another comparison, or runs of this one that were started with other flags."
+    searched = (folder / JOURNAL).exists()
+    before: list[dict[str, Any]] = runs.read_plan(folder)["runs"] if folder.exists() and not searched else []
+    if folder.exists() and searched != search:
+        raise UserError(f"-n {folder.name} is {'a search' if searched else 'a comparison'}: choose another name")
+    started = {run["stages"][0]: run for run in before if any((folder / name).exists() for name in run["stages"])}
+    if not search and started and not started.keys() & {run["stages"][0] for run in plan["runs"]}:
+        raise UserError(
+            f"-n {folder.name} compares others, as {next(iter(started))}: choose another name, or the same flags"
+        )
+    for run in plan["runs"]:
+        was = started.get(run["stages"][0]) or run
+        if fixed_flags(was) != fixed_flags(run):
+            about = f"its run {run['stages'][0]} was started with {shlex.join(was['words'])}"
+            raise UserError(f"-n {folder.name}: {about}: choose another name, or the same flags")
+
+
 def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
     "Run what is missing of the comparison of a command line; return its folder and leaderboard. Raises `UserError`."
     flags, rest = split_flags(words), Parser().parse_known_args(words)[1]
@@ -149,20 +167,7 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
     with process_lock(Path(args.out, f".{args.name}.lock")) as locked:
         if not locked:
             raise UserError(f"-n {args.name}: another process is running it: let it end; --show shows what there is")
-        searched = (folder / JOURNAL).exists()
-        before: list[dict[str, Any]] = runs.read_plan(folder)["runs"] if folder.exists() and not searched else []
-        if folder.exists() and searched != bool(search):
-            raise UserError(f"-n {args.name} is {'a search' if searched else 'a comparison'}: choose another name")
-        started = {run["stages"][0]: run for run in before if any((folder / name).exists() for name in run["stages"])}
-        if not search and started and not started.keys() & {run["stages"][0] for run in plan["runs"]}:
-            raise UserError(
-                f"-n {args.name} compares others, as {next(iter(started))}: choose another name, or the same flags"
-            )
-        for run in plan["runs"]:
-            was = started.get(run["stages"][0]) or run
-            if fixed_flags(was) != fixed_flags(run):
-                about = f"its run {run['stages'][0]} was started with {shlex.join(was['words'])}"
-                raise UserError(f"-n {args.name}: {about}: choose another name, or the same flags")
+        check_earlier(folder, plan, bool(search))
         if search:
             search.open(folder)
 
