@@ -24,52 +24,58 @@ NOTE = (
     "Images a second: of training's batches; of the prediction from files to points, with the flip test where there is a flip "
     "map. Minutes: of all stages of a seed, from start to end. Memory: the most that the process used, with --gpu its tensors."
 )
-RULE = "Better: the 95% confidence interval of the difference of the mean scores (Welch) leaves out 0, each pair by itself."
+RULE = (
+    "Better: the 95% confidence interval of the mean difference, each seed of one with the same seed of the other, is below 0. "
+    "Each pair of combinations is tested by itself."
+)
 
 
 def leaderboard(folder: Path) -> pd.DataFrame:
     """The leaderboard of a comparison's folder so far, a row a combination, the best mean score first.
 
     Columns: `combination`, and the flags that differ; `score`, the mean over the seeds, `score_sd`, its standard deviation,
-    `scores`, of each seed, `seeds`, their number; `failed`, the lines of runs that failed; `pruned`, in a search; means over the
-    seeds of `nme_box_diag`, `parameters` (millions), `train_images_s`, `predict_images_s`, `minutes` (of all stages), `memory_mb`,
-    `file_mb`.
+    `scores`, of each seed, nan without a result, `seeds`, the number of results; `failed`, the lines of runs that failed; `pruned`,
+    in a search; means over the seeds of `nme_box_diag`, `parameters` (millions), `train_images_s`, `predict_images_s`, `minutes` (of
+    all stages), `memory_mb`, `file_mb`.
     """
     rows = {}
     for run in read_plan(folder)["runs"]:
         row = rows.setdefault(run["label"], {"combination": run["label"], **run["values"], "results": [], "failed": []})
         results = results_of(folder, run["stages"])
-        row["results"] += [results] if results else []
+        row["results"] += [results]
         row["failed"] += [f"seed {run['seed']}: {run['failed']}"] if run["failed"] and not results else []
     for row in rows.values():
         results = pd.DataFrame(row.pop("results"), columns=[*TITLES][1:], dtype=float)
-        scores = results["score"].to_list()
-        row |= {"score": 0.0, "score_sd": results["score"].std(), "seeds": len(scores), **results.mean()}
+        scores = results["score"]
+        row |= {"score": 0.0, "score_sd": scores.std(), "seeds": scores.count(), **results.mean()}
         row |= {"scores": " ".join(map(str, scores)), "failed": "; ".join(row["failed"])}
     return pd.DataFrame([*rows.values()]).sort_values("score", kind="stable", ignore_index=True)
 
 
-def is_larger(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Return whether the means of two samples of scores differ by more than their spread over the seeds.
+def is_better(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Return whether `a`, the scores of one combination, a seed each, is lower than `b` by more than the spread over the seeds.
 
-    They do if the 95% confidence interval of the difference of the means leaves out 0: Welch's t interval, for samples of
-    unequal variances (B. L. Welch 1947, Biometrika 34, 28-35), by `scipy.stats.ttest_ind`. Each pair is tested by itself: of
-    twenty pairs of equals one is expected to be told apart by chance.
+    A seed means the same order of images in both, the same first weights where the network is the same, and with
+    --valid-random the same validation rows, so each score is compared with that of the same seed: the 95% confidence interval of
+    the mean difference is below 0 (paired t, by `scipy.stats`). A seed that one of them lacks (nan) is left out. Each pair is
+    tested by itself: of forty pairs of equals, one is expected to count as better by chance.
     """
-    from scipy.stats import ttest_ind
+    from scipy.stats import ttest_1samp
 
-    if np.ptp(a) + np.ptp(b) == 0:
-        return a[0] != b[0]
-    low, high = ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
-    return not low <= 0 <= high
+    gaps = np.subtract(a, b)
+    gaps = gaps[~np.isnan(gaps)]
+    if len(gaps) < 2 or np.ptp(gaps) == 0:
+        return len(gaps) > 1 and bool(gaps[0] < 0)
+    return bool(ttest_1samp(gaps, 0).confidence_interval(CONFIDENCE).high < 0)
 
 
 def differences(samples: Mapping[str, Sequence[float]]) -> list[str]:
-    "Say of each name, the best mean score first, which of those after it are worse, by `is_larger`, and which may not be."
-    known = sorted((name for name in samples if len(samples[name]) > 1), key=lambda name: float(np.mean(samples[name])))
-    seeds, sentences = " or ".join(map(str, sorted({len(samples[name]) for name in known}))), []
+    "Say of each name, the best mean score first, which of those after it are worse, by `is_better`, and which may not be."
+    counts = {name: int(np.isfinite(scores).sum()) for name, scores in samples.items()}
+    known = sorted((name for name in samples if counts[name] > 1), key=lambda name: float(np.nanmean(samples[name])))
+    seeds, sentences = " or ".join(map(str, sorted({counts[name] for name in known}))), []
     for k, name in enumerate(known):
-        worse = [other for other in known[k + 1 :] if is_larger(samples[name], samples[other])]
+        worse = [other for other in known[k + 1 :] if is_better(samples[name], samples[other])]
         same = [other for other in known[k + 1 :] if other not in worse]
         sentences += [f"{name} is better than {_join(worse)}."] if worse else []
         sentences += [f"{name} and {_join(same)} cannot be told apart with {seeds} seeds."] if len(same) == 1 else []

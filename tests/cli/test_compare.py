@@ -16,7 +16,7 @@ import pytest
 import landmarks_fastai
 from landmarks_fastai.cli.compare import Parser, make_plan, split_flags
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.inference.leaderboard import TITLES, differences, is_larger
+from landmarks_fastai.inference.leaderboard import TITLES, differences, is_better
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.runs.claim import process_lock
 from tests.helpers import ARCH, LINUX, RUNS, check_equal, check_refused, csv_lines, start
@@ -236,7 +236,7 @@ def test_a_run_that_failed_at_its_start_may_get_other_flags(run_script, fake_pyt
 
 
 def test_differences_that_exceed_the_spread():
-    samples = {"a": [1.0, 1.1, 0.9], "b": [1.1, 1.2, 1.0], "c": [3.0, 3.1, 3.2], "d": [2.0], "e": [1.0, 6.0, 2.0]}
+    samples = {"a": [1.0, 1.1, 0.9], "b": [1.2, 1.0, 1.1], "c": [3.0, 3.1, 3.2], "d": [2.0], "e": [1.0, 6.0, 2.0]}
     assert differences(samples) == [
         "a is better than c.",
         "a cannot be told apart from b and e with 3 seeds.",
@@ -248,14 +248,26 @@ def test_differences_that_exceed_the_spread():
     assert differences({"a": [1.0, 1.0], "b": [2.0, 2.0]}) == ["a is better than b."]
 
 
-def test_is_larger_is_welchs_interval():
-    """Two samples of three whose means differ by d, with standard deviations 1 and 2: by hand, the standard error is
-    sqrt(5 / 3) = 1.291, the degrees of freedom (5 / 3)^2 / ((1 / 3)^2 / 2 + (4 / 3)^2 / 2) = 2.94, and t at 97.5% is 3.218:
-    4.154 is the limit.
+def test_seeds_are_compared_in_pairs():
+    "Every seed is better by 0.1, and the seeds differ by 1 and 2; a seed that one of them lacks is left out."
+    nan = float("nan")
+    a, b = [1.0, 2.0, 4.0], [1.1, 2.11, 4.09]
+    assert differences({"a": a, "b": b}) == ["a is better than b."]
+    assert differences({"a": a, "b": [2.11, 4.09, 1.1]}) == ["a and b cannot be told apart with 3 seeds."]
+    assert differences({"b": [nan, *b], "a": [0.5, *a]}) == ["a is better than b."]
+    # the seed that b lacks makes the mean of a higher
+    assert differences({"b": [nan, *b], "a": [9.0, *a]}) == ["b and a cannot be told apart with 3 or 4 seeds."]
+    assert differences({"a": [1.0, 2.0, nan], "b": [nan, 4.0, 5.0]}) == ["a and b cannot be told apart with 2 seeds."]
+
+
+def test_is_better_is_the_paired_interval():
+    """Differences of -1, 0 and 1 plus a shift: by hand, the standard error is 1 / sqrt(3) = 0.577, and t of two degrees of
+    freedom at 97.5% is 4.303: 2.484 is the limit.
     """
-    a, b = np.array([-1.0, 0.0, 1.0]), np.array([-2.0, 0.0, 2.0])
-    assert not is_larger(a, b + 4.1) and is_larger(a, b + 4.25) and is_larger(b + 4.25, a)
-    assert not is_larger([1.0, 1.0], [1.0, 1.0])
+    a, b = np.array([-1.0, 0.0, 1.0]), np.array([0.0, 0.0, 0.0])
+    assert is_better(a, b + 2.49) and not is_better(a, b + 2.48)
+    assert is_better(b - 2.49, a) and not is_better(a, b - 2.49)
+    assert not is_better([1.0, 1.0], [1.0, 1.0])
 
 
 # --- interrupted
