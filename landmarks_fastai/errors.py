@@ -18,7 +18,7 @@ class UserError(Exception):
     `Exception occured in …` to one in a callback: `line` is the text without those.
     """
 
-    way_on = ""  # how to continue the run once the error is fixed; the end of `line`
+    hint = ""  # how to continue the run once the error is fixed; the end of `line`
 
     @property
     def line(self) -> str:
@@ -26,7 +26,7 @@ class UserError(Exception):
         if "Original Traceback" in text:
             text = text.rsplit(f"{type(self).__name__}: ", 1)[-1]
         text = re.sub(r"^Exception occured in `\w+` when calling event `\w+`:\s*", "", text)
-        return one_line(f"{text}; {self.way_on}" if self.way_on else text)
+        return one_line(f"{text}; {self.hint}" if self.hint else text)
 
     @property
     def lines(self) -> list[str]:
@@ -53,18 +53,18 @@ class Problem(NamedTuple):
 class BadData(UserError):
     """All bad rows of a file; `problems` are the lines to print.
 
-    `found` are `count` problems in the file's order, `way_out` is a flag that skips these rows, `listing` a file with all.
+    `problems` are `count` problems in the file's order, `flag` is a flag that skips these rows, `listing` a file with all.
     """
 
-    def __init__(self, found: Iterable[Problem], count: int, way_out: str = "", listing: Path | None = None):
-        self.problems = [str(problem) for problem in islice(found, SHOWN)]
+    def __init__(self, problems: Iterable[Problem], count: int, flag: str = "", listing: Path | None = None):
+        self.problems = [str(problem) for problem in islice(problems, SHOWN)]
         if count > SHOWN:
             self.problems.append(f"… and {count - SHOWN} more" + (f"; all are listed in {listing}" if listing else ""))
         if count > 1:
-            skip = f", or leave them out with {way_out}" if way_out else ""
+            skip = f", or leave them out with {flag}" if flag else ""
             self.problems.append(f"{count} rows are bad: fix them{skip}")
-        elif way_out:
-            self.problems[0] += f", or leave it out with {way_out}"
+        elif flag:
+            self.problems[0] += f", or leave it out with {flag}"
         super().__init__("\n".join(self.problems))
 
     @property

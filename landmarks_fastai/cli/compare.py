@@ -148,8 +148,8 @@ def run_comparison(words: Sequence[str]) -> "tuple[Path, pd.DataFrame]":
     "Run what is missing of the comparison of a command line; return its folder and leaderboard. Raises `UserError`."
     flags, rest = split_flags(words), Parser().parse_known_args(words)[1]
     # not `rest` alone: of --size 64 --seeds 2 3, it would be --size 64 3
-    own = [[flag, *flags.pop(flag)] for flag in flags.keys() - {word.split("=")[0] for word in rest}]
-    args = Parser().parse_args([*itertools.chain(*own)])
+    ours = [[flag, *flags.pop(flag)] for flag in flags.keys() - {word.split("=")[0] for word in rest}]
+    args = Parser().parse_args([*itertools.chain(*ours)])
 
     from landmarks_fastai.inference.leaderboard import write_leaderboard
 

@@ -131,12 +131,12 @@ def first_view(images: LabelledImages, settings: Settings) -> str:
 def cached_inputs(images: LabelledImages, settings: Settings, facts: DataFacts) -> Inputs:
     "The network inputs of the rows, with a cache of the whole images, and one of the aligned crops if there are any."
     folder, rows, key = images.folder, len(images.labels), {"labels": images.labels.identity}
-    whole = open_cache(folder, rows, "box" if settings.crop == "box" else settings.fit, settings.size, key)
+    images_cache = open_cache(folder, rows, "box" if settings.crop == "box" else settings.fit, settings.size, key)
     crops = None
     if alignment_of(settings, facts):
         key |= {"shape": zlib.crc32(repr(facts.shape).encode())}
-        crops = open_cache(folder, rows, f"align{settings.align:g}", settings.size, key, whole)
-    return Inputs(settings.fit, settings.size, whole, crops)
+        crops = open_cache(folder, rows, f"align{settings.align:g}", settings.size, key, images_cache)
+    return Inputs(settings.fit, settings.size, images_cache, crops)
 
 
 def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | None = None) -> DataFacts:

@@ -90,27 +90,27 @@ def _stat_images(labels: Labels, folder: Path) -> tuple[np.ndarray, dict[int, st
         stamp = (-1, -1)
         if row not in labels.faults:
             try:
-                stamp = _stat_image(folder, prefix, labels.name(row), labels.own_paths)
+                stamp = _stat_image(folder, prefix, labels.name(row), labels.absolute)
             except UserError as e:
                 faults[row] = str(e)
         stamps.extend(stamp)
     return np.array(stamps).reshape(-1, 2), faults
 
 
-def _stat_image(folder: Path, prefix: str, name: str, own_paths: bool = False) -> tuple[int, int]:
+def _stat_image(folder: Path, prefix: str, name: str, absolute: bool = False) -> tuple[int, int]:
     """Return size and time of an image file; `prefix` is the folder as text. Raises `UserError` if it cannot be used.
 
-    A name that leaves the folder is refused, unless it is an absolute path of the user's own.
+    A name that leaves the folder is refused, unless it is an absolute path and `absolute` allows it.
     """
     try:
         plain = PLAIN_NAME.fullmatch(name) and name not in (".", "..")
         status = os.stat(prefix + name, follow_symlinks=False) if plain else None
         if not status or stat.S_ISLNK(status.st_mode):
-            own = own_paths and os.path.isabs(name)
-            if not own and leaves_folder(folder, name):
+            absolute = absolute and os.path.isabs(name)
+            if not absolute and leaves_folder(folder, name):
                 refused = "by its path or a link: it was not opened; copy the image there, or remove the line"
                 raise UserError(f"file name {name!r} leaves the image folder {folder}, {refused}")
-            status = os.stat(name if own else prefix + name)
+            status = os.stat(name if absolute else prefix + name)
     except (OSError, ValueError) as e:
         if getattr(e, "errno", 0) in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise UserError(f"image {name} not found in {folder}: add it or remove the line") from None

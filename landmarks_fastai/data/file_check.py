@@ -40,8 +40,8 @@ def image_facts(images: LabelledImages) -> ImageFacts:
     "Open the pictures of all rows; those of several objects once."
     names = np.array([images.labels.name(int(row)) for row in images.rows])
     first, of_row = np.unique(names, return_index=True, return_inverse=True)[1:]
-    found = threaded_map(lambda k: _facts(images[int(k)].picture), first, available_cores())
-    return ImageFacts(*(np.array(v)[of_row] for v in zip(*bar(found, len(first), "reading images"), strict=True)))
+    facts = threaded_map(lambda k: _facts(images[int(k)].picture), first, available_cores())
+    return ImageFacts(*(np.array(v)[of_row] for v in zip(*bar(facts, len(first), "reading images"), strict=True)))
 
 
 def _facts(picture: Picture) -> tuple:

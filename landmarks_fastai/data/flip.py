@@ -86,7 +86,7 @@ def _best_reflection(mean: np.ndarray) -> tuple[np.ndarray, float, float]:
     upright = _match(mean, degrees[np.where(abs(degrees) <= 30, nearest, np.inf).argmin()], tree)
     if upright[1] <= min(FIT_RADIUS, FIT_SPACING * spacing) or abs(degrees[nearest.argmin()]) <= 30:
         return *upright, spacing
-    return *min(upright, _match(mean, degrees[nearest.argmin()], tree), key=lambda found: found[1]), spacing
+    return *min(upright, _match(mean, degrees[nearest.argmin()], tree), key=lambda match: match[1]), spacing
 
 
 def _reflect(mean: np.ndarray, degrees: Any) -> np.ndarray:

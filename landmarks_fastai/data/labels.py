@@ -64,7 +64,7 @@ class Labels:
     turned: np.ndarray | None = None  # bool (rows,), whose points were turned back to the pixels as stored
     earlier: "Sides | None" = None  # of the stage that this one starts from
     held: dict[str, np.ndarray] = field(default_factory=dict)  # settings of the split -> which rows validate
-    own_paths: bool = False  # absolute paths are allowed: the names are the user's own, not of a file
+    absolute: bool = False  # paths are allowed: the names are from the user's Python code, not from a file
 
     def __len__(self) -> int:
         return len(self.names)
@@ -135,22 +135,22 @@ class Labels:
 
         Raises `UserError` if the points that the network `who` predicts are others.
         """
-        own, place = tuple(self.point_names), {name: k for k, name in enumerate(names)}
-        if own and names and set(own) != set(names):
-            pairs = (own, names), (names, own)
+        known, place = tuple(self.point_names), {name: k for k, name in enumerate(names)}
+        if known and names and set(known) != set(names):
+            pairs = (known, names), (names, known)
             said = [", ".join([name for name in a if name not in b][:9]) or f"{len(a)} points" for a, b in pairs]
             raise UserError(f"{self.csv} has other points ({said[0]}) than {who} ({said[1]}){hint}")
         if self.n_points != n_points:
             raise UserError(f"{self.csv} has {self.n_points} points, {who} predicts {n_points}{hint}")
-        if not own or not names or own == tuple(names):
+        if not known or not names or known == tuple(names):
             return self
-        order = [own.index(name) for name in names]
+        order = [known.index(name) for name in names]
         return replace(
             self,
             stored=np.take(self.stored, order, 1),
             point_names=tuple(names),
-            flip_indices=tuple(place[own[self.flip_indices[k]]] for k in order) if self.flip_indices else (),
-            skeleton=tuple((place[own[a]], place[own[b]]) for a, b in self.skeleton),
+            flip_indices=tuple(place[known[self.flip_indices[k]]] for k in order) if self.flip_indices else (),
+            skeleton=tuple((place[known[a]], place[known[b]]) for a, b in self.skeleton),
         )
 
 
@@ -199,7 +199,7 @@ def frame_labels(frame: "pd.DataFrame") -> Labels:
     names = frame.iloc[:, 0].astype(object).where(frame.iloc[:, 0].notna(), "").astype(str).tolist()
     nameless = {k: "the file name is empty: fix or remove the line" for k, name in enumerate(names) if not name.strip()}
     rows, faults = np.arange(len(frame)), nameless | find_point_faults(points)
-    return Labels(Path("DataFrame"), names, rows, points, faults, places=[f"row {k}" for k in rows], own_paths=True)
+    return Labels(Path("DataFrame"), names, rows, points, faults, places=[f"row {k}" for k in rows], absolute=True)
 
 
 def read_labels(csv: str | Path) -> Labels:

@@ -64,8 +64,8 @@ class ShapeModel:
         self.variances = np.maximum(variances, 1e-12).astype(np.float32)
         self.basis = np.concatenate([self.moves, components.astype(np.float32)])
         # what is left of a point when the others predict it is its residual over 1 - its share in its own prediction
-        own = self.basis.reshape(len(self.basis), -1, 2)
-        self.others = np.linalg.pinv(np.eye(2) - np.einsum("kna,knb->nab", own, own)).astype(np.float32)
+        basis = self.basis.reshape(len(self.basis), -1, 2)
+        self.others = np.linalg.pinv(np.eye(2) - np.einsum("kna,knb->nab", basis, basis)).astype(np.float32)
 
     def _aligned(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "Return aligned shapes (rows, 2n), and what leads back to pixels: complex factors and centres (rows,)."

@@ -66,9 +66,9 @@ def _with_found_images(labels: Labels, folder: Path) -> Labels:
     first = [labels.name(row) for row in range(min(TRIED, len(labels)))]
     if not folder.is_dir() or any(os.path.isfile(os.path.join(folder, name)) for name in first):
         return labels
-    _, found, _ = find_images(names := labels.all_names(), [folder], labels.csv)
+    _, paths, _ = find_images(names := labels.all_names(), [folder], labels.csv)
     # without checksums they are not opened again from the cache file, which has the names of the CSV
-    return labels if found == names else replace(labels, names=found, checksums=None)
+    return labels if paths == names else replace(labels, names=paths, checksums=None)
 
 
 def is_labels(path: Path) -> bool:
@@ -225,4 +225,4 @@ def read_frame(frame: pd.DataFrame) -> Labels:
         return frame_labels(frame)
     texts = frame.astype(object).where(frame.notna(), "").astype(str).to_numpy().tolist()
     labels = csv_tables.table_of(header, texts, "row {}", 0, Path("DataFrame")).labels
-    return replace(labels, faults=find_point_faults(labels.stored) | labels.faults, own_paths=True)
+    return replace(labels, faults=find_point_faults(labels.stored) | labels.faults, absolute=True)

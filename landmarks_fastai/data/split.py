@@ -86,17 +86,17 @@ def divided_rows(items: LabelledImages, settings: Settings) -> tuple[np.ndarray,
 
 def _held_rows(labels: Labels, settings: Settings, left_out: np.ndarray) -> np.ndarray:
     "Return which rows validate, bool (rows,)."
-    names, own = labels.all_names(), None
+    names, named = labels.all_names(), None
     if settings.valid and not is_labels(Path(settings.valid)):
-        own = _named_rows(settings.valid, names)
+        named = _named_rows(settings.valid, names)
     elif labels.valid is not None and (settings.valid or (labels.valid.any() and not labels.valid.all())):
-        own = labels.valid
+        named = labels.valid
         who = f"--valid {settings.valid}" if settings.valid else "the source"
-        print(f"{who} names {own.sum()} validation rows", flush=True)
+        print(f"{who} names {named.sum()} validation rows", flush=True)
     if labels.earlier is not None:
-        return _held_rows_of_later_stage(labels, names, settings, own, left_out)
-    if own is not None:
-        return own
+        return _held_rows_of_later_stage(labels, names, settings, named, left_out)
+    if named is not None:
+        return named
     held = np.zeros(len(names), bool)
     held[split_rows(len(names), settings, group_rows(labels, names, settings))[1]] = True
     return held
@@ -106,14 +106,14 @@ def _held_rows_of_later_stage(
     labels: Labels,
     names: Sequence[str],
     settings: Settings,
-    own: np.ndarray | None,  # which rows the user or the source says; None: neither does
+    named: np.ndarray | None,  # which rows the user or the source says; None: neither does
     left_out: np.ndarray,  # rows that are not counted in the line
 ) -> np.ndarray:
     "As `_held_rows`: rows of the earlier stage keep their side, new ones are on that of their group, or are divided."
     assert labels.earlier is not None
     of_rows = digests(names)
     trained, validated = (np.isin(of_rows, side) for side in labels.earlier)
-    if settings.valid and own is not None and (moved := own & trained).any():
+    if settings.valid and named is not None and (moved := named & trained).any():
         row = int(moved.argmax())
         raise UserError(
             f"--valid {settings.valid}: {moved.sum()} rows were trained on by an earlier stage, as {labels.place(row)} "
@@ -122,8 +122,8 @@ def _held_rows_of_later_stage(
     held, new = validated.copy(), np.flatnonzero(~trained & ~validated)
     if not len(new):
         return held
-    if own is not None:
-        held[new] = own[new]
+    if named is not None:
+        held[new] = named[new]
     else:
         groups = group_rows(labels, names, settings)
         within = None if groups is None else np.unique(groups[new], return_inverse=True)[1]
@@ -151,10 +151,10 @@ def group_rows(labels: Labels, names: Sequence[str], settings: Settings) -> np.n
     """
     image = np.unique(names, return_inverse=True)[1]
     images = image if image.max(initial=-1) + 1 < len(names) else None
-    found = _keys(labels, names, settings.group)
-    if found is None:
+    grouping = _keys(labels, names, settings.group)
+    if grouping is None:
         return images
-    kind, keys = found
+    kind, keys = grouping
     group = np.unique(keys, return_inverse=True)[1]
     n = group.max() + 1
     if settings.group == "auto" and labels.groups is None and n < FEW_GROUPS:

@@ -92,10 +92,10 @@ def check_pictures(images: LabelledImages, checkpoints: Sequence[Checkpoint], ma
                 unit = np.maximum(usual * radius[:, None], 0.1)
             else:
                 unit = np.stack(confidences)
-            whole = np.sqrt((unit**2).mean(1))
+            scale = np.sqrt((unit**2).mean(1))
             similarity = [(*m.shift, np.log(max(m.size, 1e-3)) * m.radius, m.turn * m.radius) for m in misfits.values()]
             rows += [item.row for item in misfits]
-            values.append(np.column_stack([similarity / whole[:, None], np.sqrt(np.nanmean((rest / unit) ** 2, 1))]))
+            values.append(np.column_stack([similarity / scale[:, None], np.sqrt(np.nanmean((rest / unit) ** 2, 1))]))
         if rows:
             x, y, size, turn, places = np.concatenate(values).T
             # a network's own shift, of all its predictions, is not the labels'

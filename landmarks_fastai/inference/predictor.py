@@ -215,8 +215,8 @@ class Predictor:
         flip_test = bool(network.facts.flip_indices) and self.flip_test is not False
         for obj in objects:
             box = obj.prediction.box
-            whole = box_map(box, network.facts.points_box, network.settings.size) if box else None
-            obj.to_input = obj.result.picture.crop or whole
+            first_view = box_map(box, network.facts.points_box, network.settings.size) if box else None
+            obj.to_input = obj.result.picture.crop or first_view
         new = [obj for obj in objects if not obj.result.picture.crop]
         self._one_pass(network, new, flip_test)
         if alignment:

@@ -195,7 +195,7 @@ def _ending(run: Run) -> Iterator[None]:
         raise Stopped(text, getattr(e, "code", UNREAD if isinstance(e, BrokenPipeError) else 130)) from None
     except UserError as e:
         if run.saved and "--overwrite" not in str(e):
-            e.way_on = f"then resume with: {run.resume_command}"
+            e.hint = f"then resume with: {run.resume_command}"
         raise
     finally:
         if is_first() and run.old.exists():

@@ -135,8 +135,8 @@ class LandmarkLearner(ResumableLearner):
         if check and os.path.exists(path) and read_state_dict(path).get(METADATA):
             checkpoint = read_checkpoint(path)
             values = {**checkpoint.settings.of("input", "network"), **checkpoint.facts.to_dict()}
-            own = {**self.settings.of("input", "network"), **self.facts.to_dict()}
-            differ = [name for name in values if name not in ("align_gain", "points_box") and values[name] != own[name]]
+            here = {**self.settings.of("input", "network"), **self.facts.to_dict()}
+            differ = [k for k in values if k not in ("align_gain", "points_box") and values[k] != here[k]]
             if differ:
                 raise UserError(
                     f"{path} has another {', '.join(differ)} than this Learner: create its DataLoaders with the settings "
@@ -161,13 +161,13 @@ class LandmarkLearner(ResumableLearner):
         2,175 photographs at 64 px, where `Minimum` suggests 0.005 and the best of a sweep is 0.002.
         """
         funcs = listify(suggest_funcs)
-        found = super().lr_find(start_lr, end_lr, show_plot=False, suggest_funcs=funcs, **kwargs)
+        rates = super().lr_find(start_lr, end_lr, show_plot=False, suggest_funcs=funcs, **kwargs)
         # fastai records the rate of the last parameter group, the head's
         self.recorder.lrs = [lr / self.settings.head_lr_mult for lr in self.recorder.lrs]
-        found = type(found)(*(lr / self.settings.head_lr_mult for lr in found))
+        rates = type(rates)(*(lr / self.settings.head_lr_mult for lr in rates))
         if show_plot:
             self.recorder.plot_lr_find()
-        return found
+        return rates
 
     def tta(self, ds_idx: int = 1, dl: Any = None, **kwargs: Any) -> tuple:
         """Return predictions of the flip test and targets, (images, n_points, 2) in unit coordinates.

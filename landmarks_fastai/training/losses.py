@@ -32,11 +32,11 @@ class PointLoss(nn.Module):
         truth = truth.reshape(pred.shape)
         labelled = ~truth.isnan()
         error = torch.where(labelled, (pred - truth) * self.half_side, 0)  # the gradient would hold 0 * NaN
-        each = self.of_error(error)
+        loss = self.of_error(error)
         if self.reduction == "none":
-            n = labelled.to(each.dtype).flatten(1).mean(1).clamp(min=1e-6)
-            return torch.where(labelled, each, 0) / n.view(-1, *[1] * (each.ndim - 1))
-        return labelled_mean(each, labelled)
+            n = labelled.to(loss.dtype).flatten(1).mean(1).clamp(min=1e-6)
+            return torch.where(labelled, loss, 0) / n.view(-1, *[1] * (loss.ndim - 1))
+        return labelled_mean(loss, labelled)
 
 
 def wing(error: torch.Tensor, width: float, curve: float) -> torch.Tensor:

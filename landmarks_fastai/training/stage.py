@@ -56,14 +56,14 @@ def find_lr(learn: LandmarkLearner, run: Run) -> float:
     """
     with callbacks.no_bars(learn), within_memory(learn):
         try:
-            found = learn.lr_find(show_plot=False)
+            suggested = learn.lr_find(show_plot=False)
         except IndexError:  # fastai drops the first 10 and the last 5 steps
             steps = len(learn.recorder.losses)
             raise UserError(
                 f"--lr find: the loss grew fourfold within {steps} steps, too few to find a learning rate: "
                 "try a larger -b, or give a rate"
             ) from None
-    rate = float(f"{found.minimum:.2g}")
+    rate = float(f"{suggested.minimum:.2g}")
     if is_first():
         learn.recorder.plot_lr_find(skip_end=0)
         plots.save_figure(run.folder / "lr.png")

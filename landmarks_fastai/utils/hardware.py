@@ -119,9 +119,9 @@ class Machine:
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.device == "cuda" and process.store:
-            found = torch.cuda.device_count()
-            if process.local_count > found:
-                raise UserError(f"--nproc-per-node {process.local_count}: this machine has {found} GPUs")
+            gpus = torch.cuda.device_count()
+            if process.local_count > gpus:
+                raise UserError(f"--nproc-per-node {process.local_count}: this machine has {gpus} GPUs")
             torch.cuda.set_device(process.local_rank)  # "cuda" is this one from now on
         if self.compile:
             try:

@@ -71,16 +71,16 @@ def _yolo_images(path: Path, about: dict, split: str) -> Iterator[Path]:
         parts = PureWindowsPath(place).parts
         tries = [base / place for base in bases] + [root.joinpath(*parts[k:]) for k in range(1, len(parts))]
         tries = [Path(os.path.normpath(p)) for p in tries if Path(os.path.normpath(p)).is_relative_to(root)]
-        found = next((p for p in tries if p.exists()), None)
-        if found is None:
+        source = next((p for p in tries if p.exists()), None)
+        if source is None:
             raise UserError(
                 f"{path}: {split}: {place} not found in its folder: put data.yaml into the folder of the data"
             )
-        if found.is_dir():
-            yield from (p for p in sorted(found.rglob("*")) if p.suffix.lower() in IMAGES)
+        if source.is_dir():
+            yield from (p for p in sorted(source.rglob("*")) if p.suffix.lower() in IMAGES)
         else:
-            names = [line.strip() for line in read_text(found).splitlines() if line.strip()]
-            images = [Path(os.path.normpath(found.parent / name)) for name in names]
+            names = [line.strip() for line in read_text(source).splitlines() if line.strip()]
+            images = [Path(os.path.normpath(source.parent / name)) for name in names]
             images = [p if p.is_relative_to(root) else root.joinpath(*p.parts[1:]) for p in images]
             yield from (p for p in images if p.is_relative_to(root))
 

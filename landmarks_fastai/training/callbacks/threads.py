@@ -63,9 +63,9 @@ def seconds_of_others() -> float:
     # guest is a part of user; a hypervisor's steal counts as another program's
     ignored = ("idle", "iowait", "guest", "guest_nice")
     busy = sum(sum(times[core]) - sum(getattr(times[core], k, 0.0) for k in ignored) for core in cores)
-    own = time.process_time()
+    ours = time.process_time()
     for child in psutil.Process().children(recursive=True):  # the processes that decode images
         with suppress(psutil.Error):
             spent = child.cpu_times()
-            own += spent.user + spent.system
-    return busy - own
+            ours += spent.user + spent.system
+    return busy - ours
