@@ -18,6 +18,7 @@ from landmarks_fastai.geometry import PixelMap, unit_to_input
 from landmarks_fastai.missing import fill_missing, labelled_mean
 from landmarks_fastai.utils.distributed import all_reduce
 
+THRESHOLD = 0.08  # of AUC and failure rate; 300-W and others take it
 Points = torch.Tensor | npt.ArrayLike  # a tensor, an array or nested lists
 Normaliser = str | tuple[int, int]  # of an NME: box_diag, image_diag, or the indices of two points
 
@@ -92,7 +93,7 @@ def auc(
     pred: Points,
     truth: Points,
     normaliser: Normaliser = "box_diag",
-    threshold: float = 0.08,
+    threshold: float = THRESHOLD,
     sizes: Points | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
@@ -109,7 +110,7 @@ def failure_rate(
     pred: Points,
     truth: Points,
     normaliser: Normaliser = "box_diag",
-    threshold: float = 0.08,
+    threshold: float = THRESHOLD,
     sizes: Points | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
@@ -217,14 +218,14 @@ def _no_sizes(normaliser):
 class AUC(NMEMetric):
     "`auc` as a metric, in a column `auc`. Raises `UserError` for image_diag: a batch does not hold the images' sizes."
 
-    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08):
+    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = THRESHOLD):
         super().__init__(partial(_area, normaliser=_no_sizes(normaliser), threshold=threshold), "auc")
 
 
 class FailureRate(NMEMetric):
     "`failure_rate` as a metric, in a column `failure_rate`. Raises `UserError` for image_diag, as `AUC`."
 
-    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = 0.08):
+    def __init__(self, normaliser: Normaliser = "box_diag", threshold: float = THRESHOLD):
         super().__init__(partial(_failed, normaliser=_no_sizes(normaliser), threshold=threshold), "failure_rate")
 
 

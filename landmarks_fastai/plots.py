@@ -127,7 +127,7 @@ def save_figure(path: Path) -> None:
 def svg(
     draw: Callable[["Axes"], None],  # plots on the axes
     name: str,  # of the figure, of which the ids in the SVG are made
-    size: tuple[float, float] = (3.6, 2.7),  # inches
+    size: tuple[float, float],  # inches
 ) -> str:
     "Return a figure as an `<svg>` element for a page: text and axes have the page's text colour, the background is clear."
     from matplotlib import rc_context

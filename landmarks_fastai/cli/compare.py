@@ -111,7 +111,9 @@ def make_plan(args: argparse.Namespace, flags: dict[str, list[str]]) -> dict[str
         typed = options.typed_flags(parser.parse_args(words))
         if not later:
             train.first_settings(typed)
-        name = f"{runs.plain_name(re.sub('(^| )-+', ' ', label(values)).strip())[:150]}_seed_{seed}"
+        # of a long one the end, where paths differ
+        text = re.sub("(^| )-+", " ", label(values)).strip().encode()[-150:].decode(errors="ignore")
+        name = f"{runs.plain_name(text)}_seed_{seed}"
         stages = [name, *(f"{name}_stage_{k}" for k in range(2, args.stages + 1))]
         about = {"label": label(values), "values": values, "seed": seed, "minutes": typed.get("minutes", 0)}
         planned.append(about | {"script": script, "words": words, "stages": stages, "failed": ""})

@@ -1,6 +1,7 @@
 "Predictions: `python predict.py -pm NAME` writes the submission, `… -pm NAME PATH` predicts any pictures."
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from landmarks_fastai.cli import app, options
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.runs.run import OVERLAY, PREDICTIONS, run_folders
-from landmarks_fastai.settings import ROUNDINGS, names_of
+from landmarks_fastai.runs.run import OVERLAY, PREDICTIONS, flags_of, run_folders
+from landmarks_fastai.settings import ROUNDINGS
 from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.parallel import bar
 from landmarks_fastai.utils.signals import stop_on_signal
@@ -43,15 +44,15 @@ def predict_parser() -> options.Parser:
     group("--smooth", action="store_true", help="videos: smooth the points over time (One Euro filter)")
     about = "CSV of file_name,left,top,right,bottom: the boxes of the objects' points, in pixel edges of the picture"
     group("--boxes", metavar="CSV", help=about)
-    defaults = dict.fromkeys(options.FIELDS, "the checkpoint's")
-    parser.add_settings("data", ["data", "batch_size"], defaults)
+    about = "folder with test/ (test_points.csv and images/), for the submission (default: the checkpoint's)"
+    parser.add_argument(*flags_of("data"), type=os.path.abspath, metavar="DIR", help=about)
+    parser.add_settings("prediction", ["batch_size"], {"batch_size": "the checkpoint's"})
     about = f"rounding of the submitted coordinates (default: {ROUNDINGS[0]})"
     parser.add_argument("--round", dest="rounding", choices=ROUNDINGS, help=about)
     about = (
         "flip test: average the points of image and mirror image, in a third pass too (default: on with flip indices)"
     )
     parser.add_argument("--tta", action=argparse.BooleanOptionalAction, dest="flip_test", help=about)
-    parser.add_settings("must agree with the checkpoint", names_of("network", "input"), defaults)
     parser.add_machine(training=False)
     return parser
 
@@ -94,7 +95,6 @@ def main() -> None:
         print(f"note: {name} is computed on the CPU: --gpu is for checkpoints", file=sys.stderr)
     networks = [open_network(name, args.out, machine) for name in args.pretrained_model]
     for network in networks:
-        options.check_fixed(vars(args), network.settings, names_of("network", "input"))
         if args.flip_test and not network.facts.flip_indices:
             why = "none was found, or --mirror none"
             raise UserError(f"--tta: the checkpoint has no flip map ({why}): run without --tta")
@@ -136,7 +136,7 @@ def predict_pictures(args: argparse.Namespace, predictor: "Predictor", run: "Run
     used: set[str] = set()
     facts = predictor.networks[0].facts
     with open_writer(args.format or "csv", run.folder, facts, confidence) as (write, path):
-        for result in results_of(paths, boxes, args, predictor, run):
+        for result in predicted(paths, boxes, args, predictor, run):
             write(result)
             print_problems(result, "face" if args.detect else "box")
             used |= {result.source, Path(result.source).name}
@@ -172,50 +172,54 @@ def print_problems(result: "PictureResult", kind: str) -> None:
         print(f"note: {result.source}: no {kind} found", file=sys.stderr, flush=True)
 
 
-def results_of(
+def predicted(
     paths: "Iterable[Path]",
     boxes: "dict[str, list[Box]] | None",  # file name, or path as it was typed or found -> boxes
     args: argparse.Namespace,
     predictor: "Predictor",
     run: "Run",
 ) -> "Iterator[PictureResult]":
-    """Yield the results of pictures and of frames, after their copy with the points is written.
-
-    A video that is damaged gives a result with an error at its end.
-    """
+    "Yield the results of pictures and of videos' frames, after their copy with the points is written."
     from landmarks_fastai.data.pictures import Picture, is_video
     from landmarks_fastai.inference.overlay import draw_points
-    from landmarks_fastai.inference.predictor import PictureResult
     from landmarks_fastai.inference.writers import OutputNames
     from landmarks_fastai.utils.files import atomic_write
 
     copies = OutputNames(run.folder / OVERLAY)
-
-    def picture_of(path: Path) -> Picture:
-        return Picture(path, boxes=(boxes.get(str(path)) or boxes.get(path.name, [])) if boxes else None)
-
     for videos, group in groupby(paths, is_video):
-        if not videos:
-            for result in predictor.stream(map(picture_of, group)):
-                stop_on_signal.check()
-                if args.overlay and result.objects:
-                    drawn = draw_points(result.picture.image(), result.objects, args.draw_confidence)
-                    copy = copies(result.source, Path(result.source).suffix + ".jpg")
-                    with atomic_write(copy, "wb") as file:
-                        drawn.save(file, "JPEG", quality=92)
-                yield result
+        if videos:
+            for path in group:
+                # clip.mp4 stays clip.mp4, clip.mov becomes clip.mov.mp4
+                copy = copies(str(path), path.suffix.removesuffix(".mp4") + ".mp4") if args.overlay else None
+                yield from predicted_video(path, copy, args, predictor)
             continue
-        from landmarks_fastai.inference.video import predict_video
+        pictures = (Picture(p, boxes=(boxes.get(str(p)) or boxes.get(p.name, [])) if boxes else None) for p in group)
+        for result in predictor.stream(pictures):
+            stop_on_signal.check()
+            if args.overlay and result.objects:
+                drawn = draw_points(result.picture.image(), result.objects, args.draw_confidence)
+                with atomic_write(copies(result.source, Path(result.source).suffix + ".jpg"), "wb") as file:
+                    drawn.save(file, "JPEG", quality=92)
+            yield result
 
-        for path in group:
-            # clip.mp4 stays clip.mp4, clip.mov becomes clip.mov.mp4
-            copy = copies(str(path), path.suffix.removesuffix(".mp4") + ".mp4") if args.overlay else None
-            try:
-                if boxes:
-                    raise UserError(f"{path}: --boxes is for pictures; --detect finds the faces of a video")
-                yield from predict_video(predictor, path, copy, args.smooth, args.draw_confidence, bar)
-            except UserError as e:
-                yield PictureResult(Picture(path), error=e.line)
+
+def predicted_video(
+    path: Path,
+    copy: Path | None,  # the file that is written with the points drawn
+    args: argparse.Namespace,
+    predictor: "Predictor",
+) -> "Iterator[PictureResult]":
+    "Yield the results of a video's frames; of a damaged video, one with an error at its end."
+    from landmarks_fastai.data.pictures import Picture
+    from landmarks_fastai.inference.predictor import PictureResult
+    from landmarks_fastai.inference.video import predict_video
+
+    try:
+        if args.boxes:
+            raise UserError(f"{path}: --boxes is for pictures; --detect finds the faces of a video")
+        yield from predict_video(predictor, path, copy, args.smooth, args.draw_confidence, bar)
+    except UserError as e:
+        yield PictureResult(Picture(path), error=e.line)
 
 
 command = partial(app.run_main, main)

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from landmarks_fastai.cli import app, options
+from landmarks_fastai.errors import UserError
 
 
 def report_parser() -> options.Parser:
@@ -27,6 +28,8 @@ def main() -> None:
 
     checkpoints = [find_checkpoint(name, args.out) for name in args.names]
     if len(checkpoints) > 1:
+        if args.data:
+            raise UserError("-d is for the report of one run: run without it")
         path = Path(args.out, "report.html")
         write_comparison(path, checkpoints)
     else:

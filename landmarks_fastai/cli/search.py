@@ -43,12 +43,12 @@ class Search:
         for flag, value in ((flag, value) for flag, values in self.choices.items() for value in values):
             self.words({flag: value})  # a mistake in the last one is told now, not in hours
         settings = train.first_settings(self.words({})[1])
-        size, lr, wd = settings.size, settings.lr, settings.wd or 1e-4
+        size, lr, wd, aug = settings.size, settings.lr, settings.wd, settings.aug
         sizes = [str(side) for side in (size, size - 32, size + 32, size + 64) if side >= 32]
         heads = [*dict.fromkeys((settings.head, "map64", "linear", "512,bn,relu,drop0.5"))]
-        space: dict[str, Any] = {"lr": (lr / 10, lr * 10), "wd": (wd / 10, wd * 10), "aug": (0.5, 2.0), "size": sizes}
-        for name, values in (space | {"head": heads}).items():
-            if not flags.keys() & set(flags_of(name)):
+        space: dict[str, Any] = {"lr": (lr / 10, lr * 10), "wd": (wd / 10, wd * 10), "aug": (aug / 2, aug * 2)}
+        for name, values in (space | {"size": sizes, "head": heads}).items():
+            if not flags.keys() & set(flags_of(name)) and values[0]:  # 0, switched off, has no range around it
                 (self.choices if isinstance(values, list) else self.ranges)[flags_of(name)[0]] = values
         if not (self.choices or self.ranges):
             raise UserError("nothing to search: give fewer flags, or several values, as --head linear 512,relu")
@@ -89,8 +89,8 @@ class Search:
         except (ValueError, KeyError):
             raise UserError(f"{path} is damaged: choose another name") from None
         if (before := self.study.user_attrs.get("flags", self.about)) != self.about:
-            changed = one_line("; ".join(line for line in before if line not in self.about))
-            raise UserError(f"-n {folder.name} was started with {changed}: choose another name, or the same flags")
+            started = one_line("; ".join(before))
+            raise UserError(f"-n {folder.name} was started with {started}: choose another name, or the same flags")
         if not (trials := self.study.get_trials()):
             self.study.set_user_attr("flags", self.about)
             # the first trial has the defaults: the best of the search is not worse

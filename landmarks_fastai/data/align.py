@@ -73,10 +73,7 @@ def alignment_of(settings: Settings, facts: DataFacts) -> Alignment | None:
 def report_unaligned(n: int, total: int) -> None:
     "Print how many objects have no crop, where there are some."
     if n:
-        print(
-            f"no plausible shape in the first pass of {n} of {total} objects: the first pass's points are used",
-            flush=True,
-        )
+        print(f"no plausible shape after a pass in {n} of {total} objects: that pass's points are used", flush=True)
 
 
 def procrustes_mean(shapes: np.ndarray) -> np.ndarray:

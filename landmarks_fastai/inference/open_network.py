@@ -35,6 +35,8 @@ def open_networks(
         raise UserError(f"a network is a run's name or folder, a .pth or an .onnx file; {models!r} found")
     names = [models] if isinstance(models, (str, Path)) or callable(models) else list(models)
     networks = [n if callable(n) else open_network(n, out, machine) for n in names]
+    if not networks:
+        raise UserError("no network: a run's name or folder, a .pth or an .onnx file expected")
     if len({n.facts.point_names for n in networks} - {()}) > 1:
         raise UserError("the points of these networks have other names, or another order: no mean can be taken")
     counts = {network.facts.n_points: network.name for network in networks}

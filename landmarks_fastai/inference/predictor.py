@@ -66,7 +66,7 @@ class PictureResult:
 
     @property
     def unaligned(self) -> int:
-        "How many objects have the points of an earlier pass, because these made no plausible shape."
+        "How many objects have the points of an earlier pass, because those made no plausible shape."
         return sum(not prediction.aligned for prediction in self.objects)
 
 

@@ -23,7 +23,7 @@ from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.row_errors import RowErrors, circumstances
 from landmarks_fastai.inference.scoring import Scores, predict_rows, score_rows
 from landmarks_fastai.inference.torch_network import open_checkpoint
-from landmarks_fastai.metrics import image_score
+from landmarks_fastai.metrics import THRESHOLD, image_score
 from landmarks_fastai.runs.checkpoint import Checkpoint
 from landmarks_fastai.runs.run import Record, Run, read_record
 from landmarks_fastai.utils.files import write_text
@@ -36,9 +36,8 @@ FIGURE = (3.6, 2.7)  # inches
 POINTS, LINES = 1000, 150  # drawn in a picture, at the most; more lines hide the face
 WORST = 10  # landmarks in the table
 SAMPLE = 1000  # images whose pixels are looked at for brightness and sharpness: 2 to 10 ms each
-THRESHOLD = 0.08  # of AUC and failure rate, as in `metrics.auc`
 AGAINST = {"size": "size of the object, px", "tilt": "tilt, degrees", "brightness": "brightness, 0 to 255",
-           "sharpness": "sharpness, %", "spread": "spread / box diagonal"}  # fmt: skip
+           "sharpness": "sharpness, %", "spread": "spread / size of the object"}  # fmt: skip
 
 
 class Stage(NamedTuple):
@@ -77,6 +76,8 @@ def stages_of(folder: Path) -> list[Stage]:
         run, record = Run(folder.parent, folder.name), None
         with suppress(UserError):
             record = read_record(run)
+        if record is None and history.empty:  # the folder of a checkpoint that is not of a run
+            break
         stages.insert(0, Stage(run, record or Record(""), history))
         if record and record.checkpoint:
             folder = Path(record.checkpoint).parent
@@ -132,7 +133,7 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
     items = images[divided_rows(images, settings.replace(all_rows=False))[1]]
     predictor = Predictor(open_checkpoint(checkpoint, machine), machine=machine, batch_size=settings.batch_size)
     errors = RowErrors(items, facts)
-    scores = score_rows(predictor, [items[k] for k in range(len(items))], collect=errors.add)
+    scores = score_rows(predictor, list(items), collect=errors.add)
     path = checkpoint.path.with_name("report.html")
     write_report(path, checkpoint, predictor, errors, scores)
     return path
@@ -141,7 +142,7 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
 def write_comparison(path: Path, checkpoints: Sequence[Checkpoint], board: dict[str, Any] | None = None) -> None:
     "Write a page of several runs: a table, and the scores of their epochs; of a comparison its leaderboard first."
     runs = [stages_of(checkpoint.path.parent) for checkpoint in checkpoints]
-    scores = [np.concatenate([stage.scores for stage in stages]) for stages in runs]
+    scores = [np.array([score for stage in stages for score in stage.scores]) for stages in runs]
     curves = [(str(k), np.arange(len(values)), values) for k, values in enumerate(scores, 1)]
     figure = _figure(plots.draw_scores, "scores", (6.4, 4.0), curves) if curves else ""
     if board:
@@ -195,8 +196,7 @@ def _against(errors: RowErrors, checkpoint: Checkpoint) -> list[tuple[str, int, 
         except UserError:  # the image has vanished
             causes.append({})
     table = table.join(pd.DataFrame(causes, table.index, [name for name in AGAINST if name != "spread"]))
-    diagonal = 2**0.5 * table["size"]
-    table["spread"] /= diagonal
+    table["spread"] /= table["size"]
     figures = []
     for name, label in AGAINST.items():
         rows = table.dropna(subset=name)

@@ -58,7 +58,7 @@ class Scores(NamedTuple):
     score: float  # the competition's: mean squared error over all labelled coordinates, not rounded
     nme: float  # normalised by the diagonal of the points' box; NaN if no image has one
     images: int
-    unaligned: int  # images whose first pass made no plausible shape
+    unaligned: int  # images of which a pass made no plausible shape
     error: float = math.inf  # standard error of the score, from its spread over the images
 
 
@@ -122,4 +122,5 @@ def plot_rows(
             short = name if len(name) <= NAME_SHOWN else f"…{name[1 - NAME_SHOWN :]}"
             truth, title = to_input.to_input(item.points), f"score {score:.4g}{n}\n{one_line(short)}"
         panels.append((pixels, truth, to_input.to_input(points), title))
-    plots.plot_predictions(panels)
+    if panels:
+        plots.plot_predictions(panels)

@@ -34,7 +34,9 @@ def predict_test(
     n_points = predictor.networks[0].facts.n_points
     csv = images.parent / "test_points.csv"
     if not os.path.isfile(csv):
-        raise UserError(f"{csv} not found: it says which points of which images to submit")
+        raise UserError(
+            f"{csv} not found: it says which points of which images to submit; to predict pictures, name them"
+        )
     test_points = read_test_points(csv)
     test_points.check_range(n_points)
     if faults := check_images(test_points, images):

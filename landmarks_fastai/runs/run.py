@@ -109,7 +109,7 @@ def is_plain_name(name: str) -> bool:
 
 def plain_name(name: str) -> str:
     "Return a plain name like another name."
-    return re.sub(r"[^\w.+-]", "_", name).lstrip(".")[:MAX_NAME] or "run"
+    return re.sub(r"[^\w.+-]", "_", name).lstrip(".").encode()[:MAX_NAME].decode(errors="ignore") or "run"
 
 
 class Run:

@@ -19,6 +19,7 @@ from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.leaderboard import TITLES, differences, is_better
 from landmarks_fastai.runs.checkpoint import read_checkpoint
 from landmarks_fastai.runs.claim import process_lock
+from landmarks_fastai.runs.run import is_plain_name, plain_name
 from tests.helpers import ARCH, LINUX, RUNS, check_equal, check_refused, csv_lines, start
 
 COMMAND = "landmarks_fastai.cli.compare -n c"
@@ -85,6 +86,14 @@ def test_later_stages_get_the_time_limit_and_the_machine(untrained_run):
     _, plan = planned(f"-pm m --out {untrained_run.parent} --loss mse l1")
     assert plan["runs"][1]["script"] == "finetune.py"
     assert plan["runs"][1]["words"][:4] == ["-pm", str(untrained_run / "best.pth"), "--loss", "l1"]
+
+
+def test_runs_of_long_and_of_foreign_values_have_names():
+    folder = "x" * 150
+    for a, b in [(f"{folder}/no.txt", f"{folder}/training.txt"), (f"{'я' * 120}.txt", f"{'я' * 120}_2.txt")]:
+        stages = [run["stages"][0] for run in planned(f"-d x --exclude {a} {b}")[1]["runs"]]
+        assert len(set(stages)) == 2 and all(map(is_plain_name, stages))
+    assert is_plain_name(plain_name("я" * 300))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 
 import landmarks_fastai
 from landmarks_fastai.cli.compare import Parser, split_flags
+from landmarks_fastai.cli.options import typed_flags
 from landmarks_fastai.cli.search import JOURNAL, Search
-from landmarks_fastai.cli.train import train_parser
+from landmarks_fastai.cli.train import first_settings, train_parser
 from tests.helpers import ARCH, LINUX, RUNS, check_refused, csv_lines, start
 
 COMMAND = "landmarks_fastai.cli.compare -n s"
@@ -115,6 +116,7 @@ def test_other_flags_and_other_folders_are_refused(run_script, tmp_path):
     for line, parts in (
         ("-d x -e 2 --suggest 2", ["-e 1", "choose another name"]),
         ("-d x -e 1 --suggest 2 --size 32", ["--size 128 | 96", "choose another name"]),
+        ("-d x -e 1 --suggest 2 --arch a b", ["was started with", "-e 1", "choose another name"]),
         ("-d x -e 1 --arch a b", ["is a search"]),
     ):
         check_refused(run_script(f"{COMMAND} --out {tmp_path} {line}"), *parts)
@@ -124,6 +126,18 @@ def test_other_flags_and_other_folders_are_refused(run_script, tmp_path):
         check_refused(run_script(f"{COMMAND} --out {tmp_path} -d x -e 1 --suggest 2"), "is damaged")
     (tmp_path / "s" / JOURNAL).unlink()
     check_refused(run_script(f"{COMMAND} --out {tmp_path} -d x -e 1 --suggest 2"), "is not the folder of a comparison")
+
+
+@pytest.mark.parametrize(
+    "line, missing", [("", set()), ("--opt adam", {"--wd"}), ("--recipe baseline", {"--aug"}), ("--aug 0", {"--aug"})]
+)
+def test_the_first_trial_has_the_defaults_and_what_is_off_is_not_searched(line, missing, tmp_path):
+    line = f"-d x -e 1 --suggest 2 {line}"
+    run, _, _, search = trial(tmp_path / "s", line)
+    assert search.ranges.keys() == {"-lr", "--wd", "--aug"} - missing
+    words = line.replace(" --suggest 2", "").split()
+    defaults, first = (first_settings(typed_flags(search.parser.parse_args(w))) for w in (words, run["words"]))
+    assert first == defaults
 
 
 # --- interrupted, pruned

@@ -208,6 +208,8 @@ def test_what_is_no_picture_network_box_or_source_is_refused(runs, pictures, wro
     for boxes in ((1, 2, 50, 60), [(1, 2, 3)]):
         with pytest.raises(UserError, match="boxes is a list of .left, top, right, bottom."):
             predictor(pictures[0], boxes=boxes)
+    with pytest.raises(UserError, match="no network: a run's name or folder"):
+        Predictor([])
     with pytest.raises(UserError, match="a network is a run's name or folder"):
         Predictor(wrong if wrong != b"jpg" else 4.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="labels are a path or a DataFrame"):

@@ -115,6 +115,16 @@ def test_earlier_stages_and_runs_side_by_side(run_script, later_run):
     assert (code, err) == (0, "") and "look at runs/report.html" in out
     page = (RUNS / "report.html").read_text(encoding="utf-8")
     assert page.count('class="best"') == 2 + 1 + 2 and "first" in page and page.count("<svg") == 1
+    check_refused(run_script(f"{COMMAND} first later -d x"), "-d is for the report of one run")
+
+
+def test_a_checkpoint_outside_of_a_run_is_no_stage(later_run, tmp_path):
+    shutil.copytree(later_run, tmp_path / "later")
+    run = tmp_path / "later" / "run.json"
+    shutil.copy(later_run / "best.pth", tmp_path / "saved.pth")
+    run.write_text(run.read_text().replace(str(RUNS.resolve() / "first" / "best.pth"), str(tmp_path / "saved.pth")))
+    assert [stage.run.name for stage in stages_of(tmp_path / "later")] == ["later"]
+    assert stages_of(tmp_path) == []
 
 
 def test_a_run_whose_data_has_gone_or_has_other_points(run_script, runs, drawn, tmp_path):
