@@ -7,7 +7,7 @@ from typing import Any
 from landmarks_fastai.cli import app, options
 from landmarks_fastai.runs.claim import claimed_run
 from landmarks_fastai.runs.run import Record, find_checkpoint_file, run_name
-from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_LR_MULT, WEIGHT_DECAY, Settings, names_of
+from landmarks_fastai.settings import FINETUNE_EPOCHS, FINETUNE_LR_MULT, WEIGHT_DECAY, DataFacts, Settings, names_of
 
 
 def finetune_parser() -> options.Parser:
@@ -41,10 +41,13 @@ def finetune_parser() -> options.Parser:
     return parser
 
 
-def next_settings(flags: dict[str, Any], before: Settings) -> Settings:
+def next_settings(flags: dict[str, Any], before: Settings, facts: DataFacts) -> Settings:
     "The settings of a later stage. Raises `UserError` for a flag that contradicts the checkpoint."
+    from landmarks_fastai.data.align import MIN_GAIN
+
     options.check_fixed(flags, before, names_of("network", "split"))
-    aligned = bool(flags.get("align", before.align))
+    in_vain = before.align and facts.align_gain < MIN_GAIN  # the stage before printed that it makes no second pass
+    aligned = bool(flags.get("align", before.align)) and not in_vain
     sched = flags.get("sched") or ("onecycle" if aligned else before.sched)
     changes = {
         "epochs": FINETUNE_EPOCHS,
@@ -84,19 +87,19 @@ def main() -> None:
         flags = run.record.flags  # with --resume those of the run's start
         previous = read_checkpoint(run.record.checkpoint)
         machine = options.prepared_machine(flags)
-        state, lr = read_state(run), None
+        state = read_state(run)
         if state:
             learn, scores = resumed_stage(state, machine, run), run.record.loaded
         else:
-            settings = next_settings(flags, previous.settings)
+            settings = next_settings(flags, previous.settings, previous.facts)
             learn = later_stage(previous, settings, machine, run)
             scores = score_loaded(learn, previous)
             if flags.get("lr") == "find":
-                lr = find_lr(learn, run)
+                find_lr(learn, run)
             elif "lr" in flags:
                 note_low_lr(learn, FINETUNE_LR_MULT[settings.sched] * previous.settings.lr)
         started = app.STARTED - (state.metadata["seconds"] if state else 0.0)
-        best = fit_stage(learn, run, previous, scores, started, state, lr)
+        best = fit_stage(learn, run, previous, scores, started, state)
         print(report(run, best, machine, learn.dls.valid.items.counted))
 
 

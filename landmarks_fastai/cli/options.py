@@ -50,7 +50,9 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
         for name in names:
             f = FIELDS[name]
-            default = (defaults or {}).get(name) or ("off" if f.default is False else f.default)
+            default = (defaults or {}).get(name) or (
+                "off" if f.default is False else "none" if f.default == "" else f.default
+            )
             if name in ("tta", "confidence", "freeze_bn"):  # a later stage may switch off what the checkpoint has
                 kwargs: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             elif f.default is False:
@@ -94,7 +96,6 @@ class Parser(argparse.ArgumentParser):
             switch("--cache", False, "cache the fitted images on disk, for later epochs and stages")
         switch("--compile", False, "torch.compile the network: a minute to start, faster steps; needs a C++ compiler")
         switch("--channels-last", True, "channels_last memory format")
-        switch("--pin-memory", True, "with a GPU: pin memory of the batches")
         switch("--tf32", True, "with a GPU that has it: allow TF32 matrix multiplication")
         if training:
             about = "also write scalars, settings and results.png for this program, into runs/NAME (default: none)"
@@ -147,11 +148,16 @@ def number(kind: type, low: float, high: float, what: str) -> Callable[[str], fl
     return parse
 
 
+def absolute(text: str) -> str:
+    "An absolute path; an empty text stays, which is an error."
+    return text and os.path.abspath(text)
+
+
 METAVARS = {int: "N", float: "X"}
 TYPES = {  # type and word in --help of flags whose value is more than a number
     "data": (os.path.abspath, "SOURCE"),
-    "valid": (os.path.abspath, "SOURCE"),
-    "exclude": (os.path.abspath, "FILE"),
+    "valid": (absolute, "SOURCE"),
+    "exclude": (absolute, "FILE"),
     "group": (str, "COLUMN"),
     "category": (str, "NAME"),
     "arch": (str, "NAME"),

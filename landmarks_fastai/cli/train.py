@@ -89,7 +89,7 @@ def main() -> None:
 
         flags = run.record.flags  # with --resume those of the run's start
         machine = options.prepared_machine(flags)
-        state, lr = read_state(run), None
+        state = read_state(run)
         if state:
             learn = resumed_stage(state, machine, run)
         else:
@@ -99,11 +99,11 @@ def main() -> None:
                 settings = rank0_first(lambda: draw_faces(settings, run.out, weights))
             learn = first_stage(settings, weights, machine, run, None if has_length(flags) else flags)
             if flags.get("lr") == "find":
-                lr = find_lr(learn, run)
+                find_lr(learn, run)
             elif "lr" in flags:
                 note_low_lr(learn, first_settings(flags | {"lr": None}).lr)
         started = app.STARTED - (state.metadata["seconds"] if state else 0.0)
-        best = fit_stage(learn, run, started=started, state=state, lr=lr)
+        best = fit_stage(learn, run, started=started, state=state)
         print(report(run, best, machine, learn.dls.valid.items.counted))
 
 

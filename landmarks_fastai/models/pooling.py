@@ -29,7 +29,7 @@ def add_map(body: nn.Module, channels: int, n_features: int, size: int) -> bool:
     """Put an `AverageAndMap` in the place of a body's average pooling; return whether it has one to replace.
 
     Networks that have layers between the pooling and their features, or no pooling, stay as they are: AlexNet and VGG read
-    their whole map already, transformers and torchvision's densenets do not end in a pooling layer.
+    their whole map already, vision transformers (`vit_*`) and torchvision's densenets do not end in a pooling layer.
     """
     name = next((n for n in POOLS if isinstance(getattr(body, n, None), nn.Module)), "")
     if not name:

@@ -142,6 +142,8 @@ def _body_tensors(tensors: dict[str, torch.Tensor], expected: dict) -> tuple[str
 
 def _load_body(body, tensors, arch, source):
     "Load the tensors. Raises `UserError` if some are missing, or the body lacks one that is not the classifier's."
+    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
     expected, misfit = body.state_dict(), f"{source} does not fit --arch {arch}"
     n, (prefix, tensors) = len(tensors), _body_tensors(tensors, expected)
     if missing := [k for k in expected if k not in tensors and not OPTIONAL.match(k)]:
@@ -151,6 +153,8 @@ def _load_body(body, tensors, arch, source):
         both = arch in torchvision_names() and timm.is_model(arch)
         hint = f": if its names are timm's, try --arch timm:{arch}" if both else ""
         raise UserError(f"{misfit}: {count}, the first {missing[0]}{hint}")
+    if isinstance(body, VisionTransformer):  # their position embedding is that of one input size
+        tensors = interpolate_embeddings(body.image_size, body.patch_size, tensors)
     for k, v in expected.items():
         if k in tensors and tensors[k].shape != v.shape:
             raise UserError(f"{misfit}: {k} is {tuple(tensors[k].shape)}, {tuple(v.shape)} expected")

@@ -37,6 +37,7 @@ PREDICTIONS = {
     "npy": "predictions.npy",
 }  # fmt: skip
 # The folder of a run has one of them at least.
+TENSORBOARD = "tensorboard"  # folder of --log tensorboard
 RUN_FILES = {*SAVED, LISTING, *PREDICTIONS.values(), "run.json", "submit.csv"}
 
 MACHINE = {"gpu", *(f.name for f in dataclasses.fields(Machine))} - {"device"}  # flags that another start may change
@@ -173,7 +174,9 @@ class Run:
         "Remove the files of the run except `kept`, and the folder if it is empty then."
         # run.json last: if this process is killed here, the folder is still known as a run's
         for path in sorted(self.folder.glob("*"), key=lambda p: p.name == "run.json"):
-            if path.name not in kept:
+            if path.name == TENSORBOARD:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in kept:
                 with suppress(OSError):  # a folder that a user made
                     path.unlink(missing_ok=True)
         with suppress(OSError):

@@ -36,13 +36,10 @@ class BodyAndHead(OptimWrapper):
         self.set_hyper("lr", lr)
 
     def set_hyper(self, k: str, v: Any) -> None:
-        if k == "lr":
-            v = v.stop if isinstance(v, slice) else v
-            v = v if isinstance(v, (list, tuple, L, np.ndarray)) else [v, v * self.head_lr_mult]
-        super().set_hyper(k, v)
-
-    def _set_hyper(self, k: str, v: Any) -> None:
-        super()._set_hyper(k, map(float, v))  # numpy's numbers would be saved as a pickle that may run code
+        v = v.stop if isinstance(v, slice) else v
+        if not isinstance(v, (list, tuple, L, np.ndarray)):
+            v = [v, v * self.head_lr_mult if k == "lr" else v]
+        super().set_hyper(k, [float(x) for x in v])  # numpy's numbers would be saved as a pickle that may run code
 
 
 def optimiser(settings: Settings) -> partial:

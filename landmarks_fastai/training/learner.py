@@ -127,7 +127,7 @@ class LandmarkLearner(ResumableLearner):
         return Predictor(live, machine=machine, batch_size=self.settings.batch_size, flip_test=flip_test)
 
     def load(self, file: str | Path, *args: Any, check: bool = True, **kwargs: Any) -> "LandmarkLearner":
-        """As fastai's; raises `UserError` for a checkpoint of another input, normalisation, mean shape or flip map.
+        """As fastai's; raises `UserError` for a checkpoint whose input, network or facts of the data differ.
 
         fastai would load its weights, and `save` would store them with this Learner's settings. `check=False` leaves it out.
         """
@@ -185,12 +185,9 @@ class LandmarkLearner(ResumableLearner):
         `images` is a path, a PIL image, an array (h, w, 3) uint8, or several of those. `flip_test` None: if there is a flip
         map. Raises `UserError` for a file that is not an image, and for `flip_test=True` without a flip map.
         """
-        images = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else list(images)
-        points = []
-        for result in self.predictor(flip_test=flip_test).stream(Picture(image, exif=False) for image in images):
-            if result.error:
-                raise UserError(result.error)
-            points.append(result.objects[0].points)
+        images = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else images
+        pictures = (Picture(image, exif=False) for image in images)
+        points = [prediction.points for prediction in self.predictor(flip_test=flip_test)(pictures)]
         return np.stack(points) if points else np.empty((0, self.facts.n_points, 2), np.float32)
 
     def show_results(

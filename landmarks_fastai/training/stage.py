@@ -30,7 +30,6 @@ from landmarks_fastai.inference.scoring import Scores, plot_rows, score_rows
 from landmarks_fastai.inference.torch_network import open_checkpoint
 from landmarks_fastai.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from landmarks_fastai.runs.run import Run, typed_as, versions
-from landmarks_fastai.settings import Settings
 from landmarks_fastai.training import callbacks
 from landmarks_fastai.training.callbacks.resume_state import SaveResumeState
 from landmarks_fastai.training.components import fixed_threads
@@ -49,8 +48,8 @@ UNCERTAIN = 0.1  # standard error of a score, as a share of it, that a note is p
 PICTURES = 5  # seconds for the plots at the end of a stage
 
 
-def find_lr(learn: LandmarkLearner, run: Run) -> float:
-    """Return the learning rate that `lr_find` suggests, print it, and write lr.png.
+def find_lr(learn: LandmarkLearner, run: Run) -> None:
+    """Set the learning rate of the Learner's settings to the one that `lr_find` suggests, print it, and write lr.png.
 
     Raises `UserError` if the loss diverges within too few steps.
     """
@@ -68,7 +67,7 @@ def find_lr(learn: LandmarkLearner, run: Run) -> float:
         learn.recorder.plot_lr_find(skip_end=0)
         plots.save_figure(run.folder / "lr.png")
     print(f"rate found: {rate:g}; look at {run.folder / 'lr.png'}", flush=True)
-    return rate
+    learn.settings = learn.settings.replace(lr=rate)
 
 
 def note_few_images(scores: Scores) -> None:
@@ -117,51 +116,67 @@ def fit_stage(
     previous_scores: tuple[float, float] | None = None,  # its score and NME, from `score_loaded`
     started: float | None = None,  # `time.monotonic` at the start of the time limit
     state: State | None = None,  # of the stopped run to resume
-    lr: float | None = None,  # learning rate of the body; None: the settings'
 ) -> Checkpoint:
     """Fit, load the best epoch and plot it; returns its checkpoint. A run with a record saves its state while it trains.
 
     If no epoch is better than the loaded model, that is saved: a stage never ends with a worse model. Raises `UserError`
     if there is none, and no epoch has a finite score.
     """
-    started, settings = started or time.monotonic(), learn.settings.replace(**({"lr": lr} if lr else {}))
+    started, settings = started or time.monotonic(), learn.settings
     if not state:
         if run.record:
-            _write_record(learn, run, settings, previous_scores)
+            _write_record(learn, run, previous_scores)
         if is_first():
             with within_memory(learn):
                 learn.dls.train.show_batch(max_n=BATCH_SHOWN, figsize=(12, 12))
             plots.save_figure(run.folder / "batch.png")
-    metrics, stop_on_nan, history = learn.metrics, callbacks.StopOnNaN(), callbacks.History(run)
-    bars = callbacks.show_progress(learn)
-    if settings.ema:
-        learn.add_cb(callbacks.Average(settings.ema))
-        learn.metrics = [*learn.metrics, ValueMetric(partial(learn.evaluation.first_pass, 1), "ema")]
     unfinished = settings.replace(confidence=False)  # the spread is fitted to the best epoch at the end
-    sides = sides_of(learn.dls.items, settings)
-    save = callbacks.SaveBest(run, unfinished, previous_scores[0] if previous_scores else None, sides)
-    cbs = [stop_on_nan, save, speed := callbacks.Speed(), history, *bars]
-    if learn.machine.log:
-        cbs.append(callbacks.TensorBoard(run, settings))
-    if settings.patience:
-        cbs.append(EarlyStoppingCallback("score", np.less, patience=settings.patience))
+    to_beat = previous_scores[0] if previous_scores else None
+    save = callbacks.SaveBest(run, unfinished, to_beat, sides_of(learn.dls.items, settings))
+    stop_on_nan, speed = callbacks.StopOnNaN(), callbacks.Speed()
     if state and (state.metadata.get("ended") or (state.place[0] >= settings.epochs and not settings.minutes)):
         save.best, save.saved = state.metadata["remembered"]["save_best"].values()
     else:
-        saving_state = _saving_state(learn, run, history, started, state)
-        with within_memory(learn), saving_state as state_cbs:
-            _fit(learn, settings, [*cbs, *state_cbs], started, state)
-    learn.remove_cbs([callbacks.Average])
-    learn.metrics = metrics
-    _check_saved(learn, run, settings, save, stop_on_nan.step, previous, previous_scores)
+        _fit(learn, run, [stop_on_nan, save, speed], started, state)
+    _check_saved(learn, run, save, stop_on_nan.step, previous, previous_scores)
     if save.scores:
         note_few_images(save.scores)
     return _report_best(learn, run, started, speed)
 
 
-def _write_record(learn: LandmarkLearner, run: Run, settings: Settings, loaded: tuple[float, float] | None) -> None:
+def _fit(learn: LandmarkLearner, run: Run, cbs: list[Callback], started: float, state: State | None) -> None:
+    "Fit with the callbacks that the settings ask for and these; afterwards the Learner is as before."
+    settings, metrics, history = learn.settings, learn.metrics, callbacks.History(run)
+    cbs = [*cbs, history, *callbacks.show_progress(learn)]
+    if settings.ema:
+        learn.add_cb(callbacks.Average(settings.ema))
+        learn.metrics = [*metrics, ValueMetric(partial(learn.evaluation.first_pass, 1), "ema")]
+    if learn.machine.log:
+        cbs.append(callbacks.TensorBoard(run, settings))
+    if settings.patience:
+        cbs.append(EarlyStoppingCallback("score", np.less, patience=settings.patience))
+    if settings.minutes:
+        cbs.append(_time_limit(learn, started, state))
+    epochs = FOREVER if settings.minutes else settings.epochs
+    fit = learn.fit_one_cycle if settings.sched == "onecycle" else learn.fit
+    with within_memory(learn), _saving_state(learn, run, history, started, state) as state_cbs:
+        fit(epochs, settings.lr, wd=settings.wd, cbs=[*cbs, *state_cbs])
+    learn.remove_cbs([callbacks.Average])
+    learn.metrics = metrics
+
+
+def _time_limit(learn: LandmarkLearner, started: float, state: State | None) -> callbacks.TimeLimit:
+    settings = learn.settings
+    after = 2.5 if learn.facts.flip_indices and not settings.tta else 1.2  # the pass of `_report_best`
+    deadline = started + 60 * settings.minutes - PICTURES
+    if settings.confidence:
+        after, deadline = after + time_needed(learn), deadline - REGRESSION
+    return callbacks.TimeLimit(deadline, after, state.metadata["seconds"] if state else 0.0)
+
+
+def _write_record(learn: LandmarkLearner, run: Run, loaded: tuple[float, float] | None) -> None:
     "Add to run.json what --resume needs."
-    images, chosen = learn.dls.items, {"settings": settings.to_dict(), "facts": learn.facts.to_dict()}
+    images, chosen = learn.dls.items, {"settings": learn.settings.to_dict(), "facts": learn.facts.to_dict()}
     data = {"labels": images.labels.identity, "left_out": images.left_out.tolist(), "threads": fixed_threads(learn)}
     run.write_record(replace(run.record, loaded=loaded, versions=versions(), **chosen, **data))
 
@@ -213,7 +228,6 @@ def _write_page(run: Run, best: Checkpoint, predictor: Predictor, errors: RowErr
 def _check_saved(
     learn: LandmarkLearner,
     run: Run,
-    settings: Settings,
     save: callbacks.SaveBest,
     nan_step: tuple[int, int] | None,  # epoch and step of a loss that was NaN or infinite
     previous: Checkpoint | None,
@@ -226,7 +240,8 @@ def _check_saved(
         if previous is None or previous_scores is None:
             (run.folder / "state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
-        settings = settings.replace(**previous.settings.of("input"), align=previous.settings.align, confidence=False)
+        first_view = previous.settings.of("input")
+        settings = learn.settings.replace(**first_view, align=previous.settings.align, confidence=False)
         model = previous.model()
         model.spread = None
         facts = previous.facts.replace(flip_indices=learn.facts.flip_indices)  # none with --mirror none
@@ -255,19 +270,6 @@ def _saving_state(
             yield [save_state]
     finally:
         del learn.evaluation.between
-
-
-def _fit(learn: LandmarkLearner, settings: Settings, cbs: list[Callback], started: float, state: State | None) -> None:
-    epochs = settings.epochs
-    if settings.minutes:
-        after = 2.5 if learn.facts.flip_indices and not settings.tta else 1.2  # the pass of `_report_best`
-        deadline = started + 60 * settings.minutes - PICTURES
-        if settings.confidence:
-            after, deadline = after + time_needed(learn), deadline - REGRESSION
-        cbs = [*cbs, callbacks.TimeLimit(deadline, after, state.metadata["seconds"] if state else 0.0)]
-        epochs = FOREVER
-    fit = learn.fit_one_cycle if settings.sched == "onecycle" else learn.fit
-    fit(epochs, settings.lr, wd=settings.wd, cbs=cbs)
 
 
 def report(run: Run, best: Checkpoint, machine: Machine, counted: str = "") -> str:

@@ -98,7 +98,7 @@ def restore_state(learn: Any, state: State) -> None:
         for k, value in values.items():
             *owner, attribute = f"{name}.{k}".split(".")
             setattr(attrgetter(".".join(owner))(learn), attribute, value)
-    if metadata["scaler"]:
+    if metadata["scaler"] and hasattr(learn, "scaler"):  # --amp and --gpu may change
         learn.scaler.load_state_dict(metadata["scaler"])
 
 

@@ -1,6 +1,7 @@
-"""A Learner whose fit can start in the middle of an epoch, and all private names of fastai that this program uses.
+"""A Learner whose fit can start in the middle of an epoch, and the private names of fastai that this program uses.
 
-Checked with fastai 2.8.10 and 2.8.12: `Learner._do_fit`, `_with_events`, `validation_context`; `DataLoader.fake_l`, `_device`.
+Checked with fastai 2.8.10 and 2.8.12: `Learner._do_fit`, `_with_events`, `_do_epoch`; `DataLoader.fake_l`, `_device`. Elsewhere
+are `_show_args` (`data/transforms.py`) and `_stateattrs` (`training/callbacks/schedules.py`), which fastai's subclasses set.
 `tests/utils/test_fastai_internals.py` fails if a later version changes them.
 """
 

@@ -38,7 +38,6 @@ class Machine:
     cache: bool = False  # store fitted images on disk
     amp: str = "auto"  # one of `AMP`; auto is bf16 or fp16 with CUDA, off elsewhere and on `NAN_IN_FP16`
     channels_last: bool = True
-    pin_memory: bool = True  # on a GPU
     tf32: bool = True  # on a GPU that has it
     compile: bool = False
     # Largest image, in millions of pixels. Decoding takes 10 bytes a pixel (measured: 1.7 GB for a PNG of 13,300 x 13,300
@@ -68,7 +67,7 @@ class Machine:
     @property
     def pins(self) -> bool:
         "Whether batches are copied to pinned memory."
-        return self.pin_memory and self.device == "cuda"
+        return self.device == "cuda"
 
     @property
     def precision(self) -> str:

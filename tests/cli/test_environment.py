@@ -43,6 +43,7 @@ def test_a_script_in_the_process_of_a_notebook(monkeypatch):
     [
         "train.py -n '' -d x", "train.py --weights '' -d x", "train.py --out '' -d x", "finetune.py -pm ''",
         "predict.py -pm '' x.jpg", "predict.py -pm m ''", "predict.py -pm m --boxes '' x.jpg", "train.py --arch '' -d x",
+        "train.py --valid '' -d x", "train.py --exclude '' -d x",
     ],
 )  # fmt: skip
 def test_an_empty_text_is_not_taken_for_a_missing_flag(run_script, line):

@@ -30,6 +30,7 @@ def test_the_command_lines_of_the_baseline_parse():
     from landmarks_fastai.cli.finetune import finetune_parser, next_settings
     from landmarks_fastai.cli.options import typed_flags
     from landmarks_fastai.cli.train import first_settings, train_parser
+    from landmarks_fastai.settings import DataFacts
 
     name = "resnext50_32x4d_b_32_e_10"
     for words in (
@@ -42,7 +43,7 @@ def test_the_command_lines_of_the_baseline_parse():
         assert settings.data == os.getcwd() and args.gpu and args.name == name
     words = ["-b", "32", "-e", "6", "-lr", "3e-5", "-d", "", "-n", name + "+6", "--gpu", "-pm", name + "_best.pth"]
     args = finetune_parser().parse_args(words)
-    after = next_settings(typed_flags(args), settings)
+    after = next_settings(typed_flags(args), settings, DataFacts())
     assert (after.batch_size, after.epochs, after.lr, args.pretrained_model) == (32, 6, 3e-5, name + "_best.pth")
 
 

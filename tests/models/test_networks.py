@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.models import heads, weights
@@ -115,6 +116,19 @@ def test_old_names_of_densenet_weights_are_read(tmp_path):
     again = build_model("densenet121", "linear", 7, 64)
     load_weights(again, "densenet121", str(tmp_path / "d.pth"), 64)
     assert all(torch.equal(v, model[0].state_dict()[k]) for k, v in again[0].state_dict().items())
+
+
+def test_weights_of_a_torchvision_vit_fit_another_input_size(tmp_path):
+    def vit(size):
+        return VisionTransformer(size, 16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16)
+
+    torch.save((trained := vit(64)).state_dict(), tmp_path / "w.pth")
+    load_weights(nn.Sequential(body := vit(32)), "vit_b_16", str(tmp_path / "w.pth"), 32)
+    assert torch.equal(body.conv_proj.weight, trained.conv_proj.weight)
+    before, after = trained.encoder.pos_embedding[0], body.encoder.pos_embedding[0]
+    assert torch.equal(after[0], before[0])  # of the class token
+    # torchvision's resize keeps the corners
+    assert torch.allclose(after[1:].reshape(2, 2, 16), before[1:].reshape(4, 4, 16)[::3, ::3], atol=1e-5)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path, other):

@@ -12,8 +12,8 @@ import pytest
 from fastai.callback.core import Callback
 
 from landmarks_fastai.errors import UserError
-from landmarks_fastai.runs.claim import process_lock
-from landmarks_fastai.runs.run import Run
+from landmarks_fastai.runs.claim import claimed_run, process_lock
+from landmarks_fastai.runs.run import Record, Run
 from tests.helpers import (
     ARCH,
     ROOT,
@@ -139,7 +139,7 @@ def test_a_second_process_with_the_same_name_is_refused(run_script, drawn):
     RUNS.mkdir()
     code = (
         "import multiprocessing, os, sys, time; from pathlib import Path\n"
-        "from landmarks_fastai.runs.claim import process_lock\n"
+        "from landmarks_fastai.runs.claim import claimed_run, process_lock\n"
         "read, write = os.pipe()\n"
         "def child():\n"
         "    os.write(write, b'.')\n"
@@ -169,6 +169,16 @@ def test_a_second_process_with_the_same_name_is_refused(run_script, drawn):
     for child in children:
         os.kill(int(child), signal.SIGKILL)
     assert not lock.exists()
+
+
+def test_a_run_that_saved_nothing_leaves_no_folder_of_tensorboard(tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match="not enough memory"):
+            with claimed_run(tmp_path, "r", "", Record("train.py", {}), False, False) as run:
+                (run.folder / "tensorboard").mkdir()
+                (run.folder / "tensorboard" / "events").write_text("1")
+                raise UserError("not enough memory")
+        assert not run.folder.exists()
 
 
 def test_lock_can_be_taken_again_and_leaves_no_file(tmp_path):

@@ -80,6 +80,16 @@ def test_call(learn, pictures, call):
     assert not learn.lock.locked() and np.isfinite(learn.validate()[1])
 
 
+def test_an_export_after_a_fit_is_without_the_optimiser(drawn, tmp_path, pictures):
+    learn, sizes = learner(drawn, tmp_path), []
+    for epochs in (0, 1):
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(epochs)
+        exported(learn, pictures[0])
+        sizes.append((tmp_path / "x.pkl").stat().st_size)
+    assert sizes[1] < 1.1 * sizes[0]
+
+
 @pytest.mark.parametrize("metrics", [[], [rmse], [AUC((0, 1), 1e9)]], ids=["none", "rmse", "AUC"])
 def test_any_metrics_leave_the_schedule_its_score(drawn, tmp_path, metrics):
     learn = learner(drawn, tmp_path)

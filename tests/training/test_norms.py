@@ -7,7 +7,8 @@ import torch
 from torch.nn import BatchNorm2d
 
 from landmarks_fastai.cli.finetune import next_settings
-from landmarks_fastai.settings import RECIPES, Settings
+from landmarks_fastai.data.align import MIN_GAIN
+from landmarks_fastai.settings import RECIPES, DataFacts, Settings
 from tests.helpers import QUICK, best, small_learner, tensors
 
 
@@ -32,11 +33,14 @@ def test_means_and_variances_stay_and_all_else_is_trained(drawn, freeze_bn):
     assert not torch.equal(before[weight], after[weight])
 
 
+ALIGNED = DataFacts(align_gain=MIN_GAIN)
+
+
 def test_later_stages_keep_them_where_crops_are_aligned():
-    assert not Settings().freeze_bn and next_settings({}, Settings()).freeze_bn
-    assert not next_settings({"freeze_bn": False}, Settings()).freeze_bn
-    assert not next_settings({}, Settings(**RECIPES["baseline"])).freeze_bn
-    assert next_settings({}, Settings(**RECIPES["baseline"], freeze_bn=True)).freeze_bn
+    assert not Settings().freeze_bn and next_settings({}, Settings(), ALIGNED).freeze_bn
+    assert not next_settings({"freeze_bn": False}, Settings(), ALIGNED).freeze_bn
+    assert not next_settings({}, Settings(**RECIPES["baseline"]), ALIGNED).freeze_bn
+    assert next_settings({}, Settings(**RECIPES["baseline"], freeze_bn=True), ALIGNED).freeze_bn
 
 
 @pytest.mark.train

@@ -11,13 +11,14 @@ from fastai.callback.core import Callback
 from landmarks_fastai.cli.finetune import next_settings
 from landmarks_fastai.cli.options import typed_flags
 from landmarks_fastai.cli.train import DRAWN, first_settings, train_parser
+from landmarks_fastai.data.align import MIN_GAIN
 from landmarks_fastai.data.block import landmark_dataloaders
 from landmarks_fastai.data.flip import average_flipped
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.inference.predictor import Predictor
 from landmarks_fastai.inference.scoring import score_rows
 from landmarks_fastai.runs.checkpoint import read_checkpoint
-from landmarks_fastai.settings import RECIPES, Settings
+from landmarks_fastai.settings import RECIPES, DataFacts, Settings
 from landmarks_fastai.training.callbacks.evaluation import Average
 from landmarks_fastai.utils.hardware import Machine
 from tests.helpers import (
@@ -47,18 +48,28 @@ def test_the_baseline_recipe_switches_every_addition_off(run_script, drawn):
         assert getattr(settings, name) == value, name
     assert not best("s").facts.flip_indices and settings.lr == 3e-4 and settings.opt == "adamw" and settings.wd == 0.05
     assert list(history("s").columns) == "epoch train_loss valid_loss score nme_box_diag lr".split()
-    assert next_settings({}, settings).aug == 0
+    assert next_settings({}, settings, ALIGNED).aug == 0
     # one part of it, typed, wins over the recipe
     words = ["--recipe", "baseline", "--loss", "l1", "-d", "x"]
     typed = first_settings(typed_flags(train_parser().parse_args(words)))
     assert typed.loss == "l1" and typed.init_head == "random"
 
 
+ALIGNED = DataFacts(align_gain=MIN_GAIN)
+
+
 def test_each_later_stage_augments_half_as_much_where_crops_are_aligned():
-    second = next_settings({}, Settings())
-    assert (Settings().aug, second.aug, next_settings({}, second).aug) == (1, 0.5, 0.25)
-    assert next_settings({"aug": 1.0}, Settings()).aug == 1
-    assert next_settings({"align": 0.0}, Settings()).aug == next_settings({}, Settings(align=0.0)).aug == 1
+    second = next_settings({}, Settings(), ALIGNED)
+    assert (Settings().aug, second.aug, next_settings({}, second, ALIGNED).aug) == (1, 0.5, 0.25)
+    assert next_settings({"aug": 1.0}, Settings(), ALIGNED).aug == 1
+    for flags, settings, facts in (
+        ({"align": 0.0}, Settings(), ALIGNED),
+        ({}, Settings(align=0.0), DataFacts()),
+        ({}, Settings(), DataFacts(align_gain=MIN_GAIN - 0.1)),  # its crops would not narrow the spread
+    ):
+        later = next_settings(flags, settings, facts)
+        assert (later.aug, later.sched, later.freeze_bn, later.lr) == (1, "plateau", False, pytest.approx(2e-4))
+    assert next_settings({"align": 1.3}, Settings(align=0.0), DataFacts()).sched == "onecycle"
 
 
 @pytest.mark.train
@@ -182,7 +193,7 @@ def test_all_rows_trains_on_the_validation_rows_and_says_so(run_script, drawn):
     assert code == 0 and "on rows that were trained on" in out
     dls = landmark_dataloaders(drawn, size=32, batch_size=8, all_rows=True, machine=Machine(workers=0))
     assert len(dls.train_ds) == N_TRAIN and len(dls.valid_ds) == 8
-    assert next_settings({}, best("a").settings).all_rows
+    assert next_settings({}, best("a").settings, best("a").facts).all_rows
 
 
 def test_weights_flag_takes_the_checkpoint_of_another_run(run_script, drawn, finished_run):

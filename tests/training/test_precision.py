@@ -1,5 +1,7 @@
 "fp16 with gradient scaling, on the CPU: a step that overflows is skipped everywhere, and the scale is resumed."
 
+import shutil
+
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -65,8 +67,10 @@ def test_fp16_resumes_to_the_last_bit_with_its_scale(run_script, drawn, monkeypa
         assert run_script(f"{fp16} -n whole -d", drawn)[0] == 0
         with stopping_at(5):
             assert run_script(f"{fp16} -n parts -d", drawn)[0] == 130
+        shutil.copytree("runs/parts", "runs/other")
         state = read_state(Run("runs", "parts"))
         assert state and state.metadata["scaler"]["scale"] <= 2.0**14
         code, _, err = run_script("train.py --resume -n parts")
     assert (code, err) == (0, "")
     check_equal("whole", "parts")
+    assert run_script("train.py --resume -n other --amp off")[::2] == (0, "")

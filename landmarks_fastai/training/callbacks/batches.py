@@ -44,7 +44,7 @@ class SeedEveryStep(Callback):
 
     def before_batch(self):
         if self.training:
-            rank = self.dl.share[0]  # 0 leaves the seed as it is without it
+            rank = self.dl.share[0]  # rank 0 has the seed of a single process: SeedSequence pads with zeros
             place = np.random.SeedSequence([self.learn.settings.seed, self.dl.epoch, self.iter, rank])
             set_seed(int(place.generate_state(1)[0]))
 

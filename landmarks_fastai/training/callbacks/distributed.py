@@ -51,7 +51,7 @@ class DistributedTraining(Callback):
         self.wrapped = None
 
     def is_shared(self) -> bool:
-        "Whether all processes validate together: not where one predicts, by fastai on a list of batches too."
+        "Whether all processes validate together. In a prediction of fastai's `dl` may be a list."
         return getattr(self.dl, "share", (0, 1))[1] > 1
 
     def before_validate(self):

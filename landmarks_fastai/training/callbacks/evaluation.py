@@ -32,7 +32,7 @@ class Average(Callback):
     position index of swin_t was one off in each of its 12 blocks.
 
     After n steps the decay is (1 + n) / (10 + n), up to `decay`, so that short stages of fifty steps gain from it too.
-    A step that fp16's gradient scaling skips is no step.
+    A step that fp16's gradient scaling skips does not count.
     """
 
     order = 45  # after `Amp`, which cancels a step in `before_step`
@@ -134,10 +134,12 @@ class Evaluation(Callback):
                 candidate.crops += self.alignment.maps(points.cpu().numpy())
 
     def after_validate(self):
-        if not self.candidates or not self.candidates[0].metrics[0].count:  # no labels, or cancelled as by `lr_find`
+        if not self.candidates:
             return
-        if getattr(self.dl, "share", (0, 1))[1] > 1:
+        if getattr(self.dl, "share", (0, 1))[1] > 1:  # before the next line: one of the processes may have no rows
             sum_over_processes(chain(*(candidate.metrics for candidate in self.candidates)))
+        if not self.candidates[0].metrics[0].count:  # no labels, or cancelled as by `lr_find`
+            return
         best = min(self.candidates, key=lambda candidate: candidate.first_pass)
         self.network, metrics = best.network, best.metrics
         if self.alignment and isinstance(self.dl, LandmarkDL):

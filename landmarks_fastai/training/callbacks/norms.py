@@ -2,7 +2,7 @@
 # fastai sets attributes when it runs, `learn` among them
 # pyright: reportAttributeAccessIssue=false
 
-from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.core import Callback
 from fastai.callback.training import bn_types
 
 
@@ -12,8 +12,6 @@ class FreezeBatchNorms(Callback):
     fastai's `BnFreeze` does so for the norms of a frozen body only. Detectors that start from a trained body do it too
     (mmdetection's `norm_eval`): the statistics of a small batch are noisy, here more so, since it mixes images and crops.
     """
-
-    run_after = TrainEvalCallback
 
     def before_train(self) -> None:
         for module in self.learn.model.modules():

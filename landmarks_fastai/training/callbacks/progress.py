@@ -16,11 +16,12 @@ from landmarks_fastai.utils.distributed import this_process
 from landmarks_fastai.utils.files import write_text
 
 
-class History(CSVLogger):
-    "fastai's `CSVLogger`, whose file is replaced atomically. A resumed run sets `text` to the lines of the stopped run."
+class History(Callback):
+    "As fastai's `CSVLogger`, with a file that is replaced atomically. A resumed run sets `text` to the lines of the stopped run."
+
+    order = CSVLogger.order
 
     def __init__(self, run: Run):
-        super().__init__("history.csv")
         self.target, self.text = run, ""
 
     def before_fit(self):

@@ -14,11 +14,13 @@ from landmarks_fastai.utils.distributed import broadcast
 class PlateauLR(Callback):
     """PyTorch's `ReduceLROnPlateau` on the score of `Evaluation`, with the published entry's `patience=1, factor=0.31622`.
 
-    fastai's divides by `factor`, reduces one epoch earlier, has no threshold, and edits `opt.hypers`, which are a copy in
+    fastai's divides by `factor`, reduces one epoch earlier, has a threshold of 0, and edits `opt.hypers`, which are a copy in
     an `OptimWrapper`: there it changes nothing.
     """
 
     order = TrackerCallback.order
+    plateau: ReduceLROnPlateau | None = None
+    _stateattrs = ("plateau",)  # fastai's: not pickled by `export`; it holds the optimiser, three quarters of the file
 
     def __init__(self, patience: int = 1, factor: float = 0.31622):
         self.patience, self.factor = patience, factor
@@ -31,7 +33,7 @@ class PlateauLR(Callback):
             self.plateau = ReduceLROnPlateau(self.opt.opt, factor=self.factor, patience=self.patience)
 
     def after_epoch(self):
-        if scores := self.learn.evaluation.scores:
+        if self.plateau and (scores := self.learn.evaluation.scores):
             self.plateau.step(scores.score)
 
 

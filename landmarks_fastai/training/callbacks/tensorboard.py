@@ -9,11 +9,9 @@ from fastai.callback.core import Callback
 from fastai.learner import Recorder
 from PIL import Image
 
-from landmarks_fastai.runs.run import Run
+from landmarks_fastai.runs.run import TENSORBOARD, Run
 from landmarks_fastai.settings import Settings
 from landmarks_fastai.utils.distributed import is_first
-
-FOLDER = "tensorboard"
 
 
 class TensorBoard(Callback):
@@ -29,7 +27,7 @@ class TensorBoard(Callback):
             from torch.utils.tensorboard import SummaryWriter
 
             # a resumed run writes its epoch again
-            self.writer = SummaryWriter(self.target.folder / FOLDER, purge_step=self.learn.begin[0])
+            self.writer = SummaryWriter(self.target.folder / TENSORBOARD, purge_step=self.learn.begin[0])
             self.writer.add_text("settings", f"```json\n{json.dumps(self.settings.to_dict(), indent=1)}\n```", 0)
 
     def after_epoch(self):
@@ -48,6 +46,6 @@ def add_results(run: Run, epoch: int) -> None:
     "Add results.png of a finished fit."
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(run.folder / FOLDER) as writer:
+    with SummaryWriter(run.folder / TENSORBOARD) as writer:
         pixels = np.asarray(Image.open(run.folder / "results.png").convert("RGB"))
         writer.add_image("results", pixels, epoch, dataformats="HWC")

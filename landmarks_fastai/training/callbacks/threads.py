@@ -21,8 +21,6 @@ class FollowLoad(Callback):
     higher one when two measurements in a row ask for it.
     """
 
-    order = -10  # before the batch goes to the device
-
     def __init__(self, seconds: float = 2.0):
         self.seconds, self.most, self.told = seconds, torch.get_num_threads(), False
 
