@@ -49,7 +49,7 @@ class Labels:
     csv: Path
     names: Sequence[str] | np.ndarray  # (rows,) file names; an array holds UTF-8
     lines: np.ndarray  # (rows,) line numbers in the CSV; the header is line 1
-    # (rows, n_points, 2) int16, or float32 with NaN where a point is missing; pixels as stored; 0 in faulty rows
+    # (rows, n_points, 2) int16, or float32 with NaN where a point is missing; pixels as stored
     stored: np.ndarray
     faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with its text
     checksums: np.ndarray | None = None  # (rows,) crc32 of the points in a cache file; None: the points are in memory

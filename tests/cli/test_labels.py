@@ -78,6 +78,6 @@ def test_bad_rows_and_suspicions_are_told(run, tmp_path):
     rows = "".join(f"a.png,0.{k},0.2,0.3,0.{k + 1}\n" for k in range(5))
     path = write_files(tmp_path / "d", {"p.csv": f"file_name,a_x,a_y,b_x,b_y\n{rows}lost.png,x,2,3,4\n"}) / "p.csv"
     code, out, _ = run(path)
-    assert code == 0 and "suspicion, training stops at it: all coordinates are from 0 to 1" in out
+    assert code == 0 and "suspicion, training stops at it: most rows have no coordinate beyond 2, as fractions" in out
     assert f"bad: {path} line 7: point a's x is 'x', a number expected" in out
     assert run(path, "--out", "x.txt")[0] == 1 and run(tmp_path / "gone.csv")[2].startswith("error: ")

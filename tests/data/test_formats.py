@@ -133,6 +133,9 @@ CASES = {
         "d.csv", {"d.csv": "scorer,Unnamed: 1_level_0,,me,me,me,me\nbodyparts,,,nose,nose,tail,tail\ncoords,,,x,y,x,y\n"
                            "labeled-data,v1,a.png,10.25,20.5,30,5.75\n"}, [("labeled-data/v1/a.png", A)],
     ),
+    "lightning-pose, without out-of-distribution frames": (".", {
+        "CollectedData.csv": DLC + "labeled-data/v1/a.png,10.25,20.5,30,5.75\n", "CollectedData_new.csv": DLC + "a.png,1,2,3,4\n",
+    }, [("labeled-data/v1/a.png", A)]),
     "DeepLabCut, several animals": (
         "d.csv", {"d.csv": "scorer,me,me,me,me,me,me\nindividuals,one,one,two,two,single,single\n"
                            "bodyparts,tail,tail,tail,tail,corner,corner\ncoords,x,y,x,y,x,y\n"
@@ -199,6 +202,12 @@ CASES = {
     "CSV, visible, group, box, pandas' index, names that are quoted": (
         "p.csv", {"p.csv": ',image,left,top,right,bottom,noseX,noseY,nose_v,tailX,tailY,tail_v,group\n'
                            '0,"""images\\a.png""",1,2,3,4,5,5,0,50.5,40,2,g\n'}, BOTH[1:],
+    ),
+    "CSV, visible with decimals": (
+        "p.csv", {"p.csv": "file_name,nose_x,nose_y,nose_v,tail_x,tail_y,tail_v\na.png,1,1,0.00,50.5,40,1.00\n"}, BOTH[1:],
+    ),
+    "CSV, one point and the image's size": (
+        "p.csv", {"p.csv": "file_name,x,y,width,height\na.png,50.5,40,64,48\n"}, [("a.png", {"": (50.5, 40.0)})],
     ),
     "CSV, x of all points, then y": (
         "p.csv", {"p.csv": "name;x_nose;x_tail;y_nose;y_tail\na.png;10.25;30;20.5;5.75\n"}, BOTH[:1],
@@ -320,6 +329,15 @@ DAMAGED = {
     "CSV without names of points": ("p.csv", b"file,a,b\na.png,1,2\n", "line 1 names no points"),
     "CSV without rows": ("p.csv", b"file,x,y\n", "no rows"),
     "CSV of a column twice": ("p.csv", b"file,x0,y0,x0\n", "column 'x0' stands twice"),
+    "CSV with a box's corner and size": (
+        "p.csv", b"file,x,y,w,h,x_re,y_re\n", "columns x, y, w, h are a box, not a point: name its edges left, top",
+    ),
+    "CSV with a box's corner and size, other names": (
+        "p.csv", b"file,bbox_x,bbox_y,bbox_w,bbox_h,nose_x,nose_y\n", "columns bbox_x, bbox_y, bbox_w, bbox_h are a box",
+    ),
+    "CSV with a box's least x and y, and size": (
+        "p.csv", b"file,x_min,y_min,width,height,nose_x,nose_y\n", "columns x_min, y_min, width, height are a box",
+    ),
     "CSV of UTF-16": ("p.csv", "file,x,y".encode("utf-16"), "not UTF-8"),
     "CSV with a long line": ("p.csv", b"file,x,y\na.png,1,2\na.png,1,2,3,4,5\n", "cannot be read .*line 3"),
     "CSV with an open quote": ("p.csv", b'file,x,y\n"a\n.png",1,2\n"a.png,1,2\na.png,1,2\n', "line 4 cannot be read"),
@@ -390,6 +408,22 @@ def test_objects_that_cannot_be_told_apart_are_told_by_row(tmp_path):
     path = write_files(tmp_path, {"a.json": labelme(*shapes(A), *shapes(B))}) / "a.json"
     labels, _ = read_source(path)
     assert "point 'tail' is labelled twice in one object" in labels.faults[0]
+
+
+def test_point_outside_of_its_box_is_told(tmp_path):
+    "Among several boxes; to the only one it belongs, and beside boxes without points no point needs one."
+    corners = {"dog": [[5, 5], [40, 30]], "cat": [[45, 30], [60, 40]]}
+    boxes = [
+        {"label": n, "points": p, "group_id": None, "shape_type": "rectangle"} for n, p in corners.items()
+    ]  # fmt: skip
+    for shown, points, fault in (
+        (boxes, A | {"ear": (44, 35)}, "point 'ear' lies in none of 2 boxes: give each object its own group"),
+        (boxes[:1], A | {"ear": (44, 35)}, ""),
+        (boxes, {"ear": (44, 35), "tail": (1, 1)}, ""),
+    ):
+        write_files(tmp_path, {"a.json": labelme(*shapes(points), *shown)})
+        labels, _ = read_source(tmp_path / "a.json")
+        assert fault in "".join(labels.faults.values()) and len(labels) == 1 + bool(labels.faults) == 1 + bool(fault)
 
 
 def test_large_file_takes_bounded_memory_and_time(tmp_path):

@@ -330,6 +330,10 @@ SUSPICIONS = {
         r"12 of 4320 points are exactly \(-1, -1\)",
     ),
     "fractions": (shape_rows() / 96, "fractions of the image's sides"),
+    "fractions, points outside of the image": (
+        with_missing(shape_rows() / 96, (1.02, -0.01)),
+        "fractions of the image's sides",
+    ),
     "planar": (shape_rows().swapaxes(1, 2).reshape(12, 6, 2), "only if x of all points stands before y"),
     "a box": (with_box(shape_rows()), "the first four numbers are a box"),
     "a corner and a size": (with_box(shape_rows(), True), "the first four numbers are a box"),
