@@ -50,6 +50,7 @@ def test_what_it_writes_is_read_again(run, source, name):
     before, _ = read_source(source)
     code, out, _ = run(source, "--out", source.parent / name)
     assert code == 0 and f"3 rows: {source.parent / name}; its file names are relative to {source.parent}" in out
+    assert ("note: not in" in out) == (name == "x.csv")  # skeleton and category
     after, _ = read_source(source.parent / name)
     assert rows_of(after) == rows_of(before) and after.boxes[0].tolist() == before.boxes[0].tolist()
     assert len(labelled_images(source.parent / name)) == 3
@@ -64,6 +65,18 @@ def test_groups_are_written_and_points_without_names(run, tmp_path):
     assert code == 0 and "groups: g (1 rows), h (1 rows)" in out and "points: 0, 1" in out
     labels, _ = read_source(tmp_path / "d" / "x.csv")
     assert labels.groups == ["g", "h"] and not labels.point_names and labels.points(0).tolist() == [[1.5, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    "name,lost", [("x.csv", "validation rows, flip indices, category"), ("x.json", "validation rows, flip indices")]
+)
+def test_what_is_not_written_is_told(run, tmp_path, name, lost):
+    yaml = "train: images\nval: valid/images\nkpt_shape: [2, 2]\nflip_idx: [1, 0]\nnames: [dog]"
+    line = "0 .5 .5 .25 .5 .1 .1 .2 .2\n"
+    files = {"data.yaml": yaml, "labels/a.txt": line, "valid/labels/b.txt": line}
+    folder = write_files(tmp_path / "d", files, ["images/a.png", "valid/images/b.png"])
+    code, out, _ = run(folder, "--out", folder / name)
+    assert code == 0 and out.endswith(f"note: not in {folder / name}: {lost}\n")
 
 
 def test_many_points_are_counted(run, tmp_path):
