@@ -156,6 +156,16 @@ CASES = {
         "s.json", {"s.json": [{"image": "/data/local-files/?d=dogs%2Fa.png", "id": 1, "box": [], "kp": [
             keypoint(n, *p)["value"] | {"original_width": 64, "original_height": 48} for n, p in edge(A).items()]}]}, BOTH[:1],
     ),
+    "Label Studio, JSON-MIN of two annotators": (
+        "s.json", {"s.json": [{"image": "a.png", "id": 1, "annotation_id": k, "updated_at": f"2026-01-0{k}", "kp": [
+            keypoint(n, *p)["value"] | {"original_width": 64, "original_height": 48} for n, p in edge(points).items()]}
+            for k, points in ((3, A), (2, B))]}, BOTH[:1],
+    ),
+    "Label Studio, a task of two pictures": (
+        "s.json", {"s.json": [{"id": k, "data": {"image": "a.png", "other": "b.png"}, "annotations": [{"result": [
+            keypoint(n, *p, to_name=f"picture {k * n}") for n, p in edge(A).items()]}]}
+            for k in (0, 1)]}, BOTH[:1],
+    ),
     "CVAT, skeletons": (
         "annotations.xml", {"annotations.xml": cvat(
             f'<skeleton label="dog">{cvat_points(A, outside=0)}</skeleton>',
@@ -251,6 +261,19 @@ def test_what_a_source_says_besides_points(tmp_path, capsys):
     turned = cvat('<box label="dog" xtl="10" ytl="20" xbr="30" ybr="30" rotation="90"/>', cvat_points(A))
     labels, _ = read_source(write_files(tmp_path / "b", {"c.xml": turned}) / "c.xml")
     assert labels.boxes[0].round(3).tolist() == [15, 15, 25, 35]
+
+
+def test_pts_of_a_missing_picture_is_not_another_object(tmp_path, capsys):
+    "Of photo_1.jpg, where photo.jpg has a file of its own."
+    pts = "version: 1\nn_points: 1\n{\n2 3\n}"
+    labels, _ = read_source(write_files(tmp_path, {"a.pts": pts, "a_1.pts": pts}))
+    assert len(labels) == 1 and "1 rows whose image was not found, as a_1.jpg" in capsys.readouterr().out
+
+
+def test_further_points_of_coco_wholebody_are_counted(tmp_path, capsys):
+    content = coco(annotation(A, face_kpts=[1, 2, 2] * 68, lefthand_kpts=[0] * 63))
+    read_source(write_files(tmp_path, {"c.json": content}) / "c.json")
+    assert "2 points; left out: 1 lists of face_kpts\n" in capsys.readouterr().out
 
 
 def test_the_configuration_of_label_studio_sorts_the_points(tmp_path):
