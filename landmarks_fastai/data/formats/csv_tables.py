@@ -59,6 +59,14 @@ class Header:
         "Whether the table is file_name, x0, y0, x1, y1, … and nothing else."
         return self.file == 0 and self.xy == list(range(1, self.n_columns)) and not self.box and self.group < 0
 
+    @property
+    def point_names(self) -> tuple[str, ...]:
+        "The names of a positional table's points; empty if they are numbered in order: p0, p1, …, or from 1."
+        parts, n = [re.fullmatch(r"(.*?)(\d{1,9})", name) for name in self.names], len(self.names)
+        numbers, prefixes = [int(part[2]) for part in parts if part], {part and part[1] for part in parts}
+        numbered = len(prefixes) == 1 and numbers in ([*range(n)], [*range(1, n + 1)])
+        return tuple(self.names) if any(self.names) and not numbered else ()
+
 
 def parse_header(columns: Sequence[str], where: str) -> Header:
     """Find the columns of points, file names, boxes and groups. `names` is empty if the header does not name x and y.
