@@ -224,7 +224,7 @@ def _numbers(cells: np.ndarray, header: Header) -> tuple[np.ndarray, dict[int, s
     for k, column in enumerate(header.visible):
         if column >= 0:
             visible = np.strings.lower(cells[:, column])
-            zero = pd.to_numeric(visible.astype(object), errors="coerce") == 0
+            zero = np.asarray(pd.to_numeric(visible.astype(object), errors="coerce")) == 0
             missing[:, 2 * k : 2 * k + 2] |= (zero | np.isin(visible, ["false", "no"]))[:, None]
     values, faults = np.full(texts.shape, np.nan), {}
     values[~missing] = pd.to_numeric(texts[~missing].astype(object), errors="coerce")

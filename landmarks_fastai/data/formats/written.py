@@ -45,7 +45,7 @@ def coco_annotation(
     labelled = ~np.isnan(points).any(1)
     edges = np.concatenate([np.nanmin(points, axis=0), np.nanmax(points, axis=0)]) + 0.5 if box is None else box
     left, top, right, bottom = np.asarray(edges, np.float64).tolist()
-    keypoints = np.column_stack([np.where(labelled[:, None], points + origin, 0), 2 * labelled]).ravel()
+    keypoints = np.column_stack([np.nan_to_num(points + origin), 2 * labelled]).ravel()
     entry = {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0, "segmentation": []}
     entry |= {
         "bbox": rounded([left, top, right - left, bottom - top]),
