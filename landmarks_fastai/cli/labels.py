@@ -28,7 +28,7 @@ def main() -> None:
         raise UserError(f"--out {args.out}: a name that ends in .csv or .json expected")
 
     from landmarks_fastai.data.checks import check_images
-    from landmarks_fastai.data.describe import describe, draw_rows, write_labels
+    from landmarks_fastai.data.describe import describe, draw_rows, not_written, write_labels
     from landmarks_fastai.data.sources import read_source
     from landmarks_fastai.data.suspicions import suspicions
 
@@ -48,6 +48,8 @@ def main() -> None:
     if args.out:
         relative_to = write_labels(labels, folder, rows, args.out)
         print(f"{len(rows)} rows: {args.out}; its file names are relative to {relative_to}")
+        if lost := not_written(labels, args.out):
+            print(f"note: not in {args.out}: {', '.join(lost)}")
 
 
 command = partial(app.run_main, main)

@@ -142,7 +142,8 @@ def cached_inputs(images: LabelledImages, settings: Settings, facts: DataFacts) 
 def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | None = None) -> DataFacts:
     """Learn the flip map, the mean shape and the points' box from the training rows, and print what comes out.
 
-    Mean shape and flip map are kept where they are `known`. Raises `UserError` for `tta` without mirroring.
+    Mean shape and flip map are kept where they are `known`. The source's flip indices are not believed if each point is its
+    own mirror image: many files have those as a filler. Raises `UserError` for `tta` without mirroring.
     """
     images, labels = images[split_items(images, settings)[0]], images.labels
     facts = (known or DataFacts()).replace(n_points=labels.n_points)
@@ -152,13 +153,14 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
         facts = facts.replace(category=labels.category)
     mean = np.array(facts.shape).reshape(-1, 2) if facts.shape else None
     check_labelled(labels, images.rows)
+    filler = not facts.flip_indices and labels.flip_indices == tuple(range(labels.n_points))
     if not facts.flip_indices:
         facts = facts.replace(flip_indices=labels.flip_indices)
     if settings.mirror == "none":
         if settings.tta:
             raise UserError("--tta scores the mirrored image too, --mirror none forbids it: run without one of them")
         facts = facts.replace(flip_indices=())
-    elif not facts.flip_indices:
+    elif filler or not facts.flip_indices:
         try:
             flip = learn_flip_map(np.stack([item.points for item in images.sample(ROWS)]))
             mean = flip.shape if mean is None else mean
@@ -167,7 +169,8 @@ def learn_facts(images: LabelledImages, settings: Settings, known: DataFacts | N
             pairs = (facts.n_points - on_axis) // 2
             print(f"flip map learned: {pairs} pairs, {on_axis} points on the axis, {flip.miss:.3f} of the radius off")
         except NoFlipMap as e:
-            print(f"no flip map, images are not mirrored: {e}")
+            without = "that of the source is used, which exchanges no points" if filler else "images are not mirrored"
+            print(f"no flip map, {without}: {e}")
     points, maps = points_and_maps(images, settings)
     note_points_outside(unit_points(points, maps, settings.size), settings)
     if mean is None and facts.n_points >= MIN_POINTS and maps:  # training reports that no image can be read

@@ -76,6 +76,14 @@ def write_labels(labels: Labels, folder: Path, rows: Sequence[int], path: Path) 
     return root
 
 
+def not_written(labels: Labels, path: Path) -> list[str]:
+    "Return what the labels say and the file of `write_labels` does not."
+    both = {"validation rows": labels.valid is not None, "flip indices": labels.flip_indices}
+    of_csv = {"skeleton": labels.skeleton, "category": labels.category}
+    rest = {"groups": labels.groups} if path.suffix.lower() == ".json" else of_csv
+    return [what for what, value in (both | rest).items() if value]
+
+
 def _cells(labels: Labels, rows: Sequence[int], names: Sequence[str]) -> Iterator[list[str]]:
     group = ["group"] if labels.groups else []
     box = ["left", "top", "right", "bottom"] if labels.boxes is not None else []

@@ -173,6 +173,12 @@ def labelled_images(
     excluded = excluded_rows(exclude, labels) if exclude else np.zeros(0, np.int64)
     unseen = set(excluded.tolist())
     faults = {row: fault for row, fault in sorted((labels.faults | image_faults).items()) if row not in unseen}
+    _report_faults(labels, faults, on_bad, listing)
+    return LabelledImages(labels, folder, np.union1d(np.array(list(faults), np.int64), excluded), listing)
+
+
+def _report_faults(labels: Labels, faults: dict[int, str], on_bad: str, listing: Path | None) -> None:
+    "Raise `BadData` with all faults, or print how many rows are left out; `listing` has them."
     problems = [labels.problem(row, text) for row, text in faults.items()]
     stop = on_bad == "stop" or len(faults) == len(labels)
     if listing and is_first():  # the first process writes the list
@@ -184,7 +190,6 @@ def labelled_images(
         raise BadData(problems, len(faults), "--on-bad skip" if len(faults) < len(labels) else "", listing)
     if faults:
         print(f"{len(faults)} of {len(labels)} rows are bad and left out" + (f": {listing}" if listing else ""))
-    return LabelledImages(labels, folder, np.union1d(np.array(list(faults), np.int64), excluded), listing)
 
 
 def excluded_rows(path: str | Path, labels: Labels) -> np.ndarray:

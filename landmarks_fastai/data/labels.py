@@ -49,7 +49,7 @@ class Labels:
     csv: Path
     names: Sequence[str] | np.ndarray  # (rows,) file names; an array holds UTF-8
     lines: np.ndarray  # (rows,) line numbers in the CSV; the header is line 1
-    # (rows, n_points, 2) int16, or float32 with NaN where a point is missing; pixels as stored; 0 in faulty rows
+    # (rows, n_points, 2) int16, or float32 with NaN where a point is missing; pixels as stored
     stored: np.ndarray
     faults: dict[int, str] = field(default_factory=dict)  # row -> what is wrong with its text
     checksums: np.ndarray | None = None  # (rows,) crc32 of the points in a cache file; None: the points are in memory
@@ -71,7 +71,9 @@ class Labels:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         in_memory = self.checksums is None
-        return super().__reduce_ex__(protocol) if in_memory else (_renew, (open_labels, self.csv, self.identity))
+        if in_memory:
+            return super().__reduce_ex__(protocol)
+        return _renew, (open_labels, self.csv, self.identity), {"point_names": self.point_names}
 
     @property
     def n_points(self) -> int:
@@ -148,6 +150,7 @@ class Labels:
         return replace(
             self,
             stored=np.take(self.stored, order, 1),
+            checksums=None,  # they are of the order in the cache file
             point_names=tuple(names),
             flip_indices=tuple(place[known[self.flip_indices[k]]] for k in order) if self.flip_indices else (),
             skeleton=tuple((place[known[a]], place[known[b]]) for a, b in self.skeleton),

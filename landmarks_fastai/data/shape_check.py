@@ -20,7 +20,7 @@ ROUNDING = 0.3  # pixels: root mean square error of a coordinate that is rounded
 GROUP = 0.04  # share of the points whose mean is the score of a group: 40 of 971
 SCORES = ("whole", "components", "group", "point")
 OFF = 6.0  # times what is usual for a landmark, from which on a point is named
-EXPLAINED = 0.4  # share of what is left of a row: less with other names of the points is an explanation
+EXPLAINED = 0.4  # share of a row's residuals: less with other names of the points is an explanation
 NAMED, STEPS = 8, 6  # points in a reason; fits that it is found by
 
 
@@ -44,8 +44,8 @@ class ShapeModel:
         self.moves = (moves / np.linalg.norm(moves, axis=1)[:, None]).astype(np.float32)
         self._set_basis(np.zeros((0, 2 * n)), np.zeros(0))
         aligned = self._aligned(points)[0]
-        left = np.linalg.norm(aligned - self.mean, axis=1)
-        kept, count = left <= 3 * np.median(left), min(COMPONENTS, rows // 10, n - 3)
+        residuals = np.linalg.norm(aligned - self.mean, axis=1)
+        kept, count = residuals <= 3 * np.median(residuals), min(COMPONENTS, rows // 10, n - 3)
         for _ in range(PASSES):
             self.mean = aligned[kept].mean(0)
             rest = aligned[kept] - self.mean
@@ -53,12 +53,12 @@ class ShapeModel:
             if count > 0:
                 _, values, components = randomized_svd(rest, count, random_state=0)
                 self._set_basis(components, values**2 / len(rest))
-            left, numbers = self._left(aligned)
-            # a wrong row may have a component of its own, and little left
-            far = [np.linalg.norm(left, axis=(1, 2)), np.sqrt((numbers**2 / self.variances).sum(1))]
+            residuals, numbers = self._residuals(aligned)
+            # a wrong row may have a component of its own, and small residuals
+            far = [np.linalg.norm(residuals, axis=(1, 2)), np.sqrt((numbers**2 / self.variances).sum(1))]
             far = np.max([values / max(1e-9, np.median(values)) for values in far], 0)
             kept = far <= np.quantile(far, 1 - TRIMMED)
-        self.usual = np.median(np.linalg.norm(self._left(aligned[kept])[0], axis=-1), axis=0)
+        self.usual = np.median(np.linalg.norm(self._residuals(aligned[kept])[0], axis=-1), axis=0)
 
     def _set_basis(self, components: np.ndarray, variances: np.ndarray) -> None:
         self.variances = np.maximum(variances, 1e-12).astype(np.float32)
@@ -75,29 +75,31 @@ class ShapeModel:
         aligned = as_points(turned * turn[:, None]).reshape(len(points), -1).astype(np.float32)
         missing = np.isnan(points).reshape(len(points), -1)
         for _ in range(20 if missing.any() else 0):  # a missing point is where the others predict it
-            left, _ = self._left(aligned, plain=True)
-            aligned = np.where(missing, aligned - left.reshape(aligned.shape), aligned)
+            residuals, _ = self._residuals(aligned, plain=True)
+            aligned = np.where(missing, aligned - residuals.reshape(aligned.shape), aligned)
         centre = z.mean(1)
         return aligned, np.sqrt((abs(z - centre[:, None]) ** 2).mean(1)) * turn.conj(), centre
 
-    def _left(self, aligned: np.ndarray, plain: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        "Return what is left of each point when the others predict it, (rows, n, 2) in radii, and the components' numbers."
+    def _residuals(self, aligned: np.ndarray, plain: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        "Return the residual of each point when the others predict it, (rows, n, 2) in radii, and the components' numbers."
         rest = aligned - self.mean
         numbers = rest @ self.basis.T
-        left = (rest - numbers @ self.basis).reshape(len(aligned), -1, 2)
+        residuals = (rest - numbers @ self.basis).reshape(len(aligned), -1, 2)
         if not plain:
-            left = self.others[:, :, 0] * left[..., :1] + self.others[:, :, 1] * left[..., 1:]
-        return left, numbers[:, len(self.moves) :]
+            residuals = self.others[:, :, 0] * residuals[..., :1] + self.others[:, :, 1] * residuals[..., 1:]
+        return residuals, numbers[:, len(self.moves) :]
 
-    def left(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def residual_ratios(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return how far points (rows, n, 2) are from where the others predict them, and how far the components are from 0.
 
         The first (rows, n) as multiples of what is usual for the landmark, the second (rows,) in standard deviations.
         """
         aligned, back, _ = self._aligned(points)
-        left, numbers = self._left(aligned)
+        residuals, numbers = self._residuals(aligned)
         usual = self.usual**2 + np.square(ROUNDING / abs(back)[:, None], dtype=np.float32, casting="same_kind")
-        ratios = np.where(np.isnan(points[..., 0]), np.nan, np.sqrt((left[..., 0] ** 2 + left[..., 1] ** 2) / usual))
+        ratios = np.where(
+            np.isnan(points[..., 0]), np.nan, np.sqrt((residuals[..., 0] ** 2 + residuals[..., 1] ** 2) / usual)
+        )
         return ratios, np.sqrt((numbers**2 / self.variances).sum(1))
 
     def scores(self, points: np.ndarray) -> np.ndarray:
@@ -105,7 +107,7 @@ class ShapeModel:
         scores, usable = np.full((len(points), len(SCORES)), np.nan, np.float32), has_shape(points)
         if not usable.any():
             return scores
-        ratios, components = self.left(points[usable])
+        ratios, components = self.residual_ratios(points[usable])
         labelled = ~np.isnan(ratios)
         ordered, count = np.sort(np.where(labelled, ratios, -1), 1), labelled.sum(1)
         median = np.take_along_axis(ordered, ratios.shape[1] - 1 - count[:, None] // 2, 1)
@@ -116,7 +118,7 @@ class ShapeModel:
 
     def explain(self, points: np.ndarray, names: Sequence[str]) -> tuple[str, list[int], np.ndarray]:
         "Return what is wrong with the points (n, 2) of a row in words, which landmarks, and where all should be, (n, 2) pixels."
-        far, usual = self.left(points[None])[0][0], np.ones(len(points))
+        far, usual = self.residual_ratios(points[None])[0][0], np.ones(len(points))
         # the quarter that fits worst does not count where the others are fitted (Rousseeuw 1999)
         for _ in range(STEPS):
             others, worst = points.copy(), np.argsort(-np.nan_to_num(far / usual))[: len(points) // 4]
@@ -148,8 +150,8 @@ class ShapeModel:
     def _expected(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Return where the labelled points (n, 2) predict all, in pixels, and the usual distance of each in pixels."
         aligned, back, centre = self._aligned(points[None])
-        left, _ = self._left(aligned, plain=True)
-        predicted = (aligned.reshape(-1, 2) - left[0]) @ [1, 1j] * back[0] + centre[0]
+        residuals, _ = self._residuals(aligned, plain=True)
+        predicted = (aligned.reshape(-1, 2) - residuals[0]) @ [1, 1j] * back[0] + centre[0]
         return as_points(predicted).astype(np.float32), np.hypot(self.usual * abs(back[0]), ROUNDING)
 
 

@@ -40,8 +40,8 @@ def read_source(source: Path, category: str = "", image_folder: Path | None = No
     """
     if source.is_dir() and (csv := source / "train" / "landmarks.csv").is_file():
         folder = image_folder or csv.parent / "images"
-        if is_positional(csv):
-            return _with_found_images(open_labels(csv), folder), folder
+        if (names := names_by_position(csv)) is not None:
+            return _with_found_images(replace(open_labels(csv), point_names=names), folder), folder
         table, roots = csv_tables.read_plain(csv), [folder]
     else:
         root = source if source.is_dir() else source.parent
@@ -107,15 +107,20 @@ def _renamed(labels: Labels, folder: Path, root: Path, source: str = "") -> Labe
     return replace(labels, names=names, places=[source + labels.where(row) for row in range(len(labels))])
 
 
-def is_positional(csv: Path) -> bool:
-    "Return whether a landmarks.csv is to be read by the position of its columns: TAB-separated, or with no names of x and y."
+def names_by_position(csv: Path) -> tuple[str, ...] | None:
+    """Return the names of the points of a landmarks.csv that is to be read by the position of its columns; None of another.
+
+    By position: TAB-separated, or with no names of x and y.
+    """
     with suppress(UserError, OSError), open(csv, "rb") as f:
         if b"\r" in f.readline().rstrip(b"\r\n") or b'"' in f.readline():
-            return False
+            return None
         columns, separator = csv_tables.split_header(line := csv_tables.first_line(csv))
         header = csv_tables.parse_header(columns, str(csv))
-        return not header.names or (separator == "\t" and header.positional and not line.endswith("\t"))
-    return True
+        if header.names and (separator != "\t" or not header.positional or line.endswith("\t")):
+            return None
+        return header.point_names
+    return ()
 
 
 def _read_table(source: Path, category: str) -> LabelTable:
@@ -222,7 +227,7 @@ def read_frame(frame: pd.DataFrame) -> Labels:
     columns = [str(column) for column in frame.columns]
     header = csv_tables.parse_header(columns, "the DataFrame")
     if not header.names or header.positional or header.file < 0 or not len(frame):
-        return frame_labels(frame)
+        return replace(frame_labels(frame), point_names=header.point_names if header.positional else ())
     texts = frame.astype(object).where(frame.notna(), "").astype(str).to_numpy().tolist()
     labels = csv_tables.table_of(header, texts, "row {}", 0, Path("DataFrame")).labels
     return replace(labels, faults=find_point_faults(labels.stored) | labels.faults, absolute=True)

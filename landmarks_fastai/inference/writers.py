@@ -1,8 +1,8 @@
-"""Files of predicted points: csv, json, coco, pts and npy.
+"""Files of predicted points: csv, json, coco, cvat, pts and npy.
 
 Coordinates are pixels of the picture, and (0, 0) is the centre of its top-left pixel; in .pts files it is (1, 1), as in
-those of 300-W. Results are written as they come. An object that has a spread for each point (`confidence`) has it in
-every format.
+those of 300-W, and for CVAT (0.5, 0.5). Results are written as they come. An object that has a spread for each point
+(`confidence`) has it in every format.
 """
 
 import csv
@@ -10,12 +10,14 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from landmarks_fastai.data.formats.table import EDGE
 from landmarks_fastai.data.formats.written import DIGITS, coco_annotation, coco_category, csv_columns, rounded
 from landmarks_fastai.inference.predictor import PictureResult, Prediction
 from landmarks_fastai.runs.run import PREDICTIONS
@@ -73,7 +75,7 @@ def _json(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> W
     return write
 
 
-def _coco(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Write:
+def _coco(files: ExitStack, path: Path, facts: DataFacts, confidence: bool, origin: float = 0.0) -> Write:
     """COCO's keypoint format: images, annotations with keypoints x, y, 2 (visible), one category.
 
     File names are relative to the folder that all pictures are in: CVAT compares their last parts with its own names.
@@ -89,7 +91,7 @@ def _coco(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> W
     def write(result: PictureResult) -> None:
         images.append(_without_none({"id": len(images) + 1} | _image(result)))
         for prediction in result.objects:
-            entry = coco_annotation(next(numbers), len(images), prediction.points)
+            entry = coco_annotation(next(numbers), len(images), prediction.points, origin=origin)
             add(_without_none(entry | {"score": prediction.score, "confidence": rounded(prediction.confidence)}))
 
     return write
@@ -131,7 +133,8 @@ def _npy(files: ExitStack, path: Path, facts: DataFacts, confidence: bool) -> Wr
     return write
 
 
-WRITERS = {"csv": _csv, "json": _json, "coco": _coco, "pts": _pts, "npy": _npy}
+# CVAT imports COCO keypoints as they are, and counts from the pixel's edge
+WRITERS = {"csv": _csv, "json": _json, "coco": _coco, "cvat": partial(_coco, origin=EDGE), "pts": _pts, "npy": _npy}
 
 
 @contextmanager

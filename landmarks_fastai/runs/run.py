@@ -33,8 +33,8 @@ PLAN = "compare.json"  # of a comparison
 OVERLAY = "overlay"  # folder of the copies with points
 # Format -> the file of a prediction's points; a folder for pts.
 PREDICTIONS = {
-    "csv": "predictions.csv", "json": "predictions.json", "coco": "predictions.coco.json", "pts": "predictions",
-    "npy": "predictions.npy",
+    "csv": "predictions.csv", "json": "predictions.json", "coco": "predictions.coco.json",
+    "cvat": "predictions.cvat.json", "pts": "predictions", "npy": "predictions.npy",
 }  # fmt: skip
 # The folder of a run has one of them at least.
 TENSORBOARD = "tensorboard"  # folder of --log tensorboard

@@ -50,6 +50,7 @@ def test_what_it_writes_is_read_again(run, source, name):
     before, _ = read_source(source)
     code, out, _ = run(source, "--out", source.parent / name)
     assert code == 0 and f"3 rows: {source.parent / name}; its file names are relative to {source.parent}" in out
+    assert ("note: not in" in out) == (name == "x.csv")  # skeleton and category
     after, _ = read_source(source.parent / name)
     assert rows_of(after) == rows_of(before) and after.boxes[0].tolist() == before.boxes[0].tolist()
     assert len(labelled_images(source.parent / name)) == 3
@@ -66,6 +67,18 @@ def test_groups_are_written_and_points_without_names(run, tmp_path):
     assert labels.groups == ["g", "h"] and not labels.point_names and labels.points(0).tolist() == [[1.5, 2], [3, 4]]
 
 
+@pytest.mark.parametrize(
+    "name,lost", [("x.csv", "validation rows, flip indices, category"), ("x.json", "validation rows, flip indices")]
+)
+def test_what_is_not_written_is_told(run, tmp_path, name, lost):
+    yaml = "train: images\nval: valid/images\nkpt_shape: [2, 2]\nflip_idx: [1, 0]\nnames: [dog]"
+    line = "0 .5 .5 .25 .5 .1 .1 .2 .2\n"
+    files = {"data.yaml": yaml, "labels/a.txt": line, "valid/labels/b.txt": line}
+    folder = write_files(tmp_path / "d", files, ["images/a.png", "valid/images/b.png"])
+    code, out, _ = run(folder, "--out", folder / name)
+    assert code == 0 and out.endswith(f"note: not in {folder / name}: {lost}\n")
+
+
 def test_many_points_are_counted(run, tmp_path):
     header = ",".join(f"p{k}_{axis}" for k in range(971) for axis in "xy")
     csv = f"file_name,{header}\na.png,1,2,3,4" + "," * 2 * 969 + "\n"
@@ -78,6 +91,6 @@ def test_bad_rows_and_suspicions_are_told(run, tmp_path):
     rows = "".join(f"a.png,0.{k},0.2,0.3,0.{k + 1}\n" for k in range(5))
     path = write_files(tmp_path / "d", {"p.csv": f"file_name,a_x,a_y,b_x,b_y\n{rows}lost.png,x,2,3,4\n"}) / "p.csv"
     code, out, _ = run(path)
-    assert code == 0 and "suspicion, training stops at it: all coordinates are from 0 to 1" in out
+    assert code == 0 and "suspicion, training stops at it: most rows have no coordinate beyond 2, as fractions" in out
     assert f"bad: {path} line 7: point a's x is 'x', a number expected" in out
     assert run(path, "--out", "x.txt")[0] == 1 and run(tmp_path / "gone.csv")[2].startswith("error: ")

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from landmarks_fastai.data import flip
+from landmarks_fastai.data.block import learn_facts
 from landmarks_fastai.data.flip import NoFlipMap, average_flipped, learn_flip_map
+from landmarks_fastai.data.items import labelled_images
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.synthetic.sample import flip_indices_of_template, render_face
 from tests.helpers import N_POINTS, QUICK, RUNS, check_refused, csv_lines, labels_of
 
@@ -97,6 +100,19 @@ def test_few_points_that_do_have_two_sides():
     face = np.array([[0, 0], [-2, -3], [2, -3], [-1.5, 3], [1.5, 3.0]])
     shapes = face + np.random.default_rng(0).normal(size=(30, 5, 2)) * 0.1
     assert learn_flip_map(shapes).flip_indices.tolist() == [0, 2, 1, 4, 3]
+
+
+def test_flip_indices_that_exchange_no_points_are_believed_only_if_none_are_learned(drawn, capsys):
+    "0, 1, 2, … is a filler of many data.yaml; a map of an earlier stage is kept, whatever it is."
+    images, none = labelled_images(drawn), tuple(range(N_POINTS))
+    images.labels.flip_indices, template = none, tuple(flip_indices_of_template(N_POINTS).tolist())
+    assert learn_facts(images, Settings(size=32)).flip_indices == template
+    assert learn_facts(images, Settings(size=32), DataFacts(N_POINTS, flip_indices=none)).flip_indices == none
+    capsys.readouterr()
+    images.labels.stored = images.labels.stored[:, :2]
+    images.labels.checksums, images.labels.flip_indices = None, (0, 1)
+    assert learn_facts(images, Settings(size=32)).flip_indices == (0, 1)
+    assert "no flip map, that of the source is used, which exchanges no points: 2 points are" in capsys.readouterr().out
 
 
 class Reader(torch.nn.Module):

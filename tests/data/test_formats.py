@@ -133,6 +133,9 @@ CASES = {
         "d.csv", {"d.csv": "scorer,Unnamed: 1_level_0,,me,me,me,me\nbodyparts,,,nose,nose,tail,tail\ncoords,,,x,y,x,y\n"
                            "labeled-data,v1,a.png,10.25,20.5,30,5.75\n"}, [("labeled-data/v1/a.png", A)],
     ),
+    "lightning-pose, without out-of-distribution frames": (".", {
+        "CollectedData.csv": DLC + "labeled-data/v1/a.png,10.25,20.5,30,5.75\n", "CollectedData_new.csv": DLC + "a.png,1,2,3,4\n",
+    }, [("labeled-data/v1/a.png", A)]),
     "DeepLabCut, several animals": (
         "d.csv", {"d.csv": "scorer,me,me,me,me,me,me\nindividuals,one,one,two,two,single,single\n"
                            "bodyparts,tail,tail,tail,tail,corner,corner\ncoords,x,y,x,y,x,y\n"
@@ -152,6 +155,16 @@ CASES = {
     "Label Studio, JSON-MIN and local files": (
         "s.json", {"s.json": [{"image": "/data/local-files/?d=dogs%2Fa.png", "id": 1, "box": [], "kp": [
             keypoint(n, *p)["value"] | {"original_width": 64, "original_height": 48} for n, p in edge(A).items()]}]}, BOTH[:1],
+    ),
+    "Label Studio, JSON-MIN of two annotators": (
+        "s.json", {"s.json": [{"image": "a.png", "id": 1, "annotation_id": k, "updated_at": f"2026-01-0{k}", "kp": [
+            keypoint(n, *p)["value"] | {"original_width": 64, "original_height": 48} for n, p in edge(points).items()]}
+            for k, points in ((3, A), (2, B))]}, BOTH[:1],
+    ),
+    "Label Studio, a task of two pictures": (
+        "s.json", {"s.json": [{"id": k, "data": {"image": "a.png", "other": "b.png"}, "annotations": [{"result": [
+            keypoint(n, *p, to_name=f"picture {k * n}") for n, p in edge(A).items()]}]}
+            for k in (0, 1)]}, BOTH[:1],
     ),
     "CVAT, skeletons": (
         "annotations.xml", {"annotations.xml": cvat(
@@ -200,6 +213,12 @@ CASES = {
         "p.csv", {"p.csv": ',image,left,top,right,bottom,noseX,noseY,nose_v,tailX,tailY,tail_v,group\n'
                            '0,"""images\\a.png""",1,2,3,4,5,5,0,50.5,40,2,g\n'}, BOTH[1:],
     ),
+    "CSV, visible with decimals": (
+        "p.csv", {"p.csv": "file_name,nose_x,nose_y,nose_v,tail_x,tail_y,tail_v\na.png,1,1,0.00,50.5,40,1.00\n"}, BOTH[1:],
+    ),
+    "CSV, one point and the image's size": (
+        "p.csv", {"p.csv": "file_name,x,y,width,height\na.png,50.5,40,64,48\n"}, [("a.png", {"": (50.5, 40.0)})],
+    ),
     "CSV, x of all points, then y": (
         "p.csv", {"p.csv": "name;x_nose;x_tail;y_nose;y_tail\na.png;10.25;30;20.5;5.75\n"}, BOTH[:1],
     ),
@@ -242,6 +261,19 @@ def test_what_a_source_says_besides_points(tmp_path, capsys):
     turned = cvat('<box label="dog" xtl="10" ytl="20" xbr="30" ybr="30" rotation="90"/>', cvat_points(A))
     labels, _ = read_source(write_files(tmp_path / "b", {"c.xml": turned}) / "c.xml")
     assert labels.boxes[0].round(3).tolist() == [15, 15, 25, 35]
+
+
+def test_pts_of_a_missing_picture_is_not_another_object(tmp_path, capsys):
+    "Of photo_1.jpg, where photo.jpg has a file of its own."
+    pts = "version: 1\nn_points: 1\n{\n2 3\n}"
+    labels, _ = read_source(write_files(tmp_path, {"a.pts": pts, "a_1.pts": pts}))
+    assert len(labels) == 1 and "1 rows whose image was not found, as a_1.jpg" in capsys.readouterr().out
+
+
+def test_further_points_of_coco_wholebody_are_counted(tmp_path, capsys):
+    content = coco(annotation(A, face_kpts=[1, 2, 2] * 68, lefthand_kpts=[0] * 63))
+    read_source(write_files(tmp_path, {"c.json": content}) / "c.json")
+    assert "2 points; left out: 1 lists of face_kpts\n" in capsys.readouterr().out
 
 
 def test_the_configuration_of_label_studio_sorts_the_points(tmp_path):
@@ -320,6 +352,15 @@ DAMAGED = {
     "CSV without names of points": ("p.csv", b"file,a,b\na.png,1,2\n", "line 1 names no points"),
     "CSV without rows": ("p.csv", b"file,x,y\n", "no rows"),
     "CSV of a column twice": ("p.csv", b"file,x0,y0,x0\n", "column 'x0' stands twice"),
+    "CSV with a box's corner and size": (
+        "p.csv", b"file,x,y,w,h,x_re,y_re\n", "columns x, y, w, h are a box, not a point: name its edges left, top",
+    ),
+    "CSV with a box's corner and size, other names": (
+        "p.csv", b"file,bbox_x,bbox_y,bbox_w,bbox_h,nose_x,nose_y\n", "columns bbox_x, bbox_y, bbox_w, bbox_h are a box",
+    ),
+    "CSV with a box's least x and y, and size": (
+        "p.csv", b"file,x_min,y_min,width,height,nose_x,nose_y\n", "columns x_min, y_min, width, height are a box",
+    ),
     "CSV of UTF-16": ("p.csv", "file,x,y".encode("utf-16"), "not UTF-8"),
     "CSV with a long line": ("p.csv", b"file,x,y\na.png,1,2\na.png,1,2,3,4,5\n", "cannot be read .*line 3"),
     "CSV with an open quote": ("p.csv", b'file,x,y\n"a\n.png",1,2\n"a.png,1,2\na.png,1,2\n', "line 4 cannot be read"),
@@ -390,6 +431,22 @@ def test_objects_that_cannot_be_told_apart_are_told_by_row(tmp_path):
     path = write_files(tmp_path, {"a.json": labelme(*shapes(A), *shapes(B))}) / "a.json"
     labels, _ = read_source(path)
     assert "point 'tail' is labelled twice in one object" in labels.faults[0]
+
+
+def test_point_outside_of_its_box_is_told(tmp_path):
+    "Among several boxes; to the only one it belongs, and beside boxes without points no point needs one."
+    corners = {"dog": [[5, 5], [40, 30]], "cat": [[45, 30], [60, 40]]}
+    boxes = [
+        {"label": n, "points": p, "group_id": None, "shape_type": "rectangle"} for n, p in corners.items()
+    ]  # fmt: skip
+    for shown, points, fault in (
+        (boxes, A | {"ear": (44, 35)}, "point 'ear' lies in none of 2 boxes: give each object its own group"),
+        (boxes[:1], A | {"ear": (44, 35)}, ""),
+        (boxes, {"ear": (44, 35), "tail": (1, 1)}, ""),
+    ):
+        write_files(tmp_path, {"a.json": labelme(*shapes(points), *shown)})
+        labels, _ = read_source(tmp_path / "a.json")
+        assert fault in "".join(labels.faults.values()) and len(labels) == 1 + bool(labels.faults) == 1 + bool(fault)
 
 
 def test_large_file_takes_bounded_memory_and_time(tmp_path):

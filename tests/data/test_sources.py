@@ -220,6 +220,23 @@ def test_layouts_of_landmarks_csv(tmp_path, kind):
     assert again.labels.place(3) == "DataFrame row 3"
 
 
+def test_names_in_a_header_that_is_read_by_position(tmp_path, capsys):
+    "Also of a DataFrame; points in another order are put in the network's, also as a worker gets them."
+    names = ["left eye", "right eye", "nose", "a", "b", "c"]
+    folder = competition(tmp_path, [f"{name}_{axis}" for name in names for axis in "xy"], flat(shape_rows()))
+    frame = pd.read_csv(tmp_path / "train" / "landmarks.csv", sep="\t")
+    assert read_frame(frame).point_names == tuple(names)
+    images = labelled_images(folder).fitted(DataFacts(6, point_names=tuple(names[::-1])), "best.pth")
+    assert "in another order than best.pth" in capsys.readouterr().out
+    for again in (images, pickle.loads(pickle.dumps(images))):
+        assert np.allclose(again[3].points, shape_rows()[3, ::-1].round(1), atol=0.01)
+        assert again.labels.point_names == tuple(names[::-1])
+    assert pickle.loads(pickle.dumps(labelled_images(folder))).labels.point_names == tuple(names)
+    for numbered in ("Point_M{}_X Point_M{}_Y", "p{}_x p{}_y"):
+        header = " ".join(numbered.format(k, k) for k in range(6)).split()
+        assert not labelled_images(competition(tmp_path / numbered[:2], header, flat(shape_rows()))).labels.point_names
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -330,6 +347,10 @@ SUSPICIONS = {
         r"12 of 4320 points are exactly \(-1, -1\)",
     ),
     "fractions": (shape_rows() / 96, "fractions of the image's sides"),
+    "fractions, points outside of the image": (
+        with_missing(shape_rows() / 96, (1.02, -0.01)),
+        "fractions of the image's sides",
+    ),
     "planar": (shape_rows().swapaxes(1, 2).reshape(12, 6, 2), "only if x of all points stands before y"),
     "a box": (with_box(shape_rows()), "the first four numbers are a box"),
     "a corner and a size": (with_box(shape_rows(), True), "the first four numbers are a box"),

@@ -9,10 +9,12 @@ from PIL import Image
 
 from landmarks_fastai.data.items import labelled_images
 from landmarks_fastai.data.pictures import Picture
+from landmarks_fastai.data.sources import read_source
 from landmarks_fastai.errors import UserError
 from landmarks_fastai.inference.predictor import PictureResult, Prediction
 from landmarks_fastai.inference.writers import open_writer
 from landmarks_fastai.settings import DataFacts
+from tests.data.test_formats import cvat, write_files
 
 FACTS = DataFacts(n_points=3, point_names=("nose", "left eye", "right, eye"), skeleton=(0, 1, 0, 2), category="dog")
 POINTS = np.array([[10.25, 20.5], [30, 41.125], [0, 7]], np.float32)
@@ -54,6 +56,25 @@ def test_coco_is_read_again(tmp_path):
         and images.labels.point_names == FACTS.point_names
         and list(images.labels.skeleton) == [(0, 1), (0, 2)]
     )
+
+
+@pytest.mark.parametrize("kind,origin", [("coco", 0), ("cvat", 0.5)])
+def test_box_of_the_points_is_in_pixel_edges(tmp_path, kind, origin):
+    (entry,) = json.loads(written(kind, tmp_path).read_text())["annotations"]
+    assert entry["bbox"] == [0.5, 7.5, 30, 34.125] and entry["keypoints"][:2] == [10.25 + origin, 20.5 + origin]
+
+
+def test_points_that_cvat_imports_and_exports_come_back(tmp_path):
+    "CVAT takes the numbers of COCO keypoints as they are, into a skeleton that counts from the pixel's edge."
+    content = json.loads(written("cvat", tmp_path).read_text())
+    keypoints = np.reshape(content["annotations"][0]["keypoints"], (-1, 3))
+    shapes = "".join(
+        f'<points label="{name}" points="{x},{y}"/>'
+        for name, (x, y, _) in zip(FACTS.point_names, keypoints, strict=True)
+    )
+    files = {"annotations.xml": cvat(f'<skeleton label="dog">{shapes}</skeleton>')}
+    labels, _ = read_source(write_files(tmp_path, files) / "annotations.xml")
+    assert labels.points(0).tolist() == POINTS.tolist() and labels.point_names == FACTS.point_names
 
 
 @pytest.mark.parametrize(

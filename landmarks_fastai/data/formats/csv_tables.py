@@ -31,6 +31,7 @@ BOX = [  # left, top, right, bottom; with or without box_ or bbox_
     {"left", "x_min", "xmin", "min_x"}, {"top", "y_min", "ymin", "min_y"},
     {"right", "x_max", "xmax", "max_x"}, {"bottom", "y_max", "ymax", "max_y"},
 ]  # fmt: skip
+CORNER = [{"x", "x_min", "min_x", "x_center"}, {"y", "y_min", "min_y", "y_center"}, {"w", "width"}, {"h", "height"}]
 HEADS = ("scorer", "individuals", "bodyparts", "coords")  # DeepLabCut's rows
 MISSING = {"", "nan", "na", "n/a", "none", "null", "<na>"}
 CELLS, WIDTH = 100_000, 1000  # parsed at a time, characters of a cell: 400 MB at most
@@ -47,6 +48,7 @@ class Header:
     visible: list[int] = field(default_factory=list)  # of each point; -1: none
     box: list[int] = field(default_factory=list)
     group: int = -1
+    corner: list[str] = field(default_factory=list)  # columns of a box's corner and size, which are not a point's
     n_columns: int = 0
     unused: dict[int, str] = field(default_factory=dict)
 
@@ -54,6 +56,14 @@ class Header:
     def positional(self) -> bool:
         "Whether the table is file_name, x0, y0, x1, y1, … and nothing else."
         return self.file == 0 and self.xy == list(range(1, self.n_columns)) and not self.box and self.group < 0
+
+    @property
+    def point_names(self) -> tuple[str, ...]:
+        "The names of a positional table's points; empty if they are numbered in order: p0, p1, …, or from 1."
+        parts, n = [re.fullmatch(r"(.*?)(\d{1,9})", name) for name in self.names], len(self.names)
+        numbers, prefixes = [int(part[2]) for part in parts if part], {part and part[1] for part in parts}
+        numbered = len(prefixes) == 1 and numbers in ([*range(n)], [*range(1, n + 1)])
+        return tuple(self.names) if any(self.names) and not numbered else ()
 
 
 def parse_header(columns: Sequence[str], where: str) -> Header:
@@ -64,7 +74,9 @@ def parse_header(columns: Sequence[str], where: str) -> Header:
     columns = [column.strip().strip("\"'").strip() for column in columns]
     plain = [re.sub(r"^b?box[ _.]", "", column.lower()) for column in columns]
     header = Header(n_columns=len(columns))
-    header.box = [next((k for k, name in enumerate(plain) if name in edge), -1) for edge in BOX]
+    header.box, corner = (
+        [next((k for k, name in enumerate(plain) if name in edge), -1) for edge in edges] for edges in (BOX, CORNER)
+    )
     header.box = [] if -1 in header.box else header.box
     axes: dict[str, dict[str, int]] = {}
     for k, column in enumerate(columns):
@@ -77,6 +89,8 @@ def parse_header(columns: Sequence[str], where: str) -> Header:
     points = {name: point for name, point in axes.items() if {"x", "y"} <= point.keys()}
     header.names = list(points)
     header.xy = [point[axis] for point in points.values() for axis in "xy"]
+    if not header.box and -1 not in corner and len(points) > 1 and {*corner[:2]} <= {*header.xy}:
+        header.corner = [columns[k] for k in corner]
     header.visible = [point.get("v", -1) for point in points.values()]
     header.group = plain.index("group") if "group" in plain else -1
     used = {*header.xy, *header.visible, *header.box, header.group}
@@ -138,6 +152,9 @@ def _rows_below_header(path: Path, separator: str) -> Iterator[list[str]]:
 
 def table_of(header: Header, rows: Iterable[Sequence[str]], place: str, first: int, source: Path) -> LabelTable:
     "Return the table of a plain CSV's or DataFrame's texts; `place` and `first` say what the first row is called."
+    if header.corner:
+        hint = "name its edges left, top, right, bottom, or remove them"
+        raise UserError(f"{source}: columns {', '.join(header.corner)} are a box, not a point: {hint}")
     parts: list[Labels] = []
     pointless, texts = 0, iter(rows)
     while chunk := list(islice(texts, max(1, CELLS // header.n_columns))):
@@ -205,7 +222,8 @@ def _numbers(cells: np.ndarray, header: Header) -> tuple[np.ndarray, dict[int, s
     for k, column in enumerate(header.visible):
         if column >= 0:
             visible = np.strings.lower(cells[:, column])
-            missing[:, 2 * k : 2 * k + 2] |= np.isin(visible, ["0", "0.0", "false", "no"])[:, None]
+            zero = np.asarray(pd.to_numeric(visible.astype(object), errors="coerce")) == 0
+            missing[:, 2 * k : 2 * k + 2] |= (zero | np.isin(visible, ["false", "no"]))[:, None]
     values, faults = np.full(texts.shape, np.nan), {}
     values[~missing] = pd.to_numeric(texts[~missing].astype(object), errors="coerce")
     for row, k in np.argwhere(~missing & ~(abs(values) <= LIMIT)).tolist():
@@ -273,6 +291,7 @@ def _add_deeplabcut(rows: Rows, cells: list[str], start: int, columns: dict[str,
 
 
 def deeplabcut_files(folder: Path) -> Iterator[Path]:
-    "Yield the CSVs of a DeepLabCut project or a lightning-pose data folder."
+    "Yield the CSVs of a DeepLabCut project or a lightning-pose data folder, without those of its out-of-distribution frames."
     for pattern in ("labeled-data/*/CollectedData_*.csv", "CollectedData*.csv"):
-        yield from (path for path in sorted(folder.glob(pattern)) if is_deeplabcut(path))
+        files = (path for path in sorted(folder.glob(pattern)) if is_deeplabcut(path))
+        yield from (path for path in files if path.parent != folder or not path.stem.endswith("_new"))

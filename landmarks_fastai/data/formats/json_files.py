@@ -46,6 +46,10 @@ def read_coco(rows: Rows, files: Sequence[Path]) -> LabelTable:
             elif not keypoints or not any(keypoints[2::3]):
                 rows.left_out["annotations without a keypoint"] += 1
             else:
+                for name in (
+                    n for n in annotation if n.endswith("_kpts") and any(annotation[n][2::3])
+                ):  # COCO-WholeBody
+                    rows.left_out[f"lists of {name}"] += 1
                 about = categories.get(annotation.get("category_id"), {})
                 _add_coco(rows, annotation, prefix + image["file_name"], image, about, split == "valid")
     return rows.table()
@@ -77,13 +81,19 @@ def read_label_studio(rows: Rows, files: Sequence[Path]) -> LabelTable:
     """Label Studio's export, JSON and JSON-MIN: percent of the picture as it is shown, counted from the pixel's edge.
 
     Points belong to the region of their parentID, else to the rectangle around them. Of several annotations of a picture
-    the one that is the ground truth is read, else the latest.
+    the one that is the ground truth is read, else the latest; JSON-MIN has a record an annotation.
     """
     rows.kind, rows.origin, rows.upright = "Label Studio", EDGE, True
-    for task in read_json(files[0]):
+    tasks: dict[Any, dict] = {}
+    for number, task in enumerate(records := read_json(files[0])):
+        key = ("task", task["id"]) if {"id", "annotation_id"} <= task.keys() else number
+        if key not in tasks or _date(task) >= _date(tasks[key]):
+            tasks[key] = task
+    rows.left_out["further annotations of a picture"] = len(records) - len(tasks)
+    for task in tasks.values():
         rows.place = f"task {task.get('id')}"
         results = _label_studio_results(rows, task)
-        points, boxes, size = [], {}, (0, 0)
+        points, boxes, size, pictures = [], {}, (0, 0), set()
         for number, result in enumerate(results):
             value = result.get("value")
             labels = isinstance(value, dict) and (value.get("keypointlabels") or value.get("labels"))
@@ -96,6 +106,10 @@ def read_label_studio(rows: Rows, files: Sequence[Path]) -> LabelTable:
                 size = result["original_width"], result["original_height"]
                 x, y = value["x"] * size[0] / 100, value["y"] * size[1] / 100
                 points.append((str(labels[0]), x, y, result.get("parentID") or None))
+                pictures.add(result.get("to_name"))
+        if len(pictures) > 1:
+            rows.left_out["tasks with points in several pictures"] += 1
+            continue
         if not points:
             rows.left_out["tasks without a point"] += bool(results)
         for named, box, fault in group_points(points, boxes):
@@ -115,8 +129,11 @@ def _label_studio_results(rows: Rows, task: dict) -> list[dict]:
     if not kept:
         rows.left_out["tasks without annotations"] += not annotations
         return []
-    dates = [(bool(a.get("ground_truth")), str(a.get("updated_at") or a.get("created_at") or "")) for a in kept]
-    return kept[max(range(len(kept)), key=dates.__getitem__)]["result"]
+    return max(kept, key=lambda a: (bool(a.get("ground_truth")), _date(a)))["result"]
+
+
+def _date(annotation: dict) -> str:
+    return str(annotation.get("updated_at") or annotation.get("created_at") or "")
 
 
 def _percent_box(value: dict, width: float, height: float) -> Box:

@@ -1,7 +1,7 @@
 """The table that every reader returns, and what the readers share.
 
 Where a tool counts from differs: (0, 0) is the centre of the top-left pixel (`CENTRE`), its corner (`EDGE`), or the
-centre is (1, 1) (`ONE`). Each reader names its own, and `sources.py` subtracts it. Boxes are pixel edges in all of them.
+centre is (1, 1) (`ONE`). Each reader names its own, and `stored_pixels.py` subtracts it. Boxes are pixel edges in all of them.
 """
 
 import json
@@ -196,6 +196,7 @@ def group_points(
     """Return points by name, box and fault of each object of an image.
 
     A point without a key belongs to the smallest box that it lies in, or to the only one. In one object a name can stand once.
+    Points in none of several boxes are a fault if another is in one: they are hardly an object without a box.
     """
     objects: dict[Any, dict[str, tuple[Any, Any]]] = {key: {} for key in boxes}
     faults: dict[Any, str] = {}
@@ -206,6 +207,9 @@ def group_points(
         if name in objects.setdefault(key, {}):
             faults[key] = f"point {name!r} is labelled twice in one object: give each object its own group or box"
         objects[key][name] = x, y
+    if objects.get(None) and len(boxes) > 1 and any(objects[key] for key in boxes):
+        where = f"point {next(iter(objects[None]))!r} lies in none of {len(boxes)} boxes"
+        faults.setdefault(None, f"{where}: give each object its own group")
     return [(named, boxes.get(key), faults.get(key, "")) for key, named in objects.items() if named]
 
 

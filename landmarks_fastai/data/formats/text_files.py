@@ -131,8 +131,9 @@ def read_pts(rows: Rows, files: Sequence[Path]) -> LabelTable:
                 if p.suffix.lower() in IMAGES:
                     beside.setdefault(p.stem, []).append(p.relative_to(root).as_posix())
         stems = pictures[path.parent]
-        # photo_0.pts and photo_1.pts are two objects of photo.jpg
-        names = stems.get(path.stem) or stems.get(re.sub(r"_\d+$", "", path.stem)) or [rows.place[:-4] + ".jpg"]
+        # photo_0.pts and photo_1.pts are two objects of photo.jpg, but beside photo.pts their pictures are missing
+        several = path.with_stem(re.sub(r"(?<=.)_\d+$", "", path.stem))
+        names = stems.get(path.stem) or (not several.exists() and stems.get(several.stem)) or [rows.place[:-4] + ".jpg"]
         head, _, body = read_text(path).partition("{")
         points = [line.split()[:2] for line in body.partition("}")[0].splitlines() if line.strip()]
         said = re.search(r"n_points:\s*(\d+)", head)

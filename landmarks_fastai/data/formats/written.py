@@ -35,16 +35,17 @@ def coco_annotation(
     number: int,
     image: int,  # number of the image
     points: np.ndarray,  # (n_points, 2) pixels; NaN: missing
-    box: Sequence[float] | np.ndarray | None = None,  # left, top, right, bottom; None: of the points
+    box: Sequence[float] | np.ndarray | None = None,  # left, top, right, bottom, pixel edges; None: of the points
+    origin: float = 0.0,  # coordinate of the centre of the top-left pixel, in the file
 ) -> dict[str, Any]:
     """Return the annotation of an object: a missing point is 0, 0, 0, another has the visibility 2.
 
     CVAT's importer refuses annotations without a segmentation, and takes an empty one.
     """
     labelled = ~np.isnan(points).any(1)
-    edges = np.concatenate([np.nanmin(points, axis=0), np.nanmax(points, axis=0)]) if box is None else box
+    edges = np.concatenate([np.nanmin(points, axis=0), np.nanmax(points, axis=0)]) + 0.5 if box is None else box
     left, top, right, bottom = np.asarray(edges, np.float64).tolist()
-    keypoints = np.column_stack([np.nan_to_num(points), 2 * labelled]).ravel()
+    keypoints = np.column_stack([np.nan_to_num(points + origin), 2 * labelled]).ravel()
     entry = {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0, "segmentation": []}
     entry |= {
         "bbox": rounded([left, top, right - left, bottom - top]),
