@@ -46,10 +46,8 @@ def read_coco(rows: Rows, files: Sequence[Path]) -> LabelTable:
             elif not keypoints or not any(keypoints[2::3]):
                 rows.left_out["annotations without a keypoint"] += 1
             else:
-                for name in (
-                    n for n in annotation if n.endswith("_kpts") and any(annotation[n][2::3])
-                ):  # COCO-WholeBody
-                    rows.left_out[f"lists of {name}"] += 1
+                further = [k for k in annotation if k.endswith("_kpts") and any(annotation[k][2::3])]  # COCO-WholeBody
+                rows.left_out.update(f"lists of {key}" for key in further)
                 about = categories.get(annotation.get("category_id"), {})
                 _add_coco(rows, annotation, prefix + image["file_name"], image, about, split == "valid")
     return rows.table()
