@@ -286,7 +286,7 @@ CASES = {
     "a number for a tensor": (tensors(lambda t: t | {"p": 1}), PREDICT, ["m/best.pth is not a file of tensors"]),
     "a number for a name": (tensors(lambda t: t | {1: torch.zeros(1)}), FINETUNE, ["m/best.pth is not a file of tensors"]),
     "no checkpoint": (bare, PREDICT.replace("-pm m", "-pm gone"), ["-pm gone not found", "there are: m"]),
-    "a network that contradicts": (bare, PREDICT + " --arch resnet34", ["--arch resnet34 contradicts the checkpoint"]),
+    "a network that contradicts": (bare, FINETUNE + " --arch resnet34", ["--arch resnet34 contradicts the checkpoint"]),
     "a later stage on bad data": (value("nan"), FINETUNE, ["line 9: point 1's x is missing", "--on-bad skip"]),
 }  # fmt: skip
 
