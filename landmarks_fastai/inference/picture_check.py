@@ -120,7 +120,7 @@ def predictions(images: LabelledImages, checkpoints: Sequence[Checkpoint], machi
     return {
         item.row: result.objects[0].points
         for part, predictor in judging_predictors(images, checkpoints, machine)
-        for item, result in predict_rows(predictor, list(part))
+        for item, result in predict_rows(predictor, [part[k] for k in range(len(part))])
     }
 
 

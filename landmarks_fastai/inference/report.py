@@ -133,7 +133,7 @@ def report_checkpoint(checkpoint: Checkpoint, data: str | None, machine: Machine
     items = images[divided_rows(images, settings.replace(all_rows=False))[1]]
     predictor = Predictor(open_checkpoint(checkpoint, machine), machine=machine, batch_size=settings.batch_size)
     errors = RowErrors(items, facts)
-    scores = score_rows(predictor, list(items), collect=errors.add)
+    scores = score_rows(predictor, [items[k] for k in range(len(items))], collect=errors.add)
     path = checkpoint.path.with_name("report.html")
     write_report(path, checkpoint, predictor, errors, scores)
     return path

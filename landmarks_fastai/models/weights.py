@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -154,7 +155,7 @@ def _load_body(body, tensors, arch, source):
         hint = f": if its names are timm's, try --arch timm:{arch}" if both else ""
         raise UserError(f"{misfit}: {count}, the first {missing[0]}{hint}")
     if isinstance(body, VisionTransformer):  # their position embedding is that of one input size
-        tensors = interpolate_embeddings(body.image_size, body.patch_size, tensors)
+        tensors = interpolate_embeddings(body.image_size, body.patch_size, OrderedDict(tensors))
     for k, v in expected.items():
         if k in tensors and tensors[k].shape != v.shape:
             raise UserError(f"{misfit}: {k} is {tuple(tensors[k].shape)}, {tuple(v.shape)} expected")
