@@ -46,7 +46,7 @@ def next_settings(flags: dict[str, Any], before: Settings, facts: DataFacts) -> 
     from landmarks_fastai.data.align import MIN_GAIN
 
     options.check_fixed(flags, before, names_of("network", "split"))
-    in_vain = before.align and facts.align_gain < MIN_GAIN  # the stage before printed that it makes no second pass
+    in_vain = before.align and facts.align_gain < MIN_GAIN  # the stage before printed it
     aligned = bool(flags.get("align", before.align)) and not in_vain
     sched = flags.get("sched") or ("onecycle" if aligned else before.sched)
     changes = {

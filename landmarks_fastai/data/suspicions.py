@@ -25,7 +25,7 @@ def suspicions(labels: Labels) -> list[str]:
     if len(rows) < FEW:
         return []
     points = labels.stored[rows].astype(np.float64)
-    if text := _fractions(points):  # the other tests count in pixels
+    if not _missing_numbers(points) and (text := _fractions(points)):  # the other tests count in pixels
         return [text]
     tests = (_visibility, _missing_numbers, _planar, _box)
     return [text for test in tests if (text := test(points))]
@@ -76,7 +76,7 @@ def _fractions(points: np.ndarray) -> str:
     "Fractions of the image's sides; points outside of the image are a little below 0, or above 1."
     if np.nanmedian(np.nanmax(abs(points), axis=(1, 2))) > 2:
         return ""
-    return "most rows have no coordinate beyond 2, as fractions of the image's sides: multiply them by width and height, in pixels"
+    return "most rows have no coordinate beyond 2, as fractions of the image's sides, or from -1 to 1: write them in pixels"
 
 
 def _planar(points: np.ndarray) -> str:

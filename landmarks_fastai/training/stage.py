@@ -145,11 +145,11 @@ def fit_stage(
 
 
 def _fit(learn: LandmarkLearner, run: Run, cbs: list[Callback], started: float, state: State | None) -> None:
-    "Fit with the callbacks that the settings ask for and these; afterwards the Learner is as before."
+    "Fit with the callbacks that the settings ask for and these; afterwards the Learner's metrics are as before."
     settings, metrics, history = learn.settings, learn.metrics, callbacks.History(run)
     cbs = [*cbs, history, *callbacks.show_progress(learn)]
     if settings.ema:
-        learn.add_cb(callbacks.Average(settings.ema))
+        cbs.append(callbacks.Average(settings.ema))
         learn.metrics = [*metrics, ValueMetric(partial(learn.evaluation.first_pass, 1), "ema")]
     if learn.machine.log:
         cbs.append(callbacks.TensorBoard(run, settings))
@@ -159,10 +159,11 @@ def _fit(learn: LandmarkLearner, run: Run, cbs: list[Callback], started: float, 
         cbs.append(_time_limit(learn, started, state))
     epochs = FOREVER if settings.minutes else settings.epochs
     fit = learn.fit_one_cycle if settings.sched == "onecycle" else learn.fit
-    with within_memory(learn), _saving_state(learn, run, history, started, state) as state_cbs:
-        fit(epochs, settings.lr, wd=settings.wd, cbs=[*cbs, *state_cbs])
-    learn.remove_cbs([callbacks.Average])
-    learn.metrics = metrics
+    try:
+        with within_memory(learn), _saving_state(learn, run, history, started, state) as state_cbs:
+            fit(epochs, settings.lr, wd=settings.wd, cbs=[*cbs, *state_cbs])
+    finally:
+        learn.metrics = metrics
 
 
 def _time_limit(learn: LandmarkLearner, started: float, state: State | None) -> callbacks.TimeLimit:

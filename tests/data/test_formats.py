@@ -457,3 +457,10 @@ def test_large_file_takes_bounded_memory_and_time(tmp_path):
     began = time.monotonic()
     labels, _ = read_source(tmp_path / "p.csv")
     assert len(labels) == 10_000 and time.monotonic() - began < 60
+
+
+def test_a_size_that_is_not_beside_the_point_is_the_pictures(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    (tmp_path / "p.csv").write_text("file,width,height,x,y,x2,y2\na.png,64,48,1,2,3,4\n")
+    labels, _ = read_source(tmp_path / "p.csv")
+    assert labels.stored.tolist() == [[[1, 2], [3, 4]]]

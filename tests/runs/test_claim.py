@@ -139,7 +139,7 @@ def test_a_second_process_with_the_same_name_is_refused(run_script, drawn):
     RUNS.mkdir()
     code = (
         "import multiprocessing, os, sys, time; from pathlib import Path\n"
-        "from landmarks_fastai.runs.claim import claimed_run, process_lock\n"
+        "from landmarks_fastai.runs.claim import process_lock\n"
         "read, write = os.pipe()\n"
         "def child():\n"
         "    os.write(write, b'.')\n"

@@ -89,7 +89,8 @@ def parse_header(columns: Sequence[str], where: str) -> Header:
     points = {name: point for name, point in axes.items() if {"x", "y"} <= point.keys()}
     header.names = list(points)
     header.xy = [point[axis] for point in points.values() for axis in "xy"]
-    if not header.box and -1 not in corner and len(points) > 1 and {*corner[:2]} <= {*header.xy}:
+    side_by_side = corner == [*range(corner[0], corner[0] + 4)]  # else the size may be the picture's
+    if not header.box and side_by_side and len(points) > 1 and {*corner[:2]} <= {*header.xy}:
         header.corner = [columns[k] for k in corner]
     header.visible = [point.get("v", -1) for point in points.values()]
     header.group = plain.index("group") if "group" in plain else -1
@@ -153,7 +154,8 @@ def _rows_below_header(path: Path, separator: str) -> Iterator[list[str]]:
 def table_of(header: Header, rows: Iterable[Sequence[str]], place: str, first: int, source: Path) -> LabelTable:
     "Return the table of a plain CSV's or DataFrame's texts; `place` and `first` say what the first row is called."
     if header.corner:
-        hint = "name its edges left, top, right, bottom, or remove them"
+        size = " and ".join(header.corner[2:])
+        hint = f"name its edges left, top, right, bottom; if it is a point and the picture's size, remove {size}"
         raise UserError(f"{source}: columns {', '.join(header.corner)} are a box, not a point: {hint}")
     parts: list[Labels] = []
     pointless, texts = 0, iter(rows)

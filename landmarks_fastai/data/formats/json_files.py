@@ -46,8 +46,10 @@ def read_coco(rows: Rows, files: Sequence[Path]) -> LabelTable:
             elif not keypoints or not any(keypoints[2::3]):
                 rows.left_out["annotations without a keypoint"] += 1
             else:
-                further = [k for k in annotation if k.endswith("_kpts") and any(annotation[k][2::3])]  # COCO-WholeBody
-                rows.left_out.update(f"lists of {key}" for key in further)
+                lists = {
+                    k: v for k, v in annotation.items() if k.endswith("_kpts") and isinstance(v, list)
+                }  # COCO-WholeBody
+                rows.left_out.update(f"lists of {key}" for key, values in lists.items() if any(values[2::3]))
                 about = categories.get(annotation.get("category_id"), {})
                 _add_coco(rows, annotation, prefix + image["file_name"], image, about, split == "valid")
     return rows.table()
@@ -104,7 +106,7 @@ def read_label_studio(rows: Rows, files: Sequence[Path]) -> LabelTable:
                 size = result["original_width"], result["original_height"]
                 x, y = value["x"] * size[0] / 100, value["y"] * size[1] / 100
                 points.append((str(labels[0]), x, y, result.get("parentID") or None))
-                pictures.add(result.get("to_name"))
+                pictures |= {str(result["to_name"])} if result.get("to_name") else set()
         if len(pictures) > 1:
             rows.left_out["tasks with points in several pictures"] += 1
             continue
