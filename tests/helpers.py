@@ -26,16 +26,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from landmarks_fastai import landmark_dataloaders, landmark_learner
+from landmarks_fastai.data.align import MIN_GAIN
 from landmarks_fastai.inference.scoring import Scores
 from landmarks_fastai.models.networks import METADATA
 from landmarks_fastai.runs.checkpoint import read_checkpoint, write_checkpoint
 from landmarks_fastai.runs.run import Run
-from landmarks_fastai.settings import Settings
+from landmarks_fastai.settings import DataFacts, Settings
 from landmarks_fastai.training.components import body_and_head, optimiser
 from landmarks_fastai.utils.hardware import Machine
 
 ROOT = Path(__file__).parent.parent
 N_POINTS, N_TRAIN, N_TEST = 68, 40, 6  # of the drawn set
+ALIGNED = DataFacts(align_gain=MIN_GAIN)  # of data with a second pass
 ARCH = "timm:test_resnet"  # 0.5 million weights: most of a test's time would go into writing resnet18's 11
 # One pass: the second has tests of its own (training/test_align.py), and most others hold for either
 QUICK = f"--arch {ARCH} --weights none --size 32 -b 8 -e 1 --workers 0 --align off"

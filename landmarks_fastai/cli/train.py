@@ -42,7 +42,7 @@ def train_parser() -> options.Parser:
 
 
 def weights_of(text: str) -> str:
-    return text if text in ("", "imagenet", "none") else os.path.abspath(text)
+    return text if text in ("imagenet", "none") else options.absolute(text)
 
 
 def first_settings(flags: dict[str, Any]) -> Settings:

@@ -25,10 +25,10 @@ def suspicions(labels: Labels) -> list[str]:
     if len(rows) < FEW:
         return []
     points = labels.stored[rows].astype(np.float64)
-    if not _missing_numbers(points) and (text := _fractions(points)):  # the other tests count in pixels
+    missing = _missing_numbers(points)
+    if not missing and (text := _fractions(points)):  # the other tests count in pixels
         return [text]
-    tests = (_visibility, _missing_numbers, _planar, _box)
-    return [text for test in tests if (text := test(points))]
+    return [text for text in (_visibility(points), missing, _planar(points), _box(points)) if text]
 
 
 def check_labelled(labels: Labels, rows: np.ndarray) -> None:

@@ -241,8 +241,8 @@ def _check_saved(
         if previous is None or previous_scores is None:
             (run.folder / "state.safetensors").unlink(missing_ok=True)  # a resumed run would fail in the same way
             raise UserError(f"{where or 'no epoch gave a finite score'}: nothing was saved; {try_this}")
-        first_view = previous.settings.of("input")
-        settings = learn.settings.replace(**first_view, align=previous.settings.align, confidence=False)
+        loaded = previous.settings.of("input")
+        settings = learn.settings.replace(**loaded, align=previous.settings.align, confidence=False)
         model = previous.model()
         model.spread = None
         facts = previous.facts.replace(flip_indices=learn.facts.flip_indices)  # none with --mirror none

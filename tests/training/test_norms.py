@@ -7,9 +7,8 @@ import torch
 from torch.nn import BatchNorm2d
 
 from landmarks_fastai.cli.finetune import next_settings
-from landmarks_fastai.data.align import MIN_GAIN
-from landmarks_fastai.settings import RECIPES, DataFacts, Settings
-from tests.helpers import QUICK, best, small_learner, tensors
+from landmarks_fastai.settings import RECIPES, Settings
+from tests.helpers import ALIGNED, QUICK, best, small_learner, tensors
 
 
 def statistics(model):
@@ -31,9 +30,6 @@ def test_means_and_variances_stay_and_all_else_is_trained(drawn, freeze_bn):
     assert not torch.equal(before["0.conv1.0.weight"], after["0.conv1.0.weight"])
     weight = next(k for k, v in learn.model.named_parameters() if v is norm.weight)
     assert not torch.equal(before[weight], after[weight])
-
-
-ALIGNED = DataFacts(align_gain=MIN_GAIN)
 
 
 def test_later_stages_keep_them_where_crops_are_aligned():

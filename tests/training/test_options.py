@@ -22,6 +22,7 @@ from landmarks_fastai.settings import RECIPES, DataFacts, Settings
 from landmarks_fastai.training.callbacks.evaluation import Average
 from landmarks_fastai.utils.hardware import Machine
 from tests.helpers import (
+    ALIGNED,
     N_POINTS,
     N_TRAIN,
     QUICK,
@@ -53,9 +54,6 @@ def test_the_baseline_recipe_switches_every_addition_off(run_script, drawn):
     words = ["--recipe", "baseline", "--loss", "l1", "-d", "x"]
     typed = first_settings(typed_flags(train_parser().parse_args(words)))
     assert typed.loss == "l1" and typed.init_head == "random"
-
-
-ALIGNED = DataFacts(align_gain=MIN_GAIN)
 
 
 def test_each_later_stage_augments_half_as_much_where_crops_are_aligned():

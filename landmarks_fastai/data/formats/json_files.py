@@ -46,9 +46,8 @@ def read_coco(rows: Rows, files: Sequence[Path]) -> LabelTable:
             elif not keypoints or not any(keypoints[2::3]):
                 rows.left_out["annotations without a keypoint"] += 1
             else:
-                lists = {
-                    k: v for k, v in annotation.items() if k.endswith("_kpts") and isinstance(v, list)
-                }  # COCO-WholeBody
+                lists = {k: v for k, v in annotation.items() if k.endswith("_kpts") and isinstance(v, list)}
+                # COCO-WholeBody's
                 rows.left_out.update(f"lists of {key}" for key, values in lists.items() if any(values[2::3]))
                 about = categories.get(annotation.get("category_id"), {})
                 _add_coco(rows, annotation, prefix + image["file_name"], image, about, split == "valid")
